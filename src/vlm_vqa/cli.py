@@ -1,0 +1,145 @@
+"""The command `vlm-vqa`: what a user needs beside `dvc repro` and `mlflow ui`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_vqa.errors import UserError
+
+# Everything else is imported by the command that needs it: torch and MLflow cost seconds, `--help` should not.
+
+
+def _track(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.tracking import checkout_root, recreate_run, tracking_uri, without_credentials
+
+    run_id, made = recreate_run()
+    store = without_credentials(tracking_uri(checkout_root()))
+    if made:
+        print(f"recorded these outputs as MLflow run {run_id} in {store}; `mlflow ui` shows it")
+    else:
+        print(f"these weights and parameters have their MLflow run already: {run_id} in {store}; nothing to do")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.comparison import REPORT, compare_reports, metrics_diff, report_at, report_here, summary
+
+    new = report_here()
+    base = report_at(arguments.base)
+    if base is None and not arguments.allow_missing_base:
+        raise UserError(
+            f"{REPORT} is not in git at {arguments.base}, so there is nothing to compare with: commit it there, name"
+            " another revision by --base, or pass --allow-missing-base for the change that brings the first report"
+        )
+    comparison = compare_reports(base, new, arguments.tolerance)
+    text = summary(comparison, arguments.base, metrics_diff(arguments.base))
+    if arguments.markdown:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
+        arguments.markdown.write_text(text, encoding="utf-8")
+    print(text)
+    return 0 if comparison.passed else 1
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.params import load_params
+
+    params = load_params(arguments.params)
+    print(f"{arguments.params}: {len(params.flat())} parameters, valid; params_hash {params.hash()}")
+    return 0
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.data.records import open_image
+
+    try:
+        data = arguments.image.read_bytes()
+    except OSError as error:
+        raise UserError(f"{arguments.image} cannot be read ({error.strerror}): name a picture's file") from error
+    image = open_image(data, str(arguments.image), arguments.max_image_pixels)
+    from vlm_vqa.model.answering import Answerer
+
+    print(Answerer.from_export(arguments.model).answer([arguments.question], [image])[0])
+    return 0
+
+
+def _gallery(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.evaluation.gallery import draw_gallery
+
+    print(f"wrote {draw_gallery()}")
+    return 0
+
+
+def _easy_vqa(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.data.sources.easy_vqa import write_official_layout
+
+    write_official_layout(arguments.folder)
+    print(f"wrote easy-VQA in VQAv2's layout to {arguments.folder}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from vlm_vqa.comparison import TOLERANCE
+
+    parser = argparse.ArgumentParser(
+        prog="vlm-vqa", description="Beside `dvc repro` and `mlflow ui`. Run it in the project's folder."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("ask", _ask, "Answer a question about a picture with the exported model.")
+    sub.add_argument("image", type=Path, help="a picture's file")
+    sub.add_argument("question", help="in quotes")
+    sub.add_argument(
+        "--model", type=Path, default=Path("models/export"), help="an exported model (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--max-image-pixels", type=int, default=50_000_000, help="refuse larger pictures (default: %(default)s)"
+    )
+
+    sub = command("check", _check, "Check a parameter file without running anything.")
+    sub.add_argument("params", type=Path, nargs="?", default=Path("params.yaml"), help="default: %(default)s")
+
+    sub = command(
+        "compare",
+        _compare,
+        "Compare reports/evaluation.json with the one committed at a git revision; exit 1 if bleu_1 dropped.",
+    )
+    sub.add_argument(
+        "--base", required=True, metavar="REV", help="git revision to compare with, such as main or HEAD~1"
+    )
+    sub.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="drop of helm.bleu_1 that passes (default: %(default)s)"
+    )
+    sub.add_argument("--markdown", type=Path, metavar="FILE", help="write the comparison there too")
+    sub.add_argument("--allow-missing-base", action="store_true", help="pass where REV has no report yet")
+
+    sub = command("easy-vqa", _easy_vqa, "Write easy-VQA in VQAv2's official file layout.")
+    sub.add_argument("folder", type=Path, help="new folder for questions, annotations and images")
+
+    command("gallery", _gallery, "Draw test questions with the model's answers, right and wrong ones.")
+    command("track", _track, "Record the outputs here as an MLflow run, after `dvc pull` or when tracking had failed.")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 scores dropped, 2 a mistake of the user's, 130 Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="vlm-vqa: %(message)s", stream=sys.stderr)
+    try:
+        return arguments.function(arguments)
+    except UserError as error:
+        print(f"vlm-vqa: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vlm-vqa: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

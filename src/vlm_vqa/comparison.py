@@ -1,0 +1,154 @@
+"""The gate of continuous integration: are this checkout's scores as good as those committed at another revision?"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_vqa.errors import UserError
+
+REPORT = Path("reports/evaluation.json")
+# Three standard errors of a `bleu_1` of 0.99 over HELM's 1,000 instances: what another machine's rounding may cost.
+TOLERANCE = 0.01
+
+# What is shown, by its place in the report, and the count that must agree for the scores to be of the same questions.
+SCORES = {
+    "helm.bleu_1": "helm.instances",
+    "vqa_accuracy.overall": "vqa_accuracy.questions",
+    "baselines.shuffled_images.vqa_accuracy": "vqa_accuracy.questions",
+    "baselines.prior.vqa_accuracy": "vqa_accuracy.questions",
+}
+GATE = "helm.bleu_1"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores of two reports side by side.
+
+    `rows` holds (name, base, new); a score that the two reports do not share a question count for has no base (None).
+    """
+
+    rows: tuple[tuple[str, float | None, float], ...]
+    tolerance: float
+
+    @property
+    def drop(self) -> float:
+        """How much lower the gate's score is than the base's; negative where it rose."""
+        _, base, new = next(row for row in self.rows if row[0] == GATE)
+        return 0.0 if base is None else base - new
+
+    @property
+    def passed(self) -> bool:
+        # A drop of exactly the tolerance passes, also where 0.99 - 0.98 is a bit more than 0.01.
+        return self.drop <= self.tolerance + 1e-9
+
+    def table(self) -> str:
+        """A markdown table, readable as plain text too."""
+        width = max(len(name) for name, _, _ in self.rows)
+        lines = [
+            f"| {'score':{width}} | base   | new    | change  |",
+            f"|{'-' * (width + 2)}|--------|--------|---------|",
+        ]
+        for name, base, new in self.rows:
+            before = "-     " if base is None else f"{base:.4f}"
+            change = "-      " if base is None else f"{new - base:+.4f}"
+            lines.append(f"| {name:{width}} | {before} | {new:.4f} | {change} |")
+        return "\n".join(lines)
+
+    def verdict(self) -> str:
+        """One sentence."""
+        if next(base for name, base, _ in self.rows if name == GATE) is None:
+            return f"Passed without a comparison: the base has no {REPORT}."
+        word = "dropped" if self.drop > 0 else "rose" if self.drop < 0 else "did not change"
+        by = f" by {abs(self.drop):.4f}" if self.drop else ""
+        return (
+            f"{'Passed' if self.passed else 'FAILED'}: {GATE} {word}{by} (a drop of {self.tolerance:g} is tolerated)."
+        )
+
+
+def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tolerance: float = TOLERANCE) -> Comparison:
+    """Compares two `reports/evaluation.json`; `base` None means there is nothing to compare with, which passes.
+
+    Raises UserError where a report lacks a score, or HELM ran another number of instances: they are not comparable.
+    """
+    if not 0 <= tolerance <= 1:
+        raise UserError(f"--tolerance {tolerance:g} is not between 0 and 1: scores are fractions, 0.01 is one point")
+    counts = {name: (_score(base, name, "the base's") if base else None, _score(new, name, "this checkout's"))
+              for name in dict.fromkeys(SCORES.values())}  # fmt: skip
+    then, now = counts[SCORES[GATE]]
+    if base and then != now:
+        raise UserError(
+            f"{SCORES[GATE]} is {then:g} at the base and {now:g} here: scores of other questions do not compare."
+            " Set evaluation.helm_instances as in the base, or commit the new report first, as a change of its own"
+        )
+    rows = []
+    for name, count in SCORES.items():
+        comparable = base is not None and counts[count][0] == counts[count][1]
+        before = _score(base, name, "the base's") if base and comparable else None
+        rows.append((name, before, _score(new, name, "this checkout's")))
+    return Comparison(tuple(rows), tolerance)
+
+
+def _score(report: Mapping[str, Any], name: str, whose: str) -> float:
+    value: Any = report
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{whose} {REPORT} has no number {name} (but {value!r}): `dvc repro helm-eval` writes it anew")
+    return value
+
+
+def report_here(folder: Path = Path(".")) -> dict[str, Any]:
+    """The report of the working tree."""
+    try:
+        text = (folder / REPORT).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder / REPORT} cannot be read ({error.strerror}): `make repro` makes it") from error
+    return _parse(text, str(folder / REPORT))
+
+
+def report_at(revision: str, folder: Path = Path(".")) -> dict[str, Any] | None:
+    """The report that git holds at `revision`, or None where it has none. An unknown revision is a UserError."""
+    known = _git(folder, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    if known.returncode != 0:
+        raise UserError(f"git knows no revision {revision!r} here: `git fetch` it, or name another by --base")
+    commit = known.stdout.strip()
+    listed = _git(folder, "ls-tree", "--name-only", commit, REPORT.as_posix())
+    if not listed.stdout.strip():
+        return None
+    return _parse(_git(folder, "show", f"{commit}:./{REPORT.as_posix()}").stdout, f"{revision}:{REPORT}")
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        report = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name} is not JSON ({error}): `dvc repro helm-eval` writes it anew") from error
+    if not isinstance(report, dict):
+        raise UserError(f"{name} is not a JSON object: `dvc repro helm-eval` writes it anew")
+    return report
+
+
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def metrics_diff(revision: str, folder: Path = Path(".")) -> str:
+    """What `dvc metrics diff REVISION --md` prints."""
+    command = [sys.executable, "-m", "dvc", "metrics", "diff", revision, "--md"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return f"`dvc metrics diff {revision} --md` failed:\n\n```\n{done.stderr.strip()}\n```"
+    return done.stdout.strip() or "No metric changed."
+
+
+def summary(comparison: Comparison, revision: str, diff: str) -> str:
+    """The markdown that is posted to a pull request."""
+    return (
+        f"## HELM evaluation against `{revision}`\n\n{comparison.verdict()}\n\n{comparison.table()}\n\n"
+        f"### `dvc metrics diff`\n\n{diff}\n"
+    )

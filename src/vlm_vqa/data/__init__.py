@@ -1,0 +1,1 @@
+"""Records, images and stored features: what the pipeline knows about the data."""

@@ -1,0 +1,208 @@
+"""VQA records and image bytes on disk: the format of `data/records` and how every later stage reads it.
+
+`questions-SPLIT.parquet` holds one row per question in the order of the split's questions file (HELM joins by that
+position); `images-NNNNN-of-NNNNN.parquet` hold every image of both splits once, by ascending image id, in row groups
+small enough to stream; `manifest.json` says what is in there and is written last. The schema of each file carries its
+`datasets.Features`, so `datasets.load_dataset("parquet", data_files=...)` reads them as they are.
+"""
+
+import json
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.table import InMemoryTable
+from PIL import Image
+
+from vlm_vqa.errors import UserError
+
+SPLITS = ("train", "val")
+# Raised when the files change in a way that older readers would misunderstand.
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+QUESTION_FEATURES = datasets.Features(
+    {
+        "question_id": datasets.Value("int64"),
+        "image_id": datasets.Value("int64"),
+        "question": datasets.Value("string"),
+        "question_type": datasets.Value("string"),
+        "answer_type": datasets.Value("string"),
+        "multiple_choice_answer": datasets.Value("string"),
+        # Ten each, in the annotations file's order.
+        "answers": datasets.Sequence(datasets.Value("string")),
+        "answer_confidences": datasets.Sequence(datasets.Value("string")),
+    }
+)
+IMAGE_FEATURES = datasets.Features(
+    {
+        "image_id": datasets.Value("int64"),
+        "file_name": datasets.Value("string"),
+        "width": datasets.Value("int32"),
+        "height": datasets.Value("int32"),
+        "sha256": datasets.Value("string"),
+        "image": datasets.Image(),
+    }
+)
+
+# Decoders that are safe on strangers' bytes; Pillow has others that start programs (EPS).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Pillow clips more than 8 bits a channel to white without a word.
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_REMAKE = "Run `dvc repro fetch-vqav2` to make the records again."
+
+
+class ImageRecord(NamedTuple):
+    """One stored image: its id, the name of the file it came from, and that file's bytes as they were."""
+
+    image_id: int
+    file_name: str
+    data: bytes
+
+
+def questions_file(split: str) -> str:
+    """Return the name of a split's file of questions; `split` is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not one of {SPLITS}")
+    return f"questions-{split}.parquet"
+
+
+def load_questions(folder: str | Path, split: str) -> datasets.Dataset:
+    """Return a split's questions in memory, in the order of its questions file; columns are `QUESTION_FEATURES`.
+
+    Nothing is copied into a cache of `datasets`.
+
+    Raises:
+        UserError: the file is missing, damaged or of another schema.
+    """
+    path = Path(folder) / questions_file(split)
+    with _open_parquet(path, QUESTION_FEATURES) as file:
+        try:
+            table = file.read()
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: cannot be read ({_in_a_line(error)}). {_REMAKE}") from error
+    return datasets.Dataset(InMemoryTable(table), split=datasets.NamedSplit(split))
+
+
+def iter_images(folder: str | Path) -> Iterator[ImageRecord]:
+    """Yield every image by ascending `image_id`; one row group is in memory at a time.
+
+    Raises:
+        UserError: a shard is missing, damaged or of another schema.
+    """
+    for path in _image_shards(folder):
+        with _open_parquet(path, IMAGE_FEATURES) as file:
+            for group in range(file.num_row_groups):
+                try:
+                    columns = file.read_row_group(group, columns=["image_id", "file_name", "image"]).to_pydict()
+                except (OSError, pa.ArrowException) as error:
+                    damage = f"row group {group} cannot be read ({_in_a_line(error)})"
+                    raise UserError(f"{path}: {damage}. {_REMAKE}") from error
+                for image_id, file_name, image in zip(*columns.values(), strict=True):
+                    yield ImageRecord(image_id, file_name, image["bytes"])
+
+
+def count_images(folder: str | Path) -> int:
+    """Return the number of images that `iter_images` yields, from the shards' footers alone."""
+    total = 0
+    for path in _image_shards(folder):
+        with _open_parquet(path, IMAGE_FEATURES) as file:
+            total += file.metadata.num_rows
+    return total
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Return `manifest.json` of the records.
+
+    Keys: `schema_version`; `data_hash`, a hash of all records and image bytes that does not depend on file names,
+    shards or time; `source` and `origin`, where they came from; `splits`, per split the counts `questions`, `images`,
+    `answer_types` (by type) and `empty_answers` (questions whose main answer is blank) and `inputs` (name and hash of
+    the files read); `images`, the number of images of both splits; `files`, the SHA-256 of each Parquet file;
+    `allow_split_overlap`; `notes`, what was changed on the way.
+
+    Raises:
+        UserError: it is missing, damaged, or of another version.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["schema_version"]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {_REMAKE}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest of records ({error!r}). {_REMAKE}") from error
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: records of version {version}; this code reads version {SCHEMA_VERSION}. {_REMAKE}")
+    return manifest
+
+
+def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """Decode an image file completely, as RGB with 8 bits a channel.
+
+    Greyscale, palette and CMYK become RGB. An EXIF orientation is not applied: DINOv2's `BitImageProcessor` looks at
+    the pixels as stored, and COCO's images are stored upright.
+
+    Args:
+        data: the file's bytes (JPEG, PNG, WebP, GIF or BMP; of an animation the first frame).
+        name: stands in error messages.
+        max_pixels: most pixels, width times height; checked before anything is decoded.
+
+    Raises:
+        UserError: not an image of these formats, larger than `max_pixels`, cut short or damaged.
+    """
+    try:
+        with Image.open(BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height <= max_pixels:
+                if image.mode in _DEEP_MODES:
+                    raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode}). Convert it to 8 bits.")
+                image.load()
+                return image if image.mode == "RGB" else image.convert("RGB")
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: more pixels than Pillow decodes at all ({error}). Make the image smaller.") from error
+    # On damaged bytes Pillow raises OSError, SyntaxError, struct.error and more.
+    except Exception as error:
+        raise UserError(f"{name}: not a readable image ({error}). Replace the file by an intact copy.") from error
+    raise UserError(
+        f"{name}: {width} x {height} is more than data.max_image_pixels ({max_pixels}). Make the image smaller, or "
+        "raise the bound if you trust the file."
+    )
+
+
+def _image_shards(folder: str | Path) -> list[Path]:
+    """Return the image files in order, complete."""
+    paths = sorted(Path(folder).glob("images-*.parquet"))
+    names = [path.name for path in paths]
+    if not paths or names != [image_shard(index, len(paths)) for index in range(len(paths))]:
+        found = ", ".join(names) if names else "none"
+        raise UserError(f"{folder}: the image files are not complete (found: {found}). {_REMAKE}")
+    return paths
+
+
+def image_shard(index: int, count: int) -> str:
+    """Return the name of image file `index` of `count`."""
+    return f"images-{index:05d}-of-{count:05d}.parquet"
+
+
+def _in_a_line(error: Exception) -> str:
+    # Arrow's messages have line breaks.
+    return " ".join(str(error).split())
+
+
+def _open_parquet(path: Path, features: datasets.Features) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing. {_REMAKE}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({_in_a_line(error)}). {_REMAKE}") from error
+    if datasets.Features.from_arrow_schema(file.schema_arrow) != features:
+        file.close()
+        raise UserError(f"{path}: columns are not those of the records ({file.schema_arrow.names}). {_REMAKE}")
+    return file

@@ -1,0 +1,216 @@
+"""Source `directory`: VQAv2's official file layout in a local folder. Every other source ends here too."""
+
+import gzip
+import json
+import logging
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vlm_vqa.data.contract import (
+    Annotation,
+    Entries,
+    ImageNames,
+    Kind,
+    Malformed,
+    Question,
+    Violations,
+    parse_annotation,
+    parse_question,
+)
+from vlm_vqa.data.records import SPLITS
+from vlm_vqa.errors import UserError
+from vlm_vqa.params import DataParams
+
+log = logging.getLogger(__name__)
+
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class SplitPaths:
+    """The files of one split in official layout."""
+
+    split: str
+    questions: Path
+    annotations: Path
+    images: Path
+    """A folder of images, or a zip archive of them."""
+    names: ImageNames
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data in official layout, ready to be checked and stored."""
+
+    name: str
+    """The value of `data.source`."""
+    origin: dict[str, Any]
+    """What identifies the data beyond the files read (a package and its version, say); kept in the manifest."""
+    splits: tuple[SplitPaths, ...]
+    notes: tuple[str, ...] = ()
+    """What was changed before the files were written; kept in the manifest."""
+
+
+def directory_source(data: DataParams) -> Source:
+    """Return the files that `data.directory`, `data.train` and `data.val` name.
+
+    Raises:
+        UserError: there is no such folder, or an image name is no pattern.
+    """
+    folder = Path(data.directory)
+    if not folder.is_dir():
+        raise UserError(
+            f"data.directory is {data.directory!r}, which is no folder. Put the VQAv2 files there as "
+            "data/vqav2/README.md says, or set data.source: easy-vqa."
+        )
+    splits = []
+    for split in SPLITS:
+        files = getattr(data, split)
+        names = ImageNames(files.image_name, f"data.{split}.image_name")
+        paths = (folder / files.questions, folder / files.annotations, folder / files.images)
+        splits.append(SplitPaths(split, *paths, names))
+    return Source("directory", {}, tuple(splits))
+
+
+def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
+    """Return VQAv2's own file names below `folder`, for both splits."""
+    return tuple(
+        SplitPaths(
+            split,
+            folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json",
+            folder / f"v2_mscoco_{split}2014_annotations.json",
+            folder / f"{split}2014",
+            ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg", f"data.{split}.image_name"),
+        )
+        for split in SPLITS
+    )
+
+
+def read_questions(path: Path, violations: Violations) -> Entries | None:
+    """Read a questions file, JSON or gzipped JSON; None, and a violation, where it is not one."""
+    return _read_entries(path, "questions", Question, parse_question, violations)
+
+
+def read_annotations(path: Path, violations: Violations) -> Entries | None:
+    """Read an annotations file, JSON or gzipped JSON; None, and a violation, where it is not one."""
+    return _read_entries(path, "annotations", Annotation, parse_annotation, violations)
+
+
+def _read_entries(
+    path: Path, key: str, kind: type, parse: Callable[[Any], Any], violations: Violations
+) -> Entries | None:
+    def compact(entry: dict[str, Any]) -> Any:
+        # Entries shrink while the file is parsed: VQAv2's annotations as plain dicts would take 3 GB.
+        if "question_id" not in entry:
+            return entry
+        try:
+            return parse(entry)
+        except Malformed:
+            return entry
+
+    try:
+        log.info("reading %s (%.0f MB)", path.name, path.stat().st_size / 1e6)
+        with open(path, "rb") as file:
+            zipped = file.read(2) == _GZIP_MAGIC
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8") as file:
+            content = json.load(file, object_hook=compact)
+    except FileNotFoundError:
+        violations.add(Kind.MISSING_FILE, f"{path}")
+        return None
+    except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:
+        violations.add(Kind.BROKEN_FILE, f"{path}: not complete JSON ({error})")
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        violations.add(Kind.BROKEN_FILE, f"{path}: without a list {key!r}")
+        return None
+    if not content[key]:
+        violations.add(Kind.BROKEN_FILE, f"{path}: the list {key!r} is empty")
+        return None
+    return _sort_out(path, content[key], kind, parse, violations)
+
+
+def _sort_out(
+    path: Path, entries: list[Any], kind: type, parse: Callable[[Any], Any], violations: Violations
+) -> Entries:
+    """Part well-formed entries from malformed ones."""
+    result = Entries(str(path), [], set())
+    for row, entry in enumerate(entries):
+        if isinstance(entry, kind):
+            result.good.append(entry)
+            continue
+        try:
+            result.good.append(parse(entry))
+        except Malformed as error:
+            question_id = entry.get("question_id") if isinstance(entry, dict) else None
+            if isinstance(question_id, int):
+                result.reported.add(question_id)
+            violations.add(error.kind, f"{path}: entry {row} (question_id {question_id}): {error}")
+    return result
+
+
+class MissingImage(Exception):
+    """There is no such image; the message says where it was looked for."""
+
+
+class ImageFiles:
+    """Image files by name, in a folder or inside a zip archive (below any folder in it). Reads from several threads."""
+
+    def __init__(self, path: Path):
+        """Open `path`.
+
+        Raises:
+            OSError, zipfile.BadZipFile: it is neither a folder nor a readable zip archive.
+        """
+        self.path = path
+        self._zip = None if path.is_dir() else zipfile.ZipFile(path)
+        self._members: defaultdict[str, list[zipfile.ZipInfo]] = defaultdict(list)
+        for info in self._zip.infolist() if self._zip else ():
+            self._members[PurePosixPath(info.filename).name].append(info)
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """Return a file's bytes.
+
+        Raises:
+            MissingImage: there is no such file.
+            UserError: it is larger than `max_bytes`, or damaged inside the archive.
+            OSError: it cannot be read.
+        """
+        where = self.where(name)
+        size = self._size(name)
+        if size > max_bytes:
+            raise UserError(f"{where}: {size} bytes are too many for an image of data.max_image_pixels")
+        if self._zip is None:
+            return (self.path / name).read_bytes()
+        try:
+            return self._zip.read(self._members[name][0])
+        # RuntimeError: encrypted. NotImplementedError: a compression that Python lacks.
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            raise UserError(f"{where}: cannot be unpacked ({error})") from error
+
+    def where(self, name: str) -> str:
+        """Return the place of a file, for messages."""
+        return f"{self.path / name}" if self._zip is None else f"{self.path}: {name}"
+
+    def close(self) -> None:
+        """Close the archive."""
+        if self._zip is not None:
+            self._zip.close()
+
+    def _size(self, name: str) -> int:
+        if self._zip is None:
+            try:
+                return (self.path / name).stat().st_size
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise MissingImage(self.where(name)) from error
+        members = self._members.get(name, [])
+        if not members:
+            raise MissingImage(self.where(name))
+        if len(members) > 1:
+            places = " and ".join(member.filename for member in members)
+            raise UserError(f"{self.where(name)}: {len(members)} files of this name ({places})")
+        return members[0].file_size

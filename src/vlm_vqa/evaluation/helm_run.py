@@ -1,0 +1,151 @@
+"""Run HELM itself: its own programs in child processes, with our client behind them."""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import vlm_vqa
+from vlm_vqa.errors import UserError
+
+HELM_INSTRUCTION = (
+    'Answer the question using a single word or phrase. When the question asks "How many...", '
+    "respond with just a number (e.g., 3) and not the word corresponding to the number."
+)
+"""What HELM's `vqa` run tells every model."""
+HELM_MAX_TOKENS = 20
+"""Longest answer that HELM's `vqa` run asks for, in tokens."""
+
+# What the client writes into HELM's log for us to read.
+ANSWERED = "vlm-vqa client answered"
+FAILED = "vlm-vqa client failed:"
+
+SUITE = "vlm-vqa"
+_GRACE_SECONDS = 10
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HelmFolders:
+    """Where HELM reads and writes. Relative, as the images of its web view must be."""
+
+    config: Path = Path("evaluation/helm")
+    """Deployments, metadata, run entries and schema."""
+    output: Path = Path("benchmark_output")
+    """HELM's own output; the web view shows images only from a folder of this name."""
+
+    @property
+    def scenario(self) -> Path:
+        """The scenario's folder, filled by `write_scenario`."""
+        return self.output / "scenarios" / "vqa"
+
+    @property
+    def suite(self) -> Path:
+        """Where a run's results end up."""
+        return self.output / "runs" / SUITE
+
+    def clear(self) -> None:
+        """Remove what an earlier evaluation left, whole or not."""
+        for folder in (self.scenario, self.suite):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Mapping[str, str]) -> None:
+    """Run HELM's `vqa` over the scenario folder and summarise it for the web view.
+
+    Args:
+        folders: what to read, and where results go; results of an earlier run must be gone.
+        instances: number of questions in the scenario folder.
+        threads: threads that ask.
+        environment: added to this process's environment.
+
+    Raises:
+        UserError: the client refused, for instance an unreadable image or another instruction than the model's.
+        HelmError: HELM failed in another way.
+    """
+    common = ["--suite", SUITE, "--output-path", str(folders.output), "--local-path", str(folders.config)]
+    run = ["helm.benchmark.run", *common, "--conf-paths", str(folders.config / "run_entries.conf")]
+    # No cache: the weights' hash in the client's keys would keep it right, but every request would open its database.
+    run += ["-m", str(instances), "-n", str(threads), "--exit-on-error", "--disable-cache"]
+    summarise = ["helm.benchmark.presentation.summarize", *common, "--schema-path", str(folders.config / "schema.yaml")]
+    with tqdm(total=instances, desc="HELM: questions", unit="question", mininterval=1) as bar:
+        _run_child(run, folders.output / "helm-run.log", environment, bar)
+    log.info("HELM has scored %d answers; now its web view", instances)
+    _run_child(summarise, folders.output / "helm-summarize.log", environment)
+    # Its server listens on all interfaces; a static copy behind Python's own need not.
+    log.info(
+        "look at it with: helm-server --output-path %s --suite %s --export-path helm-web && "
+        "python -m http.server --bind 127.0.0.1 --directory helm-web", folders.output, SUITE
+    )  # fmt: skip
+
+
+class HelmError(RuntimeError):
+    """HELM ended with an error that is not the user's."""
+
+
+def _run_child(
+    arguments: Sequence[str], log_path: Path, environment: Mapping[str, str], bar: tqdm | None = None
+) -> None:
+    """Run `python -m ARGUMENTS`, its output going to `log_path`; the child never outlives this call."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    child = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        env=os.environ | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"} | dict(environment),
+        # A group of its own: Ctrl-C reaches us alone, and we end it with all that it has started.
+        start_new_session=True,
+    )
+    try:
+        # Line by line, so that it can be watched.
+        with open(log_path, "w", encoding="utf-8", buffering=1) as file:
+            for line in child.stdout:
+                file.write(line)
+                if bar is not None and (answered := re.search(rf"{ANSWERED} (\d+)", line)):
+                    bar.update(int(answered[1]) - bar.n)
+        code = child.wait()
+    finally:
+        _end(child)
+    if code != 0:
+        _explain(log_path, arguments[0], code)
+
+
+def _python_path() -> str:
+    """This very package and the folder that holds `evaluation/`, before what else is on the path."""
+    first = [str(Path(vlm_vqa.__file__).parents[1]), str(Path.cwd())]
+    return os.pathsep.join([*first, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _end(child: subprocess.Popen) -> None:
+    if child.poll() is not None:
+        return
+    try:
+        os.killpg(child.pid, signal.SIGTERM)
+        child.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    except ProcessLookupError:
+        pass
+
+
+def _explain(log_path: Path, program: str, code: int) -> None:
+    """Raise what the log says: the client's own words where there are any, else its last lines."""
+    lines = log_path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        if FAILED in line and "Request(" not in line:
+            raise UserError(f"{line.split(FAILED, 1)[1].strip()} (HELM's whole log: {log_path})")
+    end = "\n".join(lines[-15:])
+    raise HelmError(f"{program} ended with code {code}. Its log is {log_path}; the end of it:\n{end}")

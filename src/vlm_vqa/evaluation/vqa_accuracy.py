@@ -1,0 +1,158 @@
+"""VQA accuracy as the official evaluator computes it (GT-Vision-Lab/VQA, `vqaEval.py`), quirks included.
+
+The score of one question is the mean over its ten leave-one-out sets of human answers of min(1, matches / 3):
+
+    humans that gave the answer   0     1     2     3     4 or more
+    score                         0.0   0.3   0.6   0.9   1.0
+
+What counts as a match depends on the humans. Where all ten wrote the same, prediction and answers are compared as they
+are, but for line breaks, tabs and outer blanks. Where they differ, both sides are normalised first. That is the
+official behaviour: "Yes" against ten times "yes" scores 0.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from vlm_vqa.errors import UserError
+
+_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
+# The evaluator is Python 2: its \d is ASCII.
+_DIGIT_COMMA = re.compile("[0-9],[0-9]")
+# Its look-behind is mistyped and never bites: a period goes unless a digit follows (".5" and "2.5" stay, "2." goes).
+_PERIOD = re.compile(r"\.(?![0-9])")
+# A flag (re.UNICODE is 32) stands where `sub` expects a count.
+_MOST_PERIODS = int(re.UNICODE)
+
+# Each is written for any of its spellings that lack one apostrophe. The official table's spellings with a capital I are
+# left out: words are lower-cased before they are looked up.
+_CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()
+
+
+def _spellings(contracted: str) -> list[str]:
+    return [contracted[:at] + contracted[at + 1 :] for at, letter in enumerate(contracted) if letter == "'"]
+
+
+# The last pair is the wrong way round in the official table.
+CONTRACTIONS = {spelling: word for word in _CONTRACTED for spelling in _spellings(word)} | {"somebody'd": "somebodyd"}
+
+
+@dataclass(frozen=True)
+class VqaAccuracy:
+    """VQA accuracy of one set of predictions; all figures are fractions in 0..1."""
+
+    overall: float
+    per_question_type: dict[str, float]
+    per_answer_type: dict[str, float]
+    per_question: dict[int, float]
+
+    def official(self) -> dict[str, Any]:
+        """Return the figures as the official evaluator prints them: percent, two decimals, its own key names."""
+        return {
+            "overall": round(100 * self.overall, 2),
+            "perQuestionType": {name: round(100 * value, 2) for name, value in self.per_question_type.items()},
+            "perAnswerType": {name: round(100 * value, 2) for name, value in self.per_answer_type.items()},
+        }
+
+
+def vqa_accuracy(predictions: Mapping[int, str], questions: Iterable[Mapping[str, Any]]) -> VqaAccuracy:
+    """Score one answer per question.
+
+    Args:
+        predictions: answer by question id.
+        questions: the annotated questions, with `question_id`, `answers` (ten strings), `question_type`, `answer_type`.
+
+    Raises:
+        UserError: the predictions are not for exactly the annotated questions, or there is no question.
+    """
+    questions = list(questions)
+    _check_same_questions(predictions, [row["question_id"] for row in questions])
+    by_question_type: dict[str, list[float]] = defaultdict(list)
+    by_answer_type: dict[str, list[float]] = defaultdict(list)
+    per_question: dict[int, float] = {}
+    for row in questions:
+        score = score_answer(predictions[row["question_id"]], row["answers"])
+        per_question[row["question_id"]] = score
+        by_question_type[row["question_type"]].append(score)
+        by_answer_type[row["answer_type"]].append(score)
+    return VqaAccuracy(
+        overall=_mean(list(per_question.values())),
+        per_question_type={name: _mean(scores) for name, scores in sorted(by_question_type.items())},
+        per_answer_type={name: _mean(scores) for name, scores in sorted(by_answer_type.items())},
+        per_question=per_question,
+    )
+
+
+def score_answer(prediction: str, answers: Sequence[str]) -> float:
+    """Return one answer's score in 0..1 against the human answers of its question."""
+    prediction = _tidy(prediction)
+    answers = [_tidy(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        prediction = normalise(prediction)
+        answers = [normalise(answer) for answer in answers]
+    matches = [answer == prediction for answer in answers]
+    # Leave-one-out, one term per human and summed in their order, so that even the last bit is the evaluator's.
+    return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
+
+
+@cache
+def normalise(text: str) -> str:
+    """Return an answer in the evaluator's normal form; the same few strings come again and again, hence the cache.
+
+    Punctuation goes (see `_strip_punctuation`), letters become small, number words digits (and "none" 0), articles go,
+    contractions get their apostrophe.
+    """
+    words = (_NUMBERS.get(word, word) for word in _strip_punctuation(text).lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _strip_punctuation(text: str) -> str:
+    """Delete or blank out punctuation.
+
+    A mark is deleted everywhere when it has a blank beside it anywhere in the text, or when the text has a comma
+    between digits; else it becomes a blank: "t-shirt" -> "t shirt", "t- shirt-s" -> "t shirts".
+    """
+    stripped = text
+    digit_comma = _DIGIT_COMMA.search(text) is not None
+    for mark in _PUNCTUATION:
+        delete = digit_comma or mark + " " in text or " " + mark in text
+        stripped = stripped.replace(mark, "" if delete else " ")
+    return _PERIOD.sub("", stripped, count=_MOST_PERIODS)
+
+
+def _tidy(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _check_same_questions(predictions: Mapping[int, str], question_ids: Sequence[int]) -> None:
+    annotated = set(question_ids)
+    if not annotated:
+        raise UserError("VQA accuracy: there is no annotated question to score. Check the validation split's files.")
+    if len(annotated) != len(question_ids):
+        raise UserError("VQA accuracy: a question id occurs twice among the annotated questions. Make ids unique.")
+    missing, foreign = sorted(annotated - set(predictions)), sorted(set(predictions) - annotated)
+    if missing or foreign:
+        wrong = [f"no prediction for question {missing[0]} ({len(missing)} such)"] if missing else []
+        wrong += [f"a prediction for unknown question {foreign[0]} ({len(foreign)} such)"] if foreign else []
+        raise UserError(
+            f"VQA accuracy: {' and '.join(wrong)}. Predictions must be for exactly the annotated questions: "
+            "make them again from the same records."
+        )

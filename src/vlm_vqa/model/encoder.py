@@ -1,0 +1,205 @@
+"""The frozen vision tower: a DINOv2 and the image processor that belongs to it.
+
+Legend of shape suffixes: N images, T tokens an image (CLS first, then patches row by row), D width, C channels, H and W
+pixels.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.hashing import hash_json
+from vlm_vqa.params import VisionParams, is_local
+
+SMALL_ENCODER = Path(__file__).parent / "small_encoder"
+# Which release wrote a config and from where it was read say nothing about what the encoder computes.
+_INCIDENTAL_CONFIG = ("_name_or_path", "transformers_version", "dtype", "architectures")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A DINOv2 that is ready to look at images; made by `load_encoder`."""
+
+    model: Dinov2Model
+    """Frozen, in evaluation mode, in the compute dtype."""
+    processor: BitImageProcessor
+    """Always the torchvision one: plain `AutoProcessor` also takes it where torchvision is installed, so an export
+    sees with the same eyes. The PIL one rounds differently."""
+    hash: str
+    """Names weights (as float32), config and processor settings; features of equal hash and dtypes are equal."""
+    num_tokens: int
+    """T: CLS and one token a patch, at the size that the processor gives images."""
+
+    @property
+    def width(self) -> int:
+        """D: the width of a token."""
+        return self.model.config.hidden_size
+
+    @cached_property
+    def processor_settings(self) -> dict[str, Any]:
+        """What the processor does, as JSON values: its class, its backend, sizes, resampling, mean and deviation."""
+        return _processor_settings(self.processor)
+
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Look at images of any size and mode.
+
+        Returns:
+            [N, T, D] in the compute dtype, on the model's device: the last hidden state after the final layer norm.
+        """
+        pixels_NCHW = self.processor(list(images), do_convert_rgb=True, return_tensors="pt")["pixel_values"]
+        pixels_NCHW = pixels_NCHW.to(self.model.device, self.model.dtype)
+        with torch.no_grad():
+            features_NTD = self.model(pixels_NCHW).last_hidden_state
+        assert features_NTD.shape == (len(images), self.num_tokens, self.width), features_NTD.shape
+        return features_NTD
+
+    def processor_for_export(self) -> BitImageProcessor:
+        """A copy of the processor that says how many image tokens it stands for, as `PaliGemmaProcessor` asks."""
+        processor = copy.deepcopy(self.processor)
+        processor.image_seq_length = self.num_tokens
+        return processor
+
+
+def load_encoder(vision: VisionParams, device: torch.device | str | None = None) -> Encoder:
+    """Load the vision tower that `params.yaml` names.
+
+    `vision.model` is `small` (the encoder in this package), a local folder, or a hub id with `vision.revision`. Weights
+    come from safetensors only and no remote code is run; they are read as float32 and then cast to
+    `vision.compute_dtype`. `device` None is the first GPU, or the CPU where there is none.
+
+    Raises:
+        UserError: it cannot be found or is no complete DINOv2 with a `BitImageProcessor`, or its tokens are not
+            `vision.num_patches` of width `vision.visual_embed_dim`.
+    """
+    source = _source(vision)
+    config = _load_config(vision, source)
+    processor = _load_processor(vision, source)
+    num_tokens = _count_tokens(vision, config, processor)
+    for key, said, found in (
+        ("vision.num_patches", vision.num_patches, num_tokens),
+        ("vision.visual_embed_dim", vision.visual_embed_dim, config.hidden_size),
+    ):
+        if said != found:
+            raise UserError(f"{key} is {said}, but the encoder {vision.model!r} makes {found}. Set {key}: {found}.")
+    model = _load_model(vision, source)
+    encoder_hash = hash_json(
+        {
+            "weights": _hash_weights(model),
+            "config": {k: v for k, v in model.config.to_dict().items() if k not in _INCIDENTAL_CONFIG},
+            "processor": _processor_settings(processor),
+        }
+    )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device, getattr(torch, vision.compute_dtype.value)).eval().requires_grad_(False)
+    return Encoder(model=model, processor=processor, hash=encoder_hash, num_tokens=num_tokens)
+
+
+def _source(vision: VisionParams) -> dict[str, Any]:
+    """What `from_pretrained` is to be given: where the encoder lies."""
+    if vision.model == "small":
+        return {"pretrained_model_name_or_path": str(SMALL_ENCODER)}
+    if is_local(vision.model):
+        folder = Path(vision.model).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"vision.model {vision.model!r}: no such folder. Mend the path, or name a hub id or small.")
+        return {"pretrained_model_name_or_path": str(folder)}
+    if vision.revision is None:
+        raise UserError(
+            f"vision.revision is null; vision.model {vision.model!r} comes from the hub (no such local folder), and a "
+            "hub model is pinned by its commit of 40 hex digits."
+        )
+    return {"pretrained_model_name_or_path": vision.model, "revision": vision.revision}
+
+
+def _load_config(vision: VisionParams, source: dict[str, Any]) -> Dinov2Config:
+    try:
+        values, _ = Dinov2Config.get_config_dict(**source)
+    except (OSError, ValueError) as error:
+        raise _unreadable(vision, "config.json", error) from error
+    # A config of another class would load with a warning and give an encoder of defaults.
+    if values.get("model_type") != "dinov2":
+        raise UserError(
+            f"vision.model {vision.model!r} is a {values.get('model_type')!r} model; only 'dinov2' is supported "
+            "(such as facebook/dinov2-base)."
+        )
+    return Dinov2Config.from_dict(values)
+
+
+def _load_processor(vision: VisionParams, source: dict[str, Any]) -> BitImageProcessor:
+    try:
+        values, _ = BitImageProcessor.get_image_processor_dict(**source)
+        kind = values.get("image_processor_type") or values.get("feature_extractor_type")
+        if kind not in ("BitImageProcessor", "BitImageProcessorFast"):
+            raise UserError(
+                f"vision.model {vision.model!r} comes with the image processor {kind!r}; a DINOv2 needs "
+                "'BitImageProcessor'. Mend its preprocessor_config.json or choose another model."
+            )
+        return BitImageProcessor.from_dict(values)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _unreadable(vision, "preprocessor_config.json", error) from error
+
+
+def _load_model(vision: VisionParams, source: dict[str, Any]) -> Dinov2Model:
+    try:
+        model, found = Dinov2Model.from_pretrained(
+            **source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
+        raise _unreadable(vision, "model.safetensors", error) from error
+    # transformers fills gaps with random numbers and a warning.
+    lacking = sorted(found["missing_keys"])
+    if lacking:
+        raise UserError(
+            f"vision.model {vision.model!r}: its weights lack {', '.join(map(str, lacking[:5]))}"
+            f"{' and others' if len(lacking) > 5 else ''}. Get a complete copy, or choose another model."
+        )
+    return model
+
+
+def _unreadable(vision: VisionParams, file: str, error: Exception) -> UserError:
+    what = f"vision.model {vision.model!r}: {file} cannot be read ({str(error).strip()})."
+    if vision.revision is None:
+        return UserError(
+            f"{what} The folder must hold intact config.json, model.safetensors, preprocessor_config.json."
+        )
+    return UserError(f"{what} Check the name, vision.revision, the network and, for gated models, the hub login.")
+
+
+def _count_tokens(vision: VisionParams, config: Dinov2Config, processor: BitImageProcessor) -> int:
+    """CLS and one token a patch, at the size to which the processor brings every image."""
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    height, width = size.height, size.width
+    patch = config.patch_size
+    if not height or not width or height % patch or width % patch:
+        raise UserError(
+            f"vision.model {vision.model!r}: its preprocessor_config.json brings images to {dict(size)}, which is not "
+            f"a fixed height and width in multiples of the patch size {patch}. Set crop_size, do_center_crop or size."
+        )
+    return 1 + (height // patch) * (width // patch)
+
+
+def _processor_settings(processor: BitImageProcessor) -> dict[str, Any]:
+    return {**json.loads(processor.to_json_string()), "backend": processor.backend}
+
+
+def _hash_weights(model: Dinov2Model) -> str:
+    """One hash over names, shapes and float32 values, however the files were cut."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()

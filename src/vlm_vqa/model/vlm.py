@@ -1,0 +1,269 @@
+"""The model: stock `PaliGemmaForConditionalGeneration` with a DINOv2 tower and a Gemma 2 language model.
+
+Training reads stored image features, so its model is the stock class without the tower and with a forward of its own:
+`VlmForTraining`. Everything below the forward is the stock modules, which makes parity with Hugging Face hold by
+construction, and the export is a stock model again.
+
+Shapes: B rows, T image tokens, S tokens of a row (image tokens included), N supervised positions, E image feature width,
+D hidden width, V vocabulary.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Cache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.model.layout import IGNORED, additive_mask, visible
+from vlm_vqa.params import LanguageConfig, LanguageParams
+
+log = logging.getLogger(__name__)
+
+VISION_PREFIX = "model.vision_tower."
+"""Names of the tower's weights in the stock model begin so."""
+
+
+class VlmForTraining(PaliGemmaForConditionalGeneration):
+    """The stock model without its vision tower, fed with stored features and explicit masks."""
+
+    # Our loss divides by the step's supervised tokens itself. Left unstated, Trainer would guess from the signature and
+    # might divide by the accumulation steps a second time.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__(config)
+        self.model.vision_tower = nn.Identity()
+
+    def forward(
+        self,
+        image_features: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        bidirectional: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Return `loss`, the cross entropy summed over supervised positions and divided by `num_items_in_batch`.
+
+        Args:
+            image_features: [B, T, E]; the others as `TokenLayout.collate` gives them, [B, S].
+            num_items_in_batch: supervised tokens of the whole optimizer step (Trainer counts them), so that gradient
+                accumulation gives the large batch's gradient; by default those of this batch.
+        """
+        allowed = visible(segment_ids, position_ids, bidirectional)
+        hidden_BSD = text_hidden(self, image_features, input_ids, position_ids, allowed)
+        supervised = labels != IGNORED
+        logits_NV = text_logits(self, hidden_BSD[supervised])
+        total = nn.functional.cross_entropy(logits_NV.float(), labels[supervised], reduction="sum")
+        return {"loss": total / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)}
+
+
+def text_hidden(
+    model: PaliGemmaForConditionalGeneration,
+    image_features: Tensor | None,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    allowed: Tensor,
+    cache: Cache | None = None,
+) -> Tensor:
+    """Run the projector and Gemma 2 and return its last hidden states.
+
+    Args:
+        image_features: [B, T, E], whose projections replace the first T tokens; None in a later step of generation.
+        input_ids, position_ids: int64 [B, S].
+        allowed: bool [B, S, K], which keys each position sees; K counts the cache's keys too.
+        cache: keys and values to extend in place.
+
+    Returns:
+        [B, S, D] in the compute type.
+
+    Raises:
+        UserError: more keys than Gemma 2's sliding window, where its layers would need a second mask.
+    """
+    window = model.config.text_config.sliding_window
+    if allowed.shape[-1] > window:
+        raise UserError(
+            f"a row has {allowed.shape[-1]} tokens, but Gemma 2's sliding window holds {window}. Lower prompt.text_length, "
+            "train.batch_size or train.max_questions_per_row."
+        )
+    embed = model.model.language_model.embed_tokens
+    if image_features is None:
+        embeds_BSD = embed(input_ids)
+    else:
+        image_BTD = model.model.multi_modal_projector(image_features.to(model.dtype))
+        text_BD = embed(input_ids[:, image_features.shape[1] :])
+        embeds_BSD = torch.cat([image_BTD.to(text_BD.dtype), text_BD], dim=1)
+    mask = additive_mask(allowed, embeds_BSD.dtype)
+    return model.model.language_model(
+        inputs_embeds=embeds_BSD,
+        attention_mask={"full_attention": mask, "sliding_attention": mask},
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def text_logits(model: PaliGemmaForConditionalGeneration, hidden: Tensor) -> Tensor:
+    """Return the soft-capped logits [..., V] of hidden states [..., D]."""
+    logits = model.lm_head(hidden)
+    cap = model.config.text_config.final_logit_softcapping
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def initial_model(language: LanguageParams, encoder_config, processor: PaliGemmaProcessor, seed: int) -> VlmForTraining:
+    """Build the model that training starts from: Gemma 2 as `language` says, a fresh linear projector.
+
+    Args:
+        encoder_config: the `Dinov2Config` of the tower.
+        processor: as `build_processor` gives it; the embedding grows to its tokenizer's size.
+
+    Returns:
+        float32 weights, in training mode.
+    """
+    torch.manual_seed(seed)
+    tokenizer = processor.tokenizer
+    if language.model == "random":
+        lm = Gemma2ForCausalLM(random_config(language.config, tokenizer))
+    else:
+        lm = Gemma2ForCausalLM.from_pretrained(
+            language.model, revision=language.revision, dtype=torch.float32, use_safetensors=True
+        )
+        if len(tokenizer) > lm.config.vocab_size:
+            # The processor's tokens (image, locations, segments) must have rows of their own.
+            lm.resize_token_embeddings(len(tokenizer))
+    config = PaliGemmaConfig(
+        text_config=lm.config.to_dict(),
+        vision_config=encoder_config.to_dict(),
+        projection_dim=lm.config.hidden_size,
+        hidden_size=lm.config.hidden_size,
+        vocab_size=lm.config.vocab_size,
+        image_token_index=processor.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    return _assemble(config, lm)
+
+
+def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
+    """Put `lm` into the stock model's frame without a second copy of its weights."""
+    with torch.device("meta"):
+        model = VlmForTraining._from_config(config, attn_implementation="eager")
+    lm.set_attn_implementation("eager")
+    model.model.language_model = lm.model
+    model.lm_head = lm.lm_head
+    # One configuration object for the frame and its language model: what is saved is what ran.
+    lm.model.config = model.config.text_config
+    for layer in lm.model.layers:
+        layer.self_attn.config = model.config.text_config
+    projector = model.model.multi_modal_projector.to_empty(device="cpu")
+    nn.init.normal_(projector.linear.weight, std=config.text_config.initializer_range)
+    nn.init.zeros_(projector.linear.bias)
+    model.tie_weights()
+    return model.train()
+
+
+def random_config(shape: LanguageConfig, tokenizer) -> Gemma2Config:
+    """Return a Gemma 2 of this shape; the query scale follows the head width, as in the 2B model."""
+    return Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        query_pre_attn_scalar=shape.head_dim,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def set_dropout(model: VlmForTraining, probability: float) -> None:
+    """Set the dropout on Gemma 2's attention probabilities, the only dropout that Gemma 2 has."""
+    model.config.text_config.attention_dropout = probability
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = probability
+
+
+def load_tokenizer(language: LanguageParams, texts: list[str]) -> PreTrainedTokenizerFast:
+    """Return the language model's tokenizer; for `random`, one trained on `texts`."""
+    if language.model == "random":
+        return train_tokenizer(texts, language.vocab_size)
+    return AutoTokenizer.from_pretrained(language.model, revision=language.revision)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with Gemma's special tokens; deterministic in the order of `texts`.
+
+    Byte level: any text can be written, also words that training never saw.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    # A newline ends the question, so it must never melt into a word.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+        padding_side="left",
+    )  # fmt: skip
+
+
+def build_processor(image_processor, tokenizer, num_patches: int) -> PaliGemmaProcessor:
+    """Return the stock processor; it adds the image token and PaliGemma's location and segment tokens to `tokenizer`."""
+    image_processor.image_seq_length = num_patches
+    # Generation from the export pads prompts on the left.
+    tokenizer.padding_side = "left"
+    return PaliGemmaProcessor(image_processor, tokenizer)
+
+
+def trained_state(model: PaliGemmaForConditionalGeneration) -> dict[str, Tensor]:
+    """Return what training changes, by the stock model's names: projector and Gemma 2, the tied head once."""
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.startswith(VISION_PREFIX) and name != "lm_head.weight"
+    }
+
+
+def hash_weights(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, types, shapes and bytes, in the order of names: what `weights_hash` means."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_config(folder: str | Path) -> PaliGemmaConfig:
+    """Read the configuration of a trained or exported folder."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json there. Run the train or export stage first: `dvc repro`.")
+    return AutoConfig.from_pretrained(folder)

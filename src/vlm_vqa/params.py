@@ -1,0 +1,422 @@
+"""`params.yaml` as typed, validated, frozen objects.
+
+Every key is required and unknown ones are refused: a run is what its file says, and nothing else. The meaning of a key
+stands in the docstring below its field. Names of the reference recipe are kept as they are.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.hashing import hash_json
+
+
+class Source(Enum):
+    """Where questions and images come from."""
+
+    EASY_VQA = "easy-vqa"
+    DIRECTORY = "directory"
+
+
+class Mask(Enum):
+    """What a position may see; see `vlm_vqa.model.layout`."""
+
+    IMAGE_PREFIX = "image-prefix"
+    PREFIX_LM = "prefix-lm"
+
+
+class TooLong(Enum):
+    """What happens to a record that does not fit `prompt.text_length`."""
+
+    ERROR = "error"
+    DROP = "drop"
+
+
+class Optimizer(Enum):
+    """The optimizers this project supports, by the HF Trainer's names."""
+
+    ADAMW_TORCH = "adamw_torch"
+    ADAMW_BNB_8BIT = "adamw_bnb_8bit"
+
+
+class Scheduler(Enum):
+    """Learning-rate schedules, by the HF Trainer's names."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT_WITH_WARMUP = "constant_with_warmup"
+
+
+class Dtype(Enum):
+    """Floating-point types, by torch's names."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Punkt(Enum):
+    """Where HELM's metrics take nltk's sentence splitter from."""
+
+    BUNDLED = "bundled"
+    INSTALLED = "installed"
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """The files of one split, relative to `data.directory`, in VQAv2's official layout."""
+
+    questions: str
+    """Questions file, JSON or gzipped JSON."""
+    annotations: str
+    """Annotations file, JSON or gzipped JSON."""
+    images: str
+    """Folder of images, or a zip archive of them."""
+    image_name: str
+    """Name of an image's file as a format string of `image_id`."""
+
+
+@dataclass(frozen=True)
+class DataParams:
+    """What `fetch-vqav2` reads."""
+
+    source: Source
+    """`easy-vqa` (from its PyPI package) or `directory` (VQAv2's official layout in a local folder)."""
+    directory: str
+    """Folder of the official files, for source `directory`. It is a dependency of the stage, so it must exist."""
+    train: SplitFiles
+    """Files of the training split, for source `directory`."""
+    val: SplitFiles
+    """Files of the validation split, for source `directory`."""
+    allow_split_overlap: bool
+    """Accept images that stand in both splits. Only plumbing tests want that."""
+    max_image_pixels: int
+    """Images with more pixels are refused before they are decoded."""
+
+
+@dataclass(frozen=True)
+class VisionParams:
+    """The frozen DINOv2 and how `extract-features` runs it."""
+
+    model: str
+    """`small` (the encoder in this package), a hub id, or a local folder in HF format."""
+    revision: str | None
+    """Commit of a hub id (40 hex digits); null for `small` and for folders."""
+    num_patches: int
+    """Tokens an image becomes, CLS included; checked against the encoder."""
+    visual_embed_dim: int
+    """Width of such a token; checked against the encoder."""
+    batch_size: int
+    """Images per forward pass."""
+    compute_dtype: Dtype
+    """Weights and activations of the encoder. DINOv2 in float16 is not supported."""
+    store_dtype: Dtype
+    """Type of the stored features."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Shape of a randomly initialised Gemma 2; everything else is `Gemma2Config`'s default."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class LanguageParams:
+    """The Gemma 2 that is trained."""
+
+    model: str
+    """`random` (from `language.config` and `seed`), a hub id, or a local folder in HF format."""
+    revision: str | None
+    """Commit of a hub id (40 hex digits); null otherwise."""
+    vocab_size: int | None
+    """Size of the tokenizer trained on the training records, for `random`; null otherwise."""
+    config: LanguageConfig | None
+    """Shape, for `random`; null otherwise."""
+
+
+@dataclass(frozen=True)
+class PromptParams:
+    """The token layout: image, `<bos>`, instruction, question, newline, answer, `<eos>`."""
+
+    mask: Mask
+    """`image-prefix`: image tokens see each other, text is causal. `prefix-lm`: PaliGemma's, all before the answer too."""
+    instruction: str
+    """What is asked of the model before each question; HELM's `vqa` scenario sends the same words."""
+    text_length: int
+    """Most tokens after the image tokens: `<bos>`, instruction, question, newline, answer, `<eos>`."""
+    too_long: TooLong
+    """`error` stops at a record over `text_length`, `drop` leaves it out and reports how many. Answers are never cut."""
+
+
+@dataclass(frozen=True)
+class TrainParams:
+    """Fine-tuning with the HF Trainer."""
+
+    launch: str
+    """Name of the accelerate config in `launch/`."""
+    batch_size: int
+    """Questions per process and forward pass."""
+    gradient_accumulation_steps: int
+    """Forward passes per optimizer step."""
+    learning_rate: float
+    weight_decay: float
+    dropout: float
+    """Dropout on Gemma 2's attention probabilities, the only dropout that Gemma 2 has. The projector has none."""
+    optimizer: Optimizer
+    block_wise: bool
+    """8-bit optimizer states quantised block by block; bitsandbytes has no other mode left, so false is refused."""
+    percentile_clipping: int
+    """8-bit AdamW: clip each parameter's gradient norm to this percentile of its last 100; 100 is off."""
+    lr_scheduler_type: Scheduler
+    warmup_ratio: float
+    """Share of all optimizer steps over which the learning rate rises from 0."""
+    max_grad_norm: float
+    """Global gradient norm is clipped to this."""
+    num_train_epochs: int
+    compute_dtype: Dtype
+    """float32, or bfloat16 by autocast. float16 overflows in Gemma 2 and is refused."""
+    weights_dtype: Dtype
+    """Type of the weights that the optimizer updates; only float32 (see `_check_train`)."""
+    gradient_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    logging_steps: int
+    save_steps: int
+    """Optimizer steps between checkpoints."""
+    save_total_limit: int
+    """Checkpoints kept while training; all go when the stage has succeeded."""
+
+
+@dataclass(frozen=True)
+class EvaluationParams:
+    """What `helm-eval` measures."""
+
+    vqa_questions: int | None
+    """Validation questions for VQA accuracy, the first of the split; null is all."""
+    helm_instances: int
+    """Instances of HELM's `vqa` run."""
+    helm_threads: int
+    """HELM's request threads; one worker answers them in batches."""
+    punkt_tab: Punkt
+    """nltk data for HELM's metrics: `bundled` (in this repo, offline) or `installed` (nltk's own, downloaded)."""
+    batch_size: int
+    """Questions answered at once."""
+    max_new_tokens: int
+    """Longest answer, in tokens."""
+
+
+@dataclass(frozen=True)
+class TrackingParams:
+    """MLflow."""
+
+    experiment: str
+    """Name of the MLflow experiment."""
+    max_artifact_mib: int
+    """Larger files are logged by reference (path, size, hash) and not copied."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """All of `params.yaml`."""
+
+    seed: int
+    data: DataParams
+    vision: VisionParams
+    language: LanguageParams
+    prompt: PromptParams
+    train: TrainParams
+    evaluation: EvaluationParams
+    tracking: TrackingParams
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain nested values, as in the file."""
+        return _plain(self)
+
+    def flat(self) -> dict[str, Any]:
+        """Return `{"train.learning_rate": 0.001, ...}` in the file's order."""
+        return dict(_flatten(self.as_dict(), ""))
+
+    def hash(self) -> str:
+        """Return the hash that names these parameters; where a run is tracked does not change what it is."""
+        return hash_json({key: value for key, value in self.as_dict().items() if key != "tracking"})
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and validate a parameter file.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown, missing or of the wrong type, or a combination
+            is impossible; the message holds the key's full name.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Run from the project's root folder.") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}. Mend the line it names.") from error
+    return parse_params(values, str(path))
+
+
+def parse_params(values: Any, name: str = "params.yaml") -> Params:
+    """Validate nested plain values as `load_params` does; `name` stands in error messages."""
+    try:
+        params = _build(Params, values, "")
+        _check(params)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return params
+
+
+def _build(kind: type, values: Any, key: str) -> Any:
+    """Turn a mapping into dataclass `kind`; `key` is its full name."""
+    if not isinstance(values, dict):
+        raise UserError(f"{key or 'the file'} must be a mapping, not {values!r}. Compare with presets/small.yaml.")
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for unknown in values.keys() - set(names):
+        raise UserError(f"unknown key {_join(key, unknown)}. Known here: {', '.join(names)}.")
+    for missing in (name for name in names if name not in values):
+        raise UserError(f"missing key {_join(key, missing)}. Every key is required; compare with presets/small.yaml.")
+    return kind(**{name: _convert(hints[name], values[name], _join(key, name)) for name in names})
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """Check one value against its type; enums and nested dataclasses are built."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (option for option in hint.__args__ if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key)
+    if issubclass(hint, Enum):
+        allowed = [option.value for option in hint]
+        if value not in allowed:
+            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}.")
+        return hint(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        # YAML 1.1 reads 1e-5 as text: the most common wrong type deserves its own words.
+        hint_text = " Write numbers with a point: 1.0e-5." if hint is float and isinstance(value, str) else ""
+        raise UserError(f"{key} is {value!r} ({type(value).__name__}); it must be {hint.__name__}.{hint_text}")
+    return value
+
+
+def _check(params: Params) -> None:
+    _check_ranges(params)
+    _check_models(params)
+    _check_train(params.train)
+
+
+def _check_ranges(params: Params) -> None:
+    """Refuse numbers that no run can mean."""
+    flat = params.flat()
+    positive = (
+        "data.max_image_pixels vision.num_patches vision.visual_embed_dim vision.batch_size prompt.text_length "
+        "train.batch_size train.gradient_accumulation_steps train.learning_rate train.max_grad_norm "
+        "train.num_train_epochs train.logging_steps train.save_steps train.save_total_limit evaluation.helm_instances "
+        "evaluation.helm_threads evaluation.batch_size evaluation.max_new_tokens"
+    ).split()
+    for key in (*positive, "evaluation.vqa_questions"):
+        if flat[key] is not None and not flat[key] > 0:
+            raise UserError(f"{key} is {flat[key]}; it must be above 0.")
+    for key in ("seed", "train.weight_decay", "tracking.max_artifact_mib"):
+        if flat[key] < 0:
+            raise UserError(f"{key} is {flat[key]}; it must not be negative.")
+    for key in ("train.dropout", "train.warmup_ratio"):
+        if not 0 <= flat[key] < 1:
+            raise UserError(f"{key} is {flat[key]}; it must be at least 0 and below 1.")
+    for key in ("data.train.image_name", "data.val.image_name"):
+        try:
+            flat[key].format(image_id=1)
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(
+                f"{key} is {flat[key]!r}; it must be a format string of image_id, such as "
+                "COCO_train2014_{image_id:012d}.jpg."
+            ) from error
+
+
+def _check_models(params: Params) -> None:
+    """Refuse towers that could not be loaded the same way next month."""
+    for key, model, revision, own in (
+        ("vision", params.vision.model, params.vision.revision, "small"),
+        ("language", params.language.model, params.language.revision, "random"),
+    ):
+        from_hub = model != own and not is_local(model)
+        if from_hub and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+            raise UserError(
+                f"{key}.revision is {revision!r}; {key}.model {model!r} comes from the hub (no such local folder), and a "
+                "hub model is pinned by its commit of 40 hex digits."
+            )
+        if not from_hub and revision is not None:
+            raise UserError(f"{key}.revision is {revision!r}; it must be null: {key}.model {model!r} has no revisions.")
+    random = params.language.model == "random"
+    for name in ("vocab_size", "config"):
+        if (getattr(params.language, name) is not None) != random:
+            raise UserError(f"language.{name} must {'be given' if random else 'be null'}: language.model is "
+                            f"{params.language.model!r}.")  # fmt: skip
+    if params.vision.compute_dtype is Dtype.FLOAT16:
+        raise UserError("vision.compute_dtype is float16; use float32 or bfloat16: DINOv2 overflows in float16.")
+
+
+def is_local(model: str) -> bool:
+    """Tell a local folder from a hub id: it exists, or it is written as a path."""
+    return Path(model).is_dir() or model.startswith(("/", "./", "../", "~"))
+
+
+def _check_train(train: TrainParams) -> None:
+    """Refuse what the installed libraries would drop without a word, or what is known to train wrongly."""
+    if train.weights_dtype is not Dtype.FLOAT32:
+        raise UserError(
+            f"train.weights_dtype is {train.weights_dtype.value}; it must be float32. With plain rounding in 16 bits most "
+            "updates are smaller than the spacing of the weights and are lost. Set train.compute_dtype: bfloat16 to compute "
+            "in 16 bits over float32 weights."
+        )
+    if train.compute_dtype is Dtype.FLOAT16:
+        raise UserError("train.compute_dtype is float16; use bfloat16 or float32: Gemma 2 overflows in float16.")
+    if not train.block_wise:
+        raise UserError("train.block_wise is false; it must be true: bitsandbytes has no other 8-bit mode any more.")
+    if not 0 <= train.percentile_clipping <= 100:
+        raise UserError(f"train.percentile_clipping is {train.percentile_clipping}; it must be 0..100 (0, 100: off).")
+    if train.percentile_clipping not in (0, 100) and train.optimizer is not Optimizer.ADAMW_BNB_8BIT:
+        raise UserError(
+            f"train.percentile_clipping is {train.percentile_clipping}, which belongs to train.optimizer adamw_bnb_8bit; "
+            f"set it to 100 (off) for {train.optimizer.value}."
+        )
+    if not re.fullmatch(r"[a-z0-9-]+", train.launch):
+        raise UserError(f"train.launch is {train.launch!r}; it must name a file launch/NAME.yaml.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return value
+
+
+def _flatten(values: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _join(key: str, name: object) -> str:
+    return f"{key}.{name}" if key else str(name)

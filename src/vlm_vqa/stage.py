@@ -1,0 +1,75 @@
+"""How every stage starts and ends: logging, one clear message for what a person can mend, exit codes."""
+
+import errno
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+from vlm_vqa.errors import UserError
+
+EXIT_USER_ERROR = 2
+# As shells report it: 128 + SIGTERM.
+EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+_DISK_REMEDIES = {
+    errno.ENOSPC: "the disk is full. Free some space, then run `dvc repro` again: finished stages are kept.",
+    errno.EDQUOT: "the disk quota is used up. Free some space, then run `dvc repro` again: finished stages are kept.",
+    errno.EROFS: "the file system is read-only. Mount it writable or work elsewhere, then run `dvc repro` again.",
+    errno.EACCES: "permission was denied. Make the path writable, then run `dvc repro` again.",
+}
+
+
+def run(name: str, main: Callable[[], None]) -> None:
+    """Run a stage's `main` and leave the process with its exit code.
+
+    Exit codes: 0 done, 2 a mistake of the user's (`UserError`, or a disk that is full or read-only), 130 Ctrl-C,
+    143 SIGTERM. Any other exception keeps its traceback and ends with 1.
+    """
+    logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr, force=True)
+    # Libraries that log every request or every op would bury the stage's own lines.
+    for noisy in ("httpx", "datasets", "alembic", "mlflow", "accelerate", "torch", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        main()
+    except UserError as error:
+        _fail(name, str(error), EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        _fail(name, "interrupted. Run `dvc repro` again to go on.", EXIT_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - sorted into what a person can mend and what is a bug
+        remedy = disk_remedy(error)
+        if remedy is None:
+            raise
+        _fail(name, remedy, EXIT_USER_ERROR)
+
+
+def disk_remedy(error: BaseException) -> str | None:
+    """Say in one sentence what a failing disk needs, or None when `error` is about something else.
+
+    Libraries wrap the system's error (safetensors and torch turn it into exceptions of their own), so the
+    chain of causes and the message's text are searched as well.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _DISK_REMEDIES:
+            path = seen.filename if seen.filename is not None else "while writing"
+            return f"{path}: {_DISK_REMEDIES[seen.errno]}"
+        seen = seen.__cause__ or seen.__context__
+    text = "".join(traceback.format_exception_only(error))
+    for code, words in ((errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")):
+        if words in text:
+            return f"{text.strip()}: {_DISK_REMEDIES[code]}"
+    return None
+
+
+def _fail(name: str, message: str, code: int) -> None:
+    print(f"{name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    # SystemExit unwinds: files are closed, child processes ended, the MLflow run marked.
+    sys.exit(EXIT_TERMINATED)

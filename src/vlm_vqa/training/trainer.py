@@ -1,0 +1,128 @@
+"""The HF Trainer, set up from `params.yaml`."""
+
+import csv
+import logging
+import math
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.model.vlm import VlmForTraining
+from vlm_vqa.params import Dtype, TrainParams
+from vlm_vqa.training import checkpoints
+from vlm_vqa.training.dataset import Collator, ImageOrderSampler, QuestionDataset
+from vlm_vqa.training.optimizer import optimizer_class
+
+log = logging.getLogger(__name__)
+
+CURVE_COLUMNS = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+
+
+def training_arguments(train: TrainParams, seed: int, output_dir: Path, *, use_cpu: bool) -> TrainingArguments:
+    """Translate `params.train`; names that transformers has changed keep their meaning."""
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        use_cpu=use_cpu,
+        seed=seed,
+        data_seed=seed,
+        bf16=train.compute_dtype is Dtype.BFLOAT16,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        num_train_epochs=train.num_train_epochs,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        optim=train.optimizer.value,
+        lr_scheduler_type=train.lr_scheduler_type.value,
+        # warmup_ratio is gone; a number below 1 here is the ratio.
+        warmup_steps=train.warmup_ratio,
+        max_grad_norm=train.max_grad_norm,
+        gradient_checkpointing=train.gradient_checkpointing,
+        logging_steps=train.logging_steps,
+        logging_first_step=True,
+        save_strategy=SaveStrategy.STEPS,
+        save_steps=train.save_steps,
+        save_total_limit=train.save_total_limit,
+        # The batches are ready-made tensors, and MLflow is spoken to by our own callback.
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=False,
+    )
+
+
+class VqaTrainer(Trainer):
+    """The Trainer with our batches: questions of an image stand together, in an order of seed and epoch."""
+
+    def __init__(self, model: VlmForTraining, args: TrainingArguments, train: TrainParams, data: QuestionDataset,
+                 collator: Collator, callbacks: list[TrainerCallback]):  # fmt: skip
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=data,
+            data_collator=collator,
+            optimizer_cls_and_kwargs=optimizer_class(train, model),
+            callbacks=callbacks,
+        )
+        assert self.model_accepts_loss_kwargs, "the loss must be divided by the step's tokens, not by its batches"
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return batches of exactly `train.batch_size` questions."""
+        sampler = ImageOrderSampler(self.train_dataset.image_ids, self.args.train_batch_size, self.args.data_seed)
+        return self.accelerator.prepare(
+            DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+        )
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        checkpoints.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+
+class ProgressCallback(TrainerCallback):
+    """Sends every logged step to `log_metrics`, with throughput and memory, and stops at a loss that is not a number."""
+
+    def __init__(self, log_metrics: Callable[[dict[str, float], int], None], questions_per_step: int):
+        self.log_metrics = log_metrics
+        self.questions_per_step = questions_per_step
+        self.last: tuple[float, int] | None = None
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.last is None:
+            self.last = (time.perf_counter(), state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if not logs or "loss" not in logs:
+            return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(float(logs.get(name, 0))):
+                raise UserError(
+                    f"step {state.global_step}: {name} is {logs[name]}. Lower train.learning_rate or train.max_grad_norm; the "
+                    f"checkpoints before this step are in {args.output_dir}."
+                )
+        now, (before, step) = time.perf_counter(), self.last
+        self.last = (now, state.global_step)
+        speed = (state.global_step - step) * self.questions_per_step / max(now - before, 1e-9)
+        extra = {"questions_per_second": speed, "peak_memory_gib": peak_memory_gib()}
+        self.log_metrics({**{name: float(value) for name, value in logs.items()}, **extra}, state.global_step)
+
+
+def peak_memory_gib() -> float:
+    """Return the most memory this process has held: of the GPU where there is one, else resident on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Linux counts KiB here.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def write_curve(history: list[dict[str, Any]], path: Path) -> None:
+    """Write the logged steps as CSV: step, epoch, loss, grad_norm, learning_rate. Wall-clock figures stay out of it."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, CURVE_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(entry for entry in history if "loss" in entry)

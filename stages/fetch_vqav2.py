@@ -1,0 +1,21 @@
+"""Stage fetch-vqav2: questions, answers and images from `data.source`, checked, as Parquet in data/records."""
+
+import logging
+
+from vlm_vqa.data.fetch import fetch
+from vlm_vqa.params import load_params
+from vlm_vqa.stage import run
+
+RECORDS = "data/records"
+
+
+def main() -> None:
+    """Read `params.yaml`, write `data/records`."""
+    manifest = fetch(load_params("params.yaml").data, RECORDS)
+    for split, counts in manifest["splits"].items():
+        logging.info("%s: %d questions on %d images", split, counts["questions"], counts["images"])
+    logging.info("%d images in %s, data hash %s", manifest["images"], RECORDS, manifest["data_hash"])
+
+
+if __name__ == "__main__":
+    run("fetch-vqav2", main)

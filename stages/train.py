@@ -1,0 +1,110 @@
+"""Stage train: fine-tune Gemma 2 and the projector on stored image features.
+
+Reads data/records and data/features; writes models/trained, reports/train.json and reports/train_curve.csv.
+Started by `accelerate launch --config_file launch/NAME.yaml stages/train.py`.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+from vlm_vqa import stage, tracking
+from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.records import load_questions, read_manifest
+from vlm_vqa.hashing import code_hash, write_json
+from vlm_vqa.model.encoder import load_encoder
+from vlm_vqa.model.layout import TokenLayout
+from vlm_vqa.model.vlm import build_processor, hash_weights, initial_model, load_tokenizer, set_dropout, trained_state
+from vlm_vqa.params import Params, load_params
+from vlm_vqa.training import checkpoints, launch
+from vlm_vqa.training.dataset import Collator, QuestionDataset
+from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, peak_memory_gib, training_arguments, write_curve
+
+RECORDS, FEATURES, TRAINED, REPORTS = Path("data/records"), Path("data/features"), Path("models/trained"), Path("reports")
+
+
+def main() -> None:
+    params = load_params("params.yaml")
+    facts = launch.start(params.train.launch)
+    manifest = read_manifest(RECORDS)
+    encoder = load_encoder(params.vision, device="cpu")
+    features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"]})
+    made_of = {
+        "params_hash": params.hash(),
+        "data_hash": manifest["data_hash"],
+        "encoder_hash": encoder.hash,
+        "code_hash": code_hash(),
+    }
+    key = checkpoints.checkpoint_key(made_of)
+    folder = checkpoints.ROOT / key
+
+    data, layout, processor = prepare(params, encoder)
+    model = initial_model(params.language, encoder.model.config, processor, params.seed)
+    set_dropout(model, params.train.dropout)
+    last = checkpoints.latest(folder)
+    logging.info("launch %s: %s", params.train.launch, ", ".join(f"{name} {value}" for name, value in facts.items()))
+    logging.info("%d questions; %s", len(data), f"going on from {last}" if last else "from the start")
+
+    with tracking.training_run(params, key=key, tags=made_of | {f"launch_{k}": str(v) for k, v in facts.items()}) as run:
+        arguments = training_arguments(params.train, params.seed, folder, use_cpu=facts["device"] == "cpu")
+        per_step = params.train.batch_size * params.train.gradient_accumulation_steps * facts["num_processes"]
+        callback = ProgressCallback(run.log_metrics, per_step)
+        trainer = VqaTrainer(model, arguments, params.train, data, Collator(layout, features), [callback])
+        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        made_of["weights_hash"] = save(trainer, processor, made_of)
+        report(trainer, data)
+        run.log_metrics({"train_loss": result.training_loss, "train_minutes": result.metrics["train_runtime"] / 60,
+                         "train_questions_per_second": result.metrics["train_samples_per_second"],
+                         "peak_memory_gib": peak_memory_gib()}, trainer.state.global_step)  # fmt: skip
+        run.log_weights(TRAINED, made_of["weights_hash"])
+        run.log_artifact(REPORTS / "train.json", "reports")
+        run.log_artifact(REPORTS / "train_curve.csv", "reports")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare(params: Params, encoder) -> tuple[QuestionDataset, TokenLayout, object]:
+    """Load the training questions, and build tokenizer, processor and layout for them."""
+    records = load_questions(RECORDS, "train")
+    texts = [params.prompt.instruction, *records["question"], *records["multiple_choice_answer"]]
+    processor = build_processor(
+        encoder.processor_for_export(), load_tokenizer(params.language, texts), params.vision.num_patches
+    )
+    layout = TokenLayout(
+        processor.tokenizer,
+        mask=params.prompt.mask,
+        instruction=params.prompt.instruction,
+        num_patches=params.vision.num_patches,
+        text_length=params.prompt.text_length,
+        image_token_id=processor.image_token_id,
+    )
+    return QuestionDataset(records, layout, params.prompt.too_long), layout, processor
+
+
+def save(trainer: VqaTrainer, processor, made_of: dict[str, str]) -> str:
+    """Write the trained weights, the processor and what they were made of; return the weights' hash."""
+    weights_hash = hash_weights(trained_state(trainer.model))
+    trainer.model.save_pretrained(TRAINED)
+    processor.save_pretrained(TRAINED)
+    write_json(TRAINED / "training.json", {**made_of, "weights_hash": weights_hash})
+    return weights_hash
+
+
+def report(trainer: VqaTrainer, data: QuestionDataset) -> None:
+    """Write what DVC tracks: only figures that a second run repeats exactly."""
+    REPORTS.mkdir(exist_ok=True)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    write_json(
+        REPORTS / "train.json",
+        {
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "steps": trainer.state.global_step,
+            "questions": len(data),
+            "dropped_questions": data.dropped,
+        },
+    )
+    write_curve(trainer.state.log_history, REPORTS / "train_curve.csv")
+
+
+if __name__ == "__main__":
+    stage.run("train", main)

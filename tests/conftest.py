@@ -1,0 +1,70 @@
+"""Fixtures that several areas share: a tiny data set in VQAv2's official layout, and the real sample."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+REPO = Path(__file__).parents[1]
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (220, 200, 40)}
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Return the folder of real data that is not part of the project, or skip."""
+    folder = Path(os.environ.get("VLM_VQA_SHARED_DATA", REPO.parent / "shared" / "data"))
+    if not (folder / "vqav2-sample").is_dir():
+        pytest.skip(f"the real VQAv2 sample is not in {folder}; name its folder in VLM_VQA_SHARED_DATA")
+    return folder
+
+
+@pytest.fixture
+def vqav2_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a tiny data set under VQAv2's official names and returns its folder."""
+
+    def write(
+        name: str = "vqav2", train_images: int = 4, val_images: int = 2, size: tuple[int, int] = (32, 24)
+    ) -> Path:
+        folder = tmp_path / name
+        # Not in ascending order of ids, like the official files.
+        _write_split(folder, "train", [9 + 16 * index for index in reversed(range(train_images))], size)
+        _write_split(folder, "val", [1042 + 31 * index for index in reversed(range(val_images))], size)
+        return folder
+
+    return write
+
+
+def _write_split(folder: Path, split: str, image_ids: list[int], size: tuple[int, int]) -> None:
+    """Write one image of a plain colour and three questions about it for every id."""
+    images = folder / f"{split}2014"
+    images.mkdir(parents=True)
+    questions, annotations = [], []
+    for image_id in image_ids:
+        colour = random.Random(image_id).choice(sorted(COLOURS))
+        Image.new("RGB", size, COLOURS[colour]).save(images / f"COCO_{split}2014_{image_id:012d}.jpg", quality=95)
+        for place, (question, question_type, answer_type, answer) in enumerate(
+            (
+                ("What color is the picture?", "what color is the", "other", colour),
+                ("Is the picture red?", "is the", "yes/no", "yes" if colour == "red" else "no"),
+                ("How many colors are there?", "how many", "number", "1"),
+            )
+        ):
+            ids = {"question_id": image_id * 1000 + place, "image_id": image_id}
+            questions.append({**ids, "question": question})
+            # Nine agree, one does not, as people do.
+            answers = [
+                {"answer": answer if number < 10 else "maybe", "answer_confidence": "yes", "answer_id": number}
+                for number in range(1, 11)
+            ]
+            kinds = {"question_type": question_type, "answer_type": answer_type, "multiple_choice_answer": answer}
+            annotations.append({**ids, **kinds, "answers": answers})
+    _write_json(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json", {"questions": questions})
+    _write_json(folder / f"v2_mscoco_{split}2014_annotations.json", {"annotations": annotations})
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")

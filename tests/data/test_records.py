@@ -1,0 +1,187 @@
+"""The stored records: what is written is what is read, by us and by plain `datasets`, and damage is named."""
+
+import json
+import struct
+import zlib
+from functools import partial
+from io import BytesIO
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vlm_vqa.data import fetch as fetching
+from vlm_vqa.data import records
+from vlm_vqa.errors import UserError
+
+PIXELS = 1_000_000
+
+
+@pytest.fixture
+def stored(vqav2_folder, directory_params, tmp_path, monkeypatch):
+    """(official folder, records folder): 5 + 2 images, 2 a row group, and more than one shard."""
+    monkeypatch.setattr(fetching, "_IMAGES_PER_GROUP", 2)
+    monkeypatch.setattr(fetching, "_BYTES_PER_SHARD", 2500)
+    source = vqav2_folder(train_images=5)
+    fetching.fetch(directory_params(source), tmp_path / "records")
+    return source, tmp_path / "records"
+
+
+def read(folder, kind, split):
+    name = {
+        "questions": "v2_OpenEnded_mscoco_{}2014_questions.json",
+        "annotations": "v2_mscoco_{}2014_annotations.json",
+    }
+    return json.loads((folder / name[kind].format(split)).read_text())[kind]
+
+
+@pytest.mark.parametrize("split", records.SPLITS)
+def test_questions_keep_the_order_and_all_answers_of_their_file(stored, split):
+    source, folder = stored
+    loaded = records.load_questions(folder, split)
+    assert loaded.features == records.QUESTION_FEATURES
+    questions, annotations = read(source, "questions", split), read(source, "annotations", split)
+    assert [row["question"] for row in questions] == loaded["question"]
+    for question, annotation, row in zip(questions, annotations, loaded, strict=True):
+        assert row["question_id"] == question["question_id"] and row["image_id"] == question["image_id"]
+        assert row["answers"] == [answer["answer"] for answer in annotation["answers"]]
+        assert row["answer_confidences"] == ["yes"] * 10
+        for key in ("question_type", "answer_type", "multiple_choice_answer"):
+            assert row[key] == annotation[key]
+
+
+def test_images_come_once_by_ascending_id_as_the_bytes_they_were(stored):
+    source, folder = stored
+    images = list(records.iter_images(folder))
+    ids = sorted({row["image_id"] for split in records.SPLITS for row in read(source, "questions", split)})
+    assert [image.image_id for image in images] == ids
+    assert records.count_images(folder) == len(ids) == 7
+    for image in images:
+        (path,) = source.glob(f"*2014/{image.file_name}")
+        assert image.data == path.read_bytes()
+
+
+def test_images_are_stored_in_small_groups_and_several_files(stored):
+    shards = sorted(stored[1].glob("images-*.parquet"))
+    assert [path.name for path in shards] == [records.image_shard(index, len(shards)) for index in range(len(shards))]
+    assert len(shards) > 1
+    for path in shards:
+        metadata = pq.read_metadata(path)
+        assert all(metadata.row_group(group).num_rows <= 2 for group in range(metadata.num_row_groups))
+
+
+def test_plain_datasets_reads_the_files(stored, tmp_path):
+    _, folder = stored
+    load = partial(datasets.load_dataset, "parquet", split="train", cache_dir=str(tmp_path / "cache"))
+    train = load(data_files=str(folder / "questions-train.parquet"))
+    assert train.features == records.QUESTION_FEATURES
+    assert train.to_list() == records.load_questions(folder, "train").to_list()
+    images = load(data_files=sorted(map(str, folder.glob("images-*.parquet"))))
+    assert images.features == records.IMAGE_FEATURES
+    for row, image in zip(images, records.iter_images(folder), strict=True):
+        assert row["image"].size == (row["width"], row["height"]) == (32, 24)
+        ours = records.open_image(image.data, image.file_name, PIXELS)
+        assert np.array_equal(np.asarray(row["image"]), np.asarray(ours))
+
+
+def encode(image, kind):
+    buffer = BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "JPEG"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"), ("LA", "PNG"),
+     ("RGBA", "PNG"), ("RGB", "WEBP"), ("L", "BMP")],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [(1, 1), (7, 501), (640, 3)])
+def test_every_usual_kind_of_image_becomes_rgb(mode, kind, size):
+    opened = records.open_image(encode(Image.new("RGB", size, (255, 255, 255)).convert(mode), kind), "x", PIXELS)
+    assert opened.mode == "RGB" and opened.size == size
+    assert np.asarray(opened).min() >= 245
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9])
+def test_an_image_cut_short_is_refused(kind, share):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    data = encode(noise, kind)
+    with pytest.raises(UserError, match="folder/a.jpg: not a readable image.*intact copy"):
+        records.open_image(data[: int(len(data) * share)], "folder/a.jpg", PIXELS)
+
+
+def huge_png(width, height):
+    """A PNG that claims a size and has no pixels: only a check before decoding can name the size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
+def test_size_is_bounded_before_decoding():
+    with pytest.raises(UserError, match=r"a.png: 1001 x 1000 is more than data.max_image_pixels \(1000000\)"):
+        records.open_image(huge_png(1001, 1000), "a.png", PIXELS)
+    # Above its own bound Pillow refuses even to open.
+    with pytest.raises(UserError, match="a.png: more pixels than Pillow decodes"):
+        records.open_image(huge_png(60_000, 60_000), "a.png", PIXELS)
+
+
+def test_the_bound_itself_is_allowed():
+    assert records.open_image(encode(Image.new("RGB", (1000, 1000)), "PNG"), "a.png", PIXELS).size == (1000, 1000)
+
+
+def test_deep_images_are_refused_instead_of_clipped_to_white():
+    deep = Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16))
+    with pytest.raises(UserError, match="a.png: more than 8 bits a channel"):
+        records.open_image(encode(deep, "PNG"), "a.png", PIXELS)
+
+
+def test_formats_that_start_programs_are_refused():
+    with pytest.raises(UserError, match="a.jpg: not a readable image"):
+        records.open_image(encode(Image.new("RGB", (4, 4)), "EPS"), "a.jpg", PIXELS)
+
+
+def test_a_missing_shard_is_named(stored):
+    _, folder = stored
+    sorted(folder.glob("images-*.parquet"))[-1].unlink()
+    for read_images in (records.count_images, lambda folder: list(records.iter_images(folder))):
+        with pytest.raises(UserError, match="not complete.*fetch-vqav2"):
+            read_images(folder)
+
+
+@pytest.mark.parametrize("name", ["questions-train.parquet", "images-00000-of-"])
+def test_damaged_parquet_is_named(stored, name):
+    _, folder = stored
+    (path,) = (path for path in folder.iterdir() if path.name.startswith(name))
+    data = path.read_bytes()
+    # Once cut in half, once whole but with its first pages overwritten.
+    for damaged in (data[: len(data) // 2], b"PAR1" + b"\xff" * (len(data) // 2) + data[4 + len(data) // 2 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name}.*fetch-vqav2"):
+            records.load_questions(folder, "train") if "questions" in name else list(records.iter_images(folder))
+
+
+def test_other_columns_are_refused(stored):
+    _, folder = stored
+    pq.write_table(pa.table({"question_id": [1]}), folder / "questions-val.parquet")
+    with pytest.raises(UserError, match="questions-val.parquet: columns are not those of the records"):
+        records.load_questions(folder, "val")
+
+
+def test_missing_records_say_which_stage_makes_them(tmp_path):
+    for read_it in (records.read_manifest, records.count_images, lambda folder: records.load_questions(folder, "val")):
+        with pytest.raises(UserError, match="dvc repro fetch-vqav2"):
+            read_it(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"schema_version": 999}'])
+def test_another_manifest_is_refused(stored, content):
+    _, folder = stored
+    (folder / records.MANIFEST).write_text(content)
+    with pytest.raises(UserError, match="manifest.json.*fetch-vqav2"):
+        records.read_manifest(folder)

@@ -1,0 +1,146 @@
+"""Tiny records and a model made of paper: red and blue pictures, and an answerer that looks at their colour."""
+
+import io
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from vlm_vqa.data.feature_store import FeatureStoreWriter
+from vlm_vqa.data.records import IMAGE_FEATURES, QUESTION_FEATURES, iter_images, open_image
+from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION
+
+ROOT = Path(__file__).parents[2]
+
+FAKE_ANSWERER = f'''
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from vlm_vqa.errors import UserError
+
+
+class Fake:
+    """Answers "red" or "blue" by the pixels; `model.json` in its folder can change what it does."""
+
+    def __init__(self, folder):
+        facts = json.loads((Path(folder) / "model.json").read_text())
+        self.weights_hash = facts.get("weights_hash", "w" * 64)
+        self.mask = "image-prefix"
+        self.instruction = facts.get("instruction", {HELM_INSTRUCTION!r})
+        self.red = facts.get("red", "red")
+        self.fails = facts.get("fails")
+        self.encoded = self.loads = 0
+
+    def encode(self, images):
+        self.encoded += len(images)
+        return np.array([np.asarray(image, dtype=np.float32).mean((0, 1)) for image in images])
+
+    def answer_features(self, questions, features):
+        if self.fails:
+            raise RuntimeError(self.fails)
+        features = np.asarray(features, dtype=np.float32).reshape(len(questions), -1)
+        return [self.red if row[0] > row[2] else "blue" for row in features]
+
+
+def load(folder, max_new_tokens=10):
+    if not (Path(folder) / "model.json").exists():
+        raise UserError(f"{{folder}}: no export there.")
+    return Fake(folder)
+'''
+
+
+def _picture(red: bool) -> bytes:
+    """A JPEG of 16 x 16 pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (220, 10, 10) if red else (10, 10, 220)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def question_rows(images: int, first_id: int) -> list[dict]:
+    """Two questions an image, even images are red; the second question's humans do not agree."""
+    rows = []
+    for image in range(images):
+        colour = "red" if image % 2 == 0 else "blue"
+        for number, (kind, question) in enumerate((("other", "what colour?"), ("yes/no", "is it red?"))):
+            answer = colour if kind == "other" else ("yes" if colour == "red" else "no")
+            answers = [answer] * 10 if number == 0 else [answer] * 6 + [colour] * 4
+            rows.append(
+                {
+                    "question_id": first_id + 10 * image + number,
+                    "image_id": first_id + image,
+                    "question": question,
+                    "question_type": question.split()[0],
+                    "answer_type": kind,
+                    "multiple_choice_answer": answer,
+                    "answers": answers,
+                    "answer_confidences": ["yes"] * 10,
+                }
+            )
+    return rows
+
+
+@pytest.fixture
+def picture():
+    return _picture
+
+
+@pytest.fixture
+def records(tmp_path) -> Path:
+    """`data/records` with 4 training and 8 validation images."""
+    folder = tmp_path / "data" / "records"
+    folder.mkdir(parents=True)
+    for split, images, first in (("train", 4, 100), ("val", 8, 500)):
+        questions = datasets.Dataset.from_list(question_rows(images, first), features=QUESTION_FEATURES)
+        questions.to_parquet(folder / f"questions-{split}.parquet")
+    ids = [(100 + image, image % 2 == 0) for image in range(4)] + [(500 + image, image % 2 == 0) for image in range(8)]
+    rows = [
+        {"image_id": image_id, "file_name": f"{image_id}.jpg", "width": 16, "height": 16, "sha256": "",
+         "image": {"bytes": _picture(red), "path": None}}
+        for image_id, red in ids
+    ]  # fmt: skip
+    datasets.Dataset.from_list(rows, features=IMAGE_FEATURES).to_parquet(folder / "images-00000-of-00001.parquet")
+    (folder / "manifest.json").write_text('{"schema_version": 1, "data_hash": "d"}')
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A working directory with this project's HELM files, whose deployment loads the fake answerer."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "fake_answerer.py").write_text(FAKE_ANSWERER)
+    (tmp_path / "models" / "export").mkdir(parents=True)
+    (tmp_path / "models" / "export" / "model.json").write_text("{}")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    config = tmp_path / "evaluation" / "helm"
+    config.mkdir(parents=True)
+    for name in ("model_metadata.yaml", "run_entries.conf", "schema.yaml"):
+        shutil.copy(ROOT / "evaluation" / "helm" / name, config)
+    shutil.copytree(ROOT / "evaluation" / "helm" / "nltk_data", config / "nltk_data")
+    deployments = yaml.safe_load((ROOT / "evaluation" / "helm" / "model_deployments.yaml").read_text())
+    deployments["model_deployments"][0]["client_spec"]["args"]["answerer"] = "fake_answerer:load"
+    (config / "model_deployments.yaml").write_text(yaml.safe_dump(deployments))
+    return tmp_path
+
+
+@pytest.fixture
+def features(records) -> Path:
+    """`data/features` that the fake answerer reads: an image's mean colour, as one token of width 3."""
+    folder = records.parent / "features"
+    made_by = {"encoder_hash": "e", "data_hash": "d"}
+    with FeatureStoreWriter(
+        folder, images=12, num_tokens=1, width=3, dtype=torch.float32, made_by=made_by
+    ) as writer:
+        for record in iter_images(records):
+            pixels = np.asarray(open_image(record.data, record.file_name, 10_000), dtype=np.float32)
+            writer.add([record.image_id], torch.tensor(pixels.mean((0, 1)))[None, None])
+    return folder

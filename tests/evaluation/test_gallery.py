@@ -1,0 +1,52 @@
+"""The gallery shows right and wrong answers, the same ones for the same seed."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vlm_vqa.data.records import load_questions
+from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation.gallery import _choose, draw_gallery
+
+
+@pytest.fixture
+def predictions(records, tmp_path):
+    """Every third answer is wrong."""
+    rows = load_questions(records, "val").to_list()
+    columns = {name: [row[name] for row in rows] for name in ("image_id", "question", "answers")}
+    columns["prediction"] = ["costs $5 or $6" if at % 3 == 0 else row["answers"][0] for at, row in enumerate(rows)]
+    columns["score"] = [0.0 if at % 3 == 0 else 1.0 for at in range(len(rows))]
+    path = tmp_path / "predictions.parquet"
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_same_seed_same_bytes_and_another_seed_another_picture(records, predictions, tmp_path):
+    first, again, other = (
+        draw_gallery(records, predictions, tmp_path / "images" / f"{name}.png", right=3, wrong=2, seed=seed)
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert first.read_bytes() == again.read_bytes()
+    assert first.read_bytes() != other.read_bytes()
+    assert Image.open(first).width == 1100
+
+
+def test_right_and_wrong_ones_are_chosen_and_images_are_not_shown_twice(predictions):
+    rows = _choose(predictions, right=3, wrong=2, seed=0)
+    assert [row["score"] for row in rows] == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert len({row["image_id"] for row in rows}) == 5
+
+
+def test_fewer_wrong_answers_than_asked_for_are_no_error(predictions):
+    assert len(_choose(predictions, right=0, wrong=100, seed=0)) == 6
+
+
+def test_missing_predictions_and_images_are_named(records, predictions, tmp_path):
+    with pytest.raises(UserError, match="dvc repro helm-eval"):
+        draw_gallery(records, tmp_path / "no.parquet", tmp_path / "a.png")
+    table = pq.read_table(predictions)
+    ids = pa.array([999] * len(table), pa.int64())
+    pq.write_table(table.set_column(0, "image_id", ids), predictions)
+    with pytest.raises(UserError, match="no image 999"):
+        draw_gallery(records, predictions, tmp_path / "a.png")

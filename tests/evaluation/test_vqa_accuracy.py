@@ -1,0 +1,259 @@
+"""VQA accuracy: every rule of the official evaluator, and parity with an independent second implementation."""
+
+import functools
+import gzip
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation.vqa_accuracy import CONTRACTIONS, normalise, score_answer, vqa_accuracy
+
+SHARED = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+
+@pytest.mark.parametrize(("humans", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)])
+def test_score_is_the_mean_over_leave_one_out_sets_and_not_a_third_per_match(humans, score):
+    answers = ["cat"] * humans + ["dog"] * (10 - humans)
+    assert score_answer("cat", answers) == pytest.approx(score)
+
+
+def test_unanimous_answers_are_compared_raw():
+    assert score_answer("yes", ["yes"] * 10) == 1.0
+    assert score_answer("Yes", ["yes"] * 10) == 0.0
+    assert score_answer("yes.", ["yes"] * 10) == 0.0
+    assert score_answer("two", ["2"] * 10) == 0.0
+    assert score_answer(" yes\n", ["\tyes "] * 10) == 1.0
+
+
+def test_answers_that_differ_are_normalised():
+    assert score_answer("Yes", ["yes"] * 9 + ["no"]) == 1.0
+
+
+def test_whether_answers_differ_is_decided_before_normalising():
+    # All ten mean the same, two spellings: normalised, so all ten match.
+    assert score_answer("YES", ["yes"] * 5 + ["Yes"] * 5) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("t-shirt", "t shirt"),
+        ("t - shirt", "t shirt"),
+        ("t- shirt-s", "t shirts"),  # one blank beside the mark, anywhere, deletes all of that mark
+        ("black/white", "black white"),
+        ("a/b -c", "b c"),  # decided for each mark on its own
+        ("1,000", "1000"),
+        ("1,000 km/h", "1000 kmh"),  # a comma between digits deletes every mark
+        ("cat,dog", "cat dog"),
+        ("what?!", "what"),
+        ('"stop"', "stop"),
+        ("`x` [y] {z} (w) <v> a=b c+d e_f g@h i;j k\\l", "x y z w v b c d e f g h i j k l"),
+    ],
+)
+def test_punctuation(text, normal):
+    assert normalise(text) == normal
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"), [("p.m.", "pm"), ("2.5", "2.5"), (".5", ".5"), ("2.", "2"), ("a.5b", "a.5b"), ("3.b", "3b")]
+)
+def test_a_period_goes_unless_a_digit_follows(text, normal):
+    assert normalise(text) == normal
+
+
+def test_at_most_32_periods_go():
+    assert normalise("x" + "." * 40) == "x" + "." * 8
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [("none", "0"), ("zero", "0"), ("ten", "10"), ("Two dogs", "2 dogs"), ("eleven", "eleven"), ("none of", "0 of")],
+)
+def test_number_words(text, normal):
+    assert normalise(text) == normal
+
+
+def test_articles_go_and_blanks_are_joined():
+    assert normalise("The  cat on an\u00a0a mat") == "cat on mat"
+    assert normalise("the") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("dont", "don't"),
+        ("Dont", "don't"),
+        ("couldntve", "couldntve"),
+        ("couldnt've", "couldn't've"),
+        ("somebody'd", "somebodyd"),
+        ("somebodyd", "somebodyd"),
+        ("ive", "ive"),  # the official key is "Ive", words are lower-cased first
+        ("im", "im"),
+        ("its", "its"),
+    ],
+)
+def test_contractions(text, normal):
+    assert normalise(text) == normal
+
+
+def test_contractions_are_the_official_table_without_its_dead_and_idle_rows():
+    live = {key: value for key, value in OFFICIAL_CONTRACTIONS.items() if key == key.lower() and key != value}
+    assert CONTRACTIONS == live
+
+
+def test_results_must_cover_exactly_the_annotated_questions():
+    rows = [{"question_id": i, "answers": ["a"] * 10, "question_type": "t", "answer_type": "other"} for i in (1, 2)]
+    assert vqa_accuracy({1: "a", 2: "b"}, rows).overall == 0.5
+    with pytest.raises(UserError, match="no prediction for question 2"):
+        vqa_accuracy({1: "a"}, rows)
+    with pytest.raises(UserError, match="unknown question 3"):
+        vqa_accuracy({1: "a", 2: "a", 3: "a"}, rows)
+    with pytest.raises(UserError, match="twice"):
+        vqa_accuracy({1: "a"}, rows[:1] * 2)
+    with pytest.raises(UserError, match="no annotated question"):
+        vqa_accuracy({}, [])
+
+
+def test_scoring_leaves_the_ground_truth_as_it_was_and_repeats():
+    rows = [{"question_id": 1, "answers": ["Two."] * 5 + ["2"] * 5, "question_type": "t", "answer_type": "number"}]
+    first = vqa_accuracy({1: "two"}, rows)
+    assert rows[0]["answers"] == ["Two."] * 5 + ["2"] * 5
+    assert vqa_accuracy({1: "two"}, rows) == first
+    assert first.official() == {"overall": 100.0, "perQuestionType": {"t": 100.0}, "perAnswerType": {"number": 100.0}}
+
+
+def test_equals_the_reference_on_29761_real_questions():
+    folder = SHARED / "vqav2-text"
+    if not folder.is_dir():
+        pytest.skip(f"no real VQAv2 text at {folder} (set VLM_VQA_SHARED_DATA)")
+    with gzip.open(folder / "annotations.json.gz", "rt") as file:
+        annotations = json.load(file)["annotations"]
+    predictions = perturbed_predictions(annotations)
+    rows = [{**row, "answers": [answer["answer"] for answer in row["answers"]]} for row in annotations]
+    ours = vqa_accuracy(predictions, rows)
+    overall, per_question_type, per_answer_type, per_question = reference_accuracy(predictions, annotations)
+    assert len(rows) == 29_761
+    assert ours.per_question == per_question
+    assert ours.official() == {
+        "overall": overall,
+        "perQuestionType": per_question_type,
+        "perAnswerType": per_answer_type,
+    }
+    # The predictions must exercise both sides of the rules, or equality says little.
+    assert 0.2 < ours.overall < 0.8
+    assert len({round(score, 3) for score in per_question.values()}) >= 5
+
+
+def perturbed_predictions(annotations):
+    """Human answers of the same or of another question, with the marks, words and blanks that the rules are about."""
+    chance = random.Random(0)
+    marks = [";", "/", "-", ",", "?", "!", '"', "(", "@", ".", "'", " ", "\n", "\t", " a ", " the ", "1,0", ". "]
+    predictions = {}
+    for row in annotations:
+        source = row if chance.random() < 0.75 else chance.choice(annotations)
+        text = chance.choice(source["answers"])["answer"]
+        for _ in range(chance.choice([0, 0, 0, 1, 1, 2])):
+            at = chance.randrange(len(text) + 1)
+            text = text[:at] + chance.choice(marks) + text[at:]
+        text = chance.choice([text, text, text, text.upper(), text.title(), text.replace("'", ""), text + "." * 40])
+        predictions[row["question_id"]] = text
+    return predictions
+
+
+def reference_accuracy(predictions, annotations):
+    """The evaluator's structure step by step (GT-Vision-Lab/VQA, vqaEval.py), in Python 3, on copies.
+
+    Its regular expressions are kept as they stand; re.ASCII is what Python 2 did.
+    """
+    period = re.compile(r"(?!<=\d)(\.)(?!\d)", re.ASCII)
+    comma = re.compile(r"(\d)(\,)(\d)", re.ASCII)
+    scores, by_question_type, by_answer_type = {}, {}, {}
+    for row in annotations:
+        humans = [{"id": a["answer_id"], "answer": _reference_clean(a["answer"])} for a in row["answers"]]
+        guess = _reference_clean(predictions[row["question_id"]])
+        if len({human["answer"] for human in humans}) > 1:
+            for human in humans:
+                human["answer"] = _reference_words(_reference_marks(human["answer"], period, comma))
+            guess = _reference_words(_reference_marks(guess, period, comma))
+        terms = []
+        for one in humans:
+            others = [human for human in humans if human != one]
+            terms.append(min(1, float(len([human for human in others if human["answer"] == guess])) / 3))
+        score = float(sum(terms)) / len(terms)
+        scores[row["question_id"]] = score
+        by_question_type.setdefault(row["question_type"], []).append(score)
+        by_answer_type.setdefault(row["answer_type"], []).append(score)
+
+    def percent(values):
+        return round(100 * float(sum(values)) / len(values), 2)
+
+    return (
+        percent(list(scores.values())),
+        {name: percent(values) for name, values in by_question_type.items()},
+        {name: percent(values) for name, values in by_answer_type.items()},
+        scores,
+    )
+
+
+def _reference_clean(text):
+    text = text.replace("\n", " ")
+    text = text.replace("\t", " ")
+    return text.strip()
+
+
+@functools.cache
+def _reference_marks(text, period, comma):
+    out = text
+    marks = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]
+    for mark in marks:
+        if (mark + " " in text or " " + mark in text) or (re.search(comma, text) is not None):
+            out = out.replace(mark, "")
+        else:
+            out = out.replace(mark, " ")
+    return period.sub("", out, int(re.UNICODE))
+
+
+@functools.cache
+def _reference_words(text):
+    numbers = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
+    numbers |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+    out = []
+    for word in text.lower().split():
+        word = numbers.setdefault(word, word)
+        if word not in ["a", "an", "the"]:
+            out.append(word)
+    for at, word in enumerate(out):
+        if word in OFFICIAL_CONTRACTIONS:
+            out[at] = OFFICIAL_CONTRACTIONS[word]
+    return " ".join(out)
+
+
+# The table of the official evaluator, as data: spelling and what it becomes.
+OFFICIAL_CONTRACTIONS = dict(
+    pair.split("=")
+    for pair in """
+aint=ain't arent=aren't cant=can't couldve=could've couldnt=couldn't couldn'tve=couldn't've
+couldnt've=couldn't've didnt=didn't doesnt=doesn't dont=don't hadnt=hadn't hadnt've=hadn't've
+hadn'tve=hadn't've hasnt=hasn't havent=haven't hed=he'd hed've=he'd've he'dve=he'd've hes=he's howd=how'd
+howll=how'll hows=how's Id've=I'd've I'dve=I'd've Im=I'm Ive=I've isnt=isn't itd=it'd itd've=it'd've
+it'dve=it'd've itll=it'll let's=let's maam=ma'am mightnt=mightn't mightnt've=mightn't've mightn'tve=mightn't've
+mightve=might've mustnt=mustn't mustve=must've neednt=needn't notve=not've oclock=o'clock oughtnt=oughtn't
+ow's'at='ow's'at 'ows'at='ow's'at 'ow'sat='ow's'at shant=shan't shed've=she'd've she'dve=she'd've she's=she's
+shouldve=should've shouldnt=shouldn't shouldnt've=shouldn't've shouldn'tve=shouldn't've somebody'd=somebodyd
+somebodyd've=somebody'd've somebody'dve=somebody'd've somebodyll=somebody'll somebodys=somebody's
+someoned=someone'd someoned've=someone'd've someone'dve=someone'd've someonell=someone'll someones=someone's
+somethingd=something'd somethingd've=something'd've something'dve=something'd've somethingll=something'll
+thats=that's thered=there'd thered've=there'd've there'dve=there'd've therere=there're theres=there's
+theyd=they'd theyd've=they'd've they'dve=they'd've theyll=they'll theyre=they're theyve=they've twas='twas
+wasnt=wasn't wed've=we'd've we'dve=we'd've weve=we've werent=weren't whatll=what'll whatre=what're whats=what's
+whatve=what've whens=when's whered=where'd wheres=where's whereve=where've whod=who'd whod've=who'd've
+who'dve=who'd've wholl=who'll whos=who's whove=who've whyll=why'll whyre=why're whys=why's wont=won't
+wouldve=would've wouldnt=wouldn't wouldnt've=wouldn't've wouldn'tve=wouldn't've yall=y'all yall'll=y'all'll
+y'allll=y'all'll yall'd've=y'all'd've y'alld've=y'all'd've y'all'dve=y'all'd've youd=you'd youd've=you'd've
+you'dve=you'd've youll=you'll youre=you're youve=you've
+""".split()
+)

@@ -1,0 +1,42 @@
+"""A tiny model of the real classes, with the weights of one stock PaliGemma shared by all forms of it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, PaliGemmaForConditionalGeneration
+
+from vlm_vqa.model.layout import TokenLayout
+from vlm_vqa.model.vlm import VISION_PREFIX, build_processor, initial_model, train_tokenizer
+from vlm_vqa.params import LanguageConfig, LanguageParams, Mask
+
+INSTRUCTION = "Answer in one word."
+TEXTS = ["What color is the shape?", "Is there a red circle?", "How many dogs are there?", "yes", "no", INSTRUCTION]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Namespace: `stock`, `training` (same weights), `processor`, `encoder_config`, `layout(mask)`, `num_patches`."""
+    tokenizer = train_tokenizer(TEXTS, 300)
+    images = BitImageProcessor(size={"height": 28, "width": 28}, do_center_crop=False)
+    encoder_config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
+    )
+    num_patches = 5
+    processor = build_processor(images, tokenizer, num_patches)
+    shape = LanguageConfig(32, 64, 2, 4, 2, 8)
+    language = LanguageParams("random", None, 300, shape)
+    training = initial_model(language, encoder_config, processor, seed=1)
+    torch.nn.init.normal_(training.model.multi_modal_projector.linear.weight, std=0.3)
+    stock = PaliGemmaForConditionalGeneration._from_config(training.config, attn_implementation="eager")
+    tower = Dinov2Model(encoder_config)
+    state = training.state_dict() | {f"{VISION_PREFIX}{name}": value for name, value in tower.state_dict().items()}
+    stock.load_state_dict(state)
+    return SimpleNamespace(
+        stock=stock.eval(), training=training, processor=processor, encoder_config=encoder_config,
+        num_patches=num_patches, language=language,
+        layout=lambda mask: TokenLayout(
+            tokenizer, mask=Mask(mask), instruction=INSTRUCTION, num_patches=num_patches, text_length=64,
+            image_token_id=processor.image_token_id,
+        ),
+    )  # fmt: skip

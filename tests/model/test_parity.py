@@ -1,0 +1,100 @@
+"""Our forward against Hugging Face's PaliGemma on the same weights: both masks, padded and not, cached and not."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlm_vqa.model.generation import generate
+from vlm_vqa.model.layout import IGNORED, Row, visible
+from vlm_vqa.model.vlm import text_hidden, text_logits
+
+MASKS = ["image-prefix", "prefix-lm"]
+QUESTIONS = ["What color is the shape?", "Is there a dog?", "How many red dogs are there on the circle?"]
+ANSWERS = ["red", "yes", "twelve"]
+
+
+def pictures(count):
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 255, (40, 30, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def stock_inputs(tiny, mask, questions, answers=None):
+    """What a user of the stock classes would pass, padded on the right as for training."""
+    layout = tiny.layout(mask)
+    text = ["<image>" + f"{layout.instruction}\n{question}" for question in questions]
+    tiny.processor.tokenizer.padding_side = "right" if answers else "left"
+    inputs = tiny.processor(
+        images=pictures(len(questions)), text=text, suffix=answers, return_tensors="pt", padding=True
+    )
+    if mask == "image-prefix":
+        inputs["token_type_ids"] = (inputs["input_ids"] != tiny.processor.image_token_id).long()
+    return inputs
+
+
+def features(tiny, pixels):
+    with torch.no_grad():
+        return tiny.stock.model.vision_tower(pixels).last_hidden_state
+
+
+def our_logits(tiny, mask, questions, answers, image_features):
+    layout = tiny.layout(mask)
+    rows = [Row(0, (layout.tokenize(q, a),)) for q, a in zip(questions, answers, strict=True)]
+    batch = layout.collate(rows)
+    allowed = visible(batch["segment_ids"], batch["position_ids"], batch["bidirectional"])
+    with torch.no_grad():
+        hidden = text_hidden(tiny.training, image_features, batch["input_ids"], batch["position_ids"], allowed)
+        return batch, text_logits(tiny.training, hidden)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("count", [1, 3], ids=["unpadded", "padded"])
+def test_logits_equal_the_stock_class(tiny, mask, count):
+    tiny.training.eval()
+    inputs = stock_inputs(tiny, mask, QUESTIONS[:count], ANSWERS[:count])
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        stock = tiny.stock(**inputs).logits
+    batch, ours = our_logits(tiny, mask, QUESTIONS[:count], ANSWERS[:count], features(tiny, inputs["pixel_values"]))
+    # Ours does not read the final <eos>; every other token is the same.
+    for row in range(count):
+        length = int((batch["segment_ids"][row] >= 0).sum())
+        assert torch.equal(batch["input_ids"][row, :length], inputs["input_ids"][row, :length])
+        torch.testing.assert_close(ours[row, :length], stock[row, :length], rtol=1e-4, atol=1e-5)
+        supervised = batch["labels"][row, :length] != IGNORED
+        expected = labels[row, 1 : length + 1] if mask == "prefix-lm" else batch["labels"][row, :length]
+        assert torch.equal(batch["labels"][row, :length][supervised], expected[supervised])
+
+
+def test_the_two_masks_differ(tiny):
+    """Otherwise the parity tests could not tell one mask from the other."""
+    pixels = stock_inputs(tiny, "prefix-lm", QUESTIONS[:1])["pixel_values"]
+    one, other = (our_logits(tiny, mask, QUESTIONS[:1], ANSWERS[:1], features(tiny, pixels))[1] for mask in MASKS)
+    assert (one - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_generation_equals_the_stock_class(tiny, mask, use_cache):
+    inputs = stock_inputs(tiny, mask, QUESTIONS)
+    inputs.pop("labels")
+    stock = tiny.stock.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=use_cache)
+    layout = tiny.layout(mask)
+    ours = generate(
+        tiny.stock, layout, features(tiny, inputs["pixel_values"]), [layout.tokenize(q) for q in QUESTIONS], 6
+    )
+    for row, answer in enumerate(ours):
+        continued = stock[row, inputs["input_ids"].shape[1] :].tolist()
+        assert answer == continued[: len(answer)]
+        assert len(answer) == 6 or continued[len(answer)] == layout.eos_id
+    assert len({tuple(answer) for answer in ours}) > 1, "all answers alike: the test would see nothing"
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_batch_answers_as_one_by_one(tiny, mask):
+    layout = tiny.layout(mask)
+    image_features = torch.randn(3, tiny.num_patches, 24, generator=torch.Generator().manual_seed(0))
+    tokens = [layout.tokenize(question) for question in QUESTIONS]
+    together = generate(tiny.stock, layout, image_features, tokens, 6)
+    alone = [generate(tiny.stock, layout, image_features[i : i + 1], tokens[i : i + 1], 6)[0] for i in range(3)]
+    assert together == alone

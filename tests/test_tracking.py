@@ -1,0 +1,439 @@
+"""The MLflow module: what a run records, how it is found again, and that no failure of it reaches the training."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from vlm_vqa import tracking
+from vlm_vqa.errors import UserError
+from vlm_vqa.params import load_params
+
+REPO = Path(__file__).parents[1]
+HASHES = {"data_hash": "d" * 64, "code_hash": "c" * 64}
+EVALUATION = {
+    "helm": {"bleu_1": 0.9, "bleu_4": 0.0, "instances": 1000},
+    "vqa_accuracy": {"overall": 0.8, "per_answer_type": {"yes/no": 0.85, "number": 0.5}, "questions": 9673},
+    "baselines": {
+        "prior": {"vqa_accuracy": 0.67, "bleu_1": 0.66},
+        "shuffled_images": {"vqa_accuracy": 0.59, "bleu_1": 0.58},
+    },
+    "mask": "image-prefix",
+}
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A store with MLflow's tables: making them takes seconds, copying the file none."""
+    root = tmp_path_factory.mktemp("store")
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    client.search_experiments()
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch, empty_store):
+    """A folder that looks like the project's, is the working directory, and has an empty store."""
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "DVC_")) or name == "RANK":
+            monkeypatch.delenv(name)
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    shutil.copy(REPO / "params.yaml", tmp_path / "params.yaml")
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def params(checkout):
+    return load_params("params.yaml")
+
+
+def runs(root: Path):
+    """All runs in the checkout's default store, newest first."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    return client.search_runs([e.experiment_id for e in client.search_experiments()], order_by=["start_time DESC"])
+
+
+def history(root: Path, run, name: str) -> list[tuple[int, float]]:
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
+
+
+def artifacts(root: Path, run) -> dict[str, str]:
+    """Name and text of each artifact of `run`."""
+    folder = root / "mlartifacts" / run.info.run_id / "artifacts"
+    return {f.relative_to(folder).as_posix(): f.read_text() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_run_has_parameters_curves_hashes_versions_and_files(checkout, params, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "molal-coir")
+    (checkout / "note.txt").write_text("hello")
+    with tracking.training_run(params, key="k1", tags=HASHES) as run:
+        run.log_metrics({"loss": 2.0, "learning_rate": 1e-3, "text": "left out", "flag": True}, step=1)
+        run.log_metrics({"loss": 1.0}, step=2)
+        run.log_artifact("note.txt", "training")
+    (found,) = runs(checkout)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.learning_rate"] == "0.001"
+    assert found.data.params["vision.revision"] == "null"
+    assert set(found.data.params) == set(params.flat())
+    assert history(checkout, found, "loss") == [(1, 2.0), (2, 1.0)]
+    assert set(found.data.metrics) == {"loss", "learning_rate"}
+    tags = found.data.tags
+    assert tags["params_hash"] == params.hash() and tags["data_hash"] == HASHES["data_hash"]
+    assert tags["checkpoint_key"] == "k1" and tags["dvc_experiment"] == "molal-coir"
+    assert [name for name in tracking.PACKAGES if tags[f"version.{name}"] == "not installed"] == []
+    assert int(tags["machine.cores"]) >= 1 and tags["machine.cpu"]
+    assert found.info.run_name == "molal-coir: lr 0.001, batch 160, 5 epochs, image-prefix"
+    assert artifacts(checkout, found) == {"training/note.txt": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("x"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(143), "KILLED"),
+        (SystemExit(0), "FINISHED"),
+    ],
+)
+def test_the_status_tells_how_it_ended(checkout, params, error, status):
+    with pytest.raises(type(error)):
+        with tracking.training_run(params, key="k", tags=HASHES):
+            raise error
+    assert runs(checkout)[0].info.status == status
+
+
+def test_an_interrupted_run_is_continued_without_repeating_steps(checkout, params):
+    with pytest.raises(KeyboardInterrupt):
+        with tracking.training_run(params, key="k1", tags=HASHES) as first:
+            for step in (10, 20, 30):
+                first.log_metrics({"loss": 1 / step}, step)
+            raise KeyboardInterrupt
+    # From the checkpoint at step 20; where the run is tracked and how large artifacts may be is no part of the key.
+    other = dataclasses.replace(params, tracking=dataclasses.replace(params.tracking, max_artifact_mib=7))
+    with tracking.training_run(other, key="k1", tags=HASHES) as second:
+        for step in (30, 40):
+            second.log_metrics({"loss": 1 / step}, step)
+    (run,) = runs(checkout)
+    assert run.info.status == "FINISHED" and second.run_id == first.run_id
+    assert [step for step, _ in history(checkout, run, "loss")] == [10, 20, 30, 40]
+
+
+def test_a_finished_run_or_another_key_is_not_continued(checkout, params):
+    for key in ("k1", "k1", "k2"):
+        with tracking.training_run(params, key=key, tags=HASHES):
+            pass
+    assert len(runs(checkout)) == 3
+
+
+def test_a_run_that_another_host_has_in_progress_is_not_continued(checkout, params):
+    run = tracking.training_run(params, key="k", tags=HASHES)
+    run.set_tags({"machine.host": "elsewhere"})
+    with tracking.training_run(params, key="k", tags=HASHES):
+        pass
+    assert [found.info.status for found in runs(checkout)] == ["FINISHED", "RUNNING"]
+
+
+def test_only_the_first_rank_records(checkout, params, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with tracking.training_run(params, key="k", tags=HASHES) as run:
+        run.log_metrics({"loss": 1.0}, 1)
+    assert runs(checkout) == []
+
+
+def test_a_long_parameter_is_cut_and_marked(checkout, params):
+    prompt = dataclasses.replace(params.prompt, instruction="x" * 9000)
+    with tracking.training_run(dataclasses.replace(params, prompt=prompt), key="k", tags=HASHES):
+        pass
+    text = runs(checkout)[0].data.params["prompt.instruction"]
+    assert len(text) == tracking.LONGEST_PARAM and "9000 characters, sha256" in text
+
+
+def test_large_weights_are_kept_by_reference(checkout, params):
+    weights = checkout / "models" / "trained"
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_text("{}")
+    (weights / "model.safetensors").write_bytes(b"\0" * (2**20 + 1))
+    params = dataclasses.replace(params, tracking=dataclasses.replace(params.tracking, max_artifact_mib=1))
+    with tracking.training_run(params, key="k", tags=HASHES) as run:
+        run.log_weights("models/trained", "w" * 64)
+    (found,) = runs(checkout)
+    files = artifacts(checkout, found)
+    assert set(files) == {"weights/config.json", "weights/model.safetensors.reference.json"}
+    reference = json.loads(files["weights/model.safetensors.reference.json"])
+    assert reference["path"] == "models/trained/model.safetensors" and reference["bytes"] == 2**20 + 1
+    assert found.data.tags["weights_hash"] == "w" * 64
+
+
+def test_evaluation_goes_to_the_newest_run_of_the_same_weights_and_params(checkout, params):
+    other = dataclasses.replace(params, seed=1)
+    made = []
+    for which in (params, params, other):
+        with tracking.training_run(which, key=f"k{len(made)}", tags=HASHES) as run:
+            run.set_tags({"weights_hash": "w" * 64})
+        made.append(run.run_id)
+        time.sleep(0.01)  # start times are in milliseconds
+    (checkout / "README.md").write_text("card")
+    tracking.log_export(params, weights_hash="w" * 64, files=["README.md"])
+    tracking.log_evaluation(params, weights_hash="w" * 64, report=EVALUATION)
+    assert tracking.find_run(params, "w" * 64).info.run_id == made[1]
+    assert tracking.find_run(params, "0" * 64) is None
+    scored = [run for run in runs(checkout) if "bleu_1" in run.data.metrics]
+    assert [run.info.run_id for run in scored] == [made[1]]
+    assert scored[0].data.metrics["vqa_accuracy_yes_no"] == 0.85
+    assert artifacts(checkout, scored[0]) == {"export/README.md": "card"}
+
+
+def test_evaluation_metrics_have_short_names():
+    assert tracking.evaluation_metrics(EVALUATION) == {
+        "bleu_1": 0.9,
+        "bleu_4": 0.0,
+        "helm_instances": 1000,
+        "vqa_accuracy": 0.8,
+        "vqa_accuracy_yes_no": 0.85,
+        "vqa_accuracy_number": 0.5,
+        "vqa_questions": 9673,
+        "prior_vqa_accuracy": 0.67,
+        "prior_bleu_1": 0.66,
+        "shuffled_vqa_accuracy": 0.59,
+        "shuffled_bleu_1": 0.58,
+    }
+
+
+# --- where the store is -----------------------------------------------------------------------------------------------
+
+
+def test_a_copy_made_by_dvc_belongs_to_the_checkout_it_was_made_from(checkout):
+    for copy in (".dvc/tmp/exps/tmpab12", ".dvc/tmp/exps/standalone/tmpab12"):
+        inside = checkout / copy
+        inside.mkdir(parents=True)
+        (inside / "dvc.yaml").touch()
+        assert tracking.checkout_root(inside) == checkout
+    (checkout / "stages").mkdir()
+    assert tracking.checkout_root(checkout / "stages") == checkout
+
+
+@pytest.mark.parametrize(
+    ("variable", "uri"),
+    [
+        ("", "sqlite:////repo/mlflow.db"),
+        ("sqlite:///team.db", "sqlite:////repo/team.db"),
+        ("sqlite:////srv/team.db", "sqlite:////srv/team.db"),
+        ("./mlruns", "/repo/mlruns"),
+        ("http://host:5000", "http://host:5000"),
+    ],
+)
+def test_the_store_does_not_depend_on_the_copy(monkeypatch, variable, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    assert tracking.tracking_uri(Path("/repo")) == uri
+
+
+@pytest.mark.slow
+def test_queued_and_temporary_experiments_log_to_the_checkout(checkout):
+    """Real DVC: its copies are deleted afterwards, so whatever is logged there must not be in them."""
+    dvc = [sys.executable, "-m", "dvc"]
+    script = (
+        "from vlm_vqa import tracking; from vlm_vqa.params import load_params\n"
+        "with tracking.training_run(load_params(), key='k', tags={}) as run: run.log_artifact('params.yaml')\n"
+        "open('out.txt', 'w').write('done')\n"
+    )
+    (checkout / "stage.py").write_text(script)
+    stage = {
+        "cmd": f"{sys.executable} stage.py",
+        "deps": ["stage.py"],
+        "params": ["train.learning_rate"],
+        "outs": ["out.txt"],
+    }
+    (checkout / "dvc.yaml").write_text(json.dumps({"stages": {"train": stage}}))
+    (checkout / ".gitignore").write_text("/mlflow.db\n/mlartifacts/\n/out.txt\n")
+    environment = os.environ | {
+        "PYTHONPATH": str(REPO / "src"),
+        "DVC_NO_ANALYTICS": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+    }
+    # The queue's worker starts `dvc` by name.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment |= {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("git", "init", "-q")
+    run(*dvc, "init", "-q")
+    run("git", "add", ".")
+    run("git", "commit", "-qm", "start")
+    run(*dvc, "exp", "run", "--temp", "-n", "aside", "-S", "train.learning_rate=0.002")
+    run(*dvc, "exp", "run", "--queue", "-n", "queued", "-S", "train.learning_rate=0.003")
+    run(*dvc, "exp", "run", "--run-all")
+    found = {run.data.tags["dvc_experiment"]: run for run in runs(checkout)}
+    assert {name: run.data.params["train.learning_rate"] for name, run in found.items()} == {
+        "aside": "0.002",
+        "queued": "0.003",
+    }
+    assert all("params.yaml" in artifacts(checkout, run) for run in found.values())
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def train(params) -> None:
+    with tracking.training_run(params, key="k", tags=HASHES) as run:
+        for step in range(3):
+            run.log_metrics({"loss": 1.0}, step)
+        run.log_weights("params.yaml", "w" * 64)
+    tracking.log_evaluation(params, weights_hash="w" * 64, report=EVALUATION)
+
+
+def test_an_unreachable_server_costs_one_warning_a_stage_and_little_time(checkout, params, monkeypatch, caplog):
+    # A port that nobody listens on; the password must not be shown.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:sesame@127.0.0.1:9")
+    started = time.monotonic()
+    train(params)
+    assert time.monotonic() - started < 30
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(messages) == 2  # one by the training, one by the evaluation, which is another process in a real run
+    assert all("http://127.0.0.1:9" in message and "vlm-vqa track" in message for message in messages)
+    assert "sesame" not in caplog.text
+
+
+def test_an_unwritable_store_costs_one_warning(checkout, params, caplog):
+    (checkout / "mlflow.db").unlink()
+    (checkout / "mlflow.db").mkdir()  # root may write to read-only files, not to a folder
+    started = time.monotonic()
+    with tracking.training_run(params, key="k", tags=HASHES) as run:
+        run.log_metrics({"loss": 1.0}, 1)
+    assert time.monotonic() - started < 10
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert str(checkout / "mlflow.db") in message and "unable to open database file" in message
+
+
+def test_a_store_that_does_not_answer_is_waited_for_no_longer_than_told(checkout, params, monkeypatch):
+    monkeypatch.setattr(tracking._Store, "_open", lambda store: time.sleep(30))
+    with pytest.raises(TimeoutError):
+        tracking._Store(params, checkout, wait=0.1)
+
+
+def test_metrics_that_a_server_missed_for_a_while_arrive_in_the_end(checkout, params, caplog, monkeypatch):
+    with tracking.training_run(params, key="k", tags=HASHES) as run:
+        run.log_metrics({"loss": 3.0}, 1)
+        with monkeypatch.context() as away:
+            away.setattr(tracking._Store, "put_metrics", lambda *_: (_ for _ in ()).throw(ConnectionError("away")))
+            run.log_metrics({"loss": 2.0}, 2)
+            run.log_metrics({"loss": 1.0}, 3)
+    assert history(checkout, runs(checkout)[0], "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+def test_sigterm_marks_the_run_as_killed(checkout):
+    script = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "from vlm_vqa import tracking; from vlm_vqa.params import load_params\n"
+        "with tracking.training_run(load_params(), key='k', tags={}):\n"
+        "    print('ready', flush=True); time.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPO / "src")}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert runs(checkout)[0].info.status == "KILLED"
+
+
+# --- from outputs alone -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outputs(checkout, params):
+    """What `dvc pull` brings."""
+    training = {"weights_hash": "w" * 64, "params_hash": params.hash(), **HASHES}
+    for name, text in {
+        "models/trained/training.json": json.dumps(training),
+        "reports/train.json": json.dumps({"train_loss": 0.3, "steps": 20}),
+        "reports/train_curve.csv": "step,loss,learning_rate\n10,2.0,0.001\n20,1.0,\n",
+        "reports/evaluation.json": json.dumps(EVALUATION),
+        "reports/predictions.parquet": "rows",
+    }.items():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(text)
+    return checkout
+
+
+def test_track_makes_the_run_once(outputs):
+    run_id, made = tracking.recreate_run(outputs)
+    assert made
+    assert tracking.recreate_run(outputs) == (run_id, False)
+    (run,) = runs(outputs)
+    assert run.data.tags["recreated"] == "true" and run.data.tags["data_hash"] == HASHES["data_hash"]
+    assert "machine.cpu" not in run.data.tags  # it was trained who knows where
+    assert history(outputs, run, "loss") == [(10, 2.0), (20, 1.0)]
+    assert history(outputs, run, "learning_rate") == [(10, 0.001)]
+    assert run.data.metrics["bleu_1"] == 0.9 and run.data.metrics["vqa_accuracy"] == 0.8
+    assert "reports/predictions.parquet" in artifacts(outputs, run)
+    assert "weights/training.json" in artifacts(outputs, run)
+
+
+def test_evaluation_of_weights_without_a_run_makes_one(outputs, params):
+    tracking.log_evaluation(params, weights_hash="w" * 64, report=EVALUATION, files=["reports/evaluation.json"])
+    (run,) = runs(outputs)
+    assert run.data.tags["recreated"] == "true" and run.data.metrics["bleu_1"] == 0.9
+    assert history(outputs, run, "loss") == [(10, 2.0), (20, 1.0)]
+    assert json.loads(artifacts(outputs, run)["reports/evaluation.json"]) == EVALUATION
+
+
+def test_track_refuses_outputs_of_other_parameters(outputs):
+    text = (outputs / "params.yaml").read_text()
+    (outputs / "params.yaml").write_text(text.replace("learning_rate: 1.0e-3", "learning_rate: 2.0e-3"))
+    (outputs / "dvc.lock").write_text(
+        json.dumps({"stages": {"train": {"params": {"params.yaml": {"train.learning_rate": 1e-3}}}}})
+    )
+    with pytest.raises(UserError, match=r"train\.learning_rate differ.*git checkout params\.yaml"):
+        tracking.recreate_run(outputs)
+    # Parameters that a later stage alone uses may have changed since the training: dvc.lock decides.
+    (outputs / "dvc.lock").write_text(
+        json.dumps({"stages": {"train": {"params": {"params.yaml": {"train.learning_rate": 2e-3}}}}})
+    )
+    assert tracking.recreate_run(outputs)[1]
+
+
+def test_track_adds_the_scores_that_a_run_lacks(outputs, params):
+    with tracking.training_run(params, key="k", tags=HASHES) as run:
+        run.set_tags({"weights_hash": "w" * 64})
+    assert tracking.recreate_run(outputs) == (run.run_id, True)
+    assert tracking.recreate_run(outputs) == (run.run_id, False)
+    (found,) = runs(outputs)
+    assert found.data.metrics["bleu_1"] == 0.9 and "recreated" not in found.data.tags
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("models/trained/training.json", Path.unlink),
+        ("models/trained/training.json", lambda path: path.write_text("{")),
+        ("reports/evaluation.json", lambda path: path.write_text("{")),
+        ("reports/train_curve.csv", Path.unlink),
+    ],
+)
+def test_track_names_the_file_it_cannot_read(outputs, name, damage):
+    damage(outputs / name)
+    with pytest.raises(UserError, match=f"{name} is.*dvc repro"):
+        tracking.recreate_run(outputs)
+    assert runs(outputs) == []
+
+
+def test_track_fails_where_the_store_does(outputs, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9.*vlm-vqa track"):
+        tracking.recreate_run(outputs)
