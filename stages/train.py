@@ -14,13 +14,26 @@ from vlm_vqa.data.records import load_questions, read_manifest
 from vlm_vqa.hashing import code_hash, write_json
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.layout import TokenLayout
-from vlm_vqa.model.vlm import build_processor, hash_weights, initial_model, load_tokenizer, set_dropout, trained_state
+from vlm_vqa.model.vlm import (
+    build_processor,
+    hash_weights,
+    initial_model,
+    load_tokenizer,
+    save_trained,
+    set_dropout,
+    trained_state,
+)
 from vlm_vqa.params import Params, load_params
 from vlm_vqa.training import checkpoints, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, peak_memory_gib, training_arguments, write_curve
 
-RECORDS, FEATURES, TRAINED, REPORTS = Path("data/records"), Path("data/features"), Path("models/trained"), Path("reports")
+RECORDS, FEATURES, TRAINED, REPORTS = (
+    Path("data/records"),
+    Path("data/features"),
+    Path("models/trained"),
+    Path("reports"),
+)
 
 
 def main() -> None:
@@ -45,7 +58,9 @@ def main() -> None:
     logging.info("launch %s: %s", params.train.launch, ", ".join(f"{name} {value}" for name, value in facts.items()))
     logging.info("%d questions; %s", len(data), f"going on from {last}" if last else "from the start")
 
-    with tracking.training_run(params, key=key, tags=made_of | {f"launch_{k}": str(v) for k, v in facts.items()}) as run:
+    with tracking.training_run(
+        params, key=key, tags=made_of | {f"launch_{k}": str(v) for k, v in facts.items()}
+    ) as run:
         arguments = training_arguments(params.train, params.seed, folder, use_cpu=facts["device"] == "cpu")
         per_step = params.train.batch_size * params.train.gradient_accumulation_steps * facts["num_processes"]
         callback = ProgressCallback(run.log_metrics, per_step)
@@ -83,7 +98,7 @@ def prepare(params: Params, encoder) -> tuple[QuestionDataset, TokenLayout, obje
 def save(trainer: VqaTrainer, processor, made_of: dict[str, str]) -> str:
     """Write the trained weights, the processor and what they were made of; return the weights' hash."""
     weights_hash = hash_weights(trained_state(trainer.model))
-    trainer.model.save_pretrained(TRAINED)
+    save_trained(trainer.model, TRAINED)
     processor.save_pretrained(TRAINED)
     write_json(TRAINED / "training.json", {**made_of, "weights_hash": weights_hash})
     return weights_hash

@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.tiny_model import tiny  # noqa: F401 - a fixture for all areas
+
 REPO = Path(__file__).parents[1]
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (220, 200, 40)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cheap tests first: what is broken shows before the slow ones start."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 @pytest.fixture

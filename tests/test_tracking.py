@@ -1,5 +1,6 @@
 """The MLflow module: what a run records, how it is found again, and that no failure of it reaches the training."""
 
+import base64
 import dataclasses
 import json
 import logging
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -191,24 +193,39 @@ def test_evaluation_goes_to_the_newest_run_of_the_same_weights_and_params(checko
     assert tracking.find_run(params, "0" * 64) is None
     scored = [run for run in runs(checkout) if "bleu_1" in run.data.metrics]
     assert [run.info.run_id for run in scored] == [made[1]]
-    assert scored[0].data.metrics["vqa_accuracy_yes_no"] == 0.85
+    assert scored[0].data.metrics["vqa/per_answer_type_yes_no"] == 0.85
     assert artifacts(checkout, scored[0]) == {"export/README.md": "card"}
 
 
-def test_evaluation_metrics_have_short_names():
+def test_evaluation_metrics_are_the_headlines_and_groups():
     assert tracking.evaluation_metrics(EVALUATION) == {
         "bleu_1": 0.9,
-        "bleu_4": 0.0,
-        "helm_instances": 1000,
         "vqa_accuracy": 0.8,
-        "vqa_accuracy_yes_no": 0.85,
-        "vqa_accuracy_number": 0.5,
-        "vqa_questions": 9673,
-        "prior_vqa_accuracy": 0.67,
-        "prior_bleu_1": 0.66,
-        "shuffled_vqa_accuracy": 0.59,
-        "shuffled_bleu_1": 0.58,
+        "helm/bleu_4": 0.0,
+        "helm/instances": 1000,
+        "vqa/per_answer_type_yes_no": 0.85,
+        "vqa/per_answer_type_number": 0.5,
+        "vqa/questions": 9673,
+        "baselines/prior_vqa_accuracy": 0.67,
+        "baselines/prior_bleu_1": 0.66,
+        "baselines/shuffled_images_vqa_accuracy": 0.59,
+        "baselines/shuffled_images_bleu_1": 0.58,
     }
+
+
+def test_a_new_experiment_has_a_view_with_parameters_and_scores(checkout, params):
+    with tracking.training_run(params, key="k", tags=HASHES) as run:
+        run.log_metrics({"loss": 1.0, "questions_per_second": 900.0, "peak_memory_gib": 1.5}, 1)
+        run.log_metrics(tracking.evaluation_metrics(EVALUATION), 1)
+    (found,) = runs(checkout)
+    client = MlflowClient(tracking_uri=f"sqlite:///{checkout / 'mlflow.db'}")
+    tags = client.get_experiment(found.info.experiment_id).tags
+    state = json.loads(tags["mlflow.sharedViewState.scores"])["state"].removeprefix("deflate;")
+    columns = json.loads(zlib.decompress(base64.b64decode(state)))["selectedColumns"]
+    known = [f"metrics.`{name}`" for name in found.data.metrics] + [f"params.`{name}`" for name in found.data.params]
+    assert columns and [column for column in columns if column not in known] == []
+    assert "viewStateShareKey=scores" in tracking.view_url("sqlite:///x", "1")
+    assert tracking.view_url("http://me:sesame@host:5000", "1").startswith("http://host:5000/#/experiments/1/")
 
 
 # --- where the store is -----------------------------------------------------------------------------------------------

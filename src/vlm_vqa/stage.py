@@ -7,6 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from transformers.utils import logging as transformers_logging
+
 from vlm_vqa.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -32,6 +34,8 @@ def run(name: str, main: Callable[[], None]) -> None:
     # Libraries that log every request or every op would bury the stage's own lines.
     for noisy in ("httpx", "datasets", "alembic", "mlflow", "accelerate", "torch", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # The stages' own bars show what takes time; loading weights does not.
+    transformers_logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
@@ -39,7 +43,7 @@ def run(name: str, main: Callable[[], None]) -> None:
         _fail(name, str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _fail(name, "interrupted. Run `dvc repro` again to go on.", EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001 - sorted into what a person can mend and what is a bug
+    except Exception as error:
         remedy = disk_remedy(error)
         if remedy is None:
             raise

@@ -8,6 +8,7 @@ Tracking must never cost a training run: whatever fails here is told once, by on
 `recreate_run`, whose whole purpose is the record, raises.
 """
 
+import base64
 import csv
 import getpass
 import json
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
@@ -49,6 +51,12 @@ TRAIN_CURVE = REPORTS / "train_curve.csv"
 EVALUATION_REPORT = REPORTS / "evaluation.json"
 
 LONGEST_PARAM = 500  # characters: what every MLflow server accepts; newer ones take 6,000
+VIEW = "scores"
+VIEW_COLUMNS = [
+    *(f"metrics.`{name}`" for name in ("bleu_1", "vqa_accuracy", "loss", "questions_per_second", "peak_memory_gib")),
+    *(f"params.`train.{name}`" for name in ("learning_rate", "batch_size", "num_train_epochs", "optimizer", "dropout")),
+    *(f"params.`{name}`" for name in ("prompt.mask", "language.model", "vision.model", "data.source")),
+]
 BATCH = 100  # MLflow's limit on parameters in one request
 SECONDS_TO_OPEN = 60.0  # a fresh sqlite store takes about 5 s; MLflow retries a silent database for minutes
 SECONDS_BETWEEN_TRIES = 60.0  # after a failed write of metrics; doubles each time
@@ -131,7 +139,7 @@ class _Store:
     @staticmethod
     def _create_experiment(client: Any, name: str, artifacts: str | None) -> str:
         try:
-            return client.create_experiment(name, artifact_location=artifacts)
+            return client.create_experiment(name, artifact_location=artifacts, tags=_experiment_tags())
         except Exception:
             # Two experiments of a DVC queue may start at once: the other one was faster.
             experiment = client.get_experiment_by_name(name)
@@ -221,6 +229,23 @@ class _Store:
         """The last step logged of each metric of `run`."""
         histories = {name: self.client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
         return {name: max(metric.step for metric in history) for name, history in histories.items() if history}
+
+
+def _experiment_tags() -> dict[str, str]:
+    """What makes MLflow's pages show training runs, and a saved view with the columns worth comparing.
+
+    By default the table of runs has no parameter and no score. A view is an experiment's tag; `view_url` opens this one.
+    """
+    state = base64.b64encode(zlib.compress(json.dumps({"selectedColumns": VIEW_COLUMNS}).encode())).decode()
+    view = {"name": "Parameters and scores", "createdAt": 0, "updatedAt": 0, "state": f"deflate;{state}"}
+    return {"mlflow.experimentKind": "custom_model_development", f"mlflow.sharedViewState.{VIEW}": json.dumps(view)}
+
+
+def view_url(uri: str, experiment_id: str) -> str:
+    """Where a browser shows the runs with parameters and scores: on the server, or on `mlflow ui` of a local store."""
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    where = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+    return f"{without_credentials(server)}/{where}"
 
 
 def _bound_mlflow() -> None:
@@ -351,30 +376,23 @@ def _numbers(metrics: Mapping[str, Any], step: int) -> list[tuple[str, float, in
 
 
 def evaluation_metrics(report: Mapping[str, Any]) -> dict[str, float]:
-    """`reports/evaluation.json` as flat metric names, short enough for a column.
+    """`reports/evaluation.json` as flat metric names.
 
-    >>> evaluation_metrics({"helm": {"bleu_1": 0.9}, "vqa_accuracy": {"overall": 0.8}})
-    {'bleu_1': 0.9, 'vqa_accuracy': 0.8}
-    >>> evaluation_metrics({"baselines": {"shuffled_images": {"bleu_1": 0.5}, "prior": {"bleu_1": 0.6}}})
-    {'shuffled_bleu_1': 0.5, 'prior_bleu_1': 0.6}
+    The two headline scores stand alone, the others in groups, which MLflow draws as sections of charts.
+
+    >>> evaluation_metrics({"helm": {"bleu_1": 0.9, "f1_score": 0.8}, "vqa_accuracy": {"overall": 0.7}})
+    {'bleu_1': 0.9, 'helm/f1_score': 0.8, 'vqa_accuracy': 0.7}
+    >>> evaluation_metrics({"vqa_accuracy": {"per_answer_type": {"yes/no": 0.6}}})
+    {'vqa/per_answer_type_yes_no': 0.6}
     """
-    shorter = {
-        ("helm", "instances"): "helm_instances",
-        ("vqa_accuracy", "questions"): "vqa_questions",
-        ("helm",): "",
-        ("vqa_accuracy", "overall"): "vqa_accuracy",
-        ("vqa_accuracy", "per_answer_type"): "vqa_accuracy",
-        ("baselines", "shuffled_images"): "shuffled",
-        ("baselines",): "",
-    }
+    headlines = {("helm", "bleu_1"): "bleu_1", ("vqa_accuracy", "overall"): "vqa_accuracy"}
     metrics = {}
     for path, value in _leaves(report):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        matches = (known for known in shorter if path[: len(known)] == known)
-        known = max(matches, key=len, default=())
-        parts = [shorter.get(known, ""), *path[len(known) :]]
-        metrics["_".join(part for part in parts if part).replace("/", "_").replace(" ", "_")] = value
+        if isinstance(value, Real) and not isinstance(value, bool):
+            # Not "vqa_accuracy/...": MLflow's file store has no room for a metric and a group of one name.
+            group = path[0].removesuffix("_accuracy")
+            inner = "_".join(path[1:]).replace("/", "_").replace(" ", "_")
+            metrics[headlines.get(path, f"{group}/{inner}" if inner else group)] = value
     return metrics
 
 
@@ -529,6 +547,7 @@ def _add(
         store.put_tags(run_id, tags)
         for path in files:
             store.put_files(run_id, path, folder or os.path.relpath(Path(path).parent))
+        log.info("recorded in MLflow; compare runs (`mlflow ui`) at %s", view_url(store.uri, store.experiment_id))
     except Exception as error:  # noqa: BLE001
         _warn(tracking_uri(root), error)
 

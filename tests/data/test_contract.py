@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -181,6 +182,10 @@ def test_overlapping_splits_are_refused_unless_allowed(vqav2_folder, directory_p
     manifest = fetch(directory_params(params.directory, **same, allow_split_overlap=True), tmp_path / "records")
     assert manifest["images"] == manifest["splits"]["val"]["images"] == manifest["splits"]["train"]["images"] == 4
     assert manifest["allow_split_overlap"] is True
+    # A file that both splits name is read once, and missed once.
+    (Path(params.directory) / IMAGE).unlink()
+    with pytest.raises(UserError, match="missing image: 1\\."):
+        fetch(directory_params(params.directory, **same, allow_split_overlap=True), tmp_path / "records")
 
 
 def test_one_id_for_two_images_is_refused_even_where_overlap_is_allowed(vqav2_folder, directory_params, tmp_path):

@@ -21,7 +21,7 @@ from vlm_vqa.hashing import write_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-# What `FeatureStore.open` can be told to expect, with the words that error messages use.
+# What `FeatureStore.open` can be told to expect, with what error messages call it.
 EXPECTABLE = {
     "encoder_hash": "the encoder (weights, config or processor settings)",
     "data_hash": "the data",
@@ -172,7 +172,7 @@ class FeatureStore:
 
         Args:
             folder: where the writer put it.
-            expected: some of `encoder_hash`, `data_hash`, `compute_dtype`, `dtype` (such as "float32"), `num_tokens`, `width`.
+            expected: some of the keys of `EXPECTABLE`; dtypes by name, such as "float32".
 
         Raises:
             UserError: it is missing, unfinished, damaged, or not what is expected; the message names what differs.

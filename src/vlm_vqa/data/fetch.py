@@ -1,7 +1,8 @@
 """From a source to `data/records`: read, check the contract, store. The format stands in `vlm_vqa.data.records`.
 
-Texts go first, split by split, then every image once, decoded in threads and stored as the bytes it was. At no time are
-more than a row group's images in memory. From the first violation on nothing more is stored, but all is still checked.
+Texts go first, split by split, then every image once, decoded in threads and stored as the bytes it was. No more than a
+row group's images and the few that are being decoded are in memory. From the first violation on nothing more is stored,
+but all is still checked.
 """
 
 import hashlib

@@ -57,7 +57,7 @@ def _is_installed() -> bool:
 
 def bleu_1(prediction: str, answers: Iterable[str]) -> float:
     """Return the best BLEU-1 of one prediction over the human answers of its question, in 0..1."""
-    return max(_sentence_bleu_1(answer, prediction.strip()) for answer in set(answers))
+    return max(_sentence_bleu_1(answer, prediction) for answer in set(answers))
 
 
 def mean_bleu_1(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:

@@ -57,7 +57,9 @@ class Answerer:
         try:
             facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"{folder}: no {FACTS_FILE} there. Run the export stage first: `dvc repro export`.") from error
+            raise UserError(
+                f"{folder}: no {FACTS_FILE} there. Run the export stage first: `dvc repro export`."
+            ) from error
         model = PaliGemmaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
         )

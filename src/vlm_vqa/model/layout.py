@@ -115,8 +115,8 @@ class TokenLayout:
         """Pad rows to the longest of them.
 
         Returns:
-            `input_ids`, `position_ids`, `segment_ids` (0 prefix, 1.. a question that shares it, -1 padding), `labels` (int64 [B, S]) and
-            `bidirectional` (bool [B, S]). `labels[b, s]` is the token that position s is to predict, so no further
+            `input_ids`, `position_ids`, `segment_ids` (0 prefix, 1.. a question that shares it, -1 padding) and `labels`,
+            int64 [B, S], and `bidirectional`, bool [B, S]. `labels[b, s]` is the token that position s is to predict, so no further
             shift is needed; it is `IGNORED` everywhere but from a question's newline to its last answer token.
         """
         if self.mask is Mask.PREFIX_LM and any(len(row.questions) != 1 for row in rows):

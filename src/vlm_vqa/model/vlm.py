@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -34,6 +36,7 @@ from vlm_vqa.params import LanguageConfig, LanguageParams
 
 log = logging.getLogger(__name__)
 
+WEIGHTS_FILE = "model.safetensors"
 VISION_PREFIX = "model.vision_tower."
 """Names of the tower's weights in the stock model begin so."""
 
@@ -250,6 +253,48 @@ def trained_state(model: PaliGemmaForConditionalGeneration) -> dict[str, Tensor]
         for name, value in model.state_dict().items()
         if not name.startswith(VISION_PREFIX) and name != "lm_head.weight"
     }
+
+
+def save_trained(model: VlmForTraining, folder: str | Path) -> None:
+    """Write the configuration and `trained_state` as they are named in memory.
+
+    `save_pretrained` would rename the weights on disk, and the Trainer, which reads files without renaming them back, would
+    go on from a fresh model with no more than a warning.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    weights = folder / WEIGHTS_FILE
+    save_file({name: value.contiguous() for name, value in trained_state(model).items()}, weights)
+    # safetensors leaves the file to its owner alone.
+    weights.chmod(0o644)
+
+
+def load_trained(model: PaliGemmaForConditionalGeneration, folder: str | Path, remedy: str) -> None:
+    """Read what `save_trained` wrote into `model`; every trained weight must be there, with its shape and type.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another model; `remedy` is the next step.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}). {remedy}") from error
+    expected = trained_state(model)
+    wrong = sorted(
+        name
+        for name in expected.keys() | state.keys()
+        if name not in expected
+        or name not in state
+        or (expected[name].shape, expected[name].dtype) != (state[name].shape, state[name].dtype)
+    )
+    if wrong:
+        raise UserError(
+            f"{path}: belongs to another model; missing, unknown or of another shape: {wrong[:5]}. {remedy}"
+        )
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:

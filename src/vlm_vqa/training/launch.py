@@ -36,9 +36,14 @@ def start(name: str, folder: str | Path = "launch") -> dict[str, Any]:
         The facts of the launch: distributed type, processes, backend, device, threads a process.
 
     Raises:
-        UserError: what started is not what the file asks for, or the stage was not started by `accelerate launch`.
+        UserError: what started is not what the file asks for, or it asks for several processes.
     """
     asked = read_launch(name, folder)
+    if asked["num_processes"] * asked["num_machines"] > 1:
+        raise UserError(
+            f"train.launch is {name!r}, which asks for {asked['num_processes']} processes; training runs in one process so "
+            "far (gathering sharded weights and their checkpoints is not built yet). Set train.launch: cpu."
+        )
     state = PartialState(cpu=asked["use_cpu"])
     found = {
         "distributed_type": DistributedType(state.distributed_type).value,

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.vlm import VlmForTraining
+from vlm_vqa.model.vlm import VlmForTraining, load_trained, save_trained
 from vlm_vqa.params import Dtype, TrainParams
 from vlm_vqa.training import checkpoints
 from vlm_vqa.training.dataset import Collator, ImageOrderSampler, QuestionDataset
@@ -44,7 +44,7 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, *, use_c
         # warmup_ratio is gone; a number below 1 here is the ratio.
         warmup_steps=train.warmup_ratio,
         max_grad_norm=train.max_grad_norm,
-        gradient_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing=train.gradient_checkpointing,
         logging_steps=train.logging_steps,
         logging_first_step=True,
         save_strategy=SaveStrategy.STEPS,
@@ -79,6 +79,12 @@ class VqaTrainer(Trainer):
             DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
         )
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        save_trained(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_trained(self.model, resume_from_checkpoint, f"Delete the folder {resume_from_checkpoint}.")
+
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
         checkpoints.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
@@ -102,8 +108,8 @@ class ProgressCallback(TrainerCallback):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(float(logs.get(name, 0))):
                 raise UserError(
-                    f"step {state.global_step}: {name} is {logs[name]}. Lower train.learning_rate or train.max_grad_norm; the "
-                    f"checkpoints before this step are in {args.output_dir}."
+                    f"step {state.global_step}: {name} is {logs[name]}. Lower train.learning_rate or train.max_grad_norm; "
+                    f"the checkpoints before this step are in {args.output_dir}."
                 )
         now, (before, step) = time.perf_counter(), self.last
         self.last = (now, state.global_step)

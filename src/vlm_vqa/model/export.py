@@ -1,0 +1,105 @@
+"""The exported folder: a stock model and processor that plain transformers opens, with a card that says how."""
+
+import json
+import shutil
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.hashing import write_json
+from vlm_vqa.model.answering import FACTS_FILE
+from vlm_vqa.model.encoder import Encoder
+from vlm_vqa.model.vlm import hash_weights, load_config, load_trained, trained_state
+from vlm_vqa.params import Params
+
+CARD = "README.md"
+RETRAIN = "Train again: `dvc repro --force train`."
+
+# The line that differs: the stock processor marks a whole prompt as one bidirectional block, which is prefix-lm.
+TYPE_IDS_LINE = (
+    'inputs["token_type_ids"] = (inputs["input_ids"] != model.config.image_token_id).long()'
+    "  # image-prefix: text is causal\n"
+)
+
+
+def join(folder: str | Path, encoder: Encoder) -> PaliGemmaForConditionalGeneration:
+    """Join the trained weights of `folder` and the frozen tower into one stock model, float32, in evaluation mode.
+
+    Raises:
+        UserError: the folder is missing, its weights are damaged, or they are not the ones that training named.
+    """
+    model = PaliGemmaForConditionalGeneration._from_config(
+        load_config(folder), attn_implementation="eager", dtype=torch.float32
+    )
+    load_trained(model, folder, RETRAIN)
+    model.model.vision_tower.load_state_dict({name: v.float() for name, v in encoder.model.state_dict().items()})
+    found, expected = hash_weights(trained_state(model)), read_training(folder)["weights_hash"]
+    if found != expected:
+        raise UserError(f"{folder}: the weights have hash {found[:12]}, training wrote {expected[:12]}. {RETRAIN}")
+    return model.eval()
+
+
+def read_training(folder: str | Path) -> dict[str, str]:
+    """Read `training.json`: the hashes of weights, parameters, data, encoder and code."""
+    path = Path(folder) / "training.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}). {RETRAIN}") from error
+
+
+def write_export(
+    folder: Path, model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, params: Params,
+    training: dict[str, str], results: dict[str, Any], data: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write model, processor, facts and card.
+
+    Args:
+        training: as `read_training` gives it.
+        results: `reports/train.json`.
+        data: the manifest of `data/records`.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    model.generation_config.update(
+        max_new_tokens=params.evaluation.max_new_tokens, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id,
+        bos_token_id=processor.tokenizer.bos_token_id, eos_token_id=processor.tokenizer.eos_token_id,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    facts = {
+        "instruction": params.prompt.instruction,
+        "mask": params.prompt.mask.value,
+        "num_patches": params.vision.num_patches,
+        "text_length": params.prompt.text_length,
+        "weights_hash": training["weights_hash"],
+    }
+    write_json(folder / FACTS_FILE, facts)
+    (folder / CARD).write_text(card(params, training, results, data), encoding="utf-8")
+
+
+def card(params: Params, training: dict[str, str], results: dict[str, Any], data: dict[str, Any]) -> str:
+    """Return the model card; evaluation comes later and is in `reports/` and MLflow."""
+    template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
+    splits = "\n".join(
+        f"- {name}: {counts['questions']:,} questions on {counts['images']:,} images"
+        for name, counts in data["splits"].items()
+    )
+    return template.substitute(
+        vision=params.vision.model,
+        vision_revision=params.vision.revision or "none: local",
+        language=params.language.model,
+        language_revision=params.language.revision or "none: local",
+        source=data["source"],
+        splits=splits,
+        notes="\n".join(f"- {note}" for note in data["notes"]),
+        mask=params.prompt.mask.value,
+        instruction=repr(params.prompt.instruction),
+        type_ids=TYPE_IDS_LINE if params.prompt.mask.value == "image-prefix" else "",
+        hashes="\n".join(f"- {name}: `{value}`" for name, value in sorted(training.items())),
+        results="\n".join(f"- {name}: {value}" for name, value in sorted(results.items())),
+        params="\n".join(f"{name}: {value}" for name, value in params.flat().items() if name.startswith("train.")),
+    )

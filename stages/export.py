@@ -1,0 +1,58 @@
+"""Stage export: the trained model as a folder that plain transformers opens.
+
+Reads models/trained, data/records and data/features; writes models/export.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+
+from vlm_vqa import stage, tracking
+from vlm_vqa.data import records
+from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.model.answering import Answerer
+from vlm_vqa.model.encoder import load_encoder
+from vlm_vqa.model.export import CARD, join, read_training, write_export
+from vlm_vqa.params import load_params
+
+RECORDS, FEATURES, TRAINED, EXPORT = (
+    Path("data/records"), Path("data/features"), Path("models/trained"), Path("models/export"),
+)  # fmt: skip
+CHECKED_IMAGES = 8
+
+
+def main() -> None:
+    params = load_params("params.yaml")
+    encoder = load_encoder(params.vision, device="cpu")
+    training = read_training(TRAINED)
+    manifest = records.read_manifest(RECORDS)
+    results = json.loads(Path("reports/train.json").read_text(encoding="utf-8"))
+    model = join(TRAINED, encoder)
+    write_export(EXPORT, model, AutoProcessor.from_pretrained(TRAINED), params, training, results, manifest)
+    difference = compare(FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash}), params.data.max_image_pixels)
+    logging.info("%s: features from its pixels differ from the stored ones by at most %.1e", EXPORT, difference)
+    tracking.log_export(params, weights_hash=training["weights_hash"], files=[EXPORT / CARD])
+
+
+def compare(features: FeatureStore, max_pixels: int) -> float:
+    """Load the export as a user would and return how far its tower's features are from the ones trained on.
+
+    Raises:
+        UserError (by `Answerer.from_export`): what was written is not what was trained.
+    """
+    answerer = Answerer.from_export(EXPORT, device="cpu")
+    images = [image for _, image in zip(range(CHECKED_IMAGES), records.iter_images(RECORDS), strict=False)]
+    pixels = [records.open_image(image.data, image.file_name, max_pixels) for image in images]
+    stored = features.batch([image.image_id for image in images]).float()
+    difference = (answerer.encode(pixels) - stored).abs().max().item()
+    # Stored in 16 bits, a feature is off by its rounding; anything larger means another encoder or processor.
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[features.dtype] * stored.abs().max()
+    assert difference <= tolerance, f"the export's tower differs from the stored features by {difference}"
+    return difference
+
+
+if __name__ == "__main__":
+    stage.run("export", main)

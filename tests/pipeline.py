@@ -1,0 +1,87 @@
+"""A temporary copy of the project with params of its own, in which stages and `dvc repro` run as a user runs them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PARTS = [".dvc/config", ".dvcignore", "dvc.yaml", "params.yaml", "data/vqav2", "evaluation", "launch", "src", "stages"]
+
+# Small enough for a minute, and everything that a real run has.
+TINY = {
+    "data.source": "directory",
+    "language.config.hidden_size": 32,
+    "language.config.intermediate_size": 64,
+    "language.config.num_hidden_layers": 1,
+    "train.batch_size": 16,
+    "train.num_train_epochs": 2,
+    "train.learning_rate": 3e-3,
+    "train.logging_steps": 1,
+    "train.save_steps": 2,
+    "prompt.text_length": 128,
+    "evaluation.helm_instances": 20,
+    "evaluation.helm_threads": 4,
+}
+
+
+class Project:
+    """A copy of the project in `folder`; commands run with this environment's programs and a store of their own."""
+
+    def __init__(self, folder: Path, changes: dict[str, Any]):
+        self.folder = folder
+        for part in PARTS:
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "images"))
+            else:
+                shutil.copy(ROOT / part, folder / part)
+        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+        self.set({**TINY, **changes})
+
+    def set(self, changes: dict[str, Any]) -> None:
+        """Change keys of params.yaml, given by their full names."""
+        path = self.folder / "params.yaml"
+        values = yaml.safe_load(path.read_text())
+        for key, value in changes.items():
+            *names, last = key.split(".")
+            place = values
+            for name in names:
+                place = place[name]
+            place[last] = value
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """Return what a shell with the activated environment has."""
+        programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "PATH": programs, "PYTHONPATH": "src:.", "OMP_NUM_THREADS": "1", **more}
+
+    def command(self, command: str, **more: str) -> subprocess.CompletedProcess:
+        """Run a shell command in the copy and return its outcome, output captured."""
+        return subprocess.run(
+            command, shell=True, cwd=self.folder, env=self.environment(**more), capture_output=True, text=True, timeout=900
+        )
+
+    def stage(self, name: str, **more: str) -> subprocess.CompletedProcess:
+        """Run one stage as dvc.yaml says, without DVC."""
+        return self.command(self.stage_command(name), **more)
+
+    def stage_command(self, name: str) -> str:
+        """Return the stage's command line, templates filled in."""
+        values = yaml.safe_load((self.folder / "params.yaml").read_text())
+        command = yaml.safe_load((self.folder / "dvc.yaml").read_text())["stages"][name]["cmd"]
+        return command.replace("${train.launch}", values["train"]["launch"])
+
+
+def sample_params(shared_data: Path) -> dict[str, Any]:
+    """Return the changes that make the real VQAv2 sample both splits: it shows the plumbing, not a score."""
+    files = {"questions": "questions.json", "annotations": "annotations.json", "images": "images",
+             "image_name": "COCO_train2014_{image_id:012d}.jpg"}  # fmt: skip
+    return {
+        "data.directory": str(shared_data / "vqav2-sample"), "data.train": files, "data.val": files,
+        "data.allow_split_overlap": True,
+    }  # fmt: skip

@@ -1,0 +1,38 @@
+"""Every preset is a valid params.yaml whose launch file exists; the reference recipe is kept to the letter."""
+
+from pathlib import Path
+
+import pytest
+
+from vlm_vqa.params import load_params
+from vlm_vqa.training.launch import read_launch
+
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_valid(path):
+    params = load_params(path)
+    assert read_launch(params.train.launch, ROOT / "launch")["num_processes"] >= 1
+    assert params.language.model != "random" or params.language.config is not None
+
+
+def test_the_committed_params_are_the_small_preset():
+    assert (ROOT / "params.yaml").read_text() == (ROOT / "presets/small.yaml").read_text()
+
+
+def test_the_reference_recipe():
+    params = load_params(ROOT / "presets/vqav2-reference.yaml").flat()
+    recipe = {
+        "batch_size": 6, "gradient_accumulation_steps": 10, "learning_rate": 1e-5, "weight_decay": 1e-4, "dropout": 0.1,
+        "optimizer": "adamw_bnb_8bit", "block_wise": True, "percentile_clipping": 95, "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.01, "max_grad_norm": 1.0, "num_train_epochs": 1,
+    }  # fmt: skip
+    assert {name: params[f"train.{name}"] for name in recipe} == recipe
+    assert (params["vision.model"], params["language.model"]) == ("facebook/dinov2-base", "google/gemma-2-2b-it")
+    assert (params["vision.num_patches"], params["vision.visual_embed_dim"]) == (257, 768)
+    assert (params["prompt.text_length"], params["prompt.mask"]) == (64, "prefix-lm")
+    launch = read_launch(params["train.launch"], ROOT / "launch")
+    assert launch["distributed_type"] == "FSDP" and launch["num_processes"] == 4
+    assert launch["fsdp_config"]["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"

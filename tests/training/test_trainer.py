@@ -1,0 +1,161 @@
+"""The HF Trainer with our batches: accumulation is the large batch, dropout is where it is said to be, resume goes on."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.model.vlm import hash_weights, initial_model, set_dropout, trained_state
+from vlm_vqa.params import Optimizer, load_params
+from vlm_vqa.training import checkpoints
+from vlm_vqa.training.dataset import Collator
+from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments, write_curve
+
+QUESTIONS = [
+    ("What color is the shape?", "red"),
+    ("Is it?", "yes"),
+    ("How many dogs are there?", "two"),
+    ("Is it?", "no"),
+]
+
+
+@pytest.fixture
+def make(tiny, tmp_path):
+    """Return a function that builds a Trainer on 24 questions about 6 images."""
+    features = torch.randn(6, tiny.num_patches, 24, generator=torch.Generator().manual_seed(0))
+    store = SimpleNamespace(batch=lambda ids: features[list(ids)])
+    base = load_params("params.yaml").train
+
+    def build(folder="run", layout=None, dropout=0.0, **changes):
+        layout = layout or tiny.layout("image-prefix")
+        # Answers of different lengths: otherwise the mean over batches would equal the mean over tokens.
+        tokens = [layout.tokenize(*QUESTIONS[i % 4]) for i in range(24)]
+        data = torch.utils.data.StackDataset([i // 4 for i in range(24)], tokens)
+        data.image_ids = [i // 4 for i in range(24)]
+        settings = {
+            "batch_size": 8,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-2,
+            "save_steps": 1000,
+            "logging_steps": 1,
+        }
+        train = dataclasses.replace(base, **{**settings, **changes})
+        model = initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1)
+        set_dropout(model, dropout)
+        arguments = training_arguments(train, 0, tmp_path / folder, use_cpu=True)
+        return VqaTrainer(model, arguments, train, data, Collator(layout, store), [])
+
+    return build
+
+
+def weights(trainer):
+    return torch.cat([value.flatten() for _, value in sorted(trained_state(trainer.model).items())])
+
+
+def moved(trainer, start):
+    return (weights(trainer) - start).norm()
+
+
+@pytest.mark.parametrize("mask", ["image-prefix", "prefix-lm"])
+def test_accumulation_equals_the_large_batch(make, tiny, mask):
+    start = weights(make())
+    large, small = (
+        make("large", tiny.layout(mask)),
+        make("small", tiny.layout(mask), batch_size=2, gradient_accumulation_steps=4),
+    )
+    large.train()
+    small.train()
+    assert large.state.global_step == small.state.global_step == 6
+    assert (weights(large) - weights(small)).norm() / moved(large, start) < 1e-4
+
+
+def test_a_run_repeats_itself_and_another_seed_does_not(make):
+    one, two = make("one"), make("two")
+    one.train()
+    two.train()
+    assert hash_weights(trained_state(one.model)) == hash_weights(trained_state(two.model))
+
+
+@pytest.mark.parametrize("optimizer", [Optimizer.ADAMW_TORCH, Optimizer.ADAMW_BNB_8BIT])
+def test_an_interrupted_run_goes_on(make, tmp_path, optimizer):
+    options = {"optimizer": optimizer, "save_steps": 2}
+    if optimizer is Optimizer.ADAMW_BNB_8BIT:
+        options["percentile_clipping"] = 50
+    straight = make("straight", **options)
+    straight.train()
+    cut = make("cut", **options)
+
+    class Stop(ProgressCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    cut.add_callback(Stop(lambda *_: None, 8))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    last = checkpoints.latest(tmp_path / "cut")
+    assert last.name == "checkpoint-2"
+    resumed = make("cut", **options)
+    resumed.train(resume_from_checkpoint=str(last))
+    assert resumed.state.global_step == straight.state.global_step
+    torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
+
+
+def test_the_optimizer_is_the_one_asked_for(make):
+    trainer = make(optimizer=Optimizer.ADAMW_BNB_8BIT, percentile_clipping=95)
+    trainer.train()
+    states = {
+        name: trainer.optimizer.optimizer.state[value]["state1"].dtype
+        for name, value in trainer.model.named_parameters()
+    }
+    # Tensors under 4,096 elements, all of this tiny model's, stay in 32 bits, and so does the embedding.
+    assert states["model.language_model.embed_tokens.weight"] == torch.float32
+    assert trainer.optimizer.optimizer.percentile == 95
+    assert make(optimizer=Optimizer.ADAMW_TORCH).create_optimizer().__class__ is torch.optim.AdamW
+
+
+def test_schedule_and_weight_decay_are_as_asked(make):
+    trainer = make(warmup_ratio=0.5, num_train_epochs=4, weight_decay=0.3)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert max(rates) == pytest.approx(1e-2) and rates.index(max(rates)) == 6
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.3}
+
+
+def test_dropout_acts_on_attention_probabilities_alone(make, tiny):
+    model = make(dropout=0.5).model
+    batch = tiny.layout("image-prefix")
+    from vlm_vqa.model.layout import Row
+
+    inputs = batch.collate([Row(0, (batch.tokenize(*QUESTIONS[0]),))])
+    features = torch.randn(1, tiny.num_patches, 24)
+    model.train()
+    assert model(features, **inputs)["loss"] != model(features, **inputs)["loss"]
+    set_dropout(model, 0.0)
+    assert model(features, **inputs)["loss"] == model(features, **inputs)["loss"]
+    assert not [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    set_dropout(model, 0.5)
+    model.eval()
+    assert model(features, **inputs)["loss"] == model(features, **inputs)["loss"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make):
+    trainer = make()
+    trainer.add_callback(ProgressCallback(lambda *_: None, 8))
+    torch.nn.init.constant_(trainer.model.model.multi_modal_projector.linear.bias, float("nan"))
+    with pytest.raises(UserError, match=r"step 1: (loss|grad_norm) is nan"):
+        trainer.train()
+
+
+def test_what_is_logged(make, tmp_path):
+    seen = []
+    trainer = make()
+    trainer.add_callback(ProgressCallback(lambda metrics, step: seen.append((step, metrics)), 8))
+    trainer.train()
+    assert [step for step, _ in seen] == list(range(1, 7))
+    assert {"loss", "grad_norm", "learning_rate", "questions_per_second", "peak_memory_gib"} <= seen[-1][1].keys()
+    write_curve(trainer.state.log_history, tmp_path / "curve.csv")
+    lines = (tmp_path / "curve.csv").read_text().splitlines()
+    assert lines[0] == "step,epoch,loss,grad_norm,learning_rate" and len(lines) == 7
