@@ -43,7 +43,7 @@ def main() -> None:
     encoder = load_encoder(params.vision, device="cpu")
     features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"]})
     made_of = {
-        "params_hash": params.hash(),
+        "training_params_hash": params.training_hash(),
         "data_hash": manifest["data_hash"],
         "encoder_hash": encoder.hash,
         "code_hash": code_hash(),

@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real data that is not part of the project, or skip."""
     folder = Path(os.environ.get("VLM_VQA_SHARED_DATA", REPO.parent / "shared" / "data"))

@@ -63,7 +63,13 @@ class Project:
     def command(self, command: str, **more: str) -> subprocess.CompletedProcess:
         """Run a shell command in the copy and return its outcome, output captured."""
         return subprocess.run(
-            command, shell=True, cwd=self.folder, env=self.environment(**more), capture_output=True, text=True, timeout=900
+            command,
+            shell=True,
+            cwd=self.folder,
+            env=self.environment(**more),
+            capture_output=True,
+            text=True,
+            timeout=900,
         )
 
     def stage(self, name: str, **more: str) -> subprocess.CompletedProcess:

@@ -193,23 +193,23 @@ def test_evaluation_goes_to_the_newest_run_of_the_same_weights_and_params(checko
     assert tracking.find_run(params, "0" * 64) is None
     scored = [run for run in runs(checkout) if "bleu_1" in run.data.metrics]
     assert [run.info.run_id for run in scored] == [made[1]]
-    assert scored[0].data.metrics["vqa/per_answer_type_yes_no"] == 0.85
+    assert scored[0].data.metrics["score_vqa_accuracy_per_answer_type_yes_no"] == 0.85
     assert artifacts(checkout, scored[0]) == {"export/README.md": "card"}
 
 
-def test_evaluation_metrics_are_the_headlines_and_groups():
+def test_evaluation_metrics_are_flat():
     assert tracking.evaluation_metrics(EVALUATION) == {
         "bleu_1": 0.9,
         "vqa_accuracy": 0.8,
-        "helm/bleu_4": 0.0,
-        "helm/instances": 1000,
-        "vqa/per_answer_type_yes_no": 0.85,
-        "vqa/per_answer_type_number": 0.5,
-        "vqa/questions": 9673,
-        "baselines/prior_vqa_accuracy": 0.67,
-        "baselines/prior_bleu_1": 0.66,
-        "baselines/shuffled_images_vqa_accuracy": 0.59,
-        "baselines/shuffled_images_bleu_1": 0.58,
+        "score_helm_bleu_4": 0.0,
+        "score_helm_instances": 1000,
+        "score_vqa_accuracy_per_answer_type_yes_no": 0.85,
+        "score_vqa_accuracy_per_answer_type_number": 0.5,
+        "score_vqa_accuracy_questions": 9673,
+        "score_baselines_prior_vqa_accuracy": 0.67,
+        "score_baselines_prior_bleu_1": 0.66,
+        "score_baselines_shuffled_images_vqa_accuracy": 0.59,
+        "score_baselines_shuffled_images_bleu_1": 0.58,
     }
 
 

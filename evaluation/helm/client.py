@@ -80,7 +80,7 @@ class LoadedModel:
         row_of = {key: row for row, key in enumerate(distinct)}
         features = self.answerer.encode(list(distinct.values()))
         return self.answerer.answer_features(
-            [one.question for one in asked], features[[row_of[one.image_key] for one in asked]]
+            [one.question for one in asked], features, [row_of[one.image_key] for one in asked]
         )
 
 

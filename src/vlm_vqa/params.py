@@ -205,7 +205,7 @@ class EvaluationParams:
     """What `helm-eval` measures."""
 
     vqa_questions: int | None
-    """Validation questions for VQA accuracy, the first of the split; null is all."""
+    """Validation questions for VQA accuracy, the first of HELM's own random order; null is all."""
     helm_instances: int
     """Instances of HELM's `vqa` run."""
     helm_threads: int
@@ -252,6 +252,10 @@ class Params:
     def hash(self) -> str:
         """Return the hash that names these parameters; where a run is tracked does not change what it is."""
         return hash_json({key: value for key, value in self.as_dict().items() if key != "tracking"})
+
+    def training_hash(self) -> str:
+        """Return the hash of what decides trained weights: the sections that the train stage declares in `dvc.yaml`."""
+        return hash_json({key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train")})
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

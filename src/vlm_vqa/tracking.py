@@ -54,8 +54,7 @@ LONGEST_PARAM = 500  # characters: what every MLflow server accepts; newer ones 
 VIEW = "scores"
 VIEW_COLUMNS = [
     *(f"metrics.`{name}`" for name in ("bleu_1", "vqa_accuracy", "loss", "questions_per_second", "peak_memory_gib")),
-    *(f"params.`train.{name}`" for name in ("learning_rate", "batch_size", "num_train_epochs", "optimizer", "dropout")),
-    *(f"params.`{name}`" for name in ("prompt.mask", "language.model", "vision.model", "data.source")),
+    *(f"params.`train.{name}`" for name in ("batch_size", "learning_rate", "num_train_epochs", "optimizer")),
 ]
 BATCH = 100  # MLflow's limit on parameters in one request
 SECONDS_TO_OPEN = 60.0  # a fresh sqlite store takes about 5 s; MLflow retries a silent database for minutes
@@ -378,21 +377,20 @@ def _numbers(metrics: Mapping[str, Any], step: int) -> list[tuple[str, float, in
 def evaluation_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """`reports/evaluation.json` as flat metric names.
 
-    The two headline scores stand alone, the others in groups, which MLflow draws as sections of charts.
+    MLflow draws one chart a metric, in the names' order, and groups ("a/b") before all others. The prefix keeps what is
+    not a headline behind the training's curves.
 
     >>> evaluation_metrics({"helm": {"bleu_1": 0.9, "f1_score": 0.8}, "vqa_accuracy": {"overall": 0.7}})
-    {'bleu_1': 0.9, 'helm/f1_score': 0.8, 'vqa_accuracy': 0.7}
+    {'bleu_1': 0.9, 'score_helm_f1_score': 0.8, 'vqa_accuracy': 0.7}
     >>> evaluation_metrics({"vqa_accuracy": {"per_answer_type": {"yes/no": 0.6}}})
-    {'vqa/per_answer_type_yes_no': 0.6}
+    {'score_vqa_accuracy_per_answer_type_yes_no': 0.6}
     """
     headlines = {("helm", "bleu_1"): "bleu_1", ("vqa_accuracy", "overall"): "vqa_accuracy"}
     metrics = {}
     for path, value in _leaves(report):
         if isinstance(value, Real) and not isinstance(value, bool):
-            # Not "vqa_accuracy/...": MLflow's file store has no room for a metric and a group of one name.
-            group = path[0].removesuffix("_accuracy")
-            inner = "_".join(path[1:]).replace("/", "_").replace(" ", "_")
-            metrics[headlines.get(path, f"{group}/{inner}" if inner else group)] = value
+            name = "_".join(path).replace("/", "_").replace(" ", "_")
+            metrics[headlines.get(path, f"score_{name}")] = value
     return metrics
 
 
@@ -584,7 +582,7 @@ def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
     folder = Path(folder)
     params = load_params(folder / "params.yaml")
     training = _read_json(folder / TRAINING_FILE)
-    _check_current(folder, params, training)
+    _check_current(folder)
     scores = _read_json(folder / EVALUATION_REPORT) if (folder / EVALUATION_REPORT).exists() else None
     uri = tracking_uri(checkout_root(folder))
     try:
@@ -644,10 +642,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}): `dvc checkout {path}` or `dvc repro` brings it back") from error
 
 
-def _check_current(folder: Path, params: Params, training: Mapping[str, Any]) -> None:
+def _check_current(folder: Path) -> None:
     """Refuses to record outputs under parameters that did not make them."""
-    if training.get("params_hash") == params.hash():
-        return
     changed = _changed_params(folder)
     if changed:
         raise UserError(

@@ -43,10 +43,11 @@ class Fake:
         self.encoded += len(images)
         return np.array([np.asarray(image, dtype=np.float32).mean((0, 1)) for image in images])
 
-    def answer_features(self, questions, features):
+    def answer_features(self, questions, features, images=None):
         if self.fails:
             raise RuntimeError(self.fails)
-        features = np.asarray(features, dtype=np.float32).reshape(len(questions), -1)
+        features = np.asarray(features, dtype=np.float32).reshape(len(features), -1)
+        features = features[list(range(len(questions)) if images is None else images)]
         return [self.red if row[0] > row[2] else "blue" for row in features]
 
 
@@ -137,9 +138,7 @@ def features(records) -> Path:
     """`data/features` that the fake answerer reads: an image's mean colour, as one token of width 3."""
     folder = records.parent / "features"
     made_by = {"encoder_hash": "e", "data_hash": "d"}
-    with FeatureStoreWriter(
-        folder, images=12, num_tokens=1, width=3, dtype=torch.float32, made_by=made_by
-    ) as writer:
+    with FeatureStoreWriter(folder, images=12, num_tokens=1, width=3, dtype=torch.float32, made_by=made_by) as writer:
         for record in iter_images(records):
             pixels = np.asarray(open_image(record.data, record.file_name, 10_000), dtype=np.float32)
             writer.add([record.image_id], torch.tensor(pixels.mean((0, 1)))[None, None])

@@ -56,5 +56,5 @@ def test_assignment_depends_on_the_seed_and_not_on_the_order():
 
 
 def test_a_single_image_is_refused():
-    with pytest.raises(UserError, match="single image"):
+    with pytest.raises(UserError, match="all about one image"):
         shuffled_images([3, 3], 0)

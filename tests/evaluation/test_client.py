@@ -51,8 +51,8 @@ def test_answers_and_takes_the_instruction_out():
     one = client()
     model = LoadedModel.shared("models/export", "params.yaml", "fake_answerer:load")
     answer_features = model.answerer.answer_features
-    model.answerer.answer_features = lambda questions, features: asked.extend(questions) or answer_features(
-        questions, features
+    model.answerer.answer_features = lambda questions, *rest: (
+        asked.extend(questions) or answer_features(questions, *rest)
     )
     assert text(one.make_request(request("red.jpg"))) == "red"
     assert text(one.make_request(request("blue.jpg", "which?"))) == "blue"

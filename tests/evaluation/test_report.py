@@ -62,7 +62,7 @@ def test_report_has_the_agreed_keys_and_figures(project, records, features, para
     for scores in report["baselines"].values():
         assert set(scores) == {"vqa_accuracy", "bleu_1"}
         assert scores["vqa_accuracy"] < 1.0
-    # From the question alone it says "blue" and "no", the first of two equally common answers: right for half the images.
+    # From the question alone it says "blue" and "no", first of two equally common answers: right for half the images.
     assert report["baselines"]["prior"]["vqa_accuracy"] == 0.5
     assert report["model"] == {"mask": "image-prefix", "weights_hash": "w" * 64}
     assert report["helm_equals_stored_features"] == 1.0

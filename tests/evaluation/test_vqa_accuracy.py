@@ -15,6 +15,7 @@ from vlm_vqa.evaluation.vqa_accuracy import CONTRACTIONS, normalise, score_answe
 
 SHARED = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
+
 @pytest.mark.parametrize(("humans", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)])
 def test_score_is_the_mean_over_leave_one_out_sets_and_not_a_third_per_match(humans, score):
     answers = ["cat"] * humans + ["dog"] * (10 - humans)

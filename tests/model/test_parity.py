@@ -81,7 +81,7 @@ def test_generation_equals_the_stock_class(tiny, mask, use_cache):
     stock = tiny.stock.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=use_cache)
     layout = tiny.layout(mask)
     ours = generate(
-        tiny.stock, layout, features(tiny, inputs["pixel_values"]), [layout.tokenize(q) for q in QUESTIONS], 6
+        tiny.stock, layout, features(tiny, inputs["pixel_values"]), [layout.tokenize(q) for q in QUESTIONS], range(3), 6
     )
     for row, answer in enumerate(ours):
         continued = stock[row, inputs["input_ids"].shape[1] :].tolist()
@@ -92,9 +92,15 @@ def test_generation_equals_the_stock_class(tiny, mask, use_cache):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_batch_answers_as_one_by_one(tiny, mask):
+    """Also where questions share an image: two stand together, one comes back to it later."""
     layout = tiny.layout(mask)
-    image_features = torch.randn(3, tiny.num_patches, 24, generator=torch.Generator().manual_seed(0))
-    tokens = [layout.tokenize(question) for question in QUESTIONS]
-    together = generate(tiny.stock, layout, image_features, tokens, 6)
-    alone = [generate(tiny.stock, layout, image_features[i : i + 1], tokens[i : i + 1], 6)[0] for i in range(3)]
+    image_features = torch.randn(2, tiny.num_patches, 24, generator=torch.Generator().manual_seed(0))
+    tokens = [layout.tokenize(question) for question in [*QUESTIONS, QUESTIONS[0]]]
+    images = [1, 1, 0, 1]
+    together = generate(tiny.stock, layout, image_features, tokens, images, 6)
+    alone = [
+        generate(tiny.stock, layout, image_features[i : i + 1], [t], [0], 6)[0]
+        for i, t in zip(images, tokens, strict=True)
+    ]
     assert together == alone
+    assert together[0] == together[3] and len({tuple(answer) for answer in together}) > 1

@@ -150,7 +150,13 @@ def answer_questions(
             shown = [questions[at]["image_id"] for at in batch]
             if image_of is not None:
                 shown = [image_of[image_id] for image_id in shown]
-            given = answerer.answer_features([questions[at]["question"] for at in batch], store.batch(shown))
+            distinct = sorted(set(shown))
+            place = {image_id: at for at, image_id in enumerate(distinct)}
+            given = answerer.answer_features(
+                [questions[at]["question"] for at in batch],
+                store.batch(distinct),
+                [place[image_id] for image_id in shown],
+            )
             for at, answer in zip(batch, given, strict=True):
                 answers[at] = answer
             bar.update(len(batch))

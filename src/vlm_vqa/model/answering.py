@@ -84,9 +84,18 @@ class Answerer:
         ).pixel_values
         return self.model.model.vision_tower(pixels.to(self.model.device)).last_hidden_state
 
-    def answer_features(self, questions: Sequence[str], features: Tensor) -> list[str]:
-        """Answer each question about its image's features [B, T, E], as one batch; answers come without outer blanks."""
+    def answer_features(
+        self, questions: Sequence[str], features: Tensor, images: Sequence[int] | None = None
+    ) -> list[str]:
+        """Answer Q questions as one batch; answers come without outer blanks.
+
+        Args:
+            features: [I, T, E], of the images that the questions are about.
+            images: which of the I images each question is about; by default each has its own, in order. Questions of one
+                image that stand together share its prefix under image-prefix.
+        """
         tokens = [self.layout.tokenize(question) for question in questions]
         features = features.to(self.model.device, torch.float32)
-        answers = generate(self.model, self.layout, features, tokens, self.max_new_tokens)
+        places = range(len(questions)) if images is None else images
+        answers = generate(self.model, self.layout, features, tokens, places, self.max_new_tokens)
         return [self.layout.decode(answer) for answer in answers]

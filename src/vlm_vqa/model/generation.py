@@ -1,6 +1,7 @@
-"""Greedy answers to batches of questions, each with its image features.
+"""Greedy answers to batches of questions; questions of one image share its prefix where the mask allows it.
 
-Shapes: B questions, S prompt tokens (image tokens included), K keys seen so far, T image tokens, E feature width.
+Shapes: Q questions, I images, R rows, S tokens of a row (image tokens included), K keys seen so far, T image tokens,
+E feature width, D hidden width.
 """
 
 from collections.abc import Sequence
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PaliGemmaForConditionalGeneration
 
-from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, visible
+from vlm_vqa.model.layout import PREFIX_SEGMENT, QuestionTokens, Row, TokenLayout, rows_of, visible
 from vlm_vqa.model.vlm import text_hidden, text_logits
+from vlm_vqa.params import Mask
 
 
 @torch.inference_mode()
@@ -19,44 +21,62 @@ def generate(
     layout: TokenLayout,
     features: Tensor,
     questions: Sequence[QuestionTokens],
+    images: Sequence[int],
     max_new_tokens: int,
 ) -> list[list[int]]:
     """Answer every question with the likeliest token at each step, stopping at `<eos>`.
 
-    Prompts are padded on the right: with explicit positions and masks a padded prompt gives what it gives alone, and the
-    answer's keys simply follow the padding in the cache.
+    Consecutive questions of one image are read as one row. Prompts are padded on the right: with explicit positions and
+    masks a padded or shared prompt gives what it gives alone, and an answer's keys simply follow in the cache.
 
     Args:
         model: in evaluation mode.
-        features: [B, T, E], one image for each question.
-        questions: B tokenised questions without answers.
+        features: [I, T, E].
+        questions: Q tokenised questions without answers.
+        images: which of the I images each question is about.
 
     Returns:
-        B lists of token ids, `<eos>` left out.
+        Q lists of token ids, `<eos>` left out.
     """
-    batch = {
-        name: value.to(features.device)
-        for name, value in layout.collate([Row(0, (question,)) for question in questions]).items()
-    }
+    rows = rows_of(zip(images, questions, strict=True), layout.mask)
+    batch = {name: value.to(features.device) for name, value in layout.collate(rows).items()}
+    row_Q, segment_Q = _places(rows, layout, features.device)
     cache = DynamicCache(config=model.config.text_config)
-    seen_BS = batch["segment_ids"] >= 0
-    length_B = seen_BS.sum(dim=1)
     allowed = visible(batch["segment_ids"], batch["position_ids"], batch["bidirectional"])
-    hidden_BSD = text_hidden(model, features, batch["input_ids"], batch["position_ids"], allowed, cache)
-    last_BD = hidden_BSD[torch.arange(len(questions), device=features.device), length_B - 1]
-    position_B1 = length_B[:, None]
+    row_features = features[[row.image_id for row in rows]]
+    hidden_RSD = text_hidden(model, row_features, batch["input_ids"], batch["position_ids"], allowed, cache)
+
+    # From here every question goes on by itself: with its row's cache, of which it sees the prefix and its own tokens.
+    cache.batch_select_indices(row_Q)
+    segments_QS = batch["segment_ids"][row_Q]
+    own_QS = segments_QS == segment_Q[:, None]
+    seen_QK = own_QS | (segments_QS == PREFIX_SEGMENT)
+    place_QS = torch.arange(own_QS.shape[1], device=features.device).expand_as(own_QS)
+    last_Q = place_QS.masked_fill(~own_QS, -1).amax(dim=1)
+    hidden_QD = hidden_RSD[row_Q, last_Q]
+    position_Q1 = batch["position_ids"][row_Q, last_Q][:, None]
     steps: list[Tensor] = []
-    done_B = torch.zeros(len(questions), dtype=torch.bool, device=features.device)
-    for step in range(max_new_tokens):
-        token_B = text_logits(model, last_BD).argmax(dim=-1)
-        steps.append(token_B)
-        done_B |= token_B == layout.eos_id
-        if done_B.all() or step == max_new_tokens - 1:
-            break
-        seen_BS = torch.nn.functional.pad(seen_BS, (0, 1), value=True)
-        position_B1 = position_B1 + 1
-        last_BD = text_hidden(model, None, token_B[:, None], position_B1, seen_BS[:, None], cache)[:, 0]
-    return [_until(answer, layout.eos_id) for answer in torch.stack(steps, dim=1).tolist()]
+    done_Q = torch.zeros(len(questions), dtype=torch.bool, device=features.device)
+    while True:
+        token_Q = text_logits(model, hidden_QD).argmax(dim=-1)
+        steps.append(token_Q)
+        done_Q |= token_Q == layout.eos_id
+        if done_Q.all() or len(steps) == max_new_tokens:
+            return [_until(answer, layout.eos_id) for answer in torch.stack(steps, dim=1).tolist()]
+        seen_QK = torch.nn.functional.pad(seen_QK, (0, 1), value=True)
+        position_Q1 = position_Q1 + 1
+        hidden_QD = text_hidden(model, None, token_Q[:, None], position_Q1, seen_QK[:, None], cache)[:, 0]
+
+
+def _places(rows: Sequence[Row], layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the row of each question and the segment that its tokens have there, int64 [Q] each."""
+    places = [
+        (row, PREFIX_SEGMENT if layout.mask is Mask.PREFIX_LM else number)
+        for row, content in enumerate(rows)
+        for number, _ in enumerate(content.questions, start=1)
+    ]
+    row_Q, segment_Q = torch.tensor(places, device=device).T
+    return row_Q, segment_Q
 
 
 def _until(token_ids: list[int], stop: int) -> list[int]:

@@ -78,6 +78,7 @@ class TokenLayout:
         self.pad_id = tokenizer.pad_token_id
         self.bos_id = tokenizer.bos_token_id
         self.eos_id = tokenizer.eos_token_id
+        self._tokenizer = tokenizer
         self._plain = plain_text_tokenizer(tokenizer)
         self._newline = self._encode("\n")
         self.prefix = [self.bos_id, *self._encode(clean(instruction)), *self._newline]
@@ -105,19 +106,19 @@ class TokenLayout:
         return len(self.prefix) + len(tokens.prompt) + len(tokens.answer)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of an answer up to `<eos>`, blanks around it removed."""
+        """Return the text of an answer up to `<eos>`, as the stock tokenizer writes it, blanks around it removed."""
         ids = list(token_ids)
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
-        return self._plain.decode(ids, skip_special_tokens=False).strip()
+        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Pad rows to the longest of them.
 
         Returns:
             `input_ids`, `position_ids`, `segment_ids` (0 prefix, 1.. a question that shares it, -1 padding) and `labels`,
-            int64 [B, S], and `bidirectional`, bool [B, S]. `labels[b, s]` is the token that position s is to predict, so no further
-            shift is needed; it is `IGNORED` everywhere but from a question's newline to its last answer token.
+            int64 [B, S], and `bidirectional`, bool [B, S]. `labels[b, s]` is the token that position s is to predict, so
+            no further shift is needed; it is `IGNORED` but from a question's newline to its last answer token.
         """
         if self.mask is Mask.PREFIX_LM and any(len(row.questions) != 1 for row in rows):
             raise ValueError("prefix-lm rows hold one question: the image sees it")

@@ -115,7 +115,8 @@ class ProgressCallback(TrainerCallback):
         self.last = (now, state.global_step)
         speed = (state.global_step - step) * self.questions_per_step / max(now - before, 1e-9)
         extra = {"questions_per_second": speed, "peak_memory_gib": peak_memory_gib()}
-        self.log_metrics({**{name: float(value) for name, value in logs.items()}, **extra}, state.global_step)
+        figures = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+        self.log_metrics({**figures, **extra}, state.global_step)
 
 
 def peak_memory_gib() -> float:

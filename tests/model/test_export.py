@@ -1,0 +1,146 @@
+"""The exported folder: plain transformers opens it and answers as the trained model, by the card's own words."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Dinov2Model
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.hashing import write_json
+from vlm_vqa.model.answering import FACTS_FILE, Answerer
+from vlm_vqa.model.encoder import Encoder
+from vlm_vqa.model.export import join, read_training, write_export
+from vlm_vqa.model.layout import Row, visible
+from vlm_vqa.model.vlm import hash_weights, save_trained, text_hidden, text_logits, trained_state
+from vlm_vqa.params import Mask, load_params
+
+QUESTIONS = ["What color is the shape?", "Is there a dog?", "How many red dogs are there?"]
+DATA = {"source": "directory", "notes": ["a note"], "splits": {"train": {"questions": 3, "images": 2}}}
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+    """Return a function that writes a trained folder for a mask: (folder, encoder, params)."""
+
+    def write(mask):
+        folder = tmp_path / f"trained-{mask}"
+        save_trained(tiny.training, folder)
+        tiny.processor.save_pretrained(folder)
+        write_json(folder / "training.json", {"weights_hash": hash_weights(trained_state(tiny.training))})
+        tower = Dinov2Model(tiny.encoder_config)
+        prefix = "model.vision_tower."
+        state = tiny.stock.state_dict()
+        tower.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        encoder = Encoder(tower.eval(), tiny.processor.image_processor, "hash", tiny.num_patches)
+        params = load_params("params.yaml")
+        prompt = dataclasses.replace(
+            params.prompt, mask=Mask(mask), instruction=tiny.layout(mask).instruction, text_length=64
+        )
+        vision = dataclasses.replace(params.vision, num_patches=tiny.num_patches)
+        return folder, encoder, dataclasses.replace(params, prompt=prompt, vision=vision)
+
+    return write
+
+
+def export(tiny, trained, mask, target):
+    folder, encoder, params = trained(mask)
+    model = join(folder, encoder)
+    write_export(target, model, tiny.processor, params, read_training(folder), {"steps": 1}, DATA)
+
+
+def picture(path):
+    values = np.random.default_rng(0).integers(0, 255, (31, 45), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+
+
+def snippet(folder):
+    """Return the card's own code."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    return code
+
+
+SCRIPT = """
+import json, sys, torch
+folder, path, questions = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+answers, logits = [], []
+for question in questions:
+{code}
+    answers.append(answer)
+    with torch.no_grad():
+        logits.append(model(**inputs).logits[0, -1].tolist())
+assert "vlm_vqa" not in sys.modules
+print(json.dumps([answers, logits]))
+"""
+
+
+def by_the_card(folder, path):
+    """Run the card's code in a fresh interpreter that sees neither the project nor its environment variables."""
+    code = "".join(f"    {line}\n" for line in snippet(folder).splitlines())
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", SCRIPT.format(code=code), str(folder), str(path), json.dumps(QUESTIONS)],
+        cwd=folder, capture_output=True, text=True, timeout=300, env={"HOME": os.environ["HOME"], "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["image-prefix", "prefix-lm"])
+def test_plain_transformers_gives_the_trained_models_logits_and_answers(tiny, trained, mask, tmp_path):
+    folder = tmp_path / "export"
+    export(tiny, trained, mask, folder)
+    picture(tmp_path / "grey.png")
+    answers, logits = by_the_card(folder, tmp_path / "grey.png")
+
+    ours = Answerer.from_export(folder, device="cpu")
+    image = Image.open(tmp_path / "grey.png")
+    assert ours.answer(QUESTIONS, [image] * 3) == answers
+    assert len(set(answers)) > 1, "all answers alike: the test would see nothing"
+    layout = tiny.layout(mask)
+    features = ours.encode([image])
+    for question, expected in zip(QUESTIONS, logits, strict=True):
+        batch = layout.collate([Row(0, (layout.tokenize(question),))])
+        allowed = visible(batch["segment_ids"], batch["position_ids"], batch["bidirectional"])
+        tiny.training.eval()
+        with torch.no_grad():
+            hidden = text_hidden(tiny.training, features, batch["input_ids"], batch["position_ids"], allowed)
+            found = text_logits(tiny.training, hidden)[0, -1]
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_only_image_prefix_sets_the_token_types(tiny, trained, tmp_path):
+    for mask, expected in (("image-prefix", 1), ("prefix-lm", 0)):
+        export(tiny, trained, mask, tmp_path / mask)
+        assert snippet(tmp_path / mask).count('inputs["token_type_ids"] =') == expected
+
+
+def test_an_export_is_the_same_bytes_twice(tiny, trained, tmp_path):
+    for name in ("one", "two"):
+        export(tiny, trained, "image-prefix", tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert {"README.md", FACTS_FILE, "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+
+
+def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_path):
+    folder, encoder, _ = trained("image-prefix")
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="model.safetensors: missing or damaged.*dvc repro --force train"):
+        join(folder, encoder)
+    folder, encoder, _ = trained("prefix-lm")
+    write_json(folder / "training.json", {"weights_hash": "0" * 64})
+    with pytest.raises(UserError, match="training wrote 000000000000"):
+        join(folder, encoder)
+    export(tiny, trained, "image-prefix", tmp_path / "export")
+    facts = tmp_path / "export" / FACTS_FILE
+    facts.write_text(facts.read_text().replace('"weights_hash": "', '"weights_hash": "0'))
+    with pytest.raises(UserError, match="Run the export stage again"):
+        Answerer.from_export(tmp_path / "export")

@@ -1,0 +1,54 @@
+"""`dvc repro` as a user runs it: all five stages on real VQAv2 pictures, once; then only what a change asks for."""
+
+import json
+
+import pytest
+import yaml
+
+from tests.pipeline import ROOT, Project, sample_params
+
+STAGES = ["fetch-vqav2", "extract-features", "train", "export", "helm-eval"]
+
+
+def test_the_five_stages_stand_in_order():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert list(stages) == STAGES
+    for name, stage in stages.items():
+        assert "stages/" + name.replace("-", "_").replace("vqav2", "vqav2") + ".py" in stage["deps"]
+
+
+def planned(project):
+    """Return the stages that `dvc repro` would run now."""
+    done = project.command("dvc repro --dry")
+    assert done.returncode == 0, done.stderr
+    return [name for name in STAGES if f"Running stage '{name}'" in done.stdout]
+
+
+@pytest.mark.slow
+def test_real_pictures_through_all_stages(tmp_path, shared_data):
+    project = Project(tmp_path, sample_params(shared_data))
+    assert planned(project) == STAGES
+    done = project.command("dvc repro")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    report = json.loads((tmp_path / "reports/evaluation.json").read_text())
+    assert set(report["helm"]) == {
+        "bleu_1", "bleu_4", "exact_match", "quasi_exact_match", "quasi_prefix_exact_match", "f1_score", "rouge_l",
+        "instances",
+    }  # fmt: skip
+    assert report["helm"]["instances"] == 20
+    assert report["vqa_accuracy"]["questions"] == 109
+    # Blind answers counted on the very questions they are scored on; a broken scorer or a broken count falls below.
+    assert report["baselines"]["prior"]["vqa_accuracy"] > 0.5
+    assert (tmp_path / "mlflow.db").is_file()
+    assert not list((tmp_path / "checkpoints").glob("*/*")), "checkpoints go when the stage has succeeded"
+
+    lock = (tmp_path / "dvc.lock").read_bytes()
+    assert planned(project) == []
+    project.set({"train.learning_rate": 1e-3})
+    assert planned(project) == ["train", "export", "helm-eval"]
+    project.set({"train.learning_rate": 3e-3, "evaluation.batch_size": 7})
+    assert planned(project) == ["helm-eval"]
+    project.set({"evaluation.batch_size": 128, "tracking.experiment": "other"})
+    assert planned(project) == []
+    assert (tmp_path / "dvc.lock").read_bytes() == lock
