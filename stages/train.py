@@ -1,7 +1,7 @@
 """Stage train: fine-tune Gemma 2 and the projector on stored image features.
 
 Reads data/records and data/features; writes models/trained, reports/train.json and reports/train_curve.csv.
-Started by `accelerate launch --config_file launch/NAME.yaml stages/train.py`.
+Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/train.py`.
 """
 
 import logging
@@ -98,6 +98,8 @@ def prepare(params: Params, encoder) -> tuple[QuestionDataset, TokenLayout, obje
 def save(trainer: VqaTrainer, processor, made_of: dict[str, str]) -> str:
     """Write the trained weights, the processor and what they were made of; return the weights' hash."""
     weights_hash = hash_weights(trained_state(trainer.model))
+    # What stands there may be a hard link into DVC's cache: remove it, never write through it.
+    shutil.rmtree(TRAINED, ignore_errors=True)
     save_trained(trainer.model, TRAINED)
     processor.save_pretrained(TRAINED)
     write_json(TRAINED / "training.json", {**made_of, "weights_hash": weights_hash})

@@ -14,23 +14,20 @@ def test_the_five_stages_stand_in_order():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert list(stages) == STAGES
     for name, stage in stages.items():
-        assert "stages/" + name.replace("-", "_").replace("vqav2", "vqav2") + ".py" in stage["deps"]
+        assert f"stages/{name.replace('-', '_')}.py" in stage["deps"]
 
 
-def planned(project):
-    """Return the stages that `dvc repro` would run now."""
-    done = project.command("dvc repro --dry")
-    assert done.returncode == 0, done.stderr
+def stages_run(project, *options):
+    """Return the stages that `dvc repro` runs now."""
+    done = project.command(" ".join(["dvc repro", *options]))
+    assert done.returncode == 0, done.stderr[-4000:]
     return [name for name in STAGES if f"Running stage '{name}'" in done.stdout]
 
 
 @pytest.mark.slow
 def test_real_pictures_through_all_stages(tmp_path, shared_data):
     project = Project(tmp_path, sample_params(shared_data))
-    assert planned(project) == STAGES
-    done = project.command("dvc repro")
-    assert done.returncode == 0, done.stderr[-4000:]
-
+    assert stages_run(project) == STAGES
     report = json.loads((tmp_path / "reports/evaluation.json").read_text())
     assert set(report["helm"]) == {
         "bleu_1", "bleu_4", "exact_match", "quasi_exact_match", "quasi_prefix_exact_match", "f1_score", "rouge_l",
@@ -43,12 +40,10 @@ def test_real_pictures_through_all_stages(tmp_path, shared_data):
     assert (tmp_path / "mlflow.db").is_file()
     assert not list((tmp_path / "checkpoints").glob("*/*")), "checkpoints go when the stage has succeeded"
 
-    lock = (tmp_path / "dvc.lock").read_bytes()
-    assert planned(project) == []
-    project.set({"train.learning_rate": 1e-3})
-    assert planned(project) == ["train", "export", "helm-eval"]
-    project.set({"train.learning_rate": 3e-3, "evaluation.batch_size": 7})
-    assert planned(project) == ["helm-eval"]
+    assert stages_run(project) == []
+    project.set({"evaluation.batch_size": 7})
+    assert stages_run(project, "--dry") == ["helm-eval"]
     project.set({"evaluation.batch_size": 128, "tracking.experiment": "other"})
-    assert planned(project) == []
-    assert (tmp_path / "dvc.lock").read_bytes() == lock
+    assert stages_run(project, "--dry") == []
+    project.set({"train.learning_rate": 1e-3})
+    assert stages_run(project) == ["train", "export", "helm-eval"]

@@ -96,7 +96,9 @@ def test_a_run_has_parameters_curves_hashes_versions_and_files(checkout, params,
     assert tags["checkpoint_key"] == "k1" and tags["dvc_experiment"] == "molal-coir"
     assert [name for name in tracking.PACKAGES if tags[f"version.{name}"] == "not installed"] == []
     assert int(tags["machine.cores"]) >= 1 and tags["machine.cpu"]
-    assert found.info.run_name == "molal-coir: lr 0.001, batch 160, 5 epochs, image-prefix"
+    train = params.train
+    shape = f"batch {train.batch_size}, {train.num_train_epochs} epochs, image-prefix"
+    assert found.info.run_name == f"molal-coir: lr {train.learning_rate:g}, {shape}"
     assert artifacts(checkout, found) == {"training/note.txt": "hello"}
 
 
@@ -375,9 +377,12 @@ def test_sigterm_marks_the_run_as_killed(checkout):
 @pytest.fixture
 def outputs(checkout, params):
     """What `dvc pull` brings."""
-    training = {"weights_hash": "w" * 64, "params_hash": params.hash(), **HASHES}
+    training = {"weights_hash": "w" * 64, **HASHES}
+    # dvc.lock notes the values that a stage was run with.
+    lock = {"stages": {"train": {"params": {"params.yaml": {"train": params.as_dict()["train"]}}}}}
     for name, text in {
         "models/trained/training.json": json.dumps(training),
+        "dvc.lock": json.dumps(lock),
         "reports/train.json": json.dumps({"train_loss": 0.3, "steps": 20}),
         "reports/train_curve.csv": "step,loss,learning_rate\n10,2.0,0.001\n20,1.0,\n",
         "reports/evaluation.json": json.dumps(EVALUATION),

@@ -266,6 +266,8 @@ def _write(
         "prediction_shuffled": answers.shuffled,
         "prediction_prior": answers.prior,
     }
+    # What stands there may be a hard link into DVC's cache: remove it, never write through it.
+    (folder / "predictions.parquet").unlink(missing_ok=True)
     pq.write_table(pa.table(columns), folder / "predictions.parquet")
     write_json(folder / "evaluation.json", report)
     return [folder / "evaluation.json", folder / "predictions.parquet"]

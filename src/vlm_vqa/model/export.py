@@ -17,6 +17,7 @@ from vlm_vqa.model.vlm import hash_weights, load_config, load_trained, trained_s
 from vlm_vqa.params import Params
 
 CARD = "README.md"
+TRAINED_BY = ("seed", "vision.", "language.", "prompt.", "train.")
 RETRAIN = "Train again: `dvc repro --force train`."
 
 # The line that differs: the stock processor marks a whole prompt as one bidirectional block, which is prefix-lm.
@@ -101,5 +102,5 @@ def card(params: Params, training: dict[str, str], results: dict[str, Any], data
         type_ids=TYPE_IDS_LINE if params.prompt.mask.value == "image-prefix" else "",
         hashes="\n".join(f"- {name}: `{value}`" for name, value in sorted(training.items())),
         results="\n".join(f"- {name}: {value}" for name, value in sorted(results.items())),
-        params="\n".join(f"{name}: {value}" for name, value in params.flat().items() if name.startswith("train.")),
+        params="\n".join(f"{name}: {value}" for name, value in params.flat().items() if name.startswith(TRAINED_BY)),
     )

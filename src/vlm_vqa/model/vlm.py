@@ -103,7 +103,7 @@ def text_hidden(
     if allowed.shape[-1] > window:
         raise UserError(
             f"a row has {allowed.shape[-1]} tokens, but Gemma 2's sliding window holds {window}. Lower prompt.text_length, "
-            "train.batch_size or train.max_questions_per_row."
+            "train.batch_size or evaluation.batch_size: so many questions of one image share a row."
         )
     embed = model.model.language_model.embed_tokens
     if image_features is None:

@@ -1,0 +1,67 @@
+"""A disk that is full or read-only: one clear message that names it, exit code 2, and earlier results intact."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline import Project
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A function that mounts a small file system at a folder; all are unmounted at the end."""
+    folders = []
+
+    def mount(folder: Path, options: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
+        folders.append(folder)
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def project(tmp_path, vqav2_folder):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    return Project(folder, {"data.directory": str(vqav2_folder(size=(320, 240)))})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize(
+    ("options", "words"), [("size=16k", "the disk is full"), ("ro", "the file system is read-only")]
+)
+def test_fetch_and_extract_say_what_to_do(project, mounted, options, words):
+    assert project.stage("fetch-vqav2").returncode == 0
+    mounted(project.folder / "data/features", options)
+    done = project.stage("extract-features")
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr and "dvc repro" in done.stderr and "Traceback" not in done.stderr
+    assert (project.folder / "data/records/manifest.json").is_file()
+
+    shutil.rmtree(project.folder / "data/records")
+    mounted(project.folder / "data/records", options)
+    done = project.stage("fetch-vqav2")
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_disk_while_a_checkpoint_is_written(project, mounted):
+    for name in ("fetch-vqav2", "extract-features"):
+        assert project.stage(name).returncode == 0
+    mounted(project.folder / "checkpoints", "size=400k")
+    done = project.stage("train")
+    assert done.returncode != 0
+    assert "the disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert not (project.folder / "models/trained/training.json").exists()
+    assert (project.folder / "data/features/manifest.json").is_file()
