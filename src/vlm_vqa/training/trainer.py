@@ -4,6 +4,7 @@ import csv
 import logging
 import math
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,8 +87,20 @@ class VqaTrainer(Trainer):
         load_trained(self.model, resume_from_checkpoint, f"Delete the folder {resume_from_checkpoint}.")
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        checkpoints.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            checkpoints.seal(checkpoint)
+        except RuntimeError as error:
+            # torch's writer drops the system's reason; it fails so on a full disk.
+            if "inline_container" not in str(error):
+                raise
+            free = shutil.disk_usage(self.args.output_dir).free / 2**20
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise UserError(
+                f"{checkpoint}: could not be written with {free:.1f} MiB left: the disk is full. Free some space, then run "
+                "`dvc repro` again: training goes on from the checkpoint before it."
+            ) from error
 
 
 class ProgressCallback(TrainerCallback):
