@@ -1,0 +1,43 @@
+"""README is true: its commands exist, the files it names are there, and its scores are the committed report's."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z]+)", README, flags=re.MULTILINE))
+    assert {"repro", "test"} <= named <= targets
+
+
+def test_commands_of_vlm_vqa_exist():
+    done = subprocess.run([sys.executable, "-m", "vlm_vqa.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
+    named = set(re.findall(r"\bvlm-vqa ([a-z][a-z-]+)", README))
+    assert {"ask", "gallery", "track"} <= named
+    assert not [command for command in named if not re.search(rf"^\s+{command}\s", done.stdout, flags=re.MULTILINE)]
+
+
+def test_files_and_presets_are_there():
+    for name in re.findall(r"(?:presets|launch|evaluation|\.ci|data)/[\w./-]*\w", README):
+        if not name.startswith(("data/records", "data/features")):
+            assert (ROOT / name).exists() or "." in name and (ROOT / name.rstrip(".")).exists(), name
+
+
+def test_scores_are_the_committed_reports():
+    report = json.loads((ROOT / "reports/evaluation.json").read_text())
+    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in
+            (line.strip("|").split("|") for line in README.splitlines() if line.startswith("|"))}  # fmt: skip
+    prior, shuffled = report["baselines"]["prior"], report["baselines"]["shuffled_images"]
+    expected = {
+        "**this model**": (report["vqa_accuracy"]["overall"], report["helm"]["bleu_1"]),
+        "the same model, shuffled images": (shuffled["vqa_accuracy"], shuffled["bleu_1"]),
+        "best blind answerer": (prior["vqa_accuracy"], prior["bleu_1"]),
+    }
+    for name, (accuracy, bleu) in expected.items():
+        assert rows[name][:2] == [f"{accuracy:.4f}", f"{bleu:.3f}"], name
