@@ -40,6 +40,13 @@ def test_real_pictures_through_all_stages(tmp_path, shared_data):
     assert (tmp_path / "mlflow.db").is_file()
     assert not list((tmp_path / "checkpoints").glob("*/*")), "checkpoints go when the stage has succeeded"
 
+    # Two clones must write the same bytes: no output may know where it was made.
+    outputs = [
+        path for name in ("data", "models", "reports") for path in (tmp_path / name).rglob("*") if path.is_file()
+    ]
+    assert len(outputs) > 15
+    assert not [path for path in outputs if str(tmp_path).encode() in path.read_bytes()]
+
     assert stages_run(project) == []
     project.set({"evaluation.batch_size": 7})
     assert stages_run(project, "--dry") == ["helm-eval"]

@@ -162,6 +162,8 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
         eos_token_id=tokenizer.eos_token_id,
         dtype="float32",
     )
+    # Where the towers were read from is a path of this machine; it would make equal runs differ.
+    config.text_config._name_or_path = config.vision_config._name_or_path = ""
     return _assemble(config, lm)
 
 
