@@ -3,6 +3,7 @@
 Reads models/trained, data/records and data/features; writes models/export.
 """
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -44,7 +45,7 @@ def compare(features: FeatureStore, max_pixels: int) -> float:
         UserError (by `Answerer.from_export`): what was written is not what was trained.
     """
     answerer = Answerer.from_export(EXPORT, device="cpu")
-    images = [image for _, image in zip(range(CHECKED_IMAGES), records.iter_images(RECORDS), strict=False)]
+    images = list(itertools.islice(records.iter_images(RECORDS), CHECKED_IMAGES))
     pixels = [records.open_image(image.data, image.file_name, max_pixels) for image in images]
     stored = features.batch([image.image_id for image in images]).float()
     difference = (answerer.encode(pixels) - stored).abs().max().item()

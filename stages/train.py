@@ -46,7 +46,7 @@ def main() -> None:
         "training_params_hash": params.training_hash(),
         "data_hash": manifest["data_hash"],
         "encoder_hash": encoder.hash,
-        "code_hash": code_hash(),
+        "code_hash": code_hash(__file__),
     }
     key = checkpoints.checkpoint_key(made_of)
     folder = checkpoints.ROOT / key

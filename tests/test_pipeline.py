@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from tests.pipeline import ROOT, Project, sample_params
+from vlm_vqa.hashing import CODE, code_hash
 
 STAGES = ["fetch-vqav2", "extract-features", "train", "export", "helm-eval"]
 
@@ -15,6 +16,13 @@ def test_the_five_stages_stand_in_order():
     assert list(stages) == STAGES
     for name, stage in stages.items():
         assert f"stages/{name.replace('-', '_')}.py" in stage["deps"]
+
+
+def test_checkpoints_are_keyed_by_the_code_that_the_train_stage_declares():
+    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["deps"]
+    assert {path for path in declared if path.startswith("src/")} == {f"src/vlm_vqa/{name}" for name in CODE}
+    before = code_hash(ROOT / "stages/train.py")
+    assert before == code_hash(ROOT / "stages/train.py") != code_hash(ROOT / "stages/export.py")
 
 
 def stages_run(project, *options):

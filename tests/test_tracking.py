@@ -191,8 +191,6 @@ def test_evaluation_goes_to_the_newest_run_of_the_same_weights_and_params(checko
     (checkout / "README.md").write_text("card")
     tracking.log_export(params, weights_hash="w" * 64, files=["README.md"])
     tracking.log_evaluation(params, weights_hash="w" * 64, report=EVALUATION)
-    assert tracking.find_run(params, "w" * 64).info.run_id == made[1]
-    assert tracking.find_run(params, "0" * 64) is None
     scored = [run for run in runs(checkout) if "bleu_1" in run.data.metrics]
     assert [run.info.run_id for run in scored] == [made[1]]
     assert scored[0].data.metrics["score_vqa_accuracy_per_answer_type_yes_no"] == 0.85

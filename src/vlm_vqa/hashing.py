@@ -29,14 +29,22 @@ def hash_files(paths: Iterable[str | Path], root: str | Path) -> str:
     return hash_json(sorted((Path(path).relative_to(root).as_posix(), sha256_file(path)) for path in paths))
 
 
-def code_hash() -> str:
+CODE = ("data", "hashing.py", "model", "params.py", "training")
+"""The parts of this package that decide trained weights; `dvc.yaml` names the same for the train stage."""
+
+
+def code_hash(stage: str | Path) -> str:
     """Return one hash over the code that decides trained weights: what `code` means in tags and checkpoint keys.
 
-    The same places stand in `dvc.yaml` as dependencies of the train stage; evaluation and tracking change no weights.
+    Evaluation and tracking change no weights, so they do not count.
+
+    Args:
+        stage: the stage's own file.
     """
     package = Path(__file__).parent
-    folders = [package / name for name in ("data", "model", "training")]
-    return hash_files([package / "params.py", *(file for folder in folders for file in folder.rglob("*.py"))], package)
+    places = [package / name for name in CODE]
+    files = [file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])]
+    return hash_json([sha256_file(stage), hash_files(files, package)])
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -380,7 +380,7 @@ def _check_models(params: Params) -> None:
 
 def is_local(model: str) -> bool:
     """Tell a local folder from a hub id: it exists, or it is written as a path."""
-    return Path(model).is_dir() or model.startswith(("/", "./", "../", "~"))
+    return Path(model).is_dir() or model.startswith(("/", "./", "../"))
 
 
 def _check_train(train: TrainParams) -> None:

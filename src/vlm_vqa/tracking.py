@@ -505,16 +505,6 @@ def training_run(params: Params, *, key: str, tags: Mapping[str, str], source: s
         return TrainingRun()
 
 
-def find_run(params: Params, weights_hash: str) -> Any | None:
-    """The newest MLflow run of these weights and parameters, or None; None with a warning on failure."""
-    root = checkout_root()
-    try:
-        return _Store(params, root).find(weights_hash, params.hash())
-    except Exception as error:  # noqa: BLE001
-        _warn(tracking_uri(root), error)
-        return None
-
-
 def log_export(params: Params, *, weights_hash: str, files: Iterable[str | Path] = ()) -> None:
     """Adds the exported model's files (`export/`) to the run that trained it. Never raises."""
     _add(params, weights_hash, {}, {"exported": "true"}, files, "export")

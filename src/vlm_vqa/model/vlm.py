@@ -9,7 +9,6 @@ D hidden width, V vocabulary.
 """
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,8 +32,6 @@ from transformers import (
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import IGNORED, additive_mask, visible
 from vlm_vqa.params import LanguageConfig, LanguageParams
-
-log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 VISION_PREFIX = "model.vision_tower."
@@ -144,9 +141,7 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
     if language.model == "random":
         lm = Gemma2ForCausalLM(random_config(language.config, tokenizer))
     else:
-        lm = Gemma2ForCausalLM.from_pretrained(
-            language.model, revision=language.revision, dtype=torch.float32, use_safetensors=True
-        )
+        lm = _load_gemma(language)
         if len(tokenizer) > lm.config.vocab_size:
             # The processor's tokens (image, locations, segments) must have rows of their own.
             lm.resize_token_embeddings(len(tokenizer))
@@ -219,7 +214,44 @@ def load_tokenizer(language: LanguageParams, texts: list[str]) -> PreTrainedToke
     """Return the language model's tokenizer; for `random`, one trained on `texts`."""
     if language.model == "random":
         return train_tokenizer(texts, language.vocab_size)
-    return AutoTokenizer.from_pretrained(language.model, revision=language.revision)
+    return _from_pretrained(AutoTokenizer, language)
+
+
+def _load_gemma(language: LanguageParams) -> Gemma2ForCausalLM:
+    """Load a whole Gemma 2 in float32.
+
+    Left to itself, `from_pretrained` takes the 2.6 B model's shape where config.json is missing, reads another
+    architecture's file as Gemma 2, and fills missing weights with random ones, with no more than a warning.
+
+    Raises:
+        UserError: it is not there, is no Gemma 2, or lacks weights.
+    """
+    config = _from_pretrained(AutoConfig, language)
+    if not isinstance(config, Gemma2Config):
+        raise UserError(f"language.model {language.model!r} is a {config.model_type}; it must be a Gemma 2 (gemma2).")
+    lm, found = _from_pretrained(
+        Gemma2ForCausalLM, language, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    # The output head is the embedding and need not stand in the file.
+    missing = sorted(set(found["missing_keys"]) - {"lm_head.weight"})
+    if missing:
+        raise UserError(f"language.model {language.model!r} lacks the weights {missing[:5]}. Get a whole copy of it.")
+    return lm
+
+
+def _from_pretrained(kind, language: LanguageParams, **options):
+    """Load from the hub or a local folder.
+
+    Raises:
+        UserError: it is not there or not readable; transformers' own reason is kept.
+    """
+    try:
+        return kind.from_pretrained(language.model, revision=language.revision, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"language.model {language.model!r} cannot be loaded ({kind.__name__}): {error} Name a folder in Hugging Face's "
+            "format with safetensors weights and a tokenizer, or a hub id with language.revision."
+        ) from error
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,7 +1,6 @@
 """The HF Trainer, set up from `params.yaml`."""
 
 import csv
-import logging
 import math
 import resource
 import shutil
@@ -21,8 +20,6 @@ from vlm_vqa.params import Dtype, TrainParams
 from vlm_vqa.training import checkpoints
 from vlm_vqa.training.dataset import Collator, ImageOrderSampler, QuestionDataset
 from vlm_vqa.training.optimizer import optimizer_class
-
-log = logging.getLogger(__name__)
 
 CURVE_COLUMNS = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 
@@ -54,6 +51,8 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, *, use_c
         # The batches are ready-made tensors, and MLflow is spoken to by our own callback.
         remove_unused_columns=False,
         report_to="none",
+        # The default writes the average of earlier losses where a loss is not a number.
+        logging_nan_inf_filter=False,
         disable_tqdm=False,
     )
 
@@ -72,6 +71,9 @@ class VqaTrainer(Trainer):
             callbacks=callbacks,
         )
         assert self.model_accepts_loss_kwargs, "the loss must be divided by the step's tokens, not by its batches"
+        precision = "bf16" if train.compute_dtype is Dtype.BFLOAT16 else "no"
+        assert self.accelerator.mixed_precision == precision, "accelerate computes in another type than was asked for"
+        assert all(weight.dtype == torch.float32 for weight in model.parameters()), "the masters must be float32"
 
     def get_train_dataloader(self) -> DataLoader:
         """Return batches of exactly `train.batch_size` questions."""
