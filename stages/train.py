@@ -16,10 +16,12 @@ from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import (
     build_processor,
+    freeze_embeddings,
     hash_weights,
     initial_model,
     load_tokenizer,
     save_trained,
+    set_attention,
     set_dropout,
     trained_state,
 )
@@ -54,6 +56,9 @@ def main() -> None:
     data, layout, processor = prepare(params, encoder)
     model = initial_model(params.language, encoder.model.config, processor, params.seed)
     set_dropout(model, params.train.dropout)
+    set_attention(model, params.train.attention)
+    if params.train.freeze_embeddings:
+        freeze_embeddings(model)
     last = checkpoints.latest(folder)
     logging.info("launch %s: %s", params.train.launch, ", ".join(f"{name} {value}" for name, value in facts.items()))
     logging.info("%d questions; %s", len(data), f"going on from {last}" if last else "from the start")

@@ -1,5 +1,6 @@
 """A tiny model of the real classes, with the weights of one stock PaliGemma shared by all forms of it."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def tiny():
     language = LanguageParams("random", None, 300, shape)
     training = initial_model(language, encoder_config, processor, seed=1)
     torch.nn.init.normal_(training.model.multi_modal_projector.linear.weight, std=0.3)
-    stock = PaliGemmaForConditionalGeneration._from_config(training.config, attn_implementation="eager")
+    stock = PaliGemmaForConditionalGeneration._from_config(copy.deepcopy(training.config), attn_implementation="eager")
     tower = Dinov2Model(encoder_config)
     state = training.state_dict() | {f"{VISION_PREFIX}{name}": value for name, value in tower.state_dict().items()}
     stock.load_state_dict(state)

@@ -47,6 +47,13 @@ class Optimizer(Enum):
     ADAMW_BNB_8BIT = "adamw_bnb_8bit"
 
 
+class Attention(Enum):
+    """How attention is computed in training; see `vlm_vqa.model.attention`."""
+
+    EAGER = "eager"
+    FLEX = "flex_attention"
+
+
 class Scheduler(Enum):
     """Learning-rate schedules, by the HF Trainer's names."""
 
@@ -169,9 +176,19 @@ class TrainParams:
     launch: str
     """Name of the accelerate config in `launch/`."""
     batch_size: int
-    """Questions per process and forward pass."""
+    """Questions per process and forward pass, on average: an optimizer step takes exactly batch_size x
+    gradient_accumulation_steps x processes of them, and divides them into forward passes of about equally many tokens."""
     gradient_accumulation_steps: int
     """Forward passes per optimizer step."""
+    questions_per_row: int
+    """Most questions of one image that share a row under `image-prefix`; 1 trains with one row per question, drawn in
+    random order. `prefix-lm` always does, so it wants 1."""
+    attention: Attention
+    """`eager` runs everywhere; `flex_attention` is for GPUs (it compiles, and knows no dropout)."""
+    freeze_embeddings: bool
+    """Leave Gemma 2's token embedding, which is its output head too, as it is."""
+    dataloader_workers: int
+    """Processes that prepare the next batches while this one is computed; 0 prepares each when it is needed."""
     learning_rate: float
     weight_decay: float
     dropout: float
@@ -325,6 +342,11 @@ def _check(params: Params) -> None:
     _check_ranges(params)
     _check_models(params)
     _check_train(params.train)
+    if params.prompt.mask is Mask.PREFIX_LM and params.train.questions_per_row != 1:
+        raise UserError(
+            f"train.questions_per_row is {params.train.questions_per_row}; prompt.mask prefix-lm lets the image see the "
+            "question, so no two questions can share it. Set it to 1, or prompt.mask to image-prefix."
+        )
 
 
 def _check_ranges(params: Params) -> None:
@@ -332,14 +354,14 @@ def _check_ranges(params: Params) -> None:
     flat = params.flat()
     positive = (
         "data.max_image_pixels vision.num_patches vision.visual_embed_dim vision.batch_size prompt.text_length "
-        "train.batch_size train.gradient_accumulation_steps train.learning_rate train.max_grad_norm "
+        "train.batch_size train.gradient_accumulation_steps train.questions_per_row train.learning_rate train.max_grad_norm "
         "train.num_train_epochs train.logging_steps train.save_steps train.save_total_limit evaluation.helm_instances "
         "evaluation.helm_threads evaluation.batch_size evaluation.max_new_tokens"
     ).split()
     for key in (*positive, "evaluation.vqa_questions"):
         if flat[key] is not None and not flat[key] > 0:
             raise UserError(f"{key} is {flat[key]}; it must be above 0.")
-    for key in ("seed", "train.weight_decay", "tracking.max_artifact_mib"):
+    for key in ("seed", "train.weight_decay", "train.dataloader_workers", "tracking.max_artifact_mib"):
         if flat[key] < 0:
             raise UserError(f"{key} is {flat[key]}; it must not be negative.")
     for key in ("train.dropout", "train.warmup_ratio"):
@@ -401,6 +423,11 @@ def _check_train(train: TrainParams) -> None:
         raise UserError(
             f"train.percentile_clipping is {train.percentile_clipping}, which belongs to train.optimizer adamw_bnb_8bit; "
             f"set it to 100 (off) for {train.optimizer.value}."
+        )
+    if train.attention is Attention.FLEX and train.dropout > 0:
+        raise UserError(
+            f"train.dropout is {train.dropout}; flex_attention cannot drop attention probabilities. Set train.dropout: 0.0 "
+            "or train.attention: eager."
         )
     if not re.fullmatch(r"[a-z0-9-]+", train.launch):
         raise UserError(f"train.launch is {train.launch!r}; it must name a file launch/NAME.yaml.")

@@ -3,15 +3,16 @@
 import dataclasses
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import Row
-from vlm_vqa.model.vlm import hash_weights, initial_model, set_dropout, trained_state
-from vlm_vqa.params import Dtype, Optimizer, load_params
+from vlm_vqa.model.vlm import freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
+from vlm_vqa.params import Dtype, Mask, Optimizer, TooLong, load_params
 from vlm_vqa.training import checkpoints
-from vlm_vqa.training.dataset import Collator
+from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments, write_curve
 
 QUESTIONS = [
@@ -32,15 +33,26 @@ def make(tiny, tmp_path):
     def build(folder="run", layout=None, dropout=0.0, seed=0, **changes):
         layout = layout or tiny.layout("image-prefix")
         # Answers of different lengths: otherwise the mean over batches would equal the mean over tokens.
-        tokens = [layout.tokenize(*QUESTIONS[i % 4]) for i in range(24)]
-        data = torch.utils.data.StackDataset([i // 4 for i in range(24)], tokens)
-        data.image_ids = [i // 4 for i in range(24)]
+        asked = [QUESTIONS[i % 4] for i in range(24)]
+        data = QuestionDataset(
+            datasets.Dataset.from_dict(
+                {
+                    "question_id": range(24),
+                    "image_id": [i // 4 for i in range(24)],
+                    "question": [question for question, _ in asked],
+                    "multiple_choice_answer": [answer for _, answer in asked],
+                }
+            ),
+            layout,
+            TooLong.ERROR,
+        )
         settings = {
             "batch_size": 8,
             "num_train_epochs": 2,
             "learning_rate": 1e-2,
             "save_steps": 1000,
             "logging_steps": 1,
+            "questions_per_row": 1 if layout.mask is Mask.PREFIX_LM else base.questions_per_row,
         }
         train = dataclasses.replace(base, **{**settings, **changes})
         model = initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1)
@@ -81,29 +93,60 @@ def test_a_run_repeats_itself_and_another_seed_does_not(make):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-@pytest.mark.parametrize("optimizer", [Optimizer.ADAMW_TORCH, Optimizer.ADAMW_BNB_8BIT])
-def test_an_interrupted_run_goes_on(make, tmp_path, optimizer):
-    options = {"optimizer": optimizer, "save_steps": 2}
-    if optimizer is Optimizer.ADAMW_BNB_8BIT:
-        options["percentile_clipping"] = 50
+# Also in the second epoch, whose order is another one; with and without accumulation and workers.
+@pytest.mark.parametrize(
+    ("stop", "options"),
+    [
+        (3, {"optimizer": Optimizer.ADAMW_TORCH}),
+        (5, {"optimizer": Optimizer.ADAMW_TORCH, "batch_size": 2, "gradient_accumulation_steps": 4}),
+        (3, {"optimizer": Optimizer.ADAMW_BNB_8BIT, "percentile_clipping": 50, "dataloader_workers": 0}),
+        (5, {"optimizer": Optimizer.ADAMW_BNB_8BIT, "batch_size": 4, "gradient_accumulation_steps": 2}),
+        (5, {"optimizer": Optimizer.ADAMW_TORCH, "questions_per_row": 1, "dropout": 0.1}),
+    ],
+)
+def test_an_interrupted_run_goes_on(make, tmp_path, stop, options):
+    options = {"save_steps": 2, **options}
     straight = make("straight", **options)
     straight.train()
     cut = make("cut", **options)
 
     class Stop(ProgressCallback):
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == 3:
+            if state.global_step == stop:
                 raise KeyboardInterrupt
 
     cut.add_callback(Stop(lambda *_: None, 8))
     with pytest.raises(KeyboardInterrupt):
         cut.train()
     last = checkpoints.latest(tmp_path / "cut")
-    assert last.name == "checkpoint-2"
+    assert last.name == f"checkpoint-{stop - 1}"
     resumed = make("cut", **options)
     resumed.train(resume_from_checkpoint=str(last))
-    assert resumed.state.global_step == straight.state.global_step
+    assert resumed.state.global_step == straight.state.global_step == 6
     torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
+
+
+def test_workers_change_nothing(make):
+    hashes = []
+    for workers in (0, 1, 2):
+        trainer = make(str(workers), dataloader_workers=workers)
+        assert trainer.get_train_dataloader().num_workers == workers
+        trainer.train()
+        hashes.append(hash_weights(trained_state(trainer.model)))
+    assert len(set(hashes)) == 1
+
+
+def test_frozen_embeddings_stay_as_they_are(make):
+    trainer = make()
+    model = trainer.model
+    freeze_embeddings(model)
+    before = {name: value.clone() for name, value in trained_state(model).items()}
+    trainer.train()
+    unmoved = [name for name, value in trained_state(model).items() if torch.equal(value, before[name])]
+    assert unmoved == ["model.language_model.embed_tokens.weight"]
+    # The head is the same tensor: saved once, trained nowhere.
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert id(model.lm_head.weight) not in {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
 
 
 def test_the_optimizer_is_the_one_asked_for(make):

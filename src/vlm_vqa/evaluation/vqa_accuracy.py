@@ -19,7 +19,7 @@ from typing import Any
 
 from vlm_vqa.errors import UserError
 
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!')
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 _NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
@@ -104,8 +104,13 @@ def score_answer(prediction: str, answers: Sequence[str]) -> float:
     if len(set(answers)) > 1:
         prediction = normalise(prediction)
         answers = [normalise(answer) for answer in answers]
-    matches = [answer == prediction for answer in answers]
-    # Leave-one-out, one term per human and summed in their order, so that even the last bit is the evaluator's.
+    return _leave_one_out(tuple([answer == prediction for answer in answers]))
+
+
+@cache
+def _leave_one_out(matches: tuple[bool, ...]) -> float:
+    """Return the score from who gave the answer; ten humans give 1,024 cases at most, hence the cache."""
+    # One term per human and summed in their order, so that even the last bit is the evaluator's.
     return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
 
 
@@ -127,13 +132,14 @@ def _strip_punctuation(text: str) -> str:
     between digits; else it becomes a blank: "t-shirt" -> "t shirt", "t- shirt-s" -> "t shirts".
     """
     stripped = text
-    digit_comma = _DIGIT_COMMA.search(text) is not None
-    for mark in _PUNCTUATION:
-        delete = digit_comma or mark + " " in text or " " + mark in text
+    # Each mark is judged by the original text, so their order is free.
+    for mark in _PUNCTUATION.intersection(text):
+        delete = mark + " " in text or " " + mark in text or _DIGIT_COMMA.search(text) is not None
         stripped = stripped.replace(mark, "" if delete else " ")
-    return _PERIOD.sub("", stripped, count=_MOST_PERIODS)
+    return _PERIOD.sub("", stripped, count=_MOST_PERIODS) if "." in stripped else stripped
 
 
+@cache
 def _tidy(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 

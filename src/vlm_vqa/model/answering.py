@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.model.attention import ROW_ATTENTION
 from vlm_vqa.model.generation import generate
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import hash_weights, trained_state
@@ -61,7 +62,7 @@ class Answerer:
                 f"{folder}: no {FACTS_FILE} there. Run the export stage first: `dvc repro export`."
             ) from error
         model = PaliGemmaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
+            folder, dtype=torch.float32, attn_implementation=ROW_ATTENTION, use_safetensors=True
         )
         found = hash_weights(trained_state(model))
         if found != facts["weights_hash"]:

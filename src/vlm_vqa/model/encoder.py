@@ -57,11 +57,28 @@ class Encoder:
         Returns:
             [N, T, D] in the compute dtype, on the model's device: the last hidden state after the final layer norm.
         """
+        return self.encode_pixels(self.preprocess(images))
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """Bring images of any size and mode to what the model reads; may run in any thread.
+
+        Returns:
+            [N, C, H, W] float32 on the CPU, in pinned memory where the model is on a GPU.
+        """
         pixels_NCHW = self.processor(list(images), do_convert_rgb=True, return_tensors="pt")["pixel_values"]
-        pixels_NCHW = pixels_NCHW.to(self.model.device, self.model.dtype)
+        return pixels_NCHW.pin_memory() if self.model.device.type == "cuda" else pixels_NCHW
+
+    def encode_pixels(self, pixels_NCHW: Tensor) -> Tensor:
+        """Look at what `preprocess` returned; on a GPU the result may still be under way.
+
+        Returns:
+            [N, T, D] as `encode`.
+        """
+        # First the copy, then the cast: the other way round the CPU would cast, into memory that is not pinned.
+        pixels_NCHW = pixels_NCHW.to(self.model.device, non_blocking=True).to(self.model.dtype)
         with torch.no_grad():
             features_NTD = self.model(pixels_NCHW).last_hidden_state
-        assert features_NTD.shape == (len(images), self.num_tokens, self.width), features_NTD.shape
+        assert features_NTD.shape == (len(pixels_NCHW), self.num_tokens, self.width), features_NTD.shape
         return features_NTD
 
     def processor_for_export(self) -> BitImageProcessor:

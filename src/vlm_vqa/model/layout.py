@@ -53,6 +53,7 @@ class Row:
 
     image_id: int
     questions: tuple[QuestionTokens, ...]
+    """None of them: a row that teaches nothing."""
 
 
 class TokenLayout:
@@ -113,23 +114,33 @@ class TokenLayout:
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Pad rows to the longest of them.
+        """Lay rows out in a grid as wide as the longest of them, and say how to pack it.
 
         Returns:
-            `input_ids`, `position_ids`, `segment_ids` (0 prefix, 1.. a question that shares it, -1 padding) and `labels`,
-            int64 [B, S], and `bidirectional`, bool [B, S]. `labels[b, s]` is the token that position s is to predict, so
-            no further shift is needed; it is `IGNORED` but from a question's newline to its last answer token.
+            The grid: `input_ids`, `position_ids`, `segment_ids` (0 prefix, 1.. a question that shares it, -1 padding) and
+            `labels`, int64 [B, S], and `bidirectional`, bool [B, S]. `labels[b, s]` is the token that position s is to
+            predict, so no further shift is needed; it is `IGNORED` but from a question's newline to its last answer token.
+
+            The packing, int64: the places b * S + s that hold a token, `prefix_places` [B, P] (image and, where it can be
+            shared, `<bos>` and instruction) and `rest_places` [X]; and `supervised`, which of these B P + X are supervised.
         """
-        if self.mask is Mask.PREFIX_LM and any(len(row.questions) != 1 for row in rows):
+        if self.mask is Mask.PREFIX_LM and any(len(row.questions) > 1 for row in rows):
             raise ValueError("prefix-lm rows hold one question: the image sees it")
         columns = [self._columns(row) for row in rows]
         width = max(len(column["input_ids"]) for column in columns)
         padding = {"input_ids": self.pad_id, "position_ids": 1, "segment_ids": PAD_SEGMENT, "labels": IGNORED,
                    "bidirectional": False}  # fmt: skip
-        return {
+        grid = {
             name: torch.tensor([column[name] + [fill] * (width - len(column[name])) for column in columns])
             for name, fill in padding.items()
         }
+        prefix = self.num_patches + (len(self.prefix) if self.mask is Mask.IMAGE_PREFIX else 0)
+        all_places = torch.arange(len(rows) * width).view(len(rows), width)
+        prefix_places = all_places[:, :prefix].contiguous()
+        rest_places = all_places[:, prefix:][grid["segment_ids"][:, prefix:] != PAD_SEGMENT]
+        packed_labels = grid["labels"].flatten()[torch.cat([prefix_places.flatten(), rest_places])]
+        supervised = (packed_labels != IGNORED).nonzero()[:, 0]
+        return grid | {"prefix_places": prefix_places, "rest_places": rest_places, "supervised": supervised}
 
     def _columns(self, row: Row) -> dict[str, list]:
         """Write one row out, unpadded."""

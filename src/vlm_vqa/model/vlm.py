@@ -4,8 +4,8 @@ Training reads stored image features, so its model is the stock class without th
 `VlmForTraining`. Everything below the forward is the stock modules, which makes parity with Hugging Face hold by
 construction, and the export is a stock model again.
 
-Shapes: B rows, T image tokens, S tokens of a row (image tokens included), N supervised positions, E image feature width,
-D hidden width, V vocabulary.
+Shapes: B rows, T image tokens, S grid width (tokens of the longest row, image tokens included), N packed tokens (those of
+all rows, no padding), M supervised positions, E image feature width, D hidden width, V vocabulary.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -30,8 +31,9 @@ from transformers import (
 )
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.layout import IGNORED, additive_mask, visible
-from vlm_vqa.params import LanguageConfig, LanguageParams
+from vlm_vqa.model.attention import IMPLEMENTATION, ROW_ATTENTION, PackedRows, packed_mask
+from vlm_vqa.model.layout import additive_mask
+from vlm_vqa.params import Attention, LanguageConfig, LanguageParams
 
 WEIGHTS_FILE = "model.safetensors"
 VISION_PREFIX = "model.vision_tower."
@@ -39,7 +41,7 @@ VISION_PREFIX = "model.vision_tower."
 
 
 class VlmForTraining(PaliGemmaForConditionalGeneration):
-    """The stock model without its vision tower, fed with stored features and explicit masks."""
+    """The stock model without its vision tower, fed with stored features and packed rows: only real tokens are computed."""
 
     # Our loss divides by the step's supervised tokens itself. Left unstated, Trainer would guess from the signature and
     # might divide by the accumulation steps a second time.
@@ -57,21 +59,45 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
         segment_ids: Tensor,
         bidirectional: Tensor,
         labels: Tensor,
+        prefix_places: Tensor,
+        rest_places: Tensor,
+        supervised: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Return `loss`, the cross entropy summed over supervised positions and divided by `num_items_in_batch`.
 
+        Beside it stand the supervised positions' `logits` [M, V].
+
         Args:
-            image_features: [B, T, E]; the others as `TokenLayout.collate` gives them, [B, S].
+            image_features: [B, T, E]; the others as `TokenLayout.collate` gives them.
             num_items_in_batch: supervised tokens of the whole optimizer step (Trainer counts them), so that gradient
                 accumulation gives the large batch's gradient; by default those of this batch.
         """
-        allowed = visible(segment_ids, position_ids, bidirectional)
-        hidden_BSD = text_hidden(self, image_features, input_ids, position_ids, allowed)
-        supervised = labels != IGNORED
-        logits_NV = text_logits(self, hidden_BSD[supervised])
-        total = nn.functional.cross_entropy(logits_NV.float(), labels[supervised], reduction="sum")
-        return {"loss": total / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)}
+        _check_window(self, segment_ids.shape[1])
+        places_N = torch.cat([prefix_places.flatten(), rest_places])
+        embeds_1ND = _embed_packed(self, image_features, input_ids.flatten(), prefix_places, rest_places)
+        mask = packed_mask(
+            self.config.text_config._attn_implementation, prefix_places, rest_places, segment_ids, position_ids,
+            bidirectional, closed_prefix=prefix_places.shape[1] > image_features.shape[1], dtype=embeds_1ND.dtype,
+        )  # fmt: skip
+        hidden_ND = _run_layers(self, embeds_1ND, mask, position_ids.flatten()[places_N][None])[0]
+        # Only supervised positions pass through the output head, which is wide.
+        logits_MV = text_logits(self, hidden_ND[supervised])
+        labels_M = labels.flatten()[places_N[supervised]]
+        total = nn.functional.cross_entropy(logits_MV.float(), labels_M, reduction="sum")
+        return {
+            "loss": total / (len(labels_M) if num_items_in_batch is None else num_items_in_batch),
+            "logits": logits_MV,
+        }
+
+
+def _embed_packed(
+    model: VlmForTraining, image_features: Tensor, ids: Tensor, prefix_places: Tensor, rest_places: Tensor
+) -> Tensor:
+    """Return the embeddings [1, N, D] of packed rows; `ids` are those of the flattened grid."""
+    image_BTD, prefix_text = _embed(model, image_features, ids[prefix_places[:, image_features.shape[1] :]])
+    rest_XD = model.model.language_model.embed_tokens(ids[rest_places])
+    return torch.cat([torch.cat([image_BTD, prefix_text], dim=1).flatten(0, 1), rest_XD])[None]
 
 
 def text_hidden(
@@ -96,22 +122,40 @@ def text_hidden(
     Raises:
         UserError: more keys than Gemma 2's sliding window, where its layers would need a second mask.
     """
-    window = model.config.text_config.sliding_window
-    if allowed.shape[-1] > window:
-        raise UserError(
-            f"a row has {allowed.shape[-1]} tokens, but Gemma 2's sliding window holds {window}. Lower prompt.text_length, "
-            "train.batch_size or evaluation.batch_size: so many questions of one image share a row."
-        )
-    embed = model.model.language_model.embed_tokens
+    _check_window(model, allowed.shape[-1])
     if image_features is None:
-        embeds_BSD = embed(input_ids)
+        embeds_BSD = model.model.language_model.embed_tokens(input_ids)
     else:
-        image_BTD = model.model.multi_modal_projector(image_features.to(model.dtype))
-        text_BD = embed(input_ids[:, image_features.shape[1] :])
-        embeds_BSD = torch.cat([image_BTD.to(text_BD.dtype), text_BD], dim=1)
-    mask = additive_mask(allowed, embeds_BSD.dtype)
+        embeds_BSD = torch.cat(_embed(model, image_features, input_ids[:, image_features.shape[1] :]), dim=1)
+    return _run_layers(model, embeds_BSD, additive_mask(allowed, embeds_BSD.dtype), position_ids, cache)
+
+
+def _check_window(model: PaliGemmaForConditionalGeneration, keys: int) -> None:
+    """Refuse more keys than Gemma 2's sliding window, where its layers would need a second mask."""
+    window = model.config.text_config.sliding_window
+    if keys > window:
+        raise UserError(
+            f"a row has {keys} tokens, but Gemma 2's sliding window holds {window}. Lower prompt.text_length, "
+            "train.questions_per_row or evaluation.batch_size: so many questions of one image share a row."
+        )
+
+
+def _embed(model: PaliGemmaForConditionalGeneration, image_features: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the embeddings of image tokens [B, T, D] and of text tokens [..., D], of one type."""
+    text = model.model.language_model.embed_tokens(text_ids)
+    return model.model.multi_modal_projector(image_features.to(model.dtype)).to(text.dtype), text
+
+
+def _run_layers(
+    model: PaliGemmaForConditionalGeneration,
+    embeds: Tensor,
+    mask: Tensor | PackedRows | BlockMask,
+    position_ids: Tensor,
+    cache: Cache | None = None,
+) -> Tensor:
+    """Run Gemma 2 on embeddings [B, S, D] and return its last hidden states, alike."""
     return model.model.language_model(
-        inputs_embeds=embeds_BSD,
+        inputs_embeds=embeds,
         attention_mask={"full_attention": mask, "sliding_attention": mask},
         position_ids=position_ids,
         past_key_values=cache,
@@ -165,8 +209,7 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
 def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
     """Put `lm` into the stock model's frame without a second copy of its weights."""
     with torch.device("meta"):
-        model = VlmForTraining._from_config(config, attn_implementation="eager")
-    lm.set_attn_implementation("eager")
+        model = VlmForTraining._from_config(config, attn_implementation=ROW_ATTENTION)
     model.model.language_model = lm.model
     model.lm_head = lm.lm_head
     # One configuration object for the frame and its language model: what is saved is what ran.
@@ -208,6 +251,19 @@ def set_dropout(model: VlmForTraining, probability: float) -> None:
     model.config.text_config.attention_dropout = probability
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = probability
+
+
+def set_attention(model: VlmForTraining, attention: Attention) -> None:
+    """Choose how attention is computed; it is `eager` from the start."""
+    model.model.language_model.set_attn_implementation(IMPLEMENTATION[attention])
+    # transformers falls back to another one where it thinks a class cannot do it.
+    used = {layer.self_attn.config._attn_implementation for layer in model.model.language_model.layers}
+    assert used == {IMPLEMENTATION[attention]}, f"layers attend by {used}, not by {attention.value}"
+
+
+def freeze_embeddings(model: VlmForTraining) -> None:
+    """Leave the token embedding as it is; it is the output head too, so neither has a gradient."""
+    model.model.language_model.embed_tokens.weight.requires_grad_(False)
 
 
 def load_tokenizer(language: LanguageParams, texts: list[str]) -> PreTrainedTokenizerFast:

@@ -1,19 +1,19 @@
 """From stored questions and features to the Trainer's batches."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from datasets import Dataset as Records
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.layout import QuestionTokens, TokenLayout, rows_of
+from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout
 from vlm_vqa.params import TooLong
+from vlm_vqa.training.windows import PlannedRow
 
 log = logging.getLogger(__name__)
 
@@ -53,53 +53,26 @@ class QuestionDataset(Dataset):
         if not self.tokens:
             raise UserError("no training record fits prompt.text_length; raise it.")
 
+    @property
+    def text_lengths(self) -> list[int]:
+        """Tokens that each question and its answer add to a row; `<eos>` is predicted, never read."""
+        return [len(tokens.prompt) + len(tokens.answer) - 1 for tokens in self.tokens]
+
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, index: int) -> tuple[int, QuestionTokens]:
-        return self.image_ids[index], self.tokens[index]
-
-
-class ImageOrderSampler(BatchSampler):
-    """Batches of exactly `batch_size` questions in which the questions of an image stand together.
-
-    Images come in an order drawn from seed and epoch, and so do the questions within an image; the sequence is then cut
-    every `batch_size` questions. Every question comes once an epoch; an image is split only where a batch ends.
-    """
-
-    def __init__(self, image_ids: Sequence[int], batch_size: int, seed: int):
-        self.image_ids = torch.tensor(image_ids, dtype=torch.int64)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-        self.drop_last = False
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order; called by the Trainer at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-len(self.image_ids) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        _, image_of_question = torch.unique(self.image_ids, return_inverse=True)
-        rank_of_image = torch.randperm(int(image_of_question.max()) + 1, generator=generator)
-        within = torch.randperm(len(self.image_ids), generator=generator)
-        # A stable sort by image keeps the random order of the questions within each image.
-        order = within[torch.argsort(rank_of_image[image_of_question[within]], stable=True)]
-        yield from (batch.tolist() for batch in order.split(self.batch_size))
+    def __getitem__(self, planned: PlannedRow) -> Row:
+        return Row(planned.image_id, tuple(self.tokens[question] for question in planned.questions))
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns tokenised questions into the model's inputs: rows share an image where the mask allows it."""
+    """Turns rows into the model's inputs."""
 
     layout: TokenLayout
     features: FeatureStore
 
-    def __call__(self, questions: Sequence[tuple[int, QuestionTokens]]) -> dict[str, Tensor]:
-        """Return what `VlmForTraining.forward` takes; `image_features` is float32 [B, T, E]."""
-        rows = rows_of(questions, self.layout.mask)
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Return what `VlmForTraining.forward` takes; `image_features` is [B, T, E] in the store's type."""
         images = self.features.batch([row.image_id for row in rows])
-        return {"image_features": images.float(), **self.layout.collate(rows)}
+        return {"image_features": images, **self.layout.collate(rows)}

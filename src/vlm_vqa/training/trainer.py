@@ -1,6 +1,7 @@
 """The HF Trainer, set up from `params.yaml`."""
 
 import csv
+import logging
 import math
 import resource
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -18,8 +20,11 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.model.vlm import VlmForTraining, load_trained, save_trained
 from vlm_vqa.params import Dtype, TrainParams
 from vlm_vqa.training import checkpoints
-from vlm_vqa.training.dataset import Collator, ImageOrderSampler, QuestionDataset
+from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.optimizer import optimizer_class
+from vlm_vqa.training.windows import WindowSampler, WindowShape
+
+log = logging.getLogger(__name__)
 
 CURVE_COLUMNS = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 
@@ -58,10 +63,11 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, *, use_c
 
 
 class VqaTrainer(Trainer):
-    """The Trainer with our batches: questions of an image stand together, in an order of seed and epoch."""
+    """The Trainer with our batches: rows that share an image, in an order of seed and epoch."""
 
     def __init__(self, model: VlmForTraining, args: TrainingArguments, train: TrainParams, data: QuestionDataset,
                  collator: Collator, callbacks: list[TrainerCallback]):  # fmt: skip
+        self.train_settings = train
         super().__init__(
             model=model,
             args=args,
@@ -76,10 +82,42 @@ class VqaTrainer(Trainer):
         assert all(weight.dtype == torch.float32 for weight in model.parameters()), "the masters must be float32"
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return batches of exactly `train.batch_size` questions."""
-        sampler = ImageOrderSampler(self.train_dataset.image_ids, self.args.train_batch_size, self.args.data_seed)
-        return self.accelerator.prepare(
-            DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+        """Return this process's forward passes, in the order of steps.
+
+        The sampler divides windows among processes itself, so accelerate must not: it could only deal out batches as they
+        come, and would not tell the sampler behind them which epoch it is.
+        """
+        args, data, workers = self.args, self.train_dataset, self.train_settings.dataloader_workers
+        shape = WindowShape(
+            questions=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            questions_per_row=self.train_settings.questions_per_row,
+            passes=args.gradient_accumulation_steps,
+            processes=args.world_size,
+            process=args.process_index,
+        )
+        prefix = self.data_collator.layout.num_patches + len(self.data_collator.layout.prefix)
+        sampler = WindowSampler(data.image_ids, data.text_lengths, prefix, shape, args.data_seed)
+        if (idle := sampler.idle_share()) > 0.01:
+            log.warning(
+                "%.0f%% of the forward passes have nothing to do: the questions of a step make fewer rows than it has "
+                "passes. Lower train.gradient_accumulation_steps and raise train.batch_size by the same factor.", 100 * idle
+            )  # fmt: skip
+        loader = DataLoader(
+            data,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            # The Trainer takes a whole step's passes at once: those of the next step are to be ready by then.
+            prefetch_factor=-(-2 * shape.passes // workers) if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return prepare_data_loader(
+            loader,
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            non_blocking=True,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

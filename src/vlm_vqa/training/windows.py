@@ -1,0 +1,185 @@
+"""Which questions make an optimizer step, which of them share a row, and which rows a forward pass.
+
+A window is what one optimizer step takes: exactly batch_size x gradient_accumulation_steps x processes questions. Images
+are gathered over the whole window, so sharing does not depend on a small batch_size; its rows, sorted by length, are then
+cut into the forward passes of all processes, of about equal size.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import BatchSampler
+
+LOOKAHEAD = 64
+"""Images looked through for one that fits before an image is cut at a window's end."""
+
+
+class PlannedRow(NamedTuple):
+    """One sequence to be: an image, and questions about it by their place in the data."""
+
+    image_id: int
+    questions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """The size of an optimizer step and who computes which part of it."""
+
+    questions: int
+    """Questions of a window, over all processes."""
+    questions_per_row: int
+    """Most questions that share a row; 1 shares nothing."""
+    passes: int
+    """Forward passes of each process."""
+    processes: int = 1
+    process: int = 0
+    """This process's number."""
+
+
+class WindowSampler(BatchSampler):
+    """Batches of planned rows: window after window, `passes` batches each, those of one process.
+
+    The order depends on seed and epoch only; every question comes once an epoch. Where rows are shared, images come in
+    random order, and one is cut only where none of the next ones fits into the rest of a window. Where they are not,
+    questions come in random order.
+    """
+
+    def __init__(
+        self, image_ids: Sequence[int], text_lengths: Sequence[int], prefix_length: int, shape: WindowShape, seed: int
+    ):
+        """
+        Args:
+            image_ids, text_lengths: of every question; the length in tokens after the prefix.
+            prefix_length: tokens that come once a row.
+        """
+        self.image_ids = list(image_ids)
+        self.text_lengths = list(text_lengths)
+        self.prefix_length = prefix_length
+        self.shape = shape
+        self.seed = seed
+        self.epoch = 0
+        # What accelerate and the Trainer ask of any batch sampler: batches have no fixed number of rows.
+        self.batch_size = None
+        self.drop_last = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order; called by the Trainer at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.image_ids) // self.shape.questions) * self.shape.passes
+
+    def __iter__(self) -> Iterator[list[PlannedRow]]:
+        for window in self.windows():
+            parts = self._divide(self._rows(window))
+            yield from parts[self.shape.process :: self.shape.processes]
+
+    def idle_share(self) -> float:
+        """Return which share of the passes has nothing to do, of about a hundred windows: fewer rows than passes."""
+        count = self.shape.passes * self.shape.processes
+        rows = [min(count, len(self._rows(window))) for window in itertools.islice(self.windows(), 100)]
+        # The last window holds what is left.
+        rows = rows[:-1] or rows
+        return 1 - sum(rows) / (count * len(rows))
+
+    def windows(self) -> Iterator[list[tuple[int, ...]]]:
+        """Yield each window as groups of questions, those of an image together where they may share a row."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        shuffled = torch.randperm(len(self.image_ids), generator=generator).tolist()
+        if self.shape.questions_per_row == 1:
+            size = self.shape.questions
+            for start in range(0, len(shuffled), size):
+                yield [(question,) for question in shuffled[start : start + size]]
+            return
+        # An image stands where the first of its questions stands in a random order of all.
+        by_image: dict[int, list[int]] = {}
+        for question in shuffled:
+            by_image.setdefault(self.image_ids[question], []).append(question)
+        groups = [tuple(questions) for questions in by_image.values()]
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        yield from fill([groups[at] for at in order], self.shape.questions)
+
+    def _rows(self, window: Sequence[tuple[int, ...]]) -> list[PlannedRow]:
+        """Plan rows of at most `questions_per_row` questions, the longest first."""
+        rows = []
+        for group in window:
+            # Into equal parts: 7 questions at most 6 a row are 4 and 3, not 6 and 1.
+            parts = -(-len(group) // self.shape.questions_per_row)
+            rows += [PlannedRow(self.image_ids[group[0]], group[part::parts]) for part in range(parts)]
+        return sorted(rows, key=self._length, reverse=True)
+
+    def _length(self, row: PlannedRow) -> int:
+        return self.prefix_length + sum(self.text_lengths[question] for question in row.questions)
+
+    def _divide(self, rows: list[PlannedRow]) -> list[list[PlannedRow]]:
+        """Cut a window's rows into the passes of all processes; processes pass by pass, so that they keep step."""
+        count = self.shape.passes * self.shape.processes
+        sizes = divide([self._length(row) for row in rows], count)
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        # Every process must take part in every pass: with nothing left to learn, by a row that teaches nothing.
+        idle = PlannedRow(rows[-1].image_id, ())
+        return [rows[end - size : end] or [idle] for size, end in zip(sizes, ends, strict=True)]
+
+
+def fill(groups: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
+    """Yield windows of exactly `size` questions, the last with what is left, cutting as few groups as it can.
+
+    Groups are taken in order; one that does not fit, or would leave a rest that no group fills, waits for the next
+    window. Only where none of the next `LOOKAHEAD` groups fits is the first of them cut.
+    """
+    waiting = deque(groups)
+    least = min(map(len, groups), default=0)
+    while waiting:
+        window: list[tuple[int, ...]] = []
+        rest = size
+        passed: list[tuple[int, ...]] = []
+        while rest and waiting and len(passed) < LOOKAHEAD:
+            group = waiting.popleft()
+            left = rest - len(group)
+            if left == 0 or left >= least:
+                window.append(group)
+                rest = left
+            else:
+                passed.append(group)
+        waiting.extendleft(reversed(passed))
+        while rest and waiting:
+            group = waiting.popleft()
+            window.append(group[:rest])
+            if group[rest:]:
+                waiting.appendleft(group[rest:])
+            rest -= len(window[-1])
+        yield window
+
+
+def divide(lengths: Sequence[int], parts: int) -> list[int]:
+    """Cut rows, the longest first, into `parts` runs whose largest (rows times its longest row) is smallest.
+
+    Returns:
+        How many rows each part holds; the last ones may be 0 where there are fewer rows than parts.
+    """
+    low, high = lengths[0], lengths[0] * len(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill_parts(lengths, middle)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    sizes = _fill_parts(lengths, low)
+    return sizes + [0] * (parts - len(sizes))
+
+
+def _fill_parts(lengths: Sequence[int], capacity: int) -> list[int]:
+    """Return the sizes of the runs that arise when each takes rows until another would exceed `capacity`."""
+    sizes: list[int] = []
+    longest = 0
+    for length in lengths:
+        if sizes and (sizes[-1] + 1) * longest <= capacity:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+            longest = length
+    return sizes
