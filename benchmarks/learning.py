@@ -1,0 +1,95 @@
+"""Does packed training learn as well as one row per question? The small run both ways, over several seeds.
+
+`python -m benchmarks.learning` needs what the first two stages write (`make repro`). Both ways see the same number of
+questions in the same number of optimizer steps: packed, questions of an image in one row and in one step; plain, one row
+per question, drawn in random order (`train.questions_per_row: 1`). Accuracy is counted on all validation questions.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure
+from stages.train import FEATURES, RECORDS, prepare
+from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.records import load_questions
+from vlm_vqa.evaluation.report import answer_questions
+from vlm_vqa.evaluation.vqa_accuracy import vqa_accuracy
+from vlm_vqa.hashing import write_json
+from vlm_vqa.model.answering import Answerer
+from vlm_vqa.model.encoder import load_encoder
+from vlm_vqa.model.vlm import initial_model
+from vlm_vqa.params import Params, load_params
+from vlm_vqa.training.dataset import Collator
+from vlm_vqa.training.trainer import VqaTrainer, training_arguments
+
+WAYS = {"packed": 32, "one row per question": 1}
+PARTS = measure.RESULTS / "learning.parts.json"
+"""Finished trainings, so that an interrupted comparison goes on."""
+
+
+def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dict[str, float]:
+    """Train once and return accuracy, training seconds and questions seen."""
+    train = dataclasses.replace(params.train, questions_per_row=per_row, num_train_epochs=epochs, dataloader_workers=0)
+    params = dataclasses.replace(params, train=train, seed=seed)
+    encoder = load_encoder(params.vision, device="cpu")
+    features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash})
+    data, layout, processor = prepare(params, encoder)
+    model = initial_model(params.language, encoder.model.config, processor, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(train, seed, Path(folder), use_cpu=not torch.cuda.is_available())
+        arguments.save_strategy = "no"
+        trainer = VqaTrainer(model, arguments, train, data, Collator(layout, features), [])
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    facts = {"weights_hash": "", "mask": params.prompt.mask.value, "instruction": params.prompt.instruction,
+             "num_patches": params.vision.num_patches, "text_length": params.prompt.text_length}  # fmt: skip
+    answerer = Answerer(model, processor, facts, params.evaluation.max_new_tokens)
+    validation = load_questions(RECORDS, "val").to_list()
+    given = answer_questions(answerer, features, validation, params.evaluation.batch_size, "questions")
+    scored = vqa_accuracy(
+        {row["question_id"]: answer for row, answer in zip(validation, given, strict=True)}, validation
+    )
+    return {"accuracy": scored.overall, "seconds": seconds, "steps": trainer.state.global_step,
+            "questions": len(data) * epochs}  # fmt: skip
+
+
+def main(seeds: int, epochs: int) -> None:
+    params = load_params()
+    torch.set_num_threads(measure.cores())
+    done = json.loads(PARTS.read_text()) if PARTS.exists() else {}
+    for seed in range(seeds):
+        for way, per_row in WAYS.items():
+            key = f"{way}, seed {seed}, {epochs} epochs"
+            if key not in done:
+                done[key] = train_and_score(params, epochs, per_row, seed)
+                PARTS.parent.mkdir(exist_ok=True)
+                write_json(PARTS, done)
+            print(f"{key}: {done[key]}", flush=True)
+    accuracy = {
+        way: [done[f"{way}, seed {seed}, {epochs} epochs"]["accuracy"] for seed in range(seeds)] for way in WAYS
+    }
+    points = [100 * (one - other) for one, other in zip(*accuracy.values(), strict=True)]
+    claim = measure.Claim(
+        f"accuracy of packed training minus one row per question, points, {seeds} seeds, {epochs} epoch(s)",
+        statistics.mean(points), min(points), max(points), target=-1.0,
+    )  # fmt: skip
+    measure.write(
+        "learning", [claim], {"runs": done, "mean_accuracy": {k: statistics.mean(v) for k, v in accuracy.items()}}
+    )
+    PARTS.unlink()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=load_params().train.num_train_epochs)
+    options = parser.parse_args()
+    main(options.seeds, options.epochs)

@@ -1,0 +1,324 @@
+"""How fast an optimizer step's loss and gradients come, against the reference recipe and against the machine.
+
+    python -m benchmarks.training_step [--dtype bfloat16] [--rounds 3] [--rounds-deepest 2]
+
+The same 60 questions are computed by each recipe of `benchmarks.recipes`, optimizer apart, in turn:
+
+    small shape           all recipes, the whole step; before that all must give the same loss and the same gradients
+    Gemma 2 2B's layers   reference, dynamic and ours with 1, 2 and 4 layers and vocabulary 256,000; a line through these
+                          is drawn on to 26 layers
+    share of the machine  model FLOP/s of one of our micro-batches over the rate of the same matrix products alone
+
+About 35 minutes on 2 quiet cores, 28 with `--rounds 2`; 18 GiB of memory.
+"""
+
+import argparse
+import gc
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import measure, recipes
+from benchmarks.measure import Claim, Timing
+from benchmarks.recipes import MicroBatch, Recipe
+from benchmarks.workload import Workload, draw_step, read_questions
+from vlm_vqa.model.layout import Row
+from vlm_vqa.model.vlm import VlmForTraining
+from vlm_vqa.params import LanguageConfig
+
+# Gemma 2 2B's proportions but for the head width: 8 query and 4 key heads, MLP 4 times as wide.
+SMALL, SMALL_VOCABULARY = LanguageConfig(512, 2048, 4, 8, 4, 64), 32_000
+GEMMA_2B, GEMMA_VOCABULARY = LanguageConfig(2304, 9216, 26, 8, 4, 256), 256_000
+DEPTHS = (1, 2, 4)
+DYNAMIC_DEPTHS = (1, 2)
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+"""Relative, in float32."""
+PROBE_TOKENS = 128
+"""Few enough that an emulated product takes seconds, not minutes."""
+
+SMALL_CLAIMS = {
+    "whole step: sharing, no padding, supervised logits": ("reference", "ours", 8.0),
+    "supervised logits alone": ("reference", "supervised_logits", None),
+    "padding to the longest alone": ("reference", "dynamic", None),
+    "supervised logits and padding to the longest": ("reference", "dynamic_supervised", None),
+    "sharing and packing on top of both": ("dynamic_supervised", "ours", None),
+}
+"""What is claimed, the slower recipe, the faster one, and how many times faster it is to be."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all and write `training_step.json`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: by autocast")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds-deepest", type=int, default=2, help="rounds with 4 layers of the 2B shape")
+    options = parser.parse_args(arguments)
+    dtype = getattr(torch, options.dtype)
+    workload = draw_step(read_questions())
+    print(f"one optimizer step: {workload.facts}", flush=True)
+    small, small_details = small_shape(workload, SMALL, SMALL_VOCABULARY, options.rounds, dtype)
+    rounds = {depth: options.rounds_deepest if depth == max(DEPTHS) else options.rounds for depth in DEPTHS}
+    large, large_details = large_shape(workload, GEMMA_2B, GEMMA_VOCABULARY, rounds, dtype)
+    details = {"dtype": options.dtype, "workload": workload.facts, "small": small_details, "gemma_2_2b": large_details}
+    measure.write("training_step", small + large, details)
+
+
+def small_shape(
+    workload: Workload, shape: LanguageConfig, vocabulary: int, rounds: int, dtype: torch.dtype
+) -> tuple[list[Claim], dict[str, Any]]:
+    """Check that all recipes agree, then time the whole step by each."""
+    model = recipes.build_model(shape, vocabulary, workload)
+    print(f"{named(shape, vocabulary)}: do the recipes agree?", flush=True)
+    disagreement = check_agreement(all_recipes(model, workload, torch.float32))
+    print(f"  largest relative differences to the reference: {disagreement}", flush=True)
+    candidates = all_recipes(model, workload, dtype)
+    # The check was the warm-up, but for kernels of another type.
+    timings = measure.alternate(
+        {name: recipe.run for name, recipe in candidates.items()}, rounds, warm_up=int(dtype is not torch.float32)
+    )
+    note = named(shape, vocabulary)
+    claims = [
+        measure.claim(f"small shape: {what}", timings[slow], timings[fast], target=target, note=note)
+        for what, (slow, fast, target) in SMALL_CLAIMS.items()
+    ]
+    details = {
+        "shape": asdict(shape) | {"vocabulary": vocabulary},
+        "largest_relative_difference": disagreement,
+        "positions": {name: recipe.positions for name, recipe in candidates.items()},
+        "seconds": {name: timing.seconds for name, timing in timings.items()},
+    }
+    return claims, details
+
+
+def all_recipes(model: VlmForTraining, workload: Workload, dtype: torch.dtype) -> dict[str, Recipe]:
+    """Return every recipe over the parameters of `model`, reference first."""
+    stock = recipes.stock_model(model)
+    ways = (recipes.reference, recipes.dynamic, recipes.supervised_logits, recipes.dynamic_supervised)
+    return {way.__name__: way(stock, workload, dtype=dtype) for way in ways} | {
+        "ours": recipes.ours(model, workload, dtype=dtype)
+    }
+
+
+def check_agreement(candidates: Mapping[str, Recipe]) -> dict[str, float]:
+    """Return the largest relative differences of loss and gradients to the first recipe.
+
+    A gradient's difference is that of its norms, parameter by parameter.
+
+    Raises:
+        AssertionError: a recipe computes something else.
+    """
+    expected_loss: float | None = None
+    expected: dict[int, Tensor] = {}
+    largest = {"loss": 0.0, "gradient": 0.0}
+    for name, recipe in candidates.items():
+        loss = recipe.run()
+        # All recipes fill the same parameters; only one set of gradients is kept.
+        gradients = {id(weight): weight.grad for weight in recipe.model.parameters()}
+        if expected_loss is None:
+            expected_loss, expected = loss, gradients
+            continue
+        of_loss = abs(loss - expected_loss) / expected_loss
+        # Not Python's max, which may pass over a NaN.
+        of_gradient = (
+            torch.stack([(gradients[key] - one).norm() / one.norm() for key, one in expected.items()]).max().item()
+        )
+        assert of_loss <= LOSS_TOLERANCE, f"{name}: loss {loss}, but {expected_loss} expected"
+        assert of_gradient <= GRADIENT_TOLERANCE, f"{name}: a gradient is off by {of_gradient:.1e} of its norm"
+        largest = {"loss": max(largest["loss"], of_loss), "gradient": max(largest["gradient"], of_gradient)}
+    return largest
+
+
+def large_shape(
+    workload: Workload, shape: LanguageConfig, vocabulary: int, rounds: Mapping[int, int], dtype: torch.dtype
+) -> tuple[list[Claim], dict[str, Any]]:
+    """Time a few layers of `shape`, extrapolate to all of them, and measure the share of the machine.
+
+    Args:
+        rounds: measured rounds of each number of layers.
+    """
+    timings: dict[int, dict[str, Timing]] = {}
+    for depth, number in rounds.items():
+        few = replace(shape, num_hidden_layers=depth)
+        print(named(few, vocabulary), flush=True)
+        model = recipes.build_model(few, vocabulary, workload)
+        timings[depth] = time_depth(model, workload, number, depth in DYNAMIC_DEPTHS, dtype)
+        if depth == max(rounds):
+            # The deepest is nearest to the real model, where the embedding's dense gradient is a small part of the work.
+            shares, share_details = machine_share(model, few, vocabulary, workload, number)
+        # Two models of this vocabulary do not fit.
+        del model
+        gc.collect()
+    details = {
+        "shape": asdict(shape) | {"vocabulary": vocabulary, "layers_measured": list(timings)},
+        "seconds": {depth: {name: one.seconds for name, one in of.items()} for depth, of in timings.items()},
+        "reference": "one micro-batch timed, times the positions of all over its own: its ten are of one shape",
+        "dynamic": "the micro-batch of median width timed, times the positions of all over its own",
+        "ours": "all micro-batches timed",
+        "extrapolation": "least-squares line over the layers, of the medians; the spread is that of single rounds",
+        "share_of_the_machine": share_details,
+    }
+    return large_claims(timings, shape.num_hidden_layers) + shares, details
+
+
+def large_claims(timings: Mapping[int, Mapping[str, Timing]], layers: int) -> list[Claim]:
+    """Claim the measured ratios and those extrapolated to `layers`."""
+    timed_once = "reference: 1 of 10 equal micro-batches timed"
+    claims = [
+        measure.claim(f"2B shape, {count(depth)}: whole step", of["reference"], of["ours"], note=timed_once)
+        for depth, of in timings.items()
+    ]
+    claims.append(
+        extrapolated_claim(f"2B shape, {layers} layers: whole step", "reference", timings, layers, target=5.0)
+    )
+    padded = {depth: of for depth, of in timings.items() if "dynamic" in of}
+    deepest = padded[max(padded)]
+    what = "against padding to the longest, full logits"
+    claims.append(measure.claim(f"2B shape, {count(max(padded))}: {what}", deepest["dynamic"], deepest["ours"]))
+    claims.append(extrapolated_claim(f"2B shape, {layers} layers: {what}", "dynamic", padded, layers))
+    return claims
+
+
+def time_depth(
+    model: VlmForTraining, workload: Workload, rounds: int, with_dynamic: bool, dtype: torch.dtype
+) -> dict[str, Timing]:
+    """Return the seconds of a whole step by each recipe; those of the stock class from one micro-batch."""
+    stock = recipes.stock_model(model)
+    candidates = {"reference": recipes.reference(stock, workload, dtype=dtype)}
+    if with_dynamic:
+        candidates["dynamic"] = recipes.dynamic(stock, workload, dtype=dtype)
+    candidates["ours"] = recipes.ours(model, workload, dtype=dtype)
+    timed = {name: [median_batch(one)] for name, one in candidates.items()} | {"ours": candidates["ours"].batches}
+    # Enough to warm up: the products are large, and a whole round of the reference takes minutes.
+    candidates["ours"].run(timed["ours"][-1:])
+    timings = measure.alternate(
+        {name: partial(one.run, timed[name]) for name, one in candidates.items()}, rounds, warm_up=0
+    )
+    factor = {name: one.positions / sum(part.positions for part in timed[name]) for name, one in candidates.items()}
+    return {name: Timing(tuple(one * factor[name] for one in timing.seconds)) for name, timing in timings.items()}
+
+
+def median_batch(recipe: Recipe) -> MicroBatch:
+    """Return the recipe's micro-batch with the median number of positions."""
+    return sorted(recipe.batches, key=lambda batch: batch.positions)[len(recipe.batches) // 2]
+
+
+def extrapolate(seconds: Mapping[int, float], layers: int) -> float:
+    """Draw the least-squares line through seconds by layers on to `layers`."""
+    slope, intercept = np.polyfit(list(seconds), list(seconds.values()), 1)
+    return float(slope * layers + intercept)
+
+
+def extrapolated_claim(
+    what: str, slow: str, timings: Mapping[int, Mapping[str, Timing]], layers: int, target: float | None = None
+) -> Claim:
+    """Claim how many times faster than `slow` ours is at `layers`: of the medians, with the spread of single rounds."""
+
+    def ratio(pick) -> float:
+        both = ({depth: pick(of[name]) for depth, of in timings.items()} for name in (slow, "ours"))
+        one, other = (extrapolate(seconds, layers) for seconds in both)
+        return one / other
+
+    of_medians = ratio(lambda timing: timing.median)
+    # Only rounds that every depth has.
+    rounds = min(len(of["ours"].seconds) for of in timings.values())
+    ratios = [of_medians, *(ratio(lambda timing, number=number: timing.seconds[number]) for number in range(rounds))]
+    note = "extrapolated from " + ", ".join(str(depth) for depth in timings)
+    return Claim(what, of_medians, min(ratios), max(ratios), target, note=note)
+
+
+def machine_share(
+    model: VlmForTraining, shape: LanguageConfig, vocabulary: int, workload: Workload, rounds: int
+) -> tuple[list[Claim], dict[str, Any]]:
+    """Measure the model FLOP/s of our first micro-batch over the machine's rate, in float32 and, where it pays, bfloat16."""
+    rows = recipes.pack(workload)[0]
+    tokens = sum(recipes.row_tokens(workload.layout, row) for row in rows)
+    supervised = sum(len(one.answer) for row in rows for one in row.questions)
+    work = model_flops(shape, vocabulary, workload, rows)
+    occurring = products(shape, vocabulary, tokens, supervised)
+    claims: list[Claim] = []
+    details = {"tokens": tokens, "supervised": supervised, "model_flops": work, "formula": FORMULA}
+    plain = 0.0
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        probe = measure.matmul_rate(PROBE_TOKENS, shape.hidden_size, shape.intermediate_size, dtype)
+        details[name] = {f"flop_per_second_of_an_mlp_product_with_{PROBE_TOKENS}_tokens": probe}
+        print(f"  an MLP product of {PROBE_TOKENS} tokens runs at {probe:.3g} FLOP/s in {name}", flush=True)
+        if probe < plain:
+            # Emulated: nobody would train in it here, and the step would take minutes.
+            details[name]["step"] = "not measured: slower than float32 on this machine"
+            continue
+        plain = probe
+        machine = product_rate(occurring, dtype)
+        recipe = recipes.ours(model, workload, dtype=dtype)
+        timing = measure.alternate({f"ours, one micro-batch, {name}": partial(recipe.run, recipe.batches[:1])}, rounds)
+        seconds = next(iter(timing.values())).seconds
+        shares = [work / one / machine for one in seconds]
+        details[name] |= {"machine_flop_per_second": machine, "seconds": seconds}
+        what = f"2B shape, {count(shape.num_hidden_layers)}: share of the matrix-product rate, {name}"
+        claims.append(Claim(what, statistics.median(shares), min(shares), max(shares), target=0.6))
+    return claims, details
+
+
+FORMULA = (
+    "6 x parameters of the layers' linear maps x real tokens + 4 x projector's parameters x image tokens + "
+    "6 x hidden x vocabulary x supervised tokens + 12 x heads x head width x layers x (query, key) pairs that see each other"
+)
+
+
+def linear_maps(shape: LanguageConfig) -> list[tuple[int, int]]:
+    """Return (inputs, outputs) of one layer's linear maps: queries, keys, values, output, gate, up, down."""
+    width, queries, keys = (
+        shape.hidden_size,
+        *(heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads)),
+    )
+    mlp = shape.intermediate_size
+    return [(width, queries), (width, keys), (width, keys), (queries, width), (width, mlp), (width, mlp), (mlp, width)]
+
+
+def model_flops(shape: LanguageConfig, vocabulary: int, workload: Workload, rows: Sequence[Row]) -> int:
+    """Count the FLOPs that loss and gradients of `rows` need, by `FORMULA`: nothing for padding or hidden pairs."""
+    layout = workload.layout
+    tokens = sum(recipes.row_tokens(layout, row) for row in rows)
+    supervised = sum(len(one.answer) for row in rows for one in row.questions)
+    pairs = sum(recipes.visible_pairs(layout, row) for row in rows)
+    layer = 6 * sum(one * other for one, other in linear_maps(shape)) * tokens
+    attention = 12 * shape.num_attention_heads * shape.head_dim * pairs
+    projector = 4 * workload.features.shape[-1] * shape.hidden_size * layout.num_patches * len(rows)
+    return shape.num_hidden_layers * (layer + attention) + projector + 6 * shape.hidden_size * vocabulary * supervised
+
+
+def products(shape: LanguageConfig, vocabulary: int, tokens: int, supervised: int) -> dict[tuple[int, int, int], int]:
+    """Return how often each product [m, k] @ [k, n] occurs: the linear maps' outputs, input and weight gradients."""
+    maps = [(tokens, *one) for one in linear_maps(shape)] * shape.num_hidden_layers
+    counts: dict[tuple[int, int, int], int] = {}
+    for m, k, n in [*maps, (supervised, shape.hidden_size, vocabulary)]:
+        for product in ((m, k, n), (m, n, k), (n, m, k)):
+            counts[product] = counts.get(product, 0) + 1
+    return counts
+
+
+def product_rate(counts: Mapping[tuple[int, int, int], int], dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Return FLOP/s of all these products one after another, each timed alone for about `seconds`."""
+    work = {product: 2 * int(np.prod(product, dtype=np.int64)) * count for product, count in counts.items()}
+    spent = sum(flops / measure.matmul_rate(*product, dtype, seconds) for product, flops in work.items())
+    return sum(work.values()) / spent
+
+
+def named(shape: LanguageConfig, vocabulary: int) -> str:
+    """Name a shape in a line of text."""
+    return f"hidden {shape.hidden_size}, {count(shape.num_hidden_layers)}, vocabulary {vocabulary:,}"
+
+
+def count(layers: int) -> str:
+    """Name a number of layers."""
+    return f"{layers} layer" + "s" * (layers != 1)
+
+
+if __name__ == "__main__":
+    main()
