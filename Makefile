@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: repro test setup ui lock clean
+.PHONY: repro test bench setup ui lock clean
 
 repro: setup  ## run the five stages that params.yaml, the code or the data ask for
 	source $(BIN)/activate && dvc repro
 
 test: setup  ## cheap tests first, slow ones after them
 	source $(BIN)/activate && python -m pytest
+
+bench: setup  ## measure speed and memory side by side: close everything else first
+	source $(BIN)/activate && python -m benchmarks
 
 ui: setup  ## compare runs in the browser
 	source $(BIN)/activate && mlflow ui

@@ -54,6 +54,10 @@ def test_the_hash_names_all_but_the_tracking(values):
         ("train.compute_dtype", "float16", "train.compute_dtype is float16"),
         ("train.warmup_ratio", 1.0, "train.warmup_ratio is 1.0"),
         ("train.launch", "../evil", "train.launch"),
+        ("train.questions_per_row", 0, "train.questions_per_row is 0"),
+        ("train.dataloader_workers", -1, "train.dataloader_workers is -1"),
+        ("train.attention", "sdpa", "train.attention is 'sdpa'"),
+        ("prompt.mask", "prefix-lm", "train.questions_per_row is 32"),
         ("prompt.mask", "causal", "prompt.mask is 'causal'"),
         ("vision.model", "facebook/dinov2-base", "vision.revision is None"),
         ("vision.revision", "0" * 40, "vision.revision"),
@@ -69,6 +73,13 @@ def test_refused_by_name(values, key, value, words):
     with pytest.raises(UserError, match="params.yaml: ") as error:
         parse_params(values)
     assert words in str(error.value)
+
+
+def test_flex_attention_with_dropout_is_refused(values):
+    put(values, "train.attention", "flex_attention")
+    put(values, "train.dropout", 0.1)
+    with pytest.raises(UserError, match="flex_attention cannot drop"):
+        parse_params(values)
 
 
 def test_a_missing_key_is_refused_by_name(values):

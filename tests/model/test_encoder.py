@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,16 @@ def test_features_do_not_depend_on_the_batch(small):
     # Another batch size may take other kernels, which add in another order.
     alone = torch.cat([small.encode([image]) for image in images])
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+
+
+def test_encode_is_preprocess_in_any_thread_and_then_the_model(small):
+    images, _ = drawn(3, 7)
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pixels = pool.submit(small.preprocess, images).result()
+    assert (pixels.shape, pixels.dtype, pixels.device.type) == ((3, 3, 64, 64), torch.float32, "cpu")
+    assert torch.equal(small.encode_pixels(pixels), small.encode(images))
+    by_processor = small.processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, by_processor)
 
 
 def test_compute_dtype_is_the_features_dtype(small):

@@ -10,7 +10,7 @@ import torch
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
-from vlm_vqa.params import Dtype, Mask, Optimizer, TooLong, load_params
+from vlm_vqa.params import Attention, Dtype, Mask, Optimizer, TooLong, load_params
 from vlm_vqa.training import checkpoints
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments, write_curve
@@ -134,6 +134,11 @@ def test_workers_change_nothing(make):
         trainer.train()
         hashes.append(hash_weights(trained_state(trainer.model)))
     assert len(set(hashes)) == 1
+
+
+def test_flex_attention_is_refused_where_it_cannot_train(make):
+    with pytest.raises(UserError, match="train.attention is flex_attention.*CPU"):
+        make(attention=Attention.FLEX)
 
 
 def test_frozen_embeddings_stay_as_they_are(make):

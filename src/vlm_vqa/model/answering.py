@@ -10,11 +10,10 @@ from torch import Tensor
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.attention import ROW_ATTENTION
 from vlm_vqa.model.generation import generate
 from vlm_vqa.model.layout import TokenLayout
-from vlm_vqa.model.vlm import hash_weights, trained_state
-from vlm_vqa.params import Mask
+from vlm_vqa.model.vlm import hash_weights, set_attention, trained_state
+from vlm_vqa.params import Attention, Mask
 
 FACTS_FILE = "vlm_vqa.json"
 """Beside an export's stock files: mask, instruction, text_length, num_patches and the hash of the trained weights."""
@@ -62,8 +61,9 @@ class Answerer:
                 f"{folder}: no {FACTS_FILE} there. Run the export stage first: `dvc repro export`."
             ) from error
         model = PaliGemmaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=ROW_ATTENTION, use_safetensors=True
+            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
         )
+        set_attention(model, Attention.EAGER)
         found = hash_weights(trained_state(model))
         if found != facts["weights_hash"]:
             raise UserError(

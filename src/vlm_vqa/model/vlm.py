@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.attention import IMPLEMENTATION, ROW_ATTENTION, PackedRows, packed_mask
+from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
 from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams
 
@@ -209,7 +209,7 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
 def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
     """Put `lm` into the stock model's frame without a second copy of its weights."""
     with torch.device("meta"):
-        model = VlmForTraining._from_config(config, attn_implementation=ROW_ATTENTION)
+        model = VlmForTraining._from_config(config, attn_implementation="eager")
     model.model.language_model = lm.model
     model.lm_head = lm.lm_head
     # One configuration object for the frame and its language model: what is saved is what ran.
@@ -221,6 +221,7 @@ def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
     nn.init.normal_(projector.linear.weight, std=config.vision_config.hidden_size**-0.5)
     nn.init.zeros_(projector.linear.bias)
     model.tie_weights()
+    set_attention(model, Attention.EAGER)
     return model.train()
 
 
@@ -253,8 +254,8 @@ def set_dropout(model: VlmForTraining, probability: float) -> None:
         layer.self_attn.attention_dropout = probability
 
 
-def set_attention(model: VlmForTraining, attention: Attention) -> None:
-    """Choose how attention is computed; it is `eager` from the start."""
+def set_attention(model: PaliGemmaForConditionalGeneration, attention: Attention) -> None:
+    """Choose how Gemma 2's attention is computed, see `vlm_vqa.model.attention`; the vision tower keeps its own."""
     model.model.language_model.set_attn_implementation(IMPLEMENTATION[attention])
     # transformers falls back to another one where it thinks a class cannot do it.
     used = {layer.self_attn.config._attn_implementation for layer in model.model.language_model.layers}

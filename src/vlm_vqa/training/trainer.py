@@ -18,7 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.vlm import VlmForTraining, load_trained, save_trained
-from vlm_vqa.params import Dtype, TrainParams
+from vlm_vqa.params import Attention, Dtype, TrainParams
 from vlm_vqa.training import checkpoints
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.optimizer import optimizer_class
@@ -30,7 +30,13 @@ CURVE_COLUMNS = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 
 
 def training_arguments(train: TrainParams, seed: int, output_dir: Path, *, use_cpu: bool) -> TrainingArguments:
-    """Translate `params.train`; names that transformers has changed keep their meaning."""
+    """Translate `params.train`; names that transformers has changed keep their meaning.
+
+    Raises:
+        UserError: flex attention on a CPU, where torch has no backward pass of it.
+    """
+    if use_cpu and train.attention is Attention.FLEX:
+        raise UserError("train.attention is flex_attention, which torch cannot train with on a CPU; set it to eager.")
     return TrainingArguments(
         output_dir=str(output_dir),
         use_cpu=use_cpu,
