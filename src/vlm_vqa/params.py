@@ -181,8 +181,8 @@ class TrainParams:
     gradient_accumulation_steps: int
     """Forward passes per optimizer step."""
     questions_per_row: int
-    """Most questions of one image that share a row under `image-prefix`; 1 trains with one row per question, drawn in
-    random order. `prefix-lm` always does, so it wants 1."""
+    """Most questions of one image that share a row under `image-prefix`; its others come in rows of other steps. Fewer cost
+    more time and show more different images a step; 1 is one row per question, in random order. `prefix-lm` wants 1."""
     attention: Attention
     """`eager` runs everywhere; `flex_attention` is for GPUs (it compiles, and knows no dropout)."""
     freeze_embeddings: bool

@@ -74,10 +74,9 @@ class Encoder:
         Returns:
             [N, T, D] as `encode`.
         """
-        # First the copy, then the cast: the other way round the CPU would cast, into memory that is not pinned.
-        pixels_NCHW = pixels_NCHW.to(self.model.device, non_blocking=True).to(self.model.dtype)
         with torch.no_grad():
-            features_NTD = self.model(pixels_NCHW).last_hidden_state
+            # The model casts them itself; a cast here would come before the copy, into memory that is not pinned.
+            features_NTD = self.model(pixels_NCHW.to(self.model.device, non_blocking=True)).last_hidden_state
         assert features_NTD.shape == (len(pixels_NCHW), self.num_tokens, self.width), features_NTD.shape
         return features_NTD
 

@@ -32,7 +32,7 @@ class WindowShape:
     questions: int
     """Questions of a window, over all processes."""
     questions_per_row: int
-    """Most questions that share a row; 1 shares nothing."""
+    """Most questions that share a row; those of an image beyond it come in another row and another step."""
     passes: int
     """Forward passes of each process."""
     processes: int = 1
@@ -95,21 +95,21 @@ class WindowSampler(BatchSampler):
             for start in range(0, len(shuffled), size):
                 yield [(question,) for question in shuffled[start : start + size]]
             return
-        # An image stands where the first of its questions stands in a random order of all.
         by_image: dict[int, list[int]] = {}
         for question in shuffled:
             by_image.setdefault(self.image_ids[question], []).append(question)
-        groups = [tuple(questions) for questions in by_image.values()]
+        groups = [group for questions in by_image.values() for group in self._split(questions)]
         order = torch.randperm(len(groups), generator=generator).tolist()
         yield from fill([groups[at] for at in order], self.shape.questions)
 
+    def _split(self, questions: list[int]) -> list[tuple[int, ...]]:
+        """Split an image's questions into equal parts: 7 at most 6 a row are 4 and 3, not 6 and 1."""
+        parts = -(-len(questions) // self.shape.questions_per_row)
+        return [tuple(questions[part::parts]) for part in range(parts)]
+
     def _rows(self, window: Sequence[tuple[int, ...]]) -> list[PlannedRow]:
-        """Plan rows of at most `questions_per_row` questions, the longest first."""
-        rows = []
-        for group in window:
-            # Into equal parts: 7 questions at most 6 a row are 4 and 3, not 6 and 1.
-            parts = -(-len(group) // self.shape.questions_per_row)
-            rows += [PlannedRow(self.image_ids[group[0]], group[part::parts]) for part in range(parts)]
+        """Plan the window's rows, the longest first."""
+        rows = [PlannedRow(self.image_ids[group[0]], group) for group in window]
         return sorted(rows, key=self._length, reverse=True)
 
     def _length(self, row: PlannedRow) -> int:
