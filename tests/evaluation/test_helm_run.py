@@ -11,12 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from tqdm import tqdm
 
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.bleu import prepare_punkt
 from vlm_vqa.evaluation.helm_files import write_scenario
-from vlm_vqa.evaluation.helm_run import SUITE, HelmError, HelmFolders, _run_child, run_helm
+from vlm_vqa.evaluation.helm_run import ANSWERED, SUITE, HelmError, HelmFolders, _run_child, run_helm
 from vlm_vqa.params import Punkt
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,42 @@ def test_signals_end_the_child_and_all_that_it_started(tmp_path, number):
     assert parent.wait(30) == 128 + number
     gone, alive = psutil.wait_procs(below, timeout=10)
     assert not alive
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no threads")
+def test_one_core_is_left_to_the_metrics_and_only_after_the_last_answer(tmp_path, monkeypatch):
+    allowed = len(os.sched_getaffinity(0))
+    if allowed == 1:
+        pytest.skip("one core: nothing to see")
+    monkeypatch.chdir(tmp_path)
+    # Once the parent has logged what follows an answer, it has done what it does about that answer.
+    (tmp_path / "asking.py").write_text(
+        textwrap.dedent(f"""
+            import os, time
+            from concurrent.futures import ThreadPoolExecutor
+            from pathlib import Path
+
+            def answer(number):
+                print("12:00 INFO   {ANSWERED}", number)
+                print("next", number)
+                while f"next {{number}}" not in Path("log").read_text():
+                    time.sleep(0.01)
+                with ThreadPoolExecutor(1) as pool:
+                    here, new_thread = cores(), pool.submit(cores).result()
+                print("after", number, "cores", here, new_thread)
+
+            def cores():
+                return len(os.sched_getaffinity(0))
+
+            answer(32)
+            answer(50)
+        """)
+    )
+    with tqdm(total=50, disable=True) as bar:
+        _run_child(["asking"], Path("log"), {}, bar)
+    log = Path("log").read_text()
+    assert f"after 32 cores {allowed} {allowed}\n" in log
+    assert "after 50 cores 1 1\n" in log
 
 
 def test_committed_files_are_what_helm_reads_and_name_this_projects_client():

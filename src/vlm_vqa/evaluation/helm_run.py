@@ -159,7 +159,7 @@ def _end(child: subprocess.Popen) -> None:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     except ProcessLookupError:
-        _keep_to_one_core(child.pid)
+        pass
 
 
 def _explain(log_path: Path, program: str, code: int) -> None:

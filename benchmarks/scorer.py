@@ -1,0 +1,217 @@
+"""VQA accuracy of a whole validation split: ours against the official evaluator's structure.
+
+    python -m benchmarks.scorer
+
+Real questions with their ten answers are read from `vqav2-text` below the folder that VLM_VQA_SHARED_DATA names
+(default ../shared/data) and repeated under new ids until they are as many as VQAv2's validation questions. Predictions
+are drawn by seed. Both scorers start from what they read, in memory, and must give the same figures to the last bit, of
+every question that both have scored (see `SLOW_SHARE`).
+
+The slow side is a re-statement in Python 3 of GT-Vision-Lab/VQA's `vqaEval.py` as far as its structure costs time: every
+answer processed on its own, a search for each mark, nothing remembered, ten leave-one-out lists a question. Printing its
+progress is left out. It works on shallow copies of the answers, as the original spoils what it is given.
+"""
+
+import gzip
+import json
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from vlm_vqa.evaluation import vqa_accuracy as ours
+
+QUESTIONS = 214_354
+"""Questions of VQAv2's validation split."""
+SLOW_SHARE = 5
+"""Of the repeated questions the slow scorer gets every fifth, and its time counts five times: all would take minutes."""
+TARGET = 10
+ROUNDS = 3
+
+_MARKS = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]
+_ARTICLES = ["a", "an", "the"]
+# re.ASCII is what Python 2 did; the first look-behind is mistyped in the original.
+_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)", re.ASCII)
+_COMMA = re.compile(r"(\d)(\,)(\d)", re.ASCII)
+_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
+
+Annotation = Mapping[str, Any]
+
+
+def official_structure(predictions: Mapping[int, str], annotations: Sequence[Annotation]) -> ours.VqaAccuracy:
+    """Score as `vqaEval.py` goes about it.
+
+    Args:
+        predictions: answer by question id.
+        annotations: in the official layout: `answers` is a list of `{"answer", "answer_id", "answer_confidence"}`.
+    """
+    numbers = {**_NUMBERS, "none": "0"}
+    scores: dict[int, float] = {}
+    by_question_type: dict[str, list[float]] = {}
+    by_answer_type: dict[str, list[float]] = {}
+    for row in annotations:
+        humans = [dict(answer) for answer in row["answers"]]
+        for human in humans:
+            human["answer"] = _clean(human["answer"])
+        guess = _clean(predictions[row["question_id"]])
+        if len({human["answer"] for human in humans}) > 1:
+            for human in humans:
+                human["answer"] = _official_words(_official_marks(human["answer"]), numbers)
+            guess = _official_words(_official_marks(guess), numbers)
+        terms = []
+        for one in humans:
+            others = [human for human in humans if human != one]
+            terms.append(min(1, float(len([human for human in others if human["answer"] == guess])) / 3))
+        score = float(sum(terms)) / len(terms)
+        scores[row["question_id"]] = score
+        by_question_type.setdefault(row["question_type"], []).append(score)
+        by_answer_type.setdefault(row["answer_type"], []).append(score)
+    return ours.VqaAccuracy(
+        overall=_mean(list(scores.values())),
+        per_question_type={name: _mean(values) for name, values in by_question_type.items()},
+        per_answer_type={name: _mean(values) for name, values in by_answer_type.items()},
+        per_question=scores,
+    )
+
+
+def read_annotations(folder: Path) -> list[Annotation]:
+    """Read the annotations of `vqav2-text`."""
+    with gzip.open(folder / "annotations.json.gz", "rt", encoding="utf-8") as file:
+        return json.load(file)["annotations"]
+
+
+def repeat(annotations: Sequence[Annotation], count: int) -> list[Annotation]:
+    """Return `count` questions: the given ones over and over, their ids counted from 0."""
+    return [annotations[at % len(annotations)] | {"question_id": at} for at in range(count)]
+
+
+def draw_predictions(annotations: Sequence[Annotation], seed: int = 0) -> dict[int, str]:
+    """Draw one answer a question: 6 in 10 a human's of this question, 3 of another one, 1 a human's in an odd form."""
+    chance = random.Random(seed)
+    odd = [str.upper, str.title, "the {}".format, "{}.".format, " {}\n".format, "{}, 1,000".format, "({}) -".format]
+    predictions = {}
+    for row in annotations:
+        kind = chance.random()
+        source = row if kind < 0.7 else chance.choice(annotations)
+        answer = chance.choice(source["answers"])["answer"]
+        predictions[row["question_id"]] = chance.choice(odd)(answer) if 0.6 <= kind < 0.7 else answer
+    return predictions
+
+
+def compare(
+    annotations: Sequence[Annotation], rounds: int = ROUNDS, slow_share: int = 1
+) -> tuple[measure.Timing, measure.Timing, ours.VqaAccuracy]:
+    """Time both on the same questions.
+
+    Args:
+        annotations: in the official layout.
+        rounds: measured rounds.
+        slow_share: the official structure scores every so many-th question, and its seconds are scaled up.
+
+    Returns:
+        Seconds of the official structure, seconds of ours, and the figures that both gave for what both have scored.
+
+    Raises:
+        ValueError: they gave different figures.
+    """
+    predictions = draw_predictions(annotations)
+    some = annotations[::slow_share]
+    rows = as_records(annotations)
+    results: dict[str, ours.VqaAccuracy] = {}
+
+    def official() -> None:
+        results["official"] = official_structure(predictions, some)
+
+    def own() -> None:
+        _forget()
+        results["ours"] = ours.vqa_accuracy(predictions, rows)
+
+    seconds = measure.alternate({"official structure": official, "ours": own}, rounds, warm_up=0)
+    of_some = ours.vqa_accuracy({row["question_id"]: predictions[row["question_id"]] for row in some}, as_records(some))
+    check_equal(results["official"], of_some)
+    if any(results["ours"].per_question[number] != score for number, score in of_some.per_question.items()):
+        raise ValueError("our scorer gives a question another score when it is among others")
+    scale = len(annotations) / len(some)
+    slow = measure.Timing(tuple(scale * one for one in seconds["official structure"].seconds))
+    return slow, seconds["ours"], of_some
+
+
+def as_records(annotations: Sequence[Annotation]) -> list[dict[str, Any]]:
+    """Return rows as the records hold them, with answers as strings."""
+    return [row | {"answers": [answer["answer"] for answer in row["answers"]]} for row in annotations]
+
+
+def check_equal(official: ours.VqaAccuracy, own: ours.VqaAccuracy) -> None:
+    """Refuse figures that differ in a single bit: overall, per type, or of a question."""
+    if official != own:
+        differing = [number for number, score in own.per_question.items() if official.per_question[number] != score]
+        raise ValueError(f"the scorers differ, in {len(differing)} questions (the first: {differing[:3]})")
+
+
+def main() -> None:
+    """Measure and write `scorer.json`."""
+    shared = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    once = read_annotations(shared / "vqav2-text")
+    claims, details = [], {"real_questions": len(once)}
+    for what, count, slow_share in (
+        (f"VQA accuracy of {QUESTIONS:,} questions, {len(once):,} real ones repeated", QUESTIONS, SLOW_SHARE),
+        # Repetition favours a scorer that remembers strings, as ours does.
+        (f"VQA accuracy of {len(once):,} real questions, each once", len(once), 1),
+    ):
+        annotations = repeat(once, count)
+        slow, fast, figures = compare(annotations, slow_share=slow_share)
+        claims.append(measure.claim(what, slow, fast, target=TARGET, note="re-stated official structure / ours"))
+        details[f"{len(annotations)}_questions"] = {
+            "slow_scorer_gets_every": slow_share,
+            "official_structure_seconds": slow.seconds,
+            "ours_seconds": fast.seconds,
+            "overall_of_both": figures.overall,
+        }
+    measure.write("scorer", claims, details)
+
+
+def _forget() -> None:
+    """Empty our scorer's caches, so that every round starts as a new process does."""
+    for function in vars(ours).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def _clean(text: str) -> str:
+    text = text.replace("\n", " ")
+    text = text.replace("\t", " ")
+    return text.strip()
+
+
+def _official_marks(text: str) -> str:
+    out = text
+    for mark in _MARKS:
+        if (mark + " " in text or " " + mark in text) or (re.search(_COMMA, text) is not None):
+            out = out.replace(mark, "")
+        else:
+            out = out.replace(mark, " ")
+    return _PERIOD.sub("", out, int(re.UNICODE))
+
+
+def _official_words(text: str, numbers: dict[str, str]) -> str:
+    out = []
+    for word in text.lower().split():
+        word = numbers.setdefault(word, word)
+        if word not in _ARTICLES:
+            out.append(word)
+    for at, word in enumerate(out):
+        # Our table; a test holds it to the official one.
+        if word in ours.CONTRACTIONS:
+            out[at] = ours.CONTRACTIONS[word]
+    return " ".join(out)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values)) / len(values)
+
+
+if __name__ == "__main__":
+    main()
