@@ -132,6 +132,8 @@ def test_passes_are_of_about_one_size_and_rows_in_them_of_about_one_length():
         ([10], 3, [1, 0, 0]),
         ([8, 4, 4, 4], 1, [4]),
         ([20, 1, 1, 1, 1], 2, [1, 4]),
+        # Three would fit into the second pass, but the third must not stand idle.
+        ([10, 1, 1, 1], 3, [1, 2, 1]),
     ],
 )
 def test_divide(lengths, parts, sizes):

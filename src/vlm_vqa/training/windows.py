@@ -169,6 +169,10 @@ def divide(lengths: Sequence[int], parts: int) -> list[int]:
         else:
             low = middle + 1
     sizes = _fill_parts(lengths, low)
+    # Fewer may do; a part without rows would still cost a row.
+    while len(sizes) < min(parts, len(lengths)):
+        fullest = sizes.index(max(sizes))
+        sizes[fullest : fullest + 1] = [sizes[fullest] - sizes[fullest] // 2, sizes[fullest] // 2]
     return sizes + [0] * (parts - len(sizes))
 
 
