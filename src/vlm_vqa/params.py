@@ -188,7 +188,8 @@ class TrainParams:
     freeze_embeddings: bool
     """Leave Gemma 2's token embedding, which is its output head too, as it is."""
     dataloader_workers: int
-    """Processes that prepare the next batches while this one is computed; 0 prepares each when it is needed."""
+    """Processes that prepare the next batches while this one is computed; 0 prepares each when it is needed, which is
+    faster where the cores that would prepare are the ones that compute."""
     learning_rate: float
     weight_decay: float
     dropout: float
