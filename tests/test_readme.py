@@ -30,6 +30,17 @@ def test_files_and_presets_are_there():
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_speed_is_what_was_measured():
+    """Every claim that was measured stands in the README, met or missed."""
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
+    assert results
+    for one in (claim for result in results for claim in result["claims"]):
+        target = "" if one["target"] is None else f"{'at most' if one['at_most'] else 'at least'} {one['target']:.3g}"
+        verdict = {True: "met", False: "**missed**", None: ""}[one["met"]]
+        line = f"| {one['what']} | {one['ratio']:.3g} | {one['low']:.3g} .. {one['high']:.3g} | {target} | {verdict} |"
+        assert line in README, line
+
+
 def test_scores_are_the_committed_reports():
     report = json.loads((ROOT / "reports/evaluation.json").read_text())
     rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in
