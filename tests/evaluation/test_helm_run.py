@@ -55,10 +55,13 @@ def test_signals_end_the_child_and_all_that_it_started(tmp_path, number):
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
+    # A shell's background job, as tests may be run in, ignores Ctrl-C, and so would the program below.
     program = textwrap.dedent("""
+        import signal
         from pathlib import Path
         from vlm_vqa import stage
         from vlm_vqa.evaluation.helm_run import _run_child
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         stage.run("stage", lambda: _run_child(["endless"], Path("log"), {}))
     """)
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
