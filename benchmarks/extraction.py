@@ -16,10 +16,8 @@ About 4 minutes on 2 cores with some other load; 2 GiB of memory.
 
 import argparse
 import itertools
-import os
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,15 +83,14 @@ def read_photographs() -> list[bytes]:
     Raises:
         UserError: they are not there.
     """
-    shared = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    folder = shared / "vqav2-sample" / "images"
+    folder = measure.shared_data("vqav2-sample") / "images"
     paths = []
     for path in sorted(folder.glob("*.jpg")):
         with Image.open(path) as image:
             if max(image.size) == LONGER_EDGE:
                 paths.append(path)
     if not paths:
-        raise UserError(f"{folder}: no photographs there. Name vqav2-sample's folder in VLM_VQA_SHARED_DATA.")
+        raise UserError(f"{folder}: no photographs of {LONGER_EDGE} pixels there. Get a whole copy of vqav2-sample.")
     return [path.read_bytes() for path in paths]
 
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from transformers import BitImageProcessor, Dinov2Config, PaliGemmaProcessor
 
-from benchmarks import measure
+from benchmarks import measure, workload
 from benchmarks.measure import Claim, Timing
-from benchmarks.workload import LEAST_QUESTIONS, TOKENIZER_LIMIT, questions_per_image, read_questions
+from benchmarks.workload import TOKENIZER_LIMIT, read_questions
 from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION
 from vlm_vqa.evaluation.report import answer_questions
 from vlm_vqa.model.answering import Answerer
@@ -116,7 +116,7 @@ def compare(shape: Shape, texts: Sequence[str], rounds: int = ROUNDS) -> tuple[l
     Raises:
         ValueError: a question got another answer in a batch than alone.
     """
-    questions = deal(texts)
+    questions = asked_of_images(texts)
     whole_set = whole_images(questions, shape.whole_set)
     picks = pick(questions, HELM_INSTANCES)[: shape.helm]
     features = Features(shape, sorted({row["image_id"] for row in (*whole_set, *picks)}))
@@ -189,12 +189,9 @@ def check_equal(alone: Sequence[str], in_batches: Sequence[str]) -> None:
         )
 
 
-def deal(texts: Sequence[str], seed: int = 0) -> list[Question]:
+def asked_of_images(texts: Sequence[str], seed: int = 0) -> list[Question]:
     """Shuffle the questions and deal them to images."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(texts), generator=generator).tolist()
-    counts = questions_per_image(len(texts) // LEAST_QUESTIONS + 1, generator)
-    images = torch.repeat_interleave(torch.arange(len(counts)), counts).tolist()
+    order, images = workload.deal(len(texts), torch.Generator().manual_seed(seed))
     return [
         {"question_id": at, "image_id": images[at], "question": texts[place]} for at, place in enumerate(order)
     ]  # fmt: skip

@@ -29,8 +29,8 @@ from vlm_vqa.params import Params, load_params
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments
 
-WAYS = {"packed": 32, "one row per question": 1}
-PARTS = measure.RESULTS / "learning.parts.json"
+WAYS = ("packed", "one row per question")
+PARTS = measure.RESULTS / "learning.parts"
 """Finished trainings, so that an interrupted comparison goes on."""
 
 
@@ -66,7 +66,7 @@ def main(seeds: int, epochs: int) -> None:
     torch.set_num_threads(measure.cores())
     done = json.loads(PARTS.read_text()) if PARTS.exists() else {}
     for seed in range(seeds):
-        for way, per_row in WAYS.items():
+        for way, per_row in zip(WAYS, (params.train.questions_per_row, 1), strict=True):
             key = f"{way}, seed {seed}, {epochs} epochs"
             if key not in done:
                 done[key] = train_and_score(params, epochs, per_row, seed)
@@ -83,7 +83,9 @@ def main(seeds: int, epochs: int) -> None:
         f"accuracy of packed training over that of one row per question, {seeds} seeds, {epochs} epochs",
         statistics.mean(packed) / statistics.mean(plain), min(ratios), max(ratios), target=within_a_point,
     )  # fmt: skip
-    measure.write("learning", [claim], {"runs": done, "mean_accuracy": {k: statistics.mean(v) for k, v in accuracy.items()}})
+    measure.write(
+        "learning", [claim], {"runs": done, "mean_accuracy": {k: statistics.mean(v) for k, v in accuracy.items()}}
+    )
     PARTS.unlink()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 
+from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -131,6 +132,18 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in VERSIONS},
     }
+
+
+def shared_data(name: str) -> Path:
+    """Return a folder of real VQAv2 samples, below the one that VLM_VQA_SHARED_DATA names (default ../shared/data).
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / name
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. Name the folder that holds {name} in VLM_VQA_SHARED_DATA.")
+    return folder
 
 
 def write(name: str, claims: list[Claim], details: Mapping[str, Any]) -> None:

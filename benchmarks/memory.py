@@ -31,7 +31,7 @@ from benchmarks.measure import Claim
 from benchmarks.recipes import MICRO_BATCH, Recipe
 from benchmarks.training_step import GEMMA_2B, GEMMA_VOCABULARY
 from benchmarks.workload import Workload, draw_step, read_questions
-from vlm_vqa.model.vlm import VlmForTraining
+from vlm_vqa.model.vlm import VlmForTraining, freeze_embeddings
 from vlm_vqa.params import LanguageConfig
 
 SHAPE = replace(GEMMA_2B, num_hidden_layers=1)
@@ -85,7 +85,7 @@ def measure_one(name: str, kind: str, workload: Workload, shape: LanguageConfig,
     model = recipes.build_model(shape, vocabulary, workload)
     recipe = build_recipe(name, model, workload, trim=kind == "no_logits")
     if kind != "step":
-        model.get_input_embeddings().requires_grad_(False)
+        freeze_embeddings(model)
     # The second micro-batch meets the gradients of the first; all further ones are like it.
     batches = recipe.batches[:2] if name == "reference" else recipe.batches
     before = reset_peak()

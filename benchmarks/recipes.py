@@ -168,20 +168,16 @@ def pack(workload: Workload, tokens: int | None = None) -> list[list[Row]]:
 
 def row_tokens(layout: TokenLayout, row: Row) -> int:
     """Count the tokens that a row really holds; `<eos>` is predicted but not read."""
-    return layout.num_patches + len(layout.prefix) + sum(_read(tokens) for tokens in row.questions)
+    return layout.num_patches + len(layout.prefix) + sum(len(tokens.read) for tokens in row.questions)
 
 
 def visible_pairs(layout: TokenLayout, row: Row) -> int:
     """Count the (query, key) pairs of a row where the query sees the key."""
     image, prefix = layout.num_patches, layout.num_patches + len(layout.prefix)
-    lengths = [_read(tokens) for tokens in row.questions]
+    lengths = [len(tokens.read) for tokens in row.questions]
     # The image sees itself, prefix text all before it and itself, a question the prefix, what precedes in it, and itself.
     text = (prefix * (prefix + 1) - image * (image + 1)) // 2
     return image * image + text + sum(length * prefix + length * (length + 1) // 2 for length in lengths)
-
-
-def _read(tokens: QuestionTokens) -> int:
-    return len(tokens.prompt) + len(tokens.answer) - 1
 
 
 def _stock_batches(workload: Workload, *, fixed: bool) -> Iterator[MicroBatch]:

@@ -14,7 +14,6 @@ progress is left out. It works on shallow copies of the answers, as the original
 
 import gzip
 import json
-import os
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -41,12 +40,17 @@ _NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".spli
 Annotation = Mapping[str, Any]
 
 
-def official_structure(predictions: Mapping[int, str], annotations: Sequence[Annotation]) -> ours.VqaAccuracy:
-    """Score as `vqaEval.py` goes about it.
+def official_structure(
+    predictions: Mapping[int, str],
+    annotations: Sequence[Annotation],
+    contractions: Mapping[str, str] = ours.CONTRACTIONS,
+) -> ours.VqaAccuracy:
+    """Score as `vqaEval.py` goes about it; the test of our scorer compares with this, by the official table.
 
     Args:
         predictions: answer by question id.
         annotations: in the official layout: `answers` is a list of `{"answer", "answer_id", "answer_confidence"}`.
+        contractions: spelling and what it becomes; a test holds ours to the official table.
     """
     numbers = {**_NUMBERS, "none": "0"}
     scores: dict[int, float] = {}
@@ -59,8 +63,8 @@ def official_structure(predictions: Mapping[int, str], annotations: Sequence[Ann
         guess = _clean(predictions[row["question_id"]])
         if len({human["answer"] for human in humans}) > 1:
             for human in humans:
-                human["answer"] = _official_words(_official_marks(human["answer"]), numbers)
-            guess = _official_words(_official_marks(guess), numbers)
+                human["answer"] = _official_words(_official_marks(human["answer"]), numbers, contractions)
+            guess = _official_words(_official_marks(guess), numbers, contractions)
         terms = []
         for one in humans:
             others = [human for human in humans if human != one]
@@ -153,8 +157,7 @@ def check_equal(official: ours.VqaAccuracy, own: ours.VqaAccuracy) -> None:
 
 def main() -> None:
     """Measure and write `scorer.json`."""
-    shared = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    once = read_annotations(shared / "vqav2-text")
+    once = read_annotations(measure.shared_data("vqav2-text"))
     claims, details = [], {"real_questions": len(once)}
     for what, count, slow_share in (
         (f"VQA accuracy of {QUESTIONS:,} questions, {len(once):,} real ones repeated", QUESTIONS, SLOW_SHARE),
@@ -196,16 +199,15 @@ def _official_marks(text: str) -> str:
     return _PERIOD.sub("", out, int(re.UNICODE))
 
 
-def _official_words(text: str, numbers: dict[str, str]) -> str:
+def _official_words(text: str, numbers: dict[str, str], contractions: Mapping[str, str]) -> str:
     out = []
     for word in text.lower().split():
         word = numbers.setdefault(word, word)
         if word not in _ARTICLES:
             out.append(word)
     for at, word in enumerate(out):
-        # Our table; a test holds it to the official one.
-        if word in ours.CONTRACTIONS:
-            out[at] = ours.CONTRACTIONS[word]
+        if word in contractions:
+            out[at] = contractions[word]
     return " ".join(out)
 
 

@@ -8,17 +8,16 @@ Shapes: I images of the step, T image tokens, E image feature width.
 
 import gzip
 import json
-import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import BitImageProcessor, PaliGemmaProcessor
 
+from benchmarks import measure
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, rows_of
@@ -64,12 +63,7 @@ def read_questions() -> list[tuple[str, str]]:
     Raises:
         UserError: they are not there.
     """
-    shared = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    folder = shared / "vqav2-text"
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no VQAv2 questions there. Name the folder that holds vqav2-text in VLM_VQA_SHARED_DATA."
-        )
+    folder = measure.shared_data("vqav2-text")
     content = {}
     for kind in ("questions", "annotations"):
         with gzip.open(folder / f"{kind}.json.gz", "rt", encoding="utf-8") as file:
@@ -82,6 +76,13 @@ def questions_per_image(images: int, generator: torch.Generator) -> Tensor:
     """Draw how many questions each image has: 3 + Poisson(2.36), VQAv2's least and mean; int64 [images]."""
     mean = TRAIN_QUESTIONS / TRAIN_IMAGES - LEAST_QUESTIONS
     return LEAST_QUESTIONS + torch.poisson(torch.full((images,), mean), generator=generator).long()
+
+
+def deal(count: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """Shuffle `count` questions and deal them to images; return the order of questions, and the image of each in it."""
+    order = torch.randperm(count, generator=generator).tolist()
+    counts = questions_per_image(count // LEAST_QUESTIONS + 1, generator)
+    return order, torch.repeat_interleave(torch.arange(len(counts)), counts).tolist()[:count]
 
 
 def draw_step(
@@ -137,12 +138,9 @@ def _steps(
     tokenized: list[QuestionTokens], layout: TokenLayout, size: int, seed: int
 ) -> Iterator[list[tuple[int, ...]]]:
     """Yield the whole steps of an epoch, rows of question places: shuffled questions, dealt to images."""
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(tokenized), generator=generator).tolist()
-    counts = questions_per_image(len(tokenized) // LEAST_QUESTIONS + 1, generator)
-    images = torch.repeat_interleave(torch.arange(len(counts)), counts).tolist()[: len(tokenized)]
+    shuffled, images = deal(len(tokenized), torch.Generator().manual_seed(seed))
     shape = WindowShape(questions=size, questions_per_row=size, passes=1)
-    lengths = [len(tokens.prompt) + len(tokens.answer) - 1 for tokens in tokenized]
+    lengths = [len(tokenized[place].read) for place in shuffled]
     sampler = WindowSampler(images, lengths, layout.num_patches + len(layout.prefix), shape, seed)
     for window in sampler.windows():
         if sum(map(len, window)) == size:

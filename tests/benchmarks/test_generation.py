@@ -45,7 +45,7 @@ def test_answers_that_depend_on_the_batch_stop_the_benchmark(monkeypatch):
 
 @pytest.mark.parametrize("ask", [generation.as_evaluation, generation.as_helm])
 def test_answers_come_in_the_questions_order_and_see_their_own_image(ask):
-    questions = generation.pick(generation.deal(TEXTS), 30)
+    questions = generation.pick(generation.asked_of_images(TEXTS), 30)
     features = Features(TINY, sorted({row["image_id"] for row in questions}))
     answerer = generation.answerer_of(TINY, *generation.build_model(TINY, TEXTS), Mask.IMAGE_PREFIX)
     answers = ask(TINY, answerer, features, questions)
@@ -55,7 +55,7 @@ def test_answers_come_in_the_questions_order_and_see_their_own_image(ask):
 
 
 def test_questions_are_dealt_as_vqav2s_are():
-    questions = generation.deal([str(number) for number in range(20_000)])
+    questions = generation.asked_of_images([str(number) for number in range(20_000)])
     assert sorted(row["question"] for row in questions) == sorted(map(str, range(20_000)))
     counts = [len(list(group)) for _, group in groupby(row["image_id"] for row in questions)]
     assert sum(counts[:-1]) / len(counts[:-1]) == pytest.approx(5.36, abs=0.1) and min(counts[:-1]) == 3

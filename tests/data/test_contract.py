@@ -212,7 +212,25 @@ def zipped(folder, damage=None):
         data = bytearray(path.read_bytes())
         data[data.index(b"\xff\xd8\xff", data.index(b"000000000025")) + 300] ^= 0xFF
         path.write_bytes(data)
+    if damage in FIELDS:
+        set_field(path, **FIELDS[damage])
     return path
+
+
+# Fields of a zip's local header and of its directory: what damage puts where, as (offset in either, 16 bits).
+FIELDS = {
+    "encrypted": {"local": 6, "central": 8, "value": 0x1},
+    "compressed in an unknown way": {"local": 8, "central": 10, "value": 97},
+}
+
+
+def set_field(path, local, central, value):
+    """Overwrite a 16-bit field of the member of image 25, in both places where it stands."""
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", local), (b"PK\x01\x02", central)):
+        start = data.rindex(signature, 0, data.index(b"000000000025", data.index(signature)))
+        data[start + offset : start + offset + 2] = value.to_bytes(2, "little")
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +238,11 @@ def zipped(folder, damage=None):
     [
         ("cut", r"unreadable file: 1(.|\n)*train2014.zip: not a zip archive"),
         ("flipped", r"unreadable image: 1(.|\n)*train2014.zip: COCO_train2014_0+25.jpg: cannot be unpacked"),
+        ("encrypted", r"unreadable image: 1(.|\n)*COCO_train2014_0+25.jpg: is encrypted; unpack the archive"),
+        (
+            "compressed in an unknown way",
+            r"unreadable image: 1(.|\n)*COCO_train2014_0+25.jpg: cannot be unpacked \(That compression",
+        ),
         ("twice", r"unreadable image: 1(.|\n)*COCO_train2014_0+25.jpg: 2 files of this name \(elsewhere|some"),
     ],
 )

@@ -3,7 +3,6 @@
 import gzip
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -145,17 +144,6 @@ def test_files_of_an_earlier_run_do_not_stay(vqav2_folder, directory_params, tmp
     manifest = fetch(directory_params(folder), target)
     assert {path.name for path in target.iterdir()} == {*manifest["files"], records.MANIFEST}
     assert records.count_images(target) == 6
-
-
-def test_no_more_than_a_window_of_images_is_in_memory():
-    started = []
-    with ThreadPoolExecutor(2) as pool:
-        for taken, result in enumerate(
-            fetching._in_order(pool, lambda item: started.append(item) or item, range(50), 8)
-        ):
-            assert result == taken
-            assert len(started) <= taken + 8
-    assert len(started) == 50
 
 
 def test_large_images_make_smaller_row_groups(monkeypatch):

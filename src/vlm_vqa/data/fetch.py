@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 import zipfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from vlm_vqa.data import records
 from vlm_vqa.data.contract import Annotation, Kind, Question, Violations, pair
+from vlm_vqa.data.ordered import in_order
 from vlm_vqa.data.sources import open_source
 from vlm_vqa.data.sources.directory import (
     ImageFiles,
@@ -234,7 +235,7 @@ def _store_images(images: dict[int, list[_Place]], max_pixels: int, part: Path, 
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
-        checked = _in_order(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
+        checked = in_order(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
             _write_shards(_good_images(progress, digest, violations), part)
     return digest.hexdigest()
@@ -286,19 +287,6 @@ def _groups(rows: Iterable[dict[str, Any]], most_rows: int) -> Iterator[list[dic
 
 def _image_bytes(row: dict[str, Any]) -> int:
     return len(row["image"]["bytes"]) if "image" in row else 0
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any], window: int
-) -> Iterator[Any]:
-    """Map like `pool.map`, with no more than `window` results in memory."""
-    pending: deque[Future] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) == window:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:

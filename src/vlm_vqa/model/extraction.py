@@ -4,9 +4,8 @@ Legend of shape suffixes: N images, C channels, H and W pixels.
 """
 
 import itertools
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import torch
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from vlm_vqa.data import records
 from vlm_vqa.data.feature_store import FeatureStoreWriter
+from vlm_vqa.data.ordered import in_order
 from vlm_vqa.data.records import ImageRecord
 from vlm_vqa.model.encoder import Encoder
 
@@ -57,15 +57,11 @@ def preprocessed(
         return [record.image_id for record in batch], encoder.preprocess(images)
 
     threads = min(MOST_THREADS, torch.get_num_threads())
-    stream, waiting = iter(stream), deque[Future]()
+    stream = iter(stream)
+    batches = iter(lambda: list(itertools.islice(stream, batch_size)), [])
     # torch's number of threads is each thread's own: without this every decoding one would start a team.
     pool = ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,))
     try:
-        while batch := list(itertools.islice(stream, batch_size)):
-            waiting.append(pool.submit(prepare, batch))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from in_order(pool, prepare, batches, window=threads + 1)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -46,6 +46,11 @@ class QuestionTokens(NamedTuple):
     answer: list[int]
     """Answer and `<eos>`; empty when the answer is asked for."""
 
+    @property
+    def read(self) -> list[int]:
+        """What the question adds to a row: `<eos>` is only ever predicted, never read."""
+        return self.prompt + self.answer[:-1]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -149,9 +154,8 @@ class TokenLayout:
         segments, positions, labels = [PREFIX_SEGMENT] * start, list(range(1, start + 1)), [IGNORED] * start
         prefix_lm = self.mask is Mask.PREFIX_LM
         bidirectional = [True] * self.num_patches + [prefix_lm] * len(self.prefix)
-        for number, (prompt, answer) in enumerate(row.questions, start=1):
-            # <eos> is only ever predicted, never read.
-            read = prompt + answer[:-1]
+        for number, tokens in enumerate(row.questions, start=1):
+            prompt, answer, read = tokens.prompt, tokens.answer, tokens.read
             input_ids += read
             # Under prefix-lm the prefix sees the question: both are one segment.
             segments += [PREFIX_SEGMENT if prefix_lm else number] * len(read)
@@ -208,7 +212,7 @@ def rows_of(questions: Iterable[tuple[int, QuestionTokens]], mask: Mask) -> list
     """Put consecutive questions of one image into one row where the mask allows it.
 
     Args:
-        questions: (image id, tokens), in the order of training.
+        questions: (image id, tokens), in the order in which they are to stand.
     """
     rows: list[Row] = []
     for image_id, tokens in questions:

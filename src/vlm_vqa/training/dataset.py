@@ -55,8 +55,8 @@ class QuestionDataset(Dataset):
 
     @property
     def text_lengths(self) -> list[int]:
-        """Tokens that each question and its answer add to a row; `<eos>` is predicted, never read."""
-        return [len(tokens.prompt) + len(tokens.answer) - 1 for tokens in self.tokens]
+        """Tokens that each question and its answer add to a row."""
+        return [len(tokens.read) for tokens in self.tokens]
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -90,8 +90,8 @@ class VqaTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return this process's forward passes, in the order of steps.
 
-        The sampler divides windows among processes itself, so accelerate must not: it could only deal out batches as they
-        come, and would not tell the sampler behind them which epoch it is.
+        The sampler divides windows among processes itself, so accelerate must not: it would wrap the sampler once more, and
+        after a resume, which wraps it too, nobody would tell it which epoch it is.
         """
         args, data, workers = self.args, self.train_dataset, self.train_settings.dataloader_workers
         shape = WindowShape(

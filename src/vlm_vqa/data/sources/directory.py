@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import lzma
 import zipfile
 import zlib
 from collections import defaultdict
@@ -28,6 +29,8 @@ from vlm_vqa.params import DataParams
 
 log = logging.getLogger(__name__)
 
+_ENCRYPTED = 0x1
+"""Of a zip member's flags (APPNOTE 4.4.4)."""
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -177,7 +180,7 @@ class ImageFiles:
 
         Raises:
             MissingImage: there is no such file.
-            UserError: it is larger than `max_bytes`, or damaged inside the archive.
+            UserError: it is larger than `max_bytes`, or encrypted, damaged or of an unknown compression inside the archive.
             OSError: it cannot be read.
         """
         where = self.where(name)
@@ -186,10 +189,14 @@ class ImageFiles:
             raise UserError(f"{where}: {size} bytes are too many for an image of data.max_image_pixels")
         if self._zip is None:
             return (self.path / name).read_bytes()
+        member = self._members[name][0]
+        # zipfile would raise a bare RuntimeError, which could be anything.
+        if member.flag_bits & _ENCRYPTED:
+            raise UserError(f"{where}: is encrypted; unpack the archive with its password and name the folder instead")
         try:
-            return self._zip.read(self._members[name][0])
-        # RuntimeError: encrypted. NotImplementedError: a compression that Python lacks.
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            return self._zip.read(member)
+        # What zipfile and its decompressors raise for damaged bytes, and (the last) for a method that Python lacks.
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
             raise UserError(f"{where}: cannot be unpacked ({error})") from error
 
     def where(self, name: str) -> str:
