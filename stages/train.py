@@ -4,9 +4,11 @@ Reads data/records and data/features; writes models/trained, reports/train.json 
 Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/train.py`.
 """
 
-import logging
 import shutil
 from pathlib import Path
+
+from torch import Tensor
+from transformers import PaliGemmaConfig
 
 from vlm_vqa import stage, tracking
 from vlm_vqa.data.feature_store import FeatureStore
@@ -23,7 +25,6 @@ from vlm_vqa.model.vlm import (
     save_trained,
     set_attention,
     set_dropout,
-    trained_state,
 )
 from vlm_vqa.params import Params, load_params
 from vlm_vqa.training import checkpoints, launch
@@ -40,7 +41,7 @@ RECORDS, FEATURES, TRAINED, REPORTS = (
 
 def main() -> None:
     params = load_params("params.yaml")
-    facts = launch.start(params.train.launch)
+    running = launch.start(params.train)
     manifest = read_manifest(RECORDS)
     encoder = load_encoder(params.vision, device="cpu")
     features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"]})
@@ -50,7 +51,7 @@ def main() -> None:
         "encoder_hash": encoder.hash,
         "code_hash": code_hash(__file__),
     }
-    key = checkpoints.checkpoint_key(made_of)
+    key = checkpoints.checkpoint_key(made_of | {"training_params_hash": params.recipe_hash(running.processes)})
     folder = checkpoints.ROOT / key
 
     data, layout, processor = prepare(params, encoder)
@@ -59,19 +60,16 @@ def main() -> None:
     set_attention(model, params.train.attention)
     if params.train.freeze_embeddings:
         freeze_embeddings(model)
-    last = checkpoints.latest(folder)
-    logging.info("launch %s: %s", params.train.launch, ", ".join(f"{name} {value}" for name, value in facts.items()))
-    logging.info("%d questions; %s", len(data), f"going on from {last}" if last else "from the start")
 
-    with tracking.training_run(
-        params, key=key, tags=made_of | {f"launch_{k}": str(v) for k, v in facts.items()}
-    ) as run:
-        arguments = training_arguments(params.train, params.seed, folder, use_cpu=facts["device"] == "cpu")
-        per_step = params.train.batch_size * params.train.gradient_accumulation_steps * facts["num_processes"]
-        callback = ProgressCallback(run.log_metrics, per_step)
-        trainer = VqaTrainer(model, arguments, params.train, data, Collator(layout, features), [callback])
-        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
-        made_of["weights_hash"] = save(trainer, processor, made_of)
+    with tracking.training_run(params, key=key, tags=made_of) as run:
+        arguments = training_arguments(params.train, params.seed, folder, running)
+        callbacks = [ProgressCallback(run)]
+        trainer = VqaTrainer(model, arguments, params.train, data, Collator(layout, features), callbacks, running)
+        result = trainer.run()
+        weights = trainer.whole_weights()
+        if not running.main:
+            return
+        made_of["weights_hash"] = save(model.config, weights, processor, made_of)
         report(trainer, data)
         run.log_metrics({"train_loss": result.training_loss, "train_minutes": result.metrics["train_runtime"] / 60,
                          "train_questions_per_second": result.metrics["train_samples_per_second"],
@@ -100,12 +98,12 @@ def prepare(params: Params, encoder) -> tuple[QuestionDataset, TokenLayout, obje
     return QuestionDataset(records, layout, params.prompt.too_long), layout, processor
 
 
-def save(trainer: VqaTrainer, processor, made_of: dict[str, str]) -> str:
+def save(config: PaliGemmaConfig, weights: dict[str, Tensor], processor, made_of: dict[str, str]) -> str:
     """Write the trained weights, the processor and what they were made of; return the weights' hash."""
-    weights_hash = hash_weights(trained_state(trainer.model))
+    weights_hash = hash_weights(weights)
     # What stands there may be a hard link into DVC's cache: remove it, never write through it.
     shutil.rmtree(TRAINED, ignore_errors=True)
-    save_trained(trainer.model, TRAINED)
+    save_trained(config, weights, TRAINED)
     processor.save_pretrained(TRAINED)
     write_json(TRAINED / "training.json", {**made_of, "weights_hash": weights_hash})
     return weights_hash

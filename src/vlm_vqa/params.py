@@ -70,6 +70,13 @@ class Dtype(Enum):
     FLOAT16 = "float16"
 
 
+class Rounding(Enum):
+    """How an updated weight is rounded to `train.weights_dtype`."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+
+
 class Punkt(Enum):
     """Where HELM's metrics take nltk's sentence splitter from."""
 
@@ -198,7 +205,7 @@ class TrainParams:
     block_wise: bool
     """8-bit optimizer states quantised block by block; bitsandbytes has no other mode left, so false is refused."""
     percentile_clipping: int
-    """8-bit AdamW: clip each parameter's gradient norm to this percentile of its last 100; 100 is off."""
+    """8-bit AdamW: clip each parameter's gradient norm to this percentile of its last 100; 0 and 100 are off."""
     lr_scheduler_type: Scheduler
     warmup_ratio: float
     """Share of all optimizer steps over which the learning rate rises from 0."""
@@ -208,7 +215,10 @@ class TrainParams:
     compute_dtype: Dtype
     """float32, or bfloat16 by autocast. float16 overflows in Gemma 2 and is refused."""
     weights_dtype: Dtype
-    """Type of the weights that the optimizer updates; only float32 (see `_check_train`)."""
+    """Type of the weights that the optimizer updates: float32, or bfloat16 where memory allows no more; see `rounding`."""
+    rounding: Rounding
+    """`nearest` for float32 weights. `stochastic` for bfloat16 ones, whose spacing is wider than most updates: rounded up or
+    down by chance, in proportion, they move on average as float32 weights do."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third more time."""
     logging_steps: int
@@ -216,6 +226,11 @@ class TrainParams:
     """Optimizer steps between checkpoints."""
     save_total_limit: int
     """Checkpoints kept while training; all go when the stage has succeeded."""
+    restart_optimizer: bool
+    """Go on with fresh optimizer states where those of the checkpoint do not fit, after a change of the number of processes
+    for instance; false refuses."""
+    stall_seconds: int
+    """With several processes: when none has made progress for so long, all stop and the one that holds them up is named."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +289,22 @@ class Params:
     def training_hash(self) -> str:
         """Return the hash of what decides trained weights: the sections that the train stage declares in `dvc.yaml`."""
         return hash_json({key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train")})
+
+    def recipe_hash(self, processes: int) -> str:
+        """Return the hash of what decides trained weights up to rounding: what a checkpoint must agree with.
+
+        It is `training_hash`, but that an optimizer step's questions count, not how they are divided: a training may go on
+        with another launch or number of processes if batch_size and gradient_accumulation_steps make up for it.
+        """
+        sections = {key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train")}
+        train = sections["train"]
+        per_process = train["batch_size"] * train["gradient_accumulation_steps"]
+        kept = {key: value for key, value in train.items() if key not in DIVISION}
+        return hash_json(sections | {"train": kept | {"questions_a_step": per_process * processes}})
+
+
+DIVISION = {"launch", "batch_size", "gradient_accumulation_steps", "dataloader_workers", "restart_optimizer", "stall_seconds"}
+"""Keys of `train` that say how the work is divided and watched, not what is computed."""
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
@@ -356,8 +387,8 @@ def _check_ranges(params: Params) -> None:
     positive = (
         "data.max_image_pixels vision.num_patches vision.visual_embed_dim vision.batch_size prompt.text_length "
         "train.batch_size train.gradient_accumulation_steps train.questions_per_row train.learning_rate train.max_grad_norm "
-        "train.num_train_epochs train.logging_steps train.save_steps train.save_total_limit evaluation.helm_instances "
-        "evaluation.helm_threads evaluation.batch_size evaluation.max_new_tokens"
+        "train.num_train_epochs train.logging_steps train.save_steps train.save_total_limit train.stall_seconds "
+        "evaluation.helm_instances evaluation.helm_threads evaluation.batch_size evaluation.max_new_tokens"
     ).split()
     for key in (*positive, "evaluation.vqa_questions"):
         if flat[key] is not None and not flat[key] > 0:
@@ -408,12 +439,7 @@ def is_local(model: str) -> bool:
 
 def _check_train(train: TrainParams) -> None:
     """Refuse what the installed libraries would drop without a word, or what is known to train wrongly."""
-    if train.weights_dtype is not Dtype.FLOAT32:
-        raise UserError(
-            f"train.weights_dtype is {train.weights_dtype.value}; it must be float32. With plain rounding in 16 bits most "
-            "updates are smaller than the spacing of the weights and are lost. Set train.compute_dtype: bfloat16 to compute "
-            "in 16 bits over float32 weights."
-        )
+    _check_rounding(train)
     if train.compute_dtype is Dtype.FLOAT16:
         raise UserError("train.compute_dtype is float16; use bfloat16 or float32: Gemma 2 overflows in float16.")
     if not train.block_wise:
@@ -432,6 +458,24 @@ def _check_train(train: TrainParams) -> None:
         )
     if not re.fullmatch(r"[a-z0-9-]+", train.launch):
         raise UserError(f"train.launch is {train.launch!r}; it must name a file launch/NAME.yaml.")
+
+
+def _check_rounding(train: TrainParams) -> None:
+    """Refuse weights that would lose their updates, or a rounding that does nothing."""
+    if train.weights_dtype is Dtype.FLOAT16:
+        raise UserError("train.weights_dtype is float16; use float32 or bfloat16: Gemma 2 overflows in float16.")
+    if train.weights_dtype is Dtype.FLOAT32 and train.rounding is not Rounding.NEAREST:
+        raise UserError("train.rounding is stochastic, but train.weights_dtype is float32; set it to nearest.")
+    if train.weights_dtype is Dtype.BFLOAT16 and train.rounding is not Rounding.STOCHASTIC:
+        raise UserError(
+            "train.weights_dtype is bfloat16 with train.rounding nearest: most updates are smaller than the spacing of such "
+            "weights and would be lost. Set train.rounding: stochastic, or train.weights_dtype: float32 with "
+            "train.compute_dtype: bfloat16 to compute in 16 bits over float32 weights."
+        )
+    if train.weights_dtype is Dtype.BFLOAT16 and train.compute_dtype is not Dtype.BFLOAT16:
+        raise UserError(
+            f"train.weights_dtype is bfloat16, but train.compute_dtype is {train.compute_dtype.value}; set it to bfloat16."
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -1,17 +1,23 @@
 """How every stage starts and ends: logging, one clear message for what a person can mend, exit codes."""
 
 import errno
+import json
 import logging
+import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from vlm_vqa.errors import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_PEER_GONE = 3
+SECONDS_FOR_THE_FIRST = 1.0
 # As shells report it: 128 + SIGTERM.
 EXIT_TERMINATED = 128 + signal.SIGTERM
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -24,11 +30,15 @@ _DISK_REMEDIES = {
 }
 
 
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+"""How gloo words that the process at the other end of a connection is gone."""
+
+
 def run(name: str, main: Callable[[], None]) -> None:
     """Run a stage's `main` and leave the process with its exit code.
 
-    Exit codes: 0 done, 2 a mistake of the user's (`UserError`, or a disk that is full or read-only), 130 Ctrl-C,
-    143 SIGTERM. Any other exception keeps its traceback and ends with 1.
+    Exit codes: 0 done, 2 a mistake of the user's (`UserError`, or a disk that is full or read-only), 3 another process of
+    the launch is gone, 130 Ctrl-C, 143 SIGTERM. Any other exception keeps its traceback and ends with 1.
     """
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr, force=True)
     # Libraries that log every request or every op would bury the stage's own lines.
@@ -45,9 +55,11 @@ def run(name: str, main: Callable[[], None]) -> None:
         _fail(name, "interrupted. Run `dvc repro` again to go on.", EXIT_INTERRUPTED)
     except Exception as error:
         remedy = disk_remedy(error)
-        if remedy is None:
-            raise
-        _fail(name, remedy, EXIT_USER_ERROR)
+        if remedy is not None:
+            _fail(name, remedy, EXIT_USER_ERROR)
+        if any(words in str(error) for words in _PEER_GONE):
+            _fail(name, "another process of this launch has ended; its own message says why.", EXIT_PEER_GONE)
+        raise
 
 
 def disk_remedy(error: BaseException) -> str | None:
@@ -70,8 +82,22 @@ def disk_remedy(error: BaseException) -> str | None:
 
 
 def _fail(name: str, message: str, code: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # What concerns all processes is said by the first one, and its launcher ends the others meanwhile.
+        time.sleep(SECONDS_FOR_THE_FIRST)
+        message = f"rank {rank}: {message}"
+    _tell_launcher(message)
     print(f"{name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _tell_launcher(message: str) -> None:
+    """Give torchrun the cause that its closing report names."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _terminate(signum: int, frame: object) -> None:

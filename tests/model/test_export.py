@@ -32,7 +32,7 @@ def trained(tiny, tmp_path):
 
     def write(mask):
         folder = tmp_path / f"trained-{mask}"
-        save_trained(tiny.training, folder)
+        save_trained(tiny.training.config, trained_state(tiny.training), folder)
         tiny.processor.save_pretrained(folder)
         write_json(folder / "training.json", {"weights_hash": hash_weights(trained_state(tiny.training))})
         tower = Dinov2Model(tiny.encoder_config)

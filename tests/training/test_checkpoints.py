@@ -1,41 +1,90 @@
 """Which checkpoint a training goes on from: the newest whole one, never a torn or a damaged one."""
 
+import json
+
 import pytest
+import torch
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.training import checkpoints
 
 
-def write(folder, step, sealed=True):
-    checkpoint = folder / f"checkpoint-{step}"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors").write_bytes(b"weights %d" % step)
-    if sealed:
-        checkpoints.seal(checkpoint)
-    return checkpoint
+def write(folder, step, world=2, ranks=None):
+    """Write a checkpoint as `world` processes do, or as only some of them did."""
+    for rank in range(world) if ranks is None else ranks:
+        writer = checkpoints.Writer(folder, rank, world, limit=9)
+        writer.save(step, {"weights": torch.full((3,), float(step))}, {"step": step}, {"state.json": "{}"} if rank == 0 else {})
+        writer.wait()
+    return checkpoints.folder_of(folder, step)
 
 
 def test_the_newest_whole_one(tmp_path):
     assert checkpoints.latest(tmp_path / "none") is None
     write(tmp_path, 90)
     newest = write(tmp_path, 100)
-    torn = write(tmp_path, 110, sealed=False)
+    torn = write(tmp_path, 110, ranks=[1])
     assert checkpoints.latest(tmp_path) == newest
     assert not torn.exists()
+    assert checkpoints.read_seal(newest, 1, 2) == {"step": 100}
+    assert checkpoints.read_tensors(newest, 1, 2).get_tensor("weights").tolist() == [100.0] * 3
 
 
-@pytest.mark.parametrize("damage", ["change", "remove", "seal"])
+def test_every_moment_at_which_writing_can_be_cut_off_leaves_no_whole_one(tmp_path):
+    """Files appear in the order in which they are written; with any of the last ones missing, it is torn."""
+    whole = write(tmp_path / "whole", 10)
+    names = sorted((path.name for path in whole.iterdir()), key=lambda name: (whole / name).stat().st_mtime_ns)
+    assert names[-1] == "rank-1-of-2.json"
+    for count in range(len(names)):
+        part = tmp_path / str(count) / "checkpoint-10"
+        part.mkdir(parents=True)
+        for name in names[:count]:
+            (part / name).write_bytes((whole / name).read_bytes())
+        assert checkpoints.world_of(part) is None
+        assert checkpoints.latest(part.parent) is None and not part.exists()
+
+
+def test_seals_of_two_launches_make_no_whole_one(tmp_path):
+    write(tmp_path, 10, world=2, ranks=[0])
+    mixed = write(tmp_path, 10, world=3, ranks=[1, 2])
+    assert checkpoints.world_of(mixed) is None
+
+
+@pytest.mark.parametrize("damage", ["change", "remove", "seal", "fact"])
 def test_a_damaged_one_is_refused_by_name(tmp_path, damage):
     newest = write(tmp_path, 100)
-    weights = newest / "model.safetensors"
+    tensors, seal = newest / "rank-1-of-2.safetensors", newest / "rank-1-of-2.json"
     if damage == "change":
-        weights.write_bytes(b"weights 101")
+        content = bytearray(tensors.read_bytes())
+        content[-1] ^= 1
+        tensors.write_bytes(content)
     elif damage == "remove":
-        weights.unlink()
+        tensors.unlink()
+    elif damage == "seal":
+        seal.write_text("{")
     else:
-        (newest / checkpoints.SEAL).write_text("{")
-    with pytest.raises(UserError, match=rf"{newest.name}.*corrupt or missing.*Delete the folder"):
-        checkpoints.latest(tmp_path)
+        content = json.loads(seal.read_text())
+        content["facts"]["step"] = 99
+        seal.write_text(json.dumps(content))
+    checkpoints.verify(newest, 0, 2)
+    with pytest.raises(UserError, match=rf"{newest.name}/rank-1.*corrupt or missing.*Delete the folder"):
+        checkpoints.verify(newest, 1, 2)
+
+
+def test_as_many_are_kept_as_asked_and_unfinished_ones_stay(tmp_path):
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    write(tmp_path, 40, ranks=[1])
+    checkpoints.prune(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-30", "checkpoint-40"]
+
+
+def test_what_fails_in_the_thread_is_raised_in_the_training(tmp_path):
+    writer = checkpoints.Writer(tmp_path, 0, 1, limit=2)
+    (tmp_path / "checkpoint-5").write_text("in the way")
+    writer.save(5, {}, {}, {})
+    with pytest.raises(FileExistsError):
+        writer.wait()
+    writer.check()
 
 
 def test_other_facts_other_folder():

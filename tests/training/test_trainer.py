@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
 from vlm_vqa.params import Attention, Dtype, Mask, Optimizer, TooLong, load_params
-from vlm_vqa.training import checkpoints
+from vlm_vqa.training import checkpoints, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments, write_curve
 
@@ -30,7 +31,7 @@ def make(tiny, tmp_path):
     store = SimpleNamespace(batch=lambda ids: features[list(ids)])
     base = load_params("params.yaml").train
 
-    def build(folder="run", layout=None, dropout=0.0, seed=0, **changes):
+    def build(folder="run", layout=None, dropout=0.0, seed=0, callbacks=(), **changes):
         layout = layout or tiny.layout("image-prefix")
         # Answers of different lengths: otherwise the mean over batches would equal the mean over tokens.
         asked = [QUESTIONS[i % 4] for i in range(24)]
@@ -57,8 +58,9 @@ def make(tiny, tmp_path):
         train = dataclasses.replace(base, **{**settings, **changes})
         model = initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1)
         set_dropout(model, dropout)
-        arguments = training_arguments(train, seed, tmp_path / folder, use_cpu=True)
-        return VqaTrainer(model, arguments, train, data, Collator(layout, store), [])
+        running = launch.start(train)
+        arguments = training_arguments(train, seed, tmp_path / folder, running)
+        return VqaTrainer(model, arguments, train, data, Collator(layout, store), list(callbacks), running)
 
     return build
 
@@ -118,18 +120,18 @@ def test_an_interrupted_run_goes_on(make, tmp_path, stop, options):
     straight.train()
     cut = make("cut", **options)
 
-    class Stop(ProgressCallback):
+    class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step == stop:
                 raise KeyboardInterrupt
 
-    cut.add_callback(Stop(lambda *_: None, 8))
+    cut.add_callback(Stop())
     with pytest.raises(KeyboardInterrupt):
-        cut.train()
-    last = checkpoints.latest(tmp_path / "cut")
-    assert last.name == f"checkpoint-{stop - 1}"
+        cut.run()
+    cut.writer.wait()
+    assert checkpoints.latest(tmp_path / "cut").name == f"checkpoint-{stop - 1}"
     resumed = make("cut", **options)
-    resumed.train(resume_from_checkpoint=str(last))
+    resumed.run()
     assert resumed.state.global_step == straight.state.global_step == 6
     torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
 
@@ -168,8 +170,8 @@ def test_the_optimizer_is_the_one_asked_for(make):
     # As the Trainer arranges for bitsandbytes; this embedding is large enough for 8 bits otherwise.
     embedding = trainer.model.model.language_model.embed_tokens.weight
     assert embedding.numel() > 4096
-    assert trainer.optimizer.optimizer.state[embedding]["state1"].dtype == torch.float32
-    assert trainer.optimizer.optimizer.percentile == 95
+    assert trainer.inner_optimizer.state[embedding]["state1"].dtype == torch.float32
+    assert trainer.inner_optimizer.percentile == 95
     assert make(optimizer=Optimizer.ADAMW_TORCH).create_optimizer().__class__ is torch.optim.AdamW
 
 
@@ -198,10 +200,12 @@ def test_dropout_acts_on_attention_probabilities_alone(make, tiny):
 
 def test_a_loss_that_is_no_number_stops_the_run(make):
     trainer = make()
-    trainer.add_callback(ProgressCallback(lambda *_: None, 8))
+    start = weights(trainer)
     torch.nn.init.constant_(trainer.model.model.multi_modal_projector.linear.bias, float("nan"))
-    with pytest.raises(UserError, match="step 1: loss is nan"):
+    with pytest.raises(UserError, match=r"step 1: loss is not a number \(rank 0: nan\); grad_norm is nan"):
         trainer.train()
+    # The step was not taken: everything but the spoilt bias is as it was.
+    assert (weights(trainer) != start).sum() == trainer.model.model.multi_modal_projector.linear.bias.numel()
 
 
 def test_bfloat16_computes_by_autocast_over_float32_masters(make, monkeypatch):
@@ -217,13 +221,26 @@ def test_bfloat16_computes_by_autocast_over_float32_masters(make, monkeypatch):
     assert weights(trainer).dtype == torch.float32 and moved(trainer, start) > 0
 
 
+class Log:
+    """Stands for the MLflow run."""
+
+    def __init__(self):
+        self.metrics, self.tags = [], {}
+
+    def log_metrics(self, metrics, step):
+        self.metrics.append((step, metrics))
+
+    def set_tags(self, tags):
+        self.tags |= tags
+
+
 def test_what_is_logged(make, tmp_path):
-    seen = []
-    trainer = make()
-    trainer.add_callback(ProgressCallback(lambda metrics, step: seen.append((step, metrics)), 8))
+    run = Log()
+    trainer = make(callbacks=[ProgressCallback(run)])
     trainer.train()
-    assert [step for step, _ in seen] == list(range(1, 7))
-    assert {"loss", "grad_norm", "learning_rate", "questions_per_second", "peak_memory_gib"} <= seen[-1][1].keys()
+    assert [step for step, _ in run.metrics] == list(range(1, 7))
+    assert {"loss", "grad_norm", "learning_rate"} <= run.metrics[-1][1].keys()
+    assert run.tags["launch_strategy"] == "one process" and run.tags["launch_optimizer"] == "AdamW"
     write_curve(trainer.state.log_history, tmp_path / "curve.csv")
     lines = (tmp_path / "curve.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,loss,grad_norm,learning_rate" and len(lines) == 7

@@ -352,17 +352,17 @@ def trained_state(model: PaliGemmaForConditionalGeneration) -> dict[str, Tensor]
     }
 
 
-def save_trained(model: VlmForTraining, folder: str | Path) -> None:
-    """Write the configuration and `trained_state` as they are named in memory.
+def save_trained(config: PaliGemmaConfig, state: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write the configuration and a `trained_state`, by the names that it has in memory.
 
-    `save_pretrained` would rename the weights on disk, and the Trainer, which reads files without renaming them back, would
-    go on from a fresh model with no more than a warning.
+    `save_pretrained` would rename the weights on disk, and what reads files without renaming them back would go on from a
+    fresh model with no more than a warning.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
+    config.save_pretrained(folder)
     weights = folder / WEIGHTS_FILE
-    save_file({name: value.contiguous() for name, value in trained_state(model).items()}, weights)
+    save_file({name: value.contiguous() for name, value in state.items()}, weights)
     # safetensors leaves the file to its owner alone.
     weights.chmod(0o644)
 

@@ -2,14 +2,29 @@
 
 They lie outside DVC's outs, since DVC deletes a stage's outs before it runs the stage again, in a folder named by
 everything that decides the result. Training with other parameters, data or code therefore never finds them.
+
+    checkpoints/KEY/checkpoint-120/rank-0-of-2.safetensors   what process 0 holds: weights and optimizer states
+                                   rank-0-of-2.json          its seal, written last: hashes of its files, and facts
+                                   rank-1-of-2.safetensors ...
+                                   trainer_state.json        the Trainer's own
+
+Every process writes its own files and needs no other one for it; a checkpoint is whole when all seals are there. So it is
+written in a thread while training goes on, and one that was cut off at any point is never taken for a whole one.
 """
 
 import json
 import logging
+import os
 import re
 import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json, sha256_file, write_json
@@ -17,53 +32,192 @@ from vlm_vqa.hashing import hash_json, sha256_file, write_json
 log = logging.getLogger(__name__)
 
 ROOT = Path("checkpoints")
-SEAL = "complete.json"
-"""Written last: file names and hashes. A checkpoint without it was cut off while being written."""
+SEAL = re.compile(r"rank-(\d+)-of-(\d+)\.json")
 
 
-def checkpoint_key(facts: dict[str, Any]) -> str:
+def checkpoint_key(facts: Mapping[str, Any]) -> str:
     """Name a training by what decides its result."""
     return hash_json(facts)[:16]
 
 
-def seal(checkpoint: Path) -> None:
-    """Mark a checkpoint as whole."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
-    write_json(checkpoint / SEAL, {path.relative_to(checkpoint).as_posix(): sha256_file(path) for path in files})
+def folder_of(root: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` optimizer steps; the Trainer expects this name."""
+    return root / f"checkpoint-{step}"
+
+
+def tensors_file(rank: int, world: int) -> str:
+    """Return the name of the file that holds a process's tensors."""
+    return f"rank-{rank}-of-{world}.safetensors"
+
+
+def seal_file(rank: int, world: int) -> str:
+    """Return the name of a process's seal."""
+    return f"rank-{rank}-of-{world}.json"
+
+
+def seal(checkpoint: Path, rank: int, world: int, files: Iterable[str], facts: Mapping[str, Any]) -> None:
+    """Mark a process's part of a checkpoint as whole: name its files with their hashes, add `facts`, and flush to disk."""
+    for name in files:
+        _flush(checkpoint / name)
+    content = {"files": {name: sha256_file(checkpoint / name) for name in sorted(files)}, "facts": dict(facts)}
+    path = checkpoint / seal_file(rank, world)
+    scratch = path.with_suffix(".tmp")
+    write_json(scratch, content | {"hash": hash_json(content)})
+    _flush(scratch)
+    os.replace(scratch, path)
+    _flush(checkpoint)
+
+
+def _flush(path: Path) -> None:
+    """Force a file or a folder's entries to the disk: a machine that loses power must not keep the seal and lose the rest."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def world_of(checkpoint: Path) -> int | None:
+    """Return how many processes wrote a checkpoint if it is whole, else None."""
+    seals = [SEAL.fullmatch(path.name) for path in checkpoint.glob("rank-*.json")]
+    worlds = {int(match[2]) for match in seals if match}
+    (world,) = worlds if len(worlds) == 1 else (0,)
+    ranks = {int(match[1]) for match in seals if match}
+    return world if world and ranks == set(range(world)) else None
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Return the whole checkpoints of a folder, the newest first."""
+    found = sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
+    return [checkpoint for checkpoint in found if world_of(checkpoint)]
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of `folder`, checked against its seal, or None.
+    """Return the newest whole checkpoint of `folder`, or None; what was cut off is reported, removed and passed over."""
+    whole = whole_checkpoints(folder)
+    for torn in sorted(set(folder.glob("checkpoint-*")) - set(whole)):
+        log.warning("%s was cut off while it was written; passing over it", torn)
+        shutil.rmtree(torn)
+    return whole[0] if whole else None
 
-    Unsealed ones are reported, removed and passed over: the process died while it wrote them.
+
+def prune(folder: Path, limit: int) -> None:
+    """Remove all but the newest `limit` whole checkpoints; those being written stay."""
+    for old in whole_checkpoints(folder)[limit:]:
+        shutil.rmtree(old)
+
+
+def read_seal(checkpoint: Path, rank: int, world: int) -> dict[str, Any]:
+    """Return the facts that process `rank` of `world` has written.
 
     Raises:
-        UserError: a sealed checkpoint does not hold what was written.
+        UserError: its seal is damaged or missing.
     """
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
-        if not (checkpoint / SEAL).is_file():
-            log.warning("%s was cut off while it was written; passing over it", checkpoint)
-            shutil.rmtree(checkpoint)
-            continue
-        _verify(checkpoint)
-        return checkpoint
-    return None
+    return _read_seal(checkpoint / seal_file(rank, world))["facts"]
 
 
-def _verify(checkpoint: Path) -> None:
+def verify(checkpoint: Path, rank: int, world: int) -> None:
+    """Compare the files that process `rank` of `world` has written with their hashes.
+
+    Raises:
+        UserError: one is damaged or missing.
+    """
+    for name, expected in _read_seal(checkpoint / seal_file(rank, world))["files"].items():
+        file = checkpoint / name
+        if not file.is_file() or sha256_file(file) != expected:
+            raise _damaged(file)
+
+
+def _read_seal(path: Path) -> dict[str, Any]:
     try:
-        hashes = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-    except ValueError:
-        hashes = {SEAL: "unreadable"}
-    for name, expected in hashes.items():
-        path = checkpoint / name
-        if not path.is_file() or sha256_file(path) != expected:
-            raise UserError(
-                f"{path}: corrupt or missing (its hash is not the one that was written). Delete the folder {checkpoint} to "
-                "go on from the checkpoint before it, or from the start."
-            )
+        content = json.loads(path.read_text(encoding="utf-8"))
+        intact = content.pop("hash") == hash_json(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise _damaged(path)
+    return content
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path}: corrupt or missing (its hash is not the one that was written). Delete the folder {path.parent} to go on "
+        "from the checkpoint before it, or from the start."
+    )
+
+
+def read_tensors(checkpoint: Path, rank: int, world: int) -> Any:
+    """Open a process's tensors; the handle gives `get_tensor` and `get_slice` and reads nothing else."""
+    return safe_open(checkpoint / tensors_file(rank, world), framework="pt", device="cpu")
 
 
 def _step(checkpoint: Path) -> int:
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(match[1]) if match else -1
+
+
+class Writer:
+    """Writes one process's parts of checkpoints in a thread, one at a time, while training goes on."""
+
+    def __init__(self, folder: Path, rank: int, world: int, limit: int):
+        """`folder` holds the checkpoints; process 0 keeps `limit` whole ones of them."""
+        self.folder, self.rank, self.world, self.limit = folder, rank, world, limit
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], texts: Mapping[str, str],
+        others: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        """Begin to write the checkpoint after `step`; waits for the one before it.
+
+        Args:
+            tensors: on the CPU, not changed by anyone any more.
+            facts: what else has to be known to go on; JSON.
+            texts: further files by name.
+            others: names of files that are there already and belong to this process's part.
+
+        Raises:
+            UserError: the checkpoint before could not be written.
+        """
+        self.wait()
+        checkpoint = folder_of(self.folder, step)
+
+        def write() -> None:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            file = tensors_file(self.rank, self.world)
+            save_file(dict(tensors), checkpoint / file)
+            for name, text in texts.items():
+                (checkpoint / name).write_text(text, encoding="utf-8")
+            seal(checkpoint, self.rank, self.world, [file, *texts, *others], facts)
+            if self.rank == 0:
+                prune(self.folder, self.limit)
+
+        self._thread = threading.Thread(target=self._guarded, args=(write, checkpoint), name="checkpoint")
+        self._thread.start()
+
+    def _guarded(self, write: Callable[[], None], checkpoint: Path) -> None:
+        try:
+            write()
+        except BaseException as error:  # noqa: BLE001 - raised again by the training's thread
+            self._error = error
+            # What is left of it would only fill the disk; without its seal it is no checkpoint.
+            for path in checkpoint.glob(f"rank-{self.rank}-of-*"):
+                path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread, if anything did."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that was begun is written.
+
+        Raises:
+            UserError: it could not be.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()

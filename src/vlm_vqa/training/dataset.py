@@ -13,6 +13,7 @@ from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout
 from vlm_vqa.params import TooLong
+from vlm_vqa.training.launch import on_main_process
 from vlm_vqa.training.windows import PlannedRow
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class QuestionDataset(Dataset):
         self.dropped = 0
         columns = (records[name] for name in ("question_id", "image_id", "question", "multiple_choice_answer"))
         for question_id, image_id, question, answer in tqdm(
-            zip(*columns, strict=True), total=len(records), desc="tokenising", unit="question"
+            zip(*columns, strict=True), total=len(records), desc="tokenising", unit="question",
+            disable=not on_main_process(),
         ):
             try:
                 tokens = layout.tokenize(question, answer)

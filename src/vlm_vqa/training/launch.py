@@ -1,68 +1,344 @@
-"""The launch that was asked for is the launch that runs, or training stops in its first second.
+"""The launch that was asked for is the launch that runs, or training stops in its first seconds.
 
-accelerate falls back without a word: an FSDP config on CPU becomes DDP or two unrelated trainings, `--cpu` with two
-processes becomes one. So every fact of the launch file is compared with what really started.
+accelerate falls back without a word: an FSDP config on CPUs becomes DDP or two unrelated trainings, `--cpu` with two
+processes becomes one. So every fact of the launch file is compared with what really started (`start`), and what the model
+and the optimizer were turned into with what the launch means (`check_prepared`).
 """
 
 import os
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.params import Dtype, TrainParams
+
+TYPES = {"NO", "MULTI_GPU", "FSDP", "DEEPSPEED"}
+"""accelerate's distributed types that a launch file may ask for."""
+SLACK_SECONDS = 60
+"""How much later than our own watch a collective gives up by itself."""
+
+
+class Strategy(Enum):
+    """How the work is divided among processes."""
+
+    SINGLE = "one process"
+    DDP = "DDP"
+    FSDP2 = "FSDP2"
+    ZERO2 = "ZeRO-2"
+    ZERO3 = "ZeRO-3"
+
+    @property
+    def deepspeed(self) -> bool:
+        return self in (Strategy.ZERO2, Strategy.ZERO3)
+
+    @property
+    def sharded_weights(self) -> bool:
+        """Whether a process holds only a part of the weights."""
+        return self in (Strategy.FSDP2, Strategy.ZERO3)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that runs as it was asked for."""
+
+    name: str
+    strategy: Strategy
+    processes: int
+    process: int
+    machines: int
+    device: str
+    """`cpu` or `cuda`."""
+    backend: str
+    threads: int
+    """CPU threads of each process."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the start banner and MLflow say."""
+        return {
+            "strategy": self.strategy.value,
+            "num_processes": self.processes,
+            "num_machines": self.machines,
+            "device": self.device,
+            "backend": self.backend,
+            "threads": self.threads,
+        }
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes what there is one of."""
+        return self.process == 0
+
+
+def on_main_process() -> bool:
+    """Whether this is the launch's first process; for what is said or shown once."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def read_launch(name: str, folder: str | Path = "launch") -> dict[str, Any]:
     """Read `launch/NAME.yaml`.
 
     Raises:
-        UserError: there is no such launch; the existing ones are named.
+        UserError: there is no such launch (the existing ones are named), or it asks for what training does not support.
     """
     path = Path(folder) / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in Path(folder).glob("*.yaml")))
         raise UserError(f"train.launch is {name!r}, but there is no {path}. Known launches: {known}.")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+    strategy_of(asked, path)
+    return asked
 
 
-def start(name: str, folder: str | Path = "launch") -> dict[str, Any]:
-    """Start accelerate's process state and check it against `launch/NAME.yaml`.
-
-    Returns:
-        The facts of the launch: distributed type, processes, backend, device, threads a process.
+def strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
+    """Return what a launch file asks for.
 
     Raises:
-        UserError: what started is not what the file asks for, or it asks for several processes.
+        UserError: it asks for what training does not support.
     """
-    asked = read_launch(name, folder)
-    if asked["num_processes"] * asked["num_machines"] > 1:
+    kind = asked.get("distributed_type")
+    if kind not in TYPES:
+        raise UserError(f"{path}: distributed_type is {kind!r}; it must be one of {', '.join(sorted(TYPES))}.")
+    if (kind == "NO") != (asked["num_processes"] == 1):
         raise UserError(
-            f"train.launch is {name!r}, which asks for {asked['num_processes']} processes; training runs in one process so "
-            "far (gathering sharded weights and their checkpoints is not built yet). Set train.launch: cpu."
+            f"{path}: distributed_type {kind} with num_processes {asked['num_processes']}; NO is for one process, the others "
+            "for several."
         )
-    state = PartialState(cpu=asked["use_cpu"])
-    found = {
-        "distributed_type": DistributedType(state.distributed_type).value,
-        "num_processes": state.num_processes,
-        "device": state.device.type,
-    }
-    wanted = {
-        "distributed_type": asked["distributed_type"],
-        "num_processes": asked["num_processes"],
-        "device": "cpu" if asked["use_cpu"] else "cuda",
-    }
+    if asked.get("mixed_precision", "no") != "no":
+        raise UserError(f"{path}: mixed_precision must be 'no': train.compute_dtype decides.")
+    if kind == "FSDP":
+        return _check_fsdp(asked.get("fsdp_config", {}), path)
+    if kind == "DEEPSPEED":
+        return _check_deepspeed(asked.get("deepspeed_config", {}), path)
+    return {"NO": Strategy.SINGLE, "MULTI_GPU": Strategy.DDP}[kind]
+
+
+def _check_fsdp(config: dict[str, Any], path: Path) -> Strategy:
+    wanted = {"fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": False, "fsdp_activation_checkpointing": False,
+              "fsdp_offload_params": False}  # fmt: skip
+    for key, value in wanted.items():
+        # accelerate's defaults are other ones for the version alone.
+        if config.get(key, 1 if key == "fsdp_version" else False) != value:
+            raise UserError(f"{path}: {key} is {config.get(key)}; it must be {value}.")
+    return Strategy.FSDP2
+
+
+def _check_deepspeed(config: dict[str, Any], path: Path) -> Strategy:
+    stages = {2: Strategy.ZERO2, 3: Strategy.ZERO3}
+    if config.get("zero_stage") not in stages:
+        raise UserError(f"{path}: zero_stage is {config.get('zero_stage')}; it must be 2 or 3.")
+    if config.get("zero3_init_flag"):
+        raise UserError(f"{path}: zero3_init_flag must be false: the model is built before it is divided.")
+    unknown = sorted(config.keys() - {"zero_stage", "zero3_init_flag"})
+    if unknown:
+        raise UserError(f"{path}: deepspeed_config has {', '.join(unknown)}; params.yaml decides everything else.")
+    return stages[config["zero_stage"]]
+
+
+def check_params(train: TrainParams, strategy: Strategy) -> None:
+    """Refuse parameters that a strategy would drop.
+
+    Raises:
+        UserError: naming both.
+    """
+    if not strategy.deepspeed:
+        return
+    if train.percentile_clipping not in (0, 100):
+        raise UserError(
+            f"train.percentile_clipping is {train.percentile_clipping}, but {strategy.value} (train.launch {train.launch}) "
+            "joins all parameters into flat pieces that hide each parameter's norm. Set it to 100 (off), or use DDP or FSDP2."
+        )
+    if train.weights_dtype is not Dtype.FLOAT32:
+        raise UserError(
+            f"train.weights_dtype is {train.weights_dtype.value}, but {strategy.value} (train.launch {train.launch}) keeps "
+            "float32 weights of its own. Set it to float32, or use DDP or FSDP2."
+        )
+    if train.restart_optimizer:
+        raise UserError(
+            f"train.restart_optimizer is true, which {strategy.value} (train.launch {train.launch}) cannot do. Set it to "
+            "false, or delete the folder below checkpoints/ to start again."
+        )
+
+
+def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
+    """Start the process group and accelerate's process state, and check them against `launch/NAME.yaml`.
+
+    Raises:
+        UserError: what started is not what the file asks for; what was asked, what was found and what to do is said.
+    """
+    name = train.launch
+    path = Path(folder) / f"{name}.yaml"
+    asked = read_launch(name, folder)
+    strategy = strategy_of(asked, path)
+    check_params(train, strategy)
+    device = "cpu" if asked["use_cpu"] else "cuda"
+    _check_environment(asked, path, device)
+    if device == "cpu":
+        _keep_deepspeed_on_cpu()
+    if strategy is not Strategy.SINGLE:
+        _join(device, strategy, train.stall_seconds)
+    os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(train.gradient_checkpointing).lower()
+    # A process may train more than once, each time in another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = PartialState(cpu=device == "cpu")
+    if strategy is Strategy.FSDP2 and device == "cpu":
+        # accelerate turns MULTI_GPU into FSDP and would leave MULTI_CPU as DDP; nothing else depends on the name.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    found = {"num_processes": state.num_processes, "device": state.device.type}
+    _compare(path, {"num_processes": asked["num_processes"], "device": device}, found)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cpu":
+        # Without this torchrun leaves one thread to a process. The affinity counts what a container may really use.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    backend = distributed.get_backend() if distributed.is_initialized() else "none"
+    return Launch(name, strategy, state.num_processes, state.process_index, state.num_processes // local, device, backend,
+                  torch.get_num_threads())  # fmt: skip
+
+
+def _check_environment(asked: dict[str, Any], path: Path, device: str) -> None:
+    """Compare what `accelerate launch` has set with what the file asks for, before any process waits for another."""
+    on = {name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED")}
+    kind = asked["distributed_type"]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    found = {"num_processes": world, "FSDP": on["FSDP"], "DeepSpeed": on["DEEPSPEED"]}
+    wanted = {"num_processes": asked["num_processes"], "FSDP": kind == "FSDP", "DeepSpeed": kind == "DEEPSPEED"}
+    if world > 1:
+        found["num_machines"] = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        wanted["num_machines"] = asked["num_machines"]
+    if kind == "FSDP":
+        found["fsdp_version"] = int(os.environ.get("FSDP_VERSION", 1))
+        wanted["fsdp_version"] = 2
+    if kind == "DEEPSPEED":
+        found["zero_stage"] = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
+        wanted["zero_stage"] = asked["deepspeed_config"]["zero_stage"]
+    if device == "cuda":
+        found["GPUs"] = torch.cuda.device_count()
+        wanted["GPUs"] = max(1, asked["num_processes"] // asked["num_machines"])
+        if found["GPUs"] > wanted["GPUs"]:
+            del found["GPUs"], wanted["GPUs"]
+    _compare(path, wanted, found)
+
+
+def _compare(path: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
     for fact, value in wanted.items():
         if found[fact] != value:
             raise UserError(
-                f"launch/{name}.yaml asks for {fact} {value}, but {found[fact]} started. Run `accelerate launch "
-                f"--config_file launch/{name}.yaml stages/train.py` on a machine that has what it asks for, or choose "
-                "another train.launch."
+                f"{path} (train.launch) asks for {fact} {value}, but {found[fact]} started. Run `dvc repro train`, or "
+                f"`accelerate launch --config_file {path} stages/train.py`, on a machine that has what it asks for, or "
+                "choose another train.launch."
             )
-    if found["device"] == "cpu":
-        # Without this accelerate leaves one thread to a process. The affinity counts what a container may really use.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
-    return {**found, "backend": state.backend or "none", "threads": torch.get_num_threads()}
+
+
+def _join(device: str, strategy: Strategy, stall_seconds: int) -> None:
+    """Join the process group that torchrun has described in the environment, once."""
+    if distributed.is_initialized():
+        return
+    timeout = timedelta(seconds=stall_seconds + SLACK_SECONDS)
+    if device == "cpu":
+        distributed.init_process_group("gloo", timeout=timeout)
+        return
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # gloo beside nccl carries the few facts that live on the host.
+    distributed.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout)
+
+
+def _keep_deepspeed_on_cpu() -> None:
+    """Let DeepSpeed, which transformers imports under every launch, use the CPU and plain gloo.
+
+    By itself it compiles a shared-memory transport at start, for minutes, and a compilation that was killed leaves a lock on
+    which every later run waits for ever.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Compare what accelerate has made of model and optimizer with what the launch means.
+
+    Args:
+        model: as it is called in training: wrapped by DDP or DeepSpeed, sharded by FSDP2.
+        optimizer: the one that updates weights, unwrapped.
+
+    Returns:
+        Facts for the start banner and MLflow: the share of weights and of trained elements that this process holds, and the
+        optimizer's class.
+
+    Raises:
+        UserError: the model is not divided as asked for.
+    """
+    weights = _share_of_weights(launch.strategy, model)
+    updated = sum(part.numel() for part in _updated_parts(launch.strategy, model, optimizer))
+    trained = sum(_whole(p) for p in model.parameters() if p.requires_grad)
+    updates = updated / max(1, trained)
+    even = 1 / launch.processes
+    expected = {
+        Strategy.SINGLE: (1.0, 1.0),
+        Strategy.DDP: (1.0, 1.0),
+        Strategy.ZERO2: (1.0, even),
+        Strategy.FSDP2: (even, even),
+        Strategy.ZERO3: (even, even),
+    }[launch.strategy]
+    for what, found, wanted in zip(("weights", "trained elements"), (weights, updates), expected, strict=True):
+        # A matrix of few rows cannot be divided evenly; a whole copy or none at all is what must not be.
+        close = found == wanted if wanted == 1.0 else 0.5 * wanted < found < (1 + wanted) / 2
+        if not close:
+            raise UserError(
+                f"train.launch {launch.name} asks for {launch.strategy.value}: process {launch.process} of {launch.processes} "
+                f"should hold {wanted:.0%} of the {what}, but holds {found:.0%}. The installed accelerate or DeepSpeed does "
+                "not divide the model; install the pinned versions (`make setup`) or choose another train.launch."
+            )
+    if launch.strategy is Strategy.DDP and not isinstance(model, DistributedDataParallel):
+        raise UserError(
+            f"train.launch {launch.name} asks for DDP, but the model is a {type(model).__name__}: gradients would not be "
+            "averaged. Install the pinned versions (`make setup`) or choose another train.launch."
+        )
+    return {"share_of_weights": round(weights, 4), "share_of_updates": round(updates, 4),
+            "optimizer": type(optimizer).__name__}  # fmt: skip
+
+
+def _updated_parts(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return the tensors that this process's optimizer updates."""
+    if strategy is Strategy.ZERO2:
+        return model.optimizer.single_partition_of_fp32_groups
+    if strategy is Strategy.ZERO3:
+        # Its optimizer is given one of these at a time.
+        return model.optimizer.fp32_partitioned_groups_flat
+    return [_local(p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _share_of_weights(strategy: Strategy, model: nn.Module) -> float:
+    parameters = list(model.parameters())
+    if strategy is Strategy.FSDP2:
+        whole = [p for p in parameters if not isinstance(p, DTensor) or not any(isinstance(x, Shard) for x in p.placements)]
+        if whole:
+            raise UserError(
+                f"train.launch asks for FSDP2, but {len(whole)} of {len(parameters)} parameters are not sharded. Install the "
+                "pinned versions (`make setup`) or choose another train.launch."
+            )
+    return sum(_local(p).numel() for p in parameters) / sum(_whole(p) for p in parameters)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the part of a parameter that this process holds."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def _whole(parameter: torch.Tensor) -> int:
+    """Return the elements of a whole parameter."""
+    return getattr(parameter, "ds_numel", parameter.numel())

@@ -1,71 +1,247 @@
-"""Optimizers by `params.yaml`: torch's AdamW, and bitsandbytes' 8-bit AdamW with percentile clipping."""
+"""Optimizers by `params.yaml`: AdamW in 32 or 8 bits, on whole or sharded parameters, on float32 or bfloat16 weights.
 
+Under FSDP2 a parameter is a `DTensor` of which each process holds some rows. The states of 8-bit AdamW belong to those rows
+alone and are plain tensors: bitsandbytes has no sharded operations, and needs none.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes
 import torch
-from bitsandbytes.optim import GlobalOptimManager
-from torch import Tensor, nn
+from bitsandbytes import functional as bnb
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim.adamw import adamw
 
-from vlm_vqa.params import Optimizer, TrainParams
+from vlm_vqa.hashing import hash_json
+from vlm_vqa.params import Dtype, Optimizer, TrainParams
 
 HISTORY = 100
 """Gradient norms remembered for each parameter."""
+BLOCK = 256
+"""Values that share a scale in bitsandbytes' 8-bit states."""
+LEAST_8BIT = 4096
+"""Smaller parameters keep 32-bit states, as bitsandbytes has it; counted over all shards, so that every launch agrees."""
+CHUNK = 1 << 24
+"""Values of bfloat16 weights that are updated at once: what bounds the memory of their float32 copies."""
 
 
 class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
     """8-bit AdamW that clips each parameter's gradient to a percentile of its own last 100 norms.
 
     bitsandbytes dropped `percentile_clipping` in 0.50, and the Trainer never forwarded it before; this is the rule of
-    bitsandbytes 0.49 and earlier. States are uint8 in blocks of 256 values, float32 for tensors under 4,096 elements.
+    bitsandbytes 0.49 and earlier, with the norm of the whole parameter where it is sharded. States are uint8 in blocks of 256
+    values; float32 for parameters under 4,096 elements and for groups with `optim_bits: 32`.
     """
 
-    def __init__(self, params, percentile_clipping: int = 100, **options: Any):
-        """`percentile_clipping` 0 or 100 is off; the other options are `AdamW8bit`'s."""
+    def __init__(self, params, percentile_clipping: int = 100, seed: int | None = None, **options: Any):
+        """
+        Args:
+            percentile_clipping: 0 and 100 are off.
+            seed: of stochastic rounding; needed for bfloat16 weights.
+            options: `AdamW8bit`'s.
+        """
         super().__init__(params, **options)
         self.percentile = percentile_clipping if percentile_clipping != 100 else 0
+        self.seed = seed
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        """Return bitsandbytes' settings for one parameter."""
+        config = super().get_config(gindex, pindex, group)
+        whole = self.param_groups[gindex]["params"][pindex].numel()
+        eight = group.get("optim_bits", 8) == 8 and whole >= LEAST_8BIT
+        # A shard may be smaller than the bound that its parameter passes.
+        return config | {"optim_bits": 8 if eight else 32, "min_8bit_size": 0}
 
     @torch.no_grad()
-    def init_state(self, group, p, gindex, pindex):
-        """Create the states of `p`; the history lies under a name that bitsandbytes saves and loads unchanged."""
-        super().init_state(group, p, gindex, pindex)
+    def step(self, closure: None = None) -> None:
+        """Clip, then update every parameter that has a gradient."""
+        assert closure is None, "no closure: the Trainer has the gradients already"
+        work = [
+            (group, gindex, pindex, parameter)
+            for gindex, group in enumerate(self.param_groups)
+            for pindex, parameter in enumerate(group["params"])
+            if parameter.grad is not None
+        ]
+        for group, gindex, pindex, parameter in work:
+            if not self.state[parameter]:
+                self._start(group, parameter, gindex, pindex)
+            self.state[parameter]["step"] += 1
         if self.percentile:
-            self.state[p]["gnorm_vec"] = torch.zeros(HISTORY, dtype=torch.float32, device=p.device)
+            self._clip([parameter for *_, parameter in work])
+        for number, (group, gindex, pindex, parameter) in enumerate(work):
+            self._update(number, self.get_config(gindex, pindex, group), parameter)
+
+    def _start(self, group: dict[str, Any], parameter: Tensor, gindex: int, pindex: int) -> None:
+        """Create the states of the rows held here."""
+        rows = local(parameter)
+        super().init_state(group, rows, gindex, pindex)
+        self.state[parameter] = self.state.pop(rows) if rows is not parameter else self.state[parameter]
+        if self.percentile:
+            self.state[parameter]["gnorm_vec"] = torch.zeros(HISTORY, dtype=torch.float32, device=rows.device)
+
+    def _clip(self, parameters: list[Tensor]) -> None:
+        """Scale each gradient down to the percentile of its history, by the norm over all its shards."""
+        squared = torch.stack([local(parameter.grad).float().pow(2).sum() for parameter in parameters])
+        sharded = torch.tensor([is_sharded(parameter) for parameter in parameters], device=squared.device)
+        if sharded.any():
+            everywhere = squared.clone()
+            distributed.all_reduce(everywhere)
+            squared = torch.where(sharded, everywhere, squared)
+        for parameter, norm in zip(parameters, squared, strict=True):
+            state = self.state[parameter]
+            factor = clipping_factor(norm, state["gnorm_vec"], state["step"], self.percentile)
+            gradient = local(parameter.grad)
+            gradient.mul_(factor.to(gradient.dtype))
+
+    def _update(self, number: int, config: dict[str, Any], parameter: Tensor) -> None:
+        state = self.state[parameter]
+        weights, gradient = local(parameter).view(-1), local(parameter.grad).contiguous().view(-1)
+        if weights.dtype == torch.float32:
+            self._update_part(config, state, weights, gradient, slice(0, weights.numel()))
+            return
+        random = rounding_generator(self.seed, state["step"], number, parameter)
+        for start in range(0, weights.numel(), CHUNK):
+            part = slice(start, min(start + CHUNK, weights.numel()))
+            precise = weights[part].float()
+            self._update_part(config, state, precise, gradient[part].float(), part)
+            round_stochastically(weights[part], precise, random)
+
+    @staticmethod
+    def _update_part(config: dict[str, Any], state: dict[str, Any], weights: Tensor, gradient: Tensor, part: slice) -> None:
+        """Update float32 `weights` [n] in place with the states of the same places; parts begin at a block."""
+        if not weights.numel():
+            return
+        first, second = (state[name].view(-1)[part] for name in ("state1", "state2"))
+        beta1, beta2 = config["betas"]
+        if first.dtype == torch.float32:
+            bnb.optimizer_update_32bit(
+                "adam", gradient, weights, first, beta1, config["eps"], state["step"], config["lr"], second, beta2,
+                weight_decay=config["weight_decay"],
+            )  # fmt: skip
+            return
+        blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+        bnb.optimizer_update_8bit_blockwise(
+            "adam", gradient, weights, first, second, beta1, beta2, 0.0, 0.0, config["eps"], state["step"], config["lr"],
+            state["qmap1"], state["qmap2"], state["absmax1"][blocks], state["absmax2"][blocks],
+            weight_decay=config["weight_decay"],
+        )  # fmt: skip
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """torch's AdamW for bfloat16 weights: float32 states and arithmetic, results rounded stochastically."""
+
+    def __init__(self, params, lr: float, seed: int, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.seed = seed
 
     @torch.no_grad()
-    def update_step(self, group, p, gindex, pindex):
-        """Clip, then update `p` as `AdamW8bit` does."""
-        if self.percentile:
-            state = self.state[p]
-            # bitsandbytes counts the step before it clips, so the first norm lands at index 1.
-            p.grad.mul_(clipping_factor(p.grad, state["gnorm_vec"], state["step"] + 1, self.percentile))
-        super().update_step(group, p, gindex, pindex)
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        assert closure is None, "no closure: the Trainer has the gradients already"
+        number = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(group, parameter, number)
+                    number += 1
+
+    def _update(self, group: dict[str, Any], parameter: Tensor, number: int) -> None:
+        state, weights = self.state[parameter], local(parameter).view(-1)
+        gradient = local(parameter.grad).contiguous().view(-1)
+        if not state:
+            zeros = torch.zeros_like(local(parameter), dtype=torch.float32)
+            state.update(step=torch.zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
+        random = rounding_generator(self.seed, int(state["step"]) + 1, number, parameter)
+        # Each part counts the step for itself; the parameter counts it once.
+        count = state["step"]
+        for start in range(0, weights.numel(), CHUNK):
+            part = slice(start, start + CHUNK)
+            precise, moments = weights[part].float(), [state[name].view(-1)[part] for name in ("exp_avg", "exp_avg_sq")]
+            adamw(
+                [precise], [gradient[part].float()], [moments[0]], [moments[1]], [], [count.clone()], foreach=False,
+                amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            )  # fmt: skip
+            round_stochastically(weights[part], precise, random)
+        count += 1
 
 
-def clipping_factor(gradient: Tensor, history: Tensor, step: int, percentile: int) -> Tensor:
-    """Return what scales `gradient` down to the percentile of its history, at most 1; enters its norm into `history`.
+def clipping_factor(squared: Tensor, history: Tensor, step: int, percentile: int) -> Tensor:
+    """Return what scales a gradient down to the percentile of its history, at most 1; enters its norm into `history`.
 
     Args:
+        squared: float32 [], the gradient's squared norm.
         history: float32 [100], squared norms; zeros where none was seen yet. Zeros count: with percentile 95 the first
             four gradients are scaled to nothing, as in bitsandbytes.
-        step: number of this update, from 1.
+        step: number of this update, from 1: bitsandbytes counted it before it clipped, so the first norm lands at index 1.
     """
-    squared = gradient.float().pow(2).sum()
     history[step % HISTORY] = squared
     limit = history.sort().values[percentile]
-    return torch.where(squared > limit, (limit / squared).sqrt(), torch.ones_like(squared)).to(gradient.dtype)
+    return torch.where(squared > limit, (limit / squared).sqrt(), torch.ones_like(squared))
 
 
-def optimizer_class(train: TrainParams, model: nn.Module) -> tuple[type, dict[str, Any]] | None:
-    """Return what the Trainer's `optimizer_cls_and_kwargs` takes, or None for its own `adamw_torch`.
+def round_stochastically(target: Tensor, source: Tensor, random: torch.Generator) -> None:
+    """Write float32 `source` into bfloat16 `target`, up or down by chance so that the expected value is `source`.
+
+    A bfloat16 is the upper half of a float32: adding random bits to the lower half carries into it in proportion.
+    """
+    bits = source.view(torch.int32)
+    noise = torch.randint(0, 1 << 16, source.shape, dtype=torch.int32, device=source.device, generator=random)
+    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
+    # Bits added to an infinity would make another number of it.
+    target.copy_(torch.where(source.isfinite(), rounded, source))
+
+
+def rounding_generator(seed: int, step: int, number: int, parameter: Tensor) -> torch.Generator:
+    """Return random bits that depend on seed, step and parameter alone: a resumed run rounds as the unbroken one.
+
+    Processes that hold the same weights must round alike, those that hold other rows independently.
+    """
+    shard = parameter.device_mesh.get_local_rank() if is_sharded(parameter) else 0
+    mixed = int(hash_json([seed, step, number, shard])[:15], 16)
+    return torch.Generator(local(parameter).device).manual_seed(mixed)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of a tensor."""
+    return isinstance(tensor, DTensor) and any(isinstance(placement, Shard) for placement in tensor.placements)
+
+
+def build_optimizer(train: TrainParams, model: nn.Module, decayed: set[str], seed: int) -> torch.optim.Optimizer:
+    """Return the optimizer that `train` asks for over the model's trained parameters.
+
+    Args:
+        decayed: names of the parameters that weight decay acts on.
+        seed: of stochastic rounding.
+    """
+    groups = list(_groups(train, model, decayed))
+    if train.optimizer is Optimizer.ADAMW_BNB_8BIT:
+        return ClippedAdamW8bit(
+            groups, lr=train.learning_rate, percentile_clipping=train.percentile_clipping, seed=seed
+        )
+    if train.weights_dtype is Dtype.BFLOAT16:
+        return StochasticAdamW(groups, lr=train.learning_rate, seed=seed)
+    return torch.optim.AdamW(groups, lr=train.learning_rate)
+
+
+def _groups(train: TrainParams, model: nn.Module, decayed: set[str]) -> Iterator[dict[str, Any]]:
+    """Yield parameters that are treated alike.
 
     With 8-bit AdamW the embedding keeps 32-bit states, as the Trainer itself arranges for bitsandbytes: its gradients are
-    sparse, and quantised blocks would mix rare words with frequent ones.
+    sparse, and quantised blocks would mix rare words with frequent ones. It is a group of its own, since DeepSpeed joins the
+    parameters of a group.
     """
-    if train.optimizer is Optimizer.ADAMW_TORCH:
-        return None
-    manager = GlobalOptimManager.get_instance()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            manager.register_module_override(module, "weight", {"optim_bits": 32})
-    return ClippedAdamW8bit, {"lr": train.learning_rate, "percentile_clipping": train.percentile_clipping}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for decay in (True, False):
+        for bits in (8, 32):
+            parameters = [p for name, p in trained if (name in decayed) == decay and (id(p) in embeddings) == (bits == 32)]
+            if parameters:
+                yield {"params": parameters, "weight_decay": train.weight_decay if decay else 0.0, "optim_bits": bits}

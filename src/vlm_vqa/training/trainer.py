@@ -1,6 +1,8 @@
-"""The HF Trainer, set up from `params.yaml`."""
+"""The HF Trainer, set up from `params.yaml`: our batches, optimizers and checkpoints, under every launch."""
 
 import csv
+import dataclasses
+import json
 import logging
 import math
 import resource
@@ -12,37 +14,47 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.vlm import VlmForTraining, load_trained, save_trained
+from vlm_vqa.model.vlm import VlmForTraining
 from vlm_vqa.params import Attention, Dtype, TrainParams
-from vlm_vqa.training import checkpoints
+from vlm_vqa.training import checkpoints, snapshot
 from vlm_vqa.training.dataset import Collator, QuestionDataset
-from vlm_vqa.training.optimizer import optimizer_class
+from vlm_vqa.training.launch import Launch, Strategy, check_prepared
+from vlm_vqa.training.optimizer import build_optimizer
 from vlm_vqa.training.windows import WindowSampler, WindowShape
 
 log = logging.getLogger(__name__)
 
 CURVE_COLUMNS = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+STATE_FILE = "trainer_state.json"
+"""Where the Trainer looks for its own state."""
+SMALL_WEIGHTS = 100_000
+"""Elements up to which ZeRO-3 on GPUs keeps a parameter whole: fetching it would cost more than it saves."""
 
 
-def training_arguments(train: TrainParams, seed: int, output_dir: Path, *, use_cpu: bool) -> TrainingArguments:
+def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: Launch) -> TrainingArguments:
     """Translate `params.train`; names that transformers has changed keep their meaning.
 
     Raises:
         UserError: flex attention on a CPU, where torch has no backward pass of it.
     """
+    use_cpu = launch.device == "cpu"
     if use_cpu and train.attention is Attention.FLEX:
         raise UserError("train.attention is flex_attention, which torch cannot train with on a CPU; set it to eager.")
     return TrainingArguments(
         output_dir=str(output_dir),
         use_cpu=use_cpu,
+        # `launch.start` has made the process group; left alone, the Trainer would make another one, of another type.
+        accelerator_config={"use_configured_state": True},
         seed=seed,
         data_seed=seed,
-        bf16=train.compute_dtype is Dtype.BFLOAT16,
+        bf16=train.compute_dtype is Dtype.BFLOAT16 and train.weights_dtype is Dtype.FLOAT32,
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         num_train_epochs=train.num_train_epochs,
@@ -53,7 +65,10 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, *, use_c
         # warmup_ratio is gone; a number below 1 here is the ratio.
         warmup_steps=train.warmup_ratio,
         max_grad_norm=train.max_grad_norm,
-        activation_checkpointing=train.gradient_checkpointing,
+        # Under FSDP2 the Trainer's own would gather the weights once more; `launch.start` asks accelerate for it.
+        activation_checkpointing=train.gradient_checkpointing and launch.strategy is not Strategy.FSDP2,
+        # Every weight has a gradient in every pass, also of a row that teaches nothing.
+        ddp_find_unused_parameters=False,
         logging_steps=train.logging_steps,
         logging_first_step=True,
         save_strategy=SaveStrategy.STEPS,
@@ -64,7 +79,7 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, *, use_c
         report_to="none",
         # The default writes the average of earlier losses where a loss is not a number.
         logging_nan_inf_filter=False,
-        disable_tqdm=False,
+        disable_tqdm=not launch.main,
     )
 
 
@@ -72,20 +87,68 @@ class VqaTrainer(Trainer):
     """The Trainer with our batches: rows that share an image, in an order of seed and epoch."""
 
     def __init__(self, model: VlmForTraining, args: TrainingArguments, train: TrainParams, data: QuestionDataset,
-                 collator: Collator, callbacks: list[TrainerCallback]):  # fmt: skip
+                 collator: Collator, callbacks: list[TrainerCallback], launch: Launch):  # fmt: skip
         self.train_settings = train
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=data,
-            data_collator=collator,
-            optimizer_cls_and_kwargs=optimizer_class(train, model),
-            callbacks=callbacks,
-        )
+        self.launch = launch
+        self.facts: dict[str, Any] = dict(launch.facts)
+        self.writer = checkpoints.Writer(Path(args.output_dir), launch.process, launch.processes, args.save_total_limit)
+        self.opened: snapshot.Checkpoint | None = None
+        self.pass_losses: list[Tensor] = []
+        if train.weights_dtype is Dtype.BFLOAT16:
+            model.to(torch.bfloat16)
+        super().__init__(model=model, args=args, train_dataset=data, data_collator=collator, callbacks=callbacks)
+        for callback in callbacks:
+            callback.trainer = self
         assert self.model_accepts_loss_kwargs, "the loss must be divided by the step's tokens, not by its batches"
-        precision = "bf16" if train.compute_dtype is Dtype.BFLOAT16 else "no"
+        weights = getattr(torch, train.weights_dtype.value)
+        assert all(weight.dtype == weights for weight in model.parameters()), f"the weights must be {weights}"
+        self._set_precision()
+
+    def _set_precision(self) -> None:
+        """Fill in what accelerate's FSDP2 and DeepSpeed would decide by themselves."""
+        state, train = self.accelerator.state, self.train_settings
+        if self.launch.strategy is Strategy.FSDP2 and self.args.bf16:
+            # Gradients are added up in float32, as under DDP.
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
+        if self.launch.strategy.deepspeed:
+            config = state.deepspeed_plugin.deepspeed_config
+            # What stands in no file is left out by DeepSpeed without a word, clipping among it.
+            config["gradient_clipping"] = train.max_grad_norm
+            config["gradient_accumulation_steps"] = train.gradient_accumulation_steps
+            config["train_micro_batch_size_per_gpu"] = train.batch_size
+            config["train_batch_size"] = train.batch_size * train.gradient_accumulation_steps * self.launch.processes
+            config["bf16"] = {"enabled": self.args.bf16}
+            config["communication_data_type"] = "fp32"
+            persistent = 0 if self.launch.device == "cpu" else SMALL_WEIGHTS
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
+        precision = "bf16" if self.args.bf16 else "no"
         assert self.accelerator.mixed_precision == precision, "accelerate computes in another type than was asked for"
-        assert all(weight.dtype == torch.float32 for weight in model.parameters()), "the masters must be float32"
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer of `params.train`; the Trainer's own knows neither clipping nor rounding."""
+        if self.optimizer is None:
+            model = model or self.model
+            decayed = set(self.get_decay_parameter_names(model))
+            self.optimizer = build_optimizer(self.train_settings, model, decayed, self.args.seed)
+        return self.optimizer
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that updates weights, without accelerate's and DeepSpeed's frames."""
+        optimizer = self.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, DataLoader]:
+        model, loader = super()._prepare_for_training(*args)
+        self.facts |= check_prepared(self.launch, model, self.inner_optimizer)
+        if self.launch.processes > 1 and self.opened is None:
+            # All have built the same model from the same seed; dropout must not be the same everywhere.
+            torch.manual_seed(self.args.seed + self.launch.process)
+        return model, loader
 
     def get_train_dataloader(self) -> DataLoader:
         """Return this process's forward passes, in the order of steps.
@@ -103,7 +166,7 @@ class VqaTrainer(Trainer):
         )
         prefix = self.data_collator.layout.num_patches + len(self.data_collator.layout.prefix)
         sampler = WindowSampler(data.image_ids, data.text_lengths, prefix, shape, args.data_seed)
-        if (idle := sampler.idle_share()) > 0.01:
+        if self.launch.main and (idle := sampler.idle_share()) > 0.01:
             log.warning(
                 "%.0f%% of the forward passes have nothing to do: the questions of a step make fewer rows than it has "
                 "passes. Lower train.gradient_accumulation_steps and raise train.batch_size by the same factor.", 100 * idle
@@ -126,56 +189,185 @@ class VqaTrainer(Trainer):
             non_blocking=True,
         )
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        save_trained(self.model, output_dir or self.args.output_dir)
+    # --- one step ----------------------------------------------------------------------------------------------------
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_trained(self.model, resume_from_checkpoint, f"Delete the folder {resume_from_checkpoint}.")
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None) -> Tensor:
+        """Compute one forward and backward pass and remember its loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.pass_losses.append(loss)
+        return loss
 
-    def _save_checkpoint(self, model, trial) -> None:
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-            checkpoints.seal(checkpoint)
-        except RuntimeError as error:
-            # torch's writer drops the system's reason; it fails so on a full disk.
-            if "inline_container" not in str(error):
-                raise
-            free = shutil.disk_usage(self.args.output_dir).free / 2**20
-            shutil.rmtree(checkpoint, ignore_errors=True)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        """Return the gradient's norm over all processes, after making sure that it is a number.
+
+        It is the one moment of a step at which the host waits for the device, and it comes before weights are touched
+        (under DeepSpeed after, within the same step).
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        loss = torch.stack(self.pass_losses).sum()
+        self.pass_losses.clear()
+        values = torch.stack([loss.double(), torch.as_tensor(norm, device=loss.device).double()]).tolist()
+        if not all(map(math.isfinite, values)):
+            self._stop_at(*values)
+        return values[1]
+
+    def _stop_at(self, loss: float, norm: float) -> None:
+        """Stop all processes at a step that is not a number, naming those whose own loss it was.
+
+        Raises:
+            UserError: always.
+        """
+        losses: list[float] = [loss] * self.launch.processes
+        # The norm is the same everywhere, so all are here; a loss that spoils no gradient stops its process alone.
+        if self.launch.processes > 1 and not math.isfinite(norm):
+            distributed.all_gather_object(losses, loss)
+        bad = [f"rank {rank}: {value}" for rank, value in enumerate(losses) if not math.isfinite(value)]
+        step = self.state.global_step + 1
+        what = f"loss is not a number ({', '.join(bad)})" if bad else "the loss is a number, the gradient is not"
+        raise UserError(
+            f"step {step}: {what}; grad_norm is {norm}. Lower train.learning_rate or train.max_grad_norm; the checkpoints before "
+            f"this step are in {self.args.output_dir}."
+        )
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def run(self) -> Any:
+        """Train, from the newest whole checkpoint if there is one, and wait for the last one to be written.
+
+        Raises:
+            UserError: a checkpoint is damaged, of another model, or does not fit this launch.
+        """
+        last = self._newest_checkpoint()
+        if self.launch.main:
+            log.info("going on from %s" if last else "from the start", *filter(None, [last]))
+        result = self.train(resume_from_checkpoint=str(last) if last else None)
+        self.writer.wait()
+        return result
+
+    def _newest_checkpoint(self) -> Path | None:
+        """Let process 0 choose a checkpoint, and verify this process's share of its files."""
+        folder, launch = Path(self.args.output_dir), self.launch
+        choice = [checkpoints.latest(folder) if launch.main else None]
+        if launch.processes > 1:
+            distributed.broadcast_object_list(choice)
+        (last,) = choice
+        if last is None:
+            return None
+        if not last.is_dir():
             raise UserError(
-                f"{checkpoint}: could not be written with {free:.1f} MiB left: the disk is full. Free some space, then run "
-                "`dvc repro` again: training goes on from the checkpoint before it."
-            ) from error
+                f"{last}: process {launch.process} does not see it. The machines of a launch must share the project's folder."
+            )
+        world = checkpoints.world_of(last)
+        for writer in range(launch.process, world, launch.processes):
+            checkpoints.verify(last, writer, world)
+        kind = checkpoints.read_seal(last, 0, world)["kind"]
+        if kind != self.kind or (self.launch.strategy.deepspeed and world != launch.processes):
+            raise UserError(
+                f"{last} was written by {world} processes as {kind}; {launch.processes} processes with {self.kind} cannot go on "
+                f"from it. Use the launch that it was written with, or delete the folder {folder} to start again."
+            )
+        return last
+
+    @property
+    def kind(self) -> str:
+        """How this launch writes checkpoints: rows of parameters, or DeepSpeed's own files."""
+        return self.launch.strategy.value if self.launch.strategy.deepspeed else "rows"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        step, launch = self.state.global_step, self.launch
+        state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
+        texts = {STATE_FILE: state} if launch.main else {}
+        facts = {"kind": self.kind, "logging": {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}}
+        if launch.strategy.deepspeed:
+            others = self._save_deepspeed(step)
+            tensors, more = snapshot.take_random(self.lr_scheduler)
+            self.writer.save(step, tensors, facts | more, texts, others)
+            return
+        tensors, more = snapshot.take(self.model, self.inner_optimizer, self.lr_scheduler, rank=launch.process)
+        self.writer.save(step, tensors, facts | more, texts)
+
+    def _save_deepspeed(self, step: int) -> list[str]:
+        """Let DeepSpeed write its own files; return those that process 0 is to seal."""
+        self.writer.wait()
+        checkpoint = checkpoints.folder_of(Path(self.args.output_dir), step)
+        self.model_wrapped.save_checkpoint(str(checkpoint))
+        distributed.barrier()
+        if not self.launch.main:
+            return []
+        # The other processes are writing their own parts beside them.
+        files = (path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith("rank-"))
+        return [path.relative_to(checkpoint).as_posix() for path in files]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing yet: weights come back with the optimizer's states, when all are where they will be."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        self.opened = snapshot.Checkpoint(Path(checkpoint), self.launch.process, self.launch.processes)
+        if self.launch.strategy.deepspeed:
+            # DeepSpeed has read its own files already.
+            self.lr_scheduler.load_state_dict(self.opened.facts[0]["scheduler"])
+            return
+        restart = self.train_settings.restart_optimizer
+        self.opened.restore(self.model, self.inner_optimizer, self.lr_scheduler, restart=restart)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.opened is None:
+            return
+        self.opened.restore_random(self.args.seed + self.launch.process)
+        kept = self.opened.facts[self.launch.process if self.opened.same_world else 0]["logging"]
+        self._tr_loss += kept["loss"]
+        self._globalstep_last_logged = kept["since"]
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Return the trained weights, whole, float32, on the CPU: on process 0; nothing on the others.
+
+        All processes must call it. What is returned are the weights that the optimizer updates, not copies of less precision.
+        """
+        weights = {}
+        for name, parameter in snapshot.named_parameters(self.model).items():
+            value = whole(parameter, self.launch.strategy).detach()
+            if self.launch.main:
+                weights[name] = value.to("cpu", torch.float32)
+        return weights
+
+
+def whole(parameter: Tensor, strategy: Strategy) -> Tensor:
+    """Return a whole parameter; all processes must ask for it."""
+    if strategy.deepspeed:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 class ProgressCallback(TrainerCallback):
-    """Sends every logged step to `log_metrics`, with throughput and memory, and stops at a loss that is not a number."""
+    """Tells what runs, sends every logged step to `run`, and passes on what the checkpoints' thread could not do."""
 
-    def __init__(self, log_metrics: Callable[[dict[str, float], int], None], questions_per_step: int):
-        self.log_metrics = log_metrics
-        self.questions_per_step = questions_per_step
-        self.last: tuple[float, int] | None = None
+    def __init__(self, run: Any):
+        """`run` is a `tracking.TrainingRun`."""
+        self.run = run
+        self.trainer: VqaTrainer | None = None
 
-    def on_step_begin(self, args, state, control, **_):
-        if self.last is None:
-            self.last = (time.perf_counter(), state.global_step)
+    def on_train_begin(self, args, state, control, **_):
+        trainer = self.trainer
+        if trainer.launch.main:
+            facts = ", ".join(f"{name} {value}" for name, value in trainer.facts.items())
+            log.info("launch %s: %s; %d questions", trainer.launch.name, facts, len(trainer.train_dataset))
+        self.run.set_tags({f"launch_{name}": value for name, value in trainer.facts.items()})
+
+    def on_step_end(self, args, state, control, **_):
+        self.trainer.writer.check()
 
     def on_log(self, args, state, control, logs=None, **_):
-        if not logs or "loss" not in logs:
-            return
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(float(logs.get(name, 0))):
-                raise UserError(
-                    f"step {state.global_step}: {name} is {logs[name]}. Lower train.learning_rate or train.max_grad_norm; "
-                    f"the checkpoints before this step are in {args.output_dir}."
-                )
-        now, (before, step) = time.perf_counter(), self.last
-        self.last = (now, state.global_step)
-        speed = (state.global_step - step) * self.questions_per_step / max(now - before, 1e-9)
-        extra = {"questions_per_second": speed, "peak_memory_gib": peak_memory_gib()}
-        figures = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
-        self.log_metrics({**figures, **extra}, state.global_step)
+        if logs and "loss" in logs:
+            figures = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+            self.run.log_metrics(figures, state.global_step)
 
 
 def peak_memory_gib() -> float:
