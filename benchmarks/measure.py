@@ -146,15 +146,15 @@ def shared_data(name: str) -> Path:
     return folder
 
 
-def write(name: str, claims: list[Claim], details: Mapping[str, Any]) -> None:
-    """Write `benchmarks/results/NAME.json` and print the claims."""
-    RESULTS.mkdir(exist_ok=True)
+def write(name: str, claims: list[Claim], details: Mapping[str, Any], folder: Path = RESULTS) -> None:
+    """Write `NAME.json` into the folder of results and print the claims."""
+    folder.mkdir(exist_ok=True)
     content = {
         "machine": machine(),
         "claims": [asdict(one) | {"met": one.met} for one in claims],
         "details": dict(details),
     }
-    write_json(RESULTS / f"{name}.json", content)
+    write_json(folder / f"{name}.json", content)
     print(table(claims), flush=True)
 
 

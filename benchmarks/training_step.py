@@ -28,6 +28,7 @@ from benchmarks import measure, recipes
 from benchmarks.measure import Claim, Timing
 from benchmarks.recipes import MicroBatch, Recipe
 from benchmarks.workload import Workload, draw_step, read_questions
+from vlm_vqa.model.flops import FORMULA, cost, linear_maps, rows_work
 from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import VlmForTraining
 from vlm_vqa.params import LanguageConfig
@@ -265,32 +266,9 @@ def machine_share(
     return claims, details
 
 
-FORMULA = (
-    "6 x parameters of the layers' linear maps x real tokens + 4 x projector's parameters x image tokens + "
-    "6 x hidden x vocabulary x supervised tokens + 12 x heads x head width x layers x (query, key) pairs that see each other"
-)
-
-
-def linear_maps(shape: LanguageConfig) -> list[tuple[int, int]]:
-    """Return (inputs, outputs) of one layer's linear maps: queries, keys, values, output, gate, up, down."""
-    width, queries, keys = (
-        shape.hidden_size,
-        *(heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads)),
-    )
-    mlp = shape.intermediate_size
-    return [(width, queries), (width, keys), (width, keys), (queries, width), (width, mlp), (width, mlp), (mlp, width)]
-
-
 def model_flops(shape: LanguageConfig, vocabulary: int, workload: Workload, rows: Sequence[Row]) -> int:
-    """Count the FLOPs that loss and gradients of `rows` need, by `FORMULA`: nothing for padding or hidden pairs."""
-    layout = workload.layout
-    tokens = sum(recipes.row_tokens(layout, row) for row in rows)
-    supervised = sum(len(one.answer) for row in rows for one in row.questions)
-    pairs = sum(recipes.visible_pairs(layout, row) for row in rows)
-    layer = 6 * sum(one * other for one, other in linear_maps(shape)) * tokens
-    attention = 12 * shape.num_attention_heads * shape.head_dim * pairs
-    projector = 4 * workload.features.shape[-1] * shape.hidden_size * layout.num_patches * len(rows)
-    return shape.num_hidden_layers * (layer + attention) + projector + 6 * shape.hidden_size * vocabulary * supervised
+    """Count the FLOPs that loss and gradients of `rows` need, see `vlm_vqa.model.flops`."""
+    return cost(shape, vocabulary, workload.features.shape[-1]).flops(rows_work(workload.layout, rows))
 
 
 def products(shape: LanguageConfig, vocabulary: int, tokens: int, supervised: int) -> dict[tuple[int, int, int], int]:

@@ -29,7 +29,9 @@ from vlm_vqa.model.vlm import (
 from vlm_vqa.params import Params, load_params
 from vlm_vqa.training import checkpoints, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
-from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, peak_memory_gib, training_arguments, write_curve
+from vlm_vqa.training.throughput import peak_memory_gib
+from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments, write_curve
+from vlm_vqa.training.watchdog import Watchdog, connect
 
 RECORDS, FEATURES, TRAINED, REPORTS = (
     Path("data/records"),
@@ -42,6 +44,13 @@ RECORDS, FEATURES, TRAINED, REPORTS = (
 def main() -> None:
     params = load_params("params.yaml")
     running = launch.start(params.train)
+    processes = running.processes
+    with Watchdog(connect(processes), running.process, processes, params.train.stall_seconds) as watchdog:
+        train(params, running, watchdog)
+
+
+def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
+    """Train on this process; the first one writes what there is one of."""
     manifest = read_manifest(RECORDS)
     encoder = load_encoder(params.vision, device="cpu")
     features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"]})
@@ -62,9 +71,11 @@ def main() -> None:
         freeze_embeddings(model)
 
     with tracking.training_run(params, key=key, tags=made_of) as run:
+        watchdog.on_end = run.fail
         arguments = training_arguments(params.train, params.seed, folder, running)
         callbacks = [ProgressCallback(run)]
-        trainer = VqaTrainer(model, arguments, params.train, data, Collator(layout, features), callbacks, running)
+        collator = Collator(layout, features)
+        trainer = VqaTrainer(model, arguments, params.train, data, collator, callbacks, running, watchdog)
         result = trainer.run()
         weights = trainer.whole_weights()
         if not running.main:
@@ -73,7 +84,7 @@ def main() -> None:
         report(trainer, data)
         run.log_metrics({"train_loss": result.training_loss, "train_minutes": result.metrics["train_runtime"] / 60,
                          "train_questions_per_second": result.metrics["train_samples_per_second"],
-                         "peak_memory_gib": peak_memory_gib()}, trainer.state.global_step)  # fmt: skip
+                         "peak_memory_gib": peak_memory_gib(arguments.device)}, trainer.state.global_step)  # fmt: skip
         run.log_weights(TRAINED, made_of["weights_hash"])
         run.log_artifact(REPORTS / "train.json", "reports")
         run.log_artifact(REPORTS / "train_curve.csv", "reports")

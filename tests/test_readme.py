@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import strategies
+from benchmarks.__main__ import DEFAULT
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -30,15 +33,27 @@ def test_files_and_presets_are_there():
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def results(name):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
 def test_speed_is_what_was_measured():
     """Every claim that was measured stands in the README, met or missed."""
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
-    assert results
-    for one in (claim for result in results for claim in result["claims"]):
+    for one in (claim for name in DEFAULT for claim in results(name)["claims"]):
         target = "" if one["target"] is None else f"{'at most' if one['at_most'] else 'at least'} {one['target']:.3g}"
         verdict = {True: "met", False: "**missed**", None: ""}[one["met"]]
         line = f"| {one['what']} | {one['ratio']:.3g} | {one['low']:.3g} .. {one['high']:.3g} | {target} | {verdict} |"
         assert line in README, line
+
+
+def test_what_comes_out_is_what_was_measured():
+    found = {name: results(name) for name in ("learning", "strategies", "kills")}
+    assert all(claim["met"] for result in found.values() for claim in result["claims"])
+    details = found["strategies"]["details"]
+    assert strategies.table(details["distances"], details["8_from_32_bits"], list(strategies.LAUNCHES)) in README
+    assert f"after {details['losses']} steps" in README.replace("\n", " ")
+    for accuracy in found["learning"]["details"]["mean_accuracy"].values():
+        assert f"{accuracy:.4f}" in README
 
 
 def test_scores_are_the_committed_reports():

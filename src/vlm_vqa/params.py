@@ -303,7 +303,14 @@ class Params:
         return hash_json(sections | {"train": kept | {"questions_a_step": per_process * processes}})
 
 
-DIVISION = {"launch", "batch_size", "gradient_accumulation_steps", "dataloader_workers", "restart_optimizer", "stall_seconds"}
+DIVISION = {
+    "launch",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "dataloader_workers",
+    "restart_optimizer",
+    "stall_seconds",
+}
 """Keys of `train` that say how the work is divided and watched, not what is computed."""
 
 

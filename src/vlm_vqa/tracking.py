@@ -442,6 +442,12 @@ class TrainingRun:
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         self._attempt(lambda store, run_id: store.put_tags(run_id, tags))
 
+    def fail(self, reason: str) -> None:
+        """Mark the run as failed where no exception can: this process is about to be ended."""
+        self._send()
+        self.set_tags({"failure": reason})
+        self._attempt(lambda store, run_id: store.client.set_terminated(run_id, "FAILED"))
+
     def __enter__(self) -> "TrainingRun":
         return self
 

@@ -13,7 +13,9 @@ def write(folder, step, world=2, ranks=None):
     """Write a checkpoint as `world` processes do, or as only some of them did."""
     for rank in range(world) if ranks is None else ranks:
         writer = checkpoints.Writer(folder, rank, world, limit=9)
-        writer.save(step, {"weights": torch.full((3,), float(step))}, {"step": step}, {"state.json": "{}"} if rank == 0 else {})
+        writer.save(
+            step, {"weights": torch.full((3,), float(step))}, {"step": step}, {"state.json": "{}"} if rank == 0 else {}
+        )
         writer.wait()
     return checkpoints.folder_of(folder, step)
 

@@ -1,9 +1,19 @@
 """8-bit AdamW: states really in 8 bits, and percentile clipping by the old bitsandbytes rule."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from vlm_vqa.training.optimizer import HISTORY, ClippedAdamW8bit, clipping_factor
+from vlm_vqa.params import Dtype, Optimizer, Rounding, load_params
+from vlm_vqa.training.optimizer import (
+    HISTORY,
+    ClippedAdamW8bit,
+    build_optimizer,
+    clipping_factor,
+    round_stochastically,
+    rounding_generator,
+)
 
 
 def reference_factor(norms, percentile):
@@ -64,3 +74,70 @@ def test_the_history_survives_a_checkpoint():
     assert torch.equal(second.state[resumed]["gnorm_vec"], first.state[weight]["gnorm_vec"])
     train(second, resumed, gradients(30)[17:])
     assert torch.equal(resumed, straight)
+
+
+# --- bfloat16 weights ------------------------------------------------------------------------------------------------
+
+
+def test_stochastic_rounding_is_right_on_average_and_exact_where_nothing_is_lost():
+    source = torch.full((200_000,), 1.0 + 0.3 * 2**-7)
+    target = torch.empty_like(source, dtype=torch.bfloat16)
+    round_stochastically(target, source, torch.Generator().manual_seed(0))
+    # bfloat16 has 1 and 1 + 2**-7 here, and nothing between.
+    assert set(target.tolist()) == {1.0, 1 + 2**-7}
+    assert target.float().mean().item() == pytest.approx(source[0].item(), abs=2**-7 * 0.005)
+    special = torch.tensor([0.0, -0.0, 1.5, -2.0, float("inf"), float("-inf"), float("nan"), 3.3895e38])
+    written = torch.empty(8, dtype=torch.bfloat16)
+    round_stochastically(written, special, torch.Generator().manual_seed(1))
+    assert written[:6].tolist() == special[:6].tolist() and written[6].isnan()
+
+
+def displacement(train, dtype, *, nearest=False, steps=30):
+    """Move 4,096 weights of common size by the reference recipe's learning rate; return how far each came, float32."""
+    weight = torch.nn.Parameter(torch.full((64, 64), 0.02).to(dtype))
+    start = weight.detach().float().clone()
+    model = torch.nn.Module()
+    model.weight = weight
+    optimizer = torch.optim.AdamW([weight], lr=1e-5) if nearest else build_optimizer(train, model, {"weight"}, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        weight.grad = (1 + 0.1 * torch.randn(64, 64, generator=generator)).to(dtype)
+        optimizer.step()
+    return (weight.detach().float() - start).flatten()
+
+
+@pytest.mark.parametrize("kind", [Optimizer.ADAMW_TORCH, Optimizer.ADAMW_BNB_8BIT])
+def test_the_recipes_learning_rate_moves_bfloat16_weights_as_it_moves_float32_ones(kind):
+    base = dataclasses.replace(load_params("params.yaml").train, optimizer=kind, learning_rate=1e-5)
+    precise = displacement(base, torch.float32)
+    rounded = displacement(
+        dataclasses.replace(base, weights_dtype=Dtype.BFLOAT16, rounding=Rounding.STOCHASTIC), torch.bfloat16
+    )
+    assert rounded.mean().item() == pytest.approx(precise.mean().item(), rel=0.05)
+    # What is refused, and why: rounded to nearest, no weight moves at all.
+    assert displacement(base, torch.bfloat16, nearest=True).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", [Optimizer.ADAMW_TORCH, Optimizer.ADAMW_BNB_8BIT])
+def test_updating_in_parts_changes_nothing(kind, monkeypatch):
+    base = dataclasses.replace(load_params("params.yaml").train, optimizer=kind, learning_rate=1e-3,
+                               weights_dtype=Dtype.BFLOAT16, rounding=Rounding.STOCHASTIC)  # fmt: skip
+    whole = displacement(base, torch.bfloat16)
+    monkeypatch.setattr("vlm_vqa.training.optimizer.CHUNK", 1024)
+    # The random numbers fall elsewhere, so weights differ by chance; their mean does not.
+    assert displacement(base, torch.bfloat16).mean().item() == pytest.approx(whole.mean().item(), rel=0.01)
+
+
+def test_rounding_repeats_itself_and_differs_by_step_and_parameter():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    draw = lambda *key: torch.randint(0, 1 << 30, (4,), generator=rounding_generator(*key, parameter)).tolist()  # noqa: E731
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert len({tuple(draw(*key)) for key in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3)]}) == 4
+
+
+def test_groups_are_by_decay_and_bits():
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4))
+    train = dataclasses.replace(load_params("params.yaml").train, optimizer=Optimizer.ADAMW_BNB_8BIT, weight_decay=0.3)
+    optimizer = build_optimizer(train, model, {"0.weight", "1.weight"}, seed=0)
+    groups = [(g["weight_decay"], g["optim_bits"], len(g["params"])) for g in optimizer.param_groups]
+    assert groups == [(0.3, 8, 1), (0.3, 32, 1), (0.0, 8, 1)]

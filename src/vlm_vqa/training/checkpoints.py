@@ -69,7 +69,7 @@ def seal(checkpoint: Path, rank: int, world: int, files: Iterable[str], facts: M
 
 
 def _flush(path: Path) -> None:
-    """Force a file or a folder's entries to the disk: a machine that loses power must not keep the seal and lose the rest."""
+    """Force a file or a folder's entries to the disk: who loses power must not keep the seal and lose the rest."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -38,7 +38,10 @@ class QuestionDataset(Dataset):
         self.dropped = 0
         columns = (records[name] for name in ("question_id", "image_id", "question", "multiple_choice_answer"))
         for question_id, image_id, question, answer in tqdm(
-            zip(*columns, strict=True), total=len(records), desc="tokenising", unit="question",
+            zip(*columns, strict=True),
+            total=len(records),
+            desc="tokenising",
+            unit="question",
             disable=not on_main_process(),
         ):
             try:

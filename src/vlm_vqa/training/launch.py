@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import Dtype, TrainParams
@@ -113,8 +114,8 @@ def strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
         raise UserError(f"{path}: distributed_type is {kind!r}; it must be one of {', '.join(sorted(TYPES))}.")
     if (kind == "NO") != (asked["num_processes"] == 1):
         raise UserError(
-            f"{path}: distributed_type {kind} with num_processes {asked['num_processes']}; NO is for one process, the others "
-            "for several."
+            f"{path}: distributed_type {kind} with num_processes {asked['num_processes']}; NO is for one process, "
+            "the others for several."
         )
     if asked.get("mixed_precision", "no") != "no":
         raise UserError(f"{path}: mixed_precision must be 'no': train.compute_dtype decides.")
@@ -158,7 +159,8 @@ def check_params(train: TrainParams, strategy: Strategy) -> None:
     if train.percentile_clipping not in (0, 100):
         raise UserError(
             f"train.percentile_clipping is {train.percentile_clipping}, but {strategy.value} (train.launch {train.launch}) "
-            "joins all parameters into flat pieces that hide each parameter's norm. Set it to 100 (off), or use DDP or FSDP2."
+            "joins all parameters into flat pieces that hide each parameter's norm. Set it to 100 (off), or use DDP or "
+            "FSDP2."
         )
     if train.weights_dtype is not Dtype.FLOAT32:
         raise UserError(
@@ -190,8 +192,9 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     if strategy is not Strategy.SINGLE:
         _join(device, strategy, train.stall_seconds)
     os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(train.gradient_checkpointing).lower()
-    # A process may train more than once, each time in another precision.
+    # A process may train more than once, each time in another precision; ZeRO-3 would build the next model in pieces.
     AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()
     state = PartialState(cpu=device == "cpu")
     if strategy is Strategy.FSDP2 and device == "cpu":
         # accelerate turns MULTI_GPU into FSDP and would leave MULTI_CPU as DDP; nothing else depends on the name.
@@ -297,9 +300,10 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
         close = found == wanted if wanted == 1.0 else 0.5 * wanted < found < (1 + wanted) / 2
         if not close:
             raise UserError(
-                f"train.launch {launch.name} asks for {launch.strategy.value}: process {launch.process} of {launch.processes} "
-                f"should hold {wanted:.0%} of the {what}, but holds {found:.0%}. The installed accelerate or DeepSpeed does "
-                "not divide the model; install the pinned versions (`make setup`) or choose another train.launch."
+                f"train.launch {launch.name} asks for {launch.strategy.value}: process {launch.process} of "
+                f"{launch.processes} should hold {wanted:.0%} of the {what}, but holds {found:.0%}. The installed "
+                "accelerate or DeepSpeed does not divide the model; install the pinned versions (`make setup`) or choose "
+                "another train.launch."
             )
     if launch.strategy is Strategy.DDP and not isinstance(model, DistributedDataParallel):
         raise UserError(
@@ -323,11 +327,13 @@ def _updated_parts(strategy: Strategy, model: nn.Module, optimizer: torch.optim.
 def _share_of_weights(strategy: Strategy, model: nn.Module) -> float:
     parameters = list(model.parameters())
     if strategy is Strategy.FSDP2:
-        whole = [p for p in parameters if not isinstance(p, DTensor) or not any(isinstance(x, Shard) for x in p.placements)]
+        whole = [
+            p for p in parameters if not isinstance(p, DTensor) or not any(isinstance(x, Shard) for x in p.placements)
+        ]
         if whole:
             raise UserError(
-                f"train.launch asks for FSDP2, but {len(whole)} of {len(parameters)} parameters are not sharded. Install the "
-                "pinned versions (`make setup`) or choose another train.launch."
+                f"train.launch asks for FSDP2, but {len(whole)} of {len(parameters)} parameters are not sharded. Install "
+                "the pinned versions (`make setup`) or choose another train.launch."
             )
     return sum(_local(p).numel() for p in parameters) / sum(_whole(p) for p in parameters)
 

@@ -31,8 +31,8 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
     """8-bit AdamW that clips each parameter's gradient to a percentile of its own last 100 norms.
 
     bitsandbytes dropped `percentile_clipping` in 0.50, and the Trainer never forwarded it before; this is the rule of
-    bitsandbytes 0.49 and earlier, with the norm of the whole parameter where it is sharded. States are uint8 in blocks of 256
-    values; float32 for parameters under 4,096 elements and for groups with `optim_bits: 32`.
+    bitsandbytes 0.49 and earlier, with the norm of the whole parameter where it is sharded. States are uint8 in blocks of
+    256 values; float32 for parameters under 4,096 elements and for groups with `optim_bits: 32`.
     """
 
     def __init__(self, params, percentile_clipping: int = 100, seed: int | None = None, **options: Any):
@@ -109,7 +109,9 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
             round_stochastically(weights[part], precise, random)
 
     @staticmethod
-    def _update_part(config: dict[str, Any], state: dict[str, Any], weights: Tensor, gradient: Tensor, part: slice) -> None:
+    def _update_part(
+        config: dict[str, Any], state: dict[str, Any], weights: Tensor, gradient: Tensor, part: slice
+    ) -> None:
         """Update float32 `weights` [n] in place with the states of the same places; parts begin at a block."""
         if not weights.numel():
             return
@@ -214,6 +216,19 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(isinstance(placement, Shard) for placement in tensor.placements)
 
 
+def state_types(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the types of the moments that an optimizer holds after a step."""
+    names = ("state1", "state2", "exp_avg", "exp_avg_sq")
+    kinds = {state[name].dtype for state in optimizer.state.values() for name in names if name in state}
+    return sorted(str(kind).removeprefix("torch.") for kind in kinds)
+
+
+def has_8bit_work(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a parameter is large enough for 8-bit states."""
+    groups = [group for group in optimizer.param_groups if group.get("optim_bits") == 8]
+    return any(parameter.numel() >= LEAST_8BIT for group in groups for parameter in group["params"])
+
+
 def build_optimizer(train: TrainParams, model: nn.Module, decayed: set[str], seed: int) -> torch.optim.Optimizer:
     """Return the optimizer that `train` asks for over the model's trained parameters.
 
@@ -242,6 +257,8 @@ def _groups(train: TrainParams, model: nn.Module, decayed: set[str]) -> Iterator
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for decay in (True, False):
         for bits in (8, 32):
-            parameters = [p for name, p in trained if (name in decayed) == decay and (id(p) in embeddings) == (bits == 32)]
+            parameters = [
+                p for name, p in trained if (name in decayed) == decay and (id(p) in embeddings) == (bits == 32)
+            ]
             if parameters:
                 yield {"params": parameters, "weight_decay": train.weight_decay if decay else 0.0, "optim_bits": bits}

@@ -48,11 +48,17 @@ def rows_held(parameter: Tensor) -> Rows:
     """Return which rows of a whole parameter this process holds."""
     if not is_sharded(parameter):
         return Rows(0, _rows(parameter.shape))
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     start = min(offset[0], parameter.shape[0])
     return Rows(start, start + shape[0])
+
+
+def first_rows(parameter: Tensor) -> set[int]:
+    """Return the first rows of all processes that hold any; FSDP2 divides as `torch.chunk` does."""
+    if not is_sharded(parameter):
+        return {0}
+    rows = parameter.shape[0]
+    return set(range(0, rows, -(-rows // parameter.device_mesh.size())))
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -136,7 +142,9 @@ class Checkpoint:
             for name, parameter in parameters.items():
                 local(parameter).copy_(self._read(f"model/{name}", name, rows_held(parameter)))
         try:
-            states = {parameter: dict(self._states(optimizer, name, parameter)) for name, parameter in parameters.items()}
+            states = {
+                parameter: dict(self._states(optimizer, name, parameter)) for name, parameter in parameters.items()
+            }
         except Unfit as error:
             self._restart(error, restart)
         else:
@@ -170,26 +178,26 @@ class Checkpoint:
         wrong = sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name))
         if wrong:
             raise UserError(
-                f"{self.folder}: belongs to another model; missing, unknown or of another shape: {wrong[:5]}. Delete the folder "
-                f"{self.folder}."
+                f"{self.folder}: belongs to another model; missing, unknown or of another shape: {wrong[:5]}. Delete "
+                f"the folder {self.folder}."
             )
 
     def _restart(self, error: Unfit, allowed: bool) -> None:
         if not allowed:
             raise UserError(
-                f"{self.folder}: {error}. Go on with {self.world} processes as before; or set train.restart_optimizer: true to "
-                "go on from the weights with fresh optimizer states; or delete the folder to start again."
+                f"{self.folder}: {error}. Go on with {self.world} processes as before; or set train.restart_optimizer: true "
+                "to go on from the weights with fresh optimizer states; or delete the folder to start again."
             )
         log.warning("%s: %s; going on from its weights with fresh optimizer states", self.folder, error)
 
     def _states(self, optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> Iterator[tuple[str, Any]]:
         """Yield the states of the rows of `parameter` that this process holds."""
         rows = rows_held(parameter)
-        keys = sorted({key for file in self._files for key in file.keys() if key.startswith(f"optimizer/{name}/")})  # noqa: SIM118
+        keys = sorted({key for file in self._files for key in file.keys() if key.startswith(f"optimizer/{name}/")})
         for key in keys:
             state = key.rpartition("/")[2]
             if state in WHOLE_STATES or state == "step":
-                value = next(file for file in self._files if key in file.keys()).get_tensor(key)  # noqa: SIM118
+                value = next(file for file in self._files if key in file.keys()).get_tensor(key)
             elif state in BLOCK_STATES:
                 value = self._read_blocks(key, name, parameter, rows)
             else:
@@ -208,21 +216,28 @@ class Checkpoint:
         for file, held in self._holders(name):
             start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
             if start < stop or (rows.start == rows.stop and not parts):
-                value = file.get_tensor(key) if rows == held else file.get_slice(key)[start - held.start : stop - held.start]
+                value = (
+                    file.get_tensor(key)
+                    if rows == held
+                    else file.get_slice(key)[start - held.start : stop - held.start]
+                )
                 parts.append(value)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _read_blocks(self, key: str, name: str, parameter: Tensor, rows: Rows) -> Tensor:
-        """Read what belongs to the blocks of `rows`."""
-        for file, held in self._holders(name):
-            if held == rows:
-                return file.get_tensor(key)
+        """Read what belongs to the blocks of `rows`.
+
+        Raises:
+            Unfit: a border runs through a block. All processes find the same: some with old states, some with fresh ones
+                would train no one model.
+        """
         width = parameter.shape[1:].numel()
-        edges = {rows.start, *(held.start for _, held in self._holders(name))}
-        if any(edge * width % BLOCK for edge in edges):
+        stored = {held.start for _, held in self._holders(name) if held.start < held.stop}
+        asked = first_rows(parameter)
+        if asked != stored and any(edge * width % BLOCK for edge in asked | stored):
             raise Unfit(
-                f"the 8-bit optimizer states of {name} were divided among {self.world} processes in blocks of {BLOCK} values "
-                "that run across the new borders"
+                f"the 8-bit optimizer states of {name} were divided among {self.world} processes in blocks of {BLOCK} "
+                "values that run across the new borders"
             )
         parts = []
         for file, held in self._holders(name):
@@ -230,7 +245,8 @@ class Checkpoint:
             if start < stop:
                 first, last = (start - held.start) * width // BLOCK, -(-(stop - held.start) * width // BLOCK)
                 parts.append(file.get_slice(key)[first:last])
-        return torch.cat(parts)
+        # A process may hold no rows.
+        return torch.cat(parts) if parts else file.get_slice(key)[:0]
 
     def _holders(self, name: str) -> Iterator[tuple[Any, Rows]]:
         for file, facts in zip(self._files, self.facts, strict=True):

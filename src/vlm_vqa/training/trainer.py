@@ -5,10 +5,7 @@ import dataclasses
 import json
 import logging
 import math
-import resource
-import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +14,20 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
+from transformers import ProgressCallback as ProgressBar
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.model.flops import model_cost
 from vlm_vqa.model.vlm import VlmForTraining
-from vlm_vqa.params import Attention, Dtype, TrainParams
+from vlm_vqa.params import Attention, Dtype, Optimizer, TrainParams
 from vlm_vqa.training import checkpoints, snapshot
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
-from vlm_vqa.training.optimizer import build_optimizer
+from vlm_vqa.training.optimizer import build_optimizer, has_8bit_work, state_types
+from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
+from vlm_vqa.training.watchdog import Phase, Watchdog
 from vlm_vqa.training.windows import WindowSampler, WindowShape
 
 log = logging.getLogger(__name__)
@@ -87,9 +88,15 @@ class VqaTrainer(Trainer):
     """The Trainer with our batches: rows that share an image, in an order of seed and epoch."""
 
     def __init__(self, model: VlmForTraining, args: TrainingArguments, train: TrainParams, data: QuestionDataset,
-                 collator: Collator, callbacks: list[TrainerCallback], launch: Launch):  # fmt: skip
+                 collator: Collator, callbacks: list[TrainerCallback], launch: Launch,
+                 watchdog: Watchdog | None = None):  # fmt: skip
+        """`watchdog` watches over the processes of a launch; one process needs none."""
         self.train_settings = train
         self.launch = launch
+        self.watchdog = watchdog or Watchdog(None, 0, 1, train.stall_seconds)
+        computed = torch.bfloat16 if train.compute_dtype is Dtype.BFLOAT16 else torch.float32
+        self.meter = Meter(args.device, computed)
+        self.cost = model_cost(model.config, frozen_embeddings=not model.lm_head.weight.requires_grad)
         self.facts: dict[str, Any] = dict(launch.facts)
         self.writer = checkpoints.Writer(Path(args.output_dir), launch.process, launch.processes, args.save_total_limit)
         self.opened: snapshot.Checkpoint | None = None
@@ -174,7 +181,7 @@ class VqaTrainer(Trainer):
         loader = DataLoader(
             data,
             batch_sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=CountingCollator(self.data_collator, self.cost),
             num_workers=workers,
             # The Trainer takes a whole step's passes at once: those of the next step are to be ready by then.
             prefetch_factor=-(-2 * shape.passes // workers) if workers else None,
@@ -191,8 +198,26 @@ class VqaTrainer(Trainer):
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None) -> Tensor:
+    def beat(self, phase: Phase) -> None:
+        """Tell the watchdog what this process begins to do."""
+        self.watchdog.beat(phase, self.state.global_step + 1)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Take a step's batches from the loader, and measure how long that takes."""
+        self.beat(Phase.LOADING)
+        self.meter.begin_step()
+        return super().get_batch_samples(self.meter.timed(epoch_iterator), num_batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        self.beat(Phase.COUNTING)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
         """Compute one forward and backward pass and remember its loss."""
+        self.beat(Phase.COMPUTING)
+        self.meter.batch(inputs.pop(COUNTS))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.pass_losses.append(loss)
         return loss
@@ -203,6 +228,7 @@ class VqaTrainer(Trainer):
         It is the one moment of a step at which the host waits for the device, and it comes before weights are touched
         (under DeepSpeed after, within the same step).
         """
+        self.beat(Phase.UPDATING)
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         loss = torch.stack(self.pass_losses).sum()
@@ -211,6 +237,21 @@ class VqaTrainer(Trainer):
         if not all(map(math.isfinite, values)):
             self._stop_at(*values)
         return values[1]
+
+    def note_states(self) -> None:
+        """Note the types of the optimizer's states after a step.
+
+        Raises:
+            UserError: 8 bits were asked for, and there are none.
+        """
+        kinds = state_types(self.inner_optimizer)
+        self.facts["optimizer_states"] = "+".join(kinds)
+        eight = self.train_settings.optimizer is Optimizer.ADAMW_BNB_8BIT
+        if eight and "uint8" not in kinds and has_8bit_work(self.inner_optimizer):
+            raise UserError(
+                f"train.optimizer is {self.train_settings.optimizer.value}, but the states are {', '.join(kinds)}. Install "
+                "the pinned bitsandbytes (`make setup`) or choose another train.optimizer."
+            )
 
     def _stop_at(self, loss: float, norm: float) -> None:
         """Stop all processes at a step that is not a number, naming those whose own loss it was.
@@ -226,8 +267,8 @@ class VqaTrainer(Trainer):
         step = self.state.global_step + 1
         what = f"loss is not a number ({', '.join(bad)})" if bad else "the loss is a number, the gradient is not"
         raise UserError(
-            f"step {step}: {what}; grad_norm is {norm}. Lower train.learning_rate or train.max_grad_norm; the checkpoints before "
-            f"this step are in {self.args.output_dir}."
+            f"step {step}: {what}; grad_norm is {norm}. Lower train.learning_rate or train.max_grad_norm; the checkpoints "
+            f"before this step are in {self.args.output_dir}."
         )
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -256,7 +297,8 @@ class VqaTrainer(Trainer):
             return None
         if not last.is_dir():
             raise UserError(
-                f"{last}: process {launch.process} does not see it. The machines of a launch must share the project's folder."
+                f"{last}: process {launch.process} does not see it. The machines of a launch must share the "
+                "project's folder."
             )
         world = checkpoints.world_of(last)
         for writer in range(launch.process, world, launch.processes):
@@ -264,8 +306,8 @@ class VqaTrainer(Trainer):
         kind = checkpoints.read_seal(last, 0, world)["kind"]
         if kind != self.kind or (self.launch.strategy.deepspeed and world != launch.processes):
             raise UserError(
-                f"{last} was written by {world} processes as {kind}; {launch.processes} processes with {self.kind} cannot go on "
-                f"from it. Use the launch that it was written with, or delete the folder {folder} to start again."
+                f"{last} was written by {world} processes as {kind}; {launch.processes} processes with {self.kind} cannot "
+                f"go on from it. Use the launch that it was written with, or delete the folder {folder} to start again."
             )
         return last
 
@@ -275,6 +317,11 @@ class VqaTrainer(Trainer):
         return self.launch.strategy.value if self.launch.strategy.deepspeed else "rows"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.beat(Phase.SAVING)
+        with self.meter.paused():
+            self._begin_checkpoint()
+
+    def _begin_checkpoint(self) -> None:
         self.store_flos()
         step, launch = self.state.global_step, self.launch
         state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
@@ -327,8 +374,9 @@ class VqaTrainer(Trainer):
     def whole_weights(self) -> dict[str, Tensor]:
         """Return the trained weights, whole, float32, on the CPU: on process 0; nothing on the others.
 
-        All processes must call it. What is returned are the weights that the optimizer updates, not copies of less precision.
+        All processes must call it. It is the weights that the optimizer updates, not copies of less precision.
         """
+        self.beat(Phase.WAITING)
         weights = {}
         for name, parameter in snapshot.named_parameters(self.model).items():
             value = whole(parameter, self.launch.strategy).detach()
@@ -347,7 +395,7 @@ def whole(parameter: Tensor, strategy: Strategy) -> Tensor:
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells what runs, sends every logged step to `run`, and passes on what the checkpoints' thread could not do."""
+    """Tells what runs and how fast, and passes on what the checkpoints' thread could not do."""
 
     def __init__(self, run: Any):
         """`run` is a `tracking.TrainingRun`."""
@@ -362,20 +410,30 @@ class ProgressCallback(TrainerCallback):
         self.run.set_tags({f"launch_{name}": value for name, value in trainer.facts.items()})
 
     def on_step_end(self, args, state, control, **_):
-        self.trainer.writer.check()
+        trainer = self.trainer
+        trainer.writer.check()
+        if "optimizer_states" not in trainer.facts:
+            trainer.note_states()
+            self.run.set_tags({"launch_optimizer_states": trainer.facts["optimizer_states"]})
+            if trainer.launch.main:
+                log.info("optimizer states: %s", trainer.facts["optimizer_states"])
 
     def on_log(self, args, state, control, logs=None, **_):
         if logs and "loss" in logs:
             figures = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
-            self.run.log_metrics(figures, state.global_step)
+            speed = self.trainer.meter.read()
+            self._show(speed)
+            self.run.log_metrics({**figures, **speed}, state.global_step)
 
-
-def peak_memory_gib() -> float:
-    """Return the most memory this process has held: of the GPU where there is one, else resident on the host."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    # Linux counts KiB here.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    def _show(self, speed: dict[str, float]) -> None:
+        bars = [callback for callback in self.trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]
+        used = f", MFU {speed['flops_utilisation']:.0%}" if "flops_utilisation" in speed else ""
+        for bar in bars:
+            if bar.training_bar is not None:
+                bar.training_bar.set_postfix_str(
+                    f"{speed['questions_per_second']:,.0f} questions/s, {speed['tokens_per_second']:,.0f} tokens/s{used}, "
+                    f"waiting for data {speed['loading_share']:.0%}, {speed['peak_memory_gib']:.1f} GiB", refresh=False
+                )  # fmt: skip
 
 
 def write_curve(history: list[dict[str, Any]], path: Path) -> None:

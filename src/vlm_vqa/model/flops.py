@@ -1,0 +1,139 @@
+"""Model FLOPs: what loss and gradients of packed rows need, by formula.
+
+Counted as in PaLM's model FLOPs utilisation (arXiv 2204.02311, appendix B): matrix products alone, two FLOPs for a
+multiplication and its addition, and the gradients of a product twice the product. What an implementation adds does
+not count: padding, pairs of a grid that do not see each other, logits of positions without a label, rows that teach
+nothing, and what activation checkpointing computes a second time.
+
+Shapes: B rows, S grid width (tokens of the longest row, image tokens included).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, PaliGemmaConfig
+
+from vlm_vqa.model.layout import IGNORED, PAD_SEGMENT, Row, TokenLayout
+from vlm_vqa.params import LanguageConfig, Mask
+
+FORMULA = (
+    "6 x parameters of the layers' linear maps x real tokens + 4 x projector's parameters x image tokens + "
+    "6 x hidden x vocabulary x supervised tokens + "
+    "12 x heads x head width x layers x (query, key) pairs that see each other"
+)
+"""With trained embeddings; see `cost` for frozen ones."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the FLOPs of rows depend on; rows that teach nothing add nothing."""
+
+    tokens: int
+    """Real ones, image tokens included."""
+    image_tokens: int
+    supervised: int
+    """Tokens to predict."""
+    pairs: int
+    """(query, key) pairs where the query sees the key."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of loss and gradients for each unit of `Work`."""
+
+    token: int
+    image_token: int
+    supervised: int
+    pair: int
+
+    def flops(self, work: Work) -> int:
+        """Return the model FLOPs of `work`."""
+        return (
+            self.token * work.tokens
+            + self.image_token * work.image_tokens
+            + self.supervised * work.supervised
+            + self.pair * work.pairs
+        )
+
+
+def model_cost(config: PaliGemmaConfig, *, frozen_embeddings: bool) -> Cost:
+    """Return the `cost` of the model that `config` describes."""
+    language = config.text_config
+    return cost(language, language.vocab_size, config.vision_config.hidden_size, frozen_embeddings=frozen_embeddings)
+
+
+def cost(
+    shape: LanguageConfig | Gemma2Config, vocabulary: int, feature_width: int, *, frozen_embeddings: bool = False
+) -> Cost:
+    """Return what each unit of work costs: `FORMULA`.
+
+    Args:
+        vocabulary: rows of the embedding, which is the output head too.
+        feature_width: inputs of the projector.
+        frozen_embeddings: the output head's weight has no gradient; its input, the hidden state, still has one.
+    """
+    return Cost(
+        token=6 * shape.num_hidden_layers * sum(one * other for one, other in linear_maps(shape)),
+        # The projector's input is stored: it needs no gradient.
+        image_token=4 * feature_width * shape.hidden_size,
+        supervised=(4 if frozen_embeddings else 6) * shape.hidden_size * vocabulary,
+        pair=12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim,
+    )
+
+
+def linear_maps(shape: LanguageConfig | Gemma2Config) -> list[tuple[int, int]]:
+    """Return (inputs, outputs) of one layer's linear maps: queries, keys, values, output, gate, up, down."""
+    width, queries, keys = (
+        shape.hidden_size,
+        *(heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads)),
+    )
+    mlp = shape.intermediate_size
+    return [(width, queries), (width, keys), (width, keys), (queries, width), (width, mlp), (width, mlp), (mlp, width)]
+
+
+def rows_work(layout: TokenLayout, rows: Iterable[Row]) -> Work:
+    """Count the work of rows that are not laid out yet."""
+    taught = [row for row in rows if any(tokens.answer for tokens in row.questions)]
+    prefixes = len(taught) * (layout.num_patches + len(layout.prefix))
+    return Work(
+        tokens=prefixes + sum(len(tokens.read) for row in taught for tokens in row.questions),
+        image_tokens=len(taught) * layout.num_patches,
+        supervised=sum(len(tokens.answer) for row in taught for tokens in row.questions),
+        pairs=sum(visible_pairs(layout, row) for row in taught),
+    )
+
+
+def visible_pairs(layout: TokenLayout, row: Row) -> int:
+    """Count the (query, key) pairs of a row where the query sees the key, as `layout.visible` has them."""
+    image, prefix = layout.num_patches, layout.num_patches + len(layout.prefix)
+    if layout.mask is Mask.PREFIX_LM:
+        block = prefix + sum(len(tokens.prompt) for tokens in row.questions)
+        return block**2 + sum(_causal_pairs(block, prefix + len(tokens.read)) for tokens in row.questions)
+    questions = sum(_causal_pairs(prefix, prefix + len(tokens.read)) for tokens in row.questions)
+    return image**2 + _causal_pairs(image, prefix) + questions
+
+
+def _causal_pairs(start: int, end: int) -> int:
+    """Count what the tokens at positions start + 1 to end see: themselves and all before them."""
+    return (end * (end + 1) - start * (start + 1)) // 2
+
+
+def batch_work(batch: Mapping[str, Tensor]) -> Work:
+    """Count the work of a batch on the host, as `training.dataset.Collator` gives it.
+
+    Takes one pass over the grid [B, S], not over its pairs [B, S, S].
+    """
+    labels, positions, block = batch["labels"], batch["position_ids"], batch["bidirectional"]
+    assert labels.device.type == "cpu", "counting on a device would wait for it"
+    taught_B = (labels != IGNORED).any(dim=1)
+    real_BS = (batch["segment_ids"] != PAD_SEGMENT) & taught_B[:, None]
+    # Positions count from 1, after the prefix anew in each question: a causal token sees as many as its position says.
+    seen_BS = torch.where(block, block.sum(dim=1, keepdim=True), positions)
+    return Work(
+        tokens=int(real_BS.sum()),
+        image_tokens=int(taught_B.sum()) * batch["image_features"].shape[1],
+        supervised=len(batch["supervised"]),
+        pairs=int(seen_BS[real_BS].sum()),
+    )

@@ -1,0 +1,280 @@
+"""How fast training runs, over all processes: rates, share of the hardware's peak, waiting for data, memory.
+
+What a batch holds is counted where it is made, on the host: a count on a GPU would wait for the GPU. The counts travel
+in the batch as plain numbers, and the Trainer takes them out before the forward pass:
+
+    DataLoader(collate_fn=CountingCollator(collator, cost))    counts each batch, in the loader's workers
+    get_batch_samples      Meter.begin_step()                  the first one starts the clock: start-up is not measured
+                           Meter.timed(epoch_iterator)         how long the loop waits for data
+    training_step          Meter.batch(inputs.pop(COUNTS))
+    _save_checkpoint       with Meter.paused()
+    on_log                 Meter.read()                        on every rank: one small collective
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from vlm_vqa.model.flops import Cost, batch_work
+from vlm_vqa.model.layout import IGNORED, Row
+
+COUNTS = "counts"
+"""Key of a batch's `BatchCounts`."""
+Batch = TypeVar("Batch")
+
+
+class Peak(NamedTuple):
+    """TFLOP/s of dense matrix products; None where the hardware has no such type."""
+
+    bfloat16: float | None
+    tf32: float | None
+    float32: float
+
+
+# From NVIDIA's data sheets, or the architecture's white paper where it is named. Data sheets give most figures of
+# tensor cores "with sparsity": here stands half of those.
+_DATA_SHEETS = (
+    (
+        Peak(312, 156, 19.5),
+        ("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100-PCIE-80GB", "A100 80GB PCIe"),
+    ),
+    (Peak(165, 82, 10.3), ("A30",)),
+    (Peak(149.7, 74.8, 37.4), ("A40",)),
+    (Peak(125, 62.5, 31.2), ("A10",)),
+    # AWS's own variant, in its data sheet: more float32 than the A10, less of the tensor cores.
+    (Peak(70, 35, 35), ("A10G",)),
+    # White paper "NVIDIA H100 Tensor Core GPU architecture" for the SXM5 board.
+    (Peak(989.4, 494.7, 66.9), ("H100 80GB HBM3", "H200")),
+    (Peak(756.5, 378, 51), ("H100 PCIe",)),
+    (Peak(835.5, 417.5, 60), ("H100 NVL", "H200 NVL")),
+    (Peak(121, 60, 30.3), ("L4",)),
+    (Peak(181.05, 90.5, 90.5), ("L40",)),
+    (Peak(362.05, 183, 91.6), ("L40S",)),
+    # White papers "NVIDIA Ampere GA102", "Ada" and "RTX Blackwell GPU architecture": accumulated in float32, which
+    # GeForce boards do at half the speed.
+    (Peak(154.8, 77.4, 38.7), ("RTX A6000",)),
+    (Peak(71, 35.6, 35.6), ("GeForce RTX 3090",)),
+    (Peak(165.2, 82.6, 82.6), ("GeForce RTX 4090",)),
+    (Peak(209.5, 104.8, 104.8), ("GeForce RTX 5090",)),
+    # Before Ampere torch emulates bfloat16.
+    (Peak(None, None, 8.1), ("Tesla T4",)),
+    (Peak(None, None, 15.7), ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB")),
+    (Peak(None, None, 14), ("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB")),
+)
+PEAKS = {name: peak for peak, names in _DATA_SHEETS for name in names}
+"""By the device's whole name, less a leading NVIDIA: a Ti, a laptop's chip or a slice of a GPU is another device."""
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the dense FLOP/s that the vendor promises for matrix products of `dtype`; None where it is not known.
+
+    float32 means TF32 where torch is allowed to use it.
+    """
+    if device.type != "cuda":
+        return None
+    # Older drivers do not print the vendor.
+    peak = PEAKS.get(torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
+    if peak is None:
+        return None
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    float32 = peak.tf32 if tf32 and peak.tf32 else peak.float32
+    teraflops = {torch.bfloat16: peak.bfloat16, torch.float32: float32}.get(dtype)
+    return None if teraflops is None else teraflops * 1e12
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What a batch holds. No tuple: those the Trainer takes apart and cannot put together again."""
+
+    questions: int
+    """Those with an answer to learn."""
+    tokens: int
+    supervised: int
+    flops: int
+
+
+def count_batch(batch: Mapping[str, Tensor], cost: Cost) -> BatchCounts:
+    """Count a batch on the host, as `training.dataset.Collator` gives it; rows that teach nothing add nothing."""
+    work = batch_work(batch)
+    rows, places = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
+    # Under prefix-lm a row is one segment, and one question.
+    questions = set(zip(rows.tolist(), batch["segment_ids"][rows, places].tolist(), strict=True))
+    return BatchCounts(len(questions), work.tokens, work.supervised, cost.flops(work))
+
+
+@dataclass(frozen=True)
+class CountingCollator:
+    """A collator whose batches carry their `BatchCounts` under `COUNTS`."""
+
+    collator: Callable[[Sequence[Row]], dict[str, Tensor]]
+    cost: Cost
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the collator's batch and its counts."""
+        batch = self.collator(rows)
+        return {**batch, COUNTS: count_batch(batch, self.cost)}
+
+
+@dataclass
+class _Interval:
+    """What a rank has done since the last reading."""
+
+    begun: float
+    steps: int = 0
+    loading: float = 0.0
+    paused: float = 0.0
+    questions: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    flops: int = 0
+
+
+class RankFigures(NamedTuple):
+    """One rank's interval, as ranks tell each other."""
+
+    seconds: float
+    """Wall clock, without pauses."""
+    loading: float
+    """Seconds of them spent waiting for data."""
+    questions: float
+    tokens: float
+    supervised: float
+    flops: float
+    peak: float
+    """FLOP/s of its device; 0 where it is not known."""
+    memory: float
+    """GiB."""
+
+
+class Meter:
+    """Measures training from one logged step to the next; the module's docstring says where each call belongs.
+
+    Args:
+        device: that of this process's model.
+        dtype: in which products are computed.
+        clock: seconds.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter):
+        self.device = device
+        self.peak = device_peak(device, dtype)
+        self._clock = clock
+        self._interval: _Interval | None = None
+
+    def begin_step(self) -> None:
+        """Count an optimizer step; the first one begins the first interval."""
+        if self._interval is None:
+            self._interval = _Interval(self._clock())
+        self._interval.steps += 1
+
+    def loading(self, seconds: float) -> None:
+        """Add time spent waiting for data; before the first step it is start-up."""
+        if self._interval is not None:
+            self._interval.loading += seconds
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield what `batches` yields and add how long each took to come."""
+        batches = iter(batches)
+        while True:
+            begun = self._clock()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.loading(self._clock() - begun)
+            yield batch
+
+    def batch(self, counts: BatchCounts) -> None:
+        """Add what one forward pass computes."""
+        assert self._interval is not None, "a forward pass before the first step"
+        self._interval.questions += counts.questions
+        self._interval.tokens += counts.tokens
+        self._interval.supervised += counts.supervised
+        self._interval.flops += counts.flops
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time spent inside, as of saving a checkpoint; for all ranks."""
+        # Otherwise the device would finish its steps inside, unmeasured.
+        self._finish()
+        begun = self._clock()
+        try:
+            yield
+        finally:
+            if self._interval is not None:
+                self._interval.paused += self._clock() - begun
+
+    def read(self) -> dict[str, float]:
+        """Return the interval's `figures`, the same on all ranks, and begin the next one; every rank must call it."""
+        done = self._interval
+        assert done is not None and done.steps, "nothing to read: no step since the last reading"
+        self._finish()
+        now = self._clock()
+        self._interval = _Interval(now)
+        own = RankFigures(
+            seconds=now - done.begun - done.paused,
+            loading=done.loading,
+            questions=done.questions,
+            tokens=done.tokens,
+            supervised=done.supervised,
+            flops=done.flops,
+            peak=self.peak or 0.0,
+            memory=peak_memory_gib(self.device),
+        )
+        return figures(_of_all_ranks(own, self.device), done.steps)
+
+    def _finish(self) -> None:
+        """Wait for what the device still has to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def figures(ranks: Sequence[RankFigures], steps: int) -> dict[str, float]:
+    """Return metrics of `steps` optimizer steps of all ranks.
+
+    `questions_per_second`, `tokens_per_second` (real ones, image tokens included), `supervised_tokens_per_second` and
+    `model_tflops_per_second` are sums over ranks, per second of the slowest. `loading_share`, 0 to 1, is the time that
+    the loop waits for data, of the rank that waits most; a device may still be computing meanwhile. `flops_utilisation`
+    is MFU, model FLOP/s over the devices' peaks, and stands only where all peaks are known. `peak_memory_gib` is the
+    largest; several ranks have theirs beside it.
+    """
+    seconds = max(rank.seconds for rank in ranks)
+    rate = sum(rank.flops for rank in ranks) / seconds
+    found = {
+        "questions_per_second": sum(rank.questions for rank in ranks) / seconds,
+        "tokens_per_second": sum(rank.tokens for rank in ranks) / seconds,
+        "supervised_tokens_per_second": sum(rank.supervised for rank in ranks) / seconds,
+        "step_seconds": seconds / steps,
+        "loading_share": max(rank.loading / rank.seconds for rank in ranks),
+        "model_tflops_per_second": rate / 1e12,
+        "peak_memory_gib": max(rank.memory for rank in ranks),
+    }
+    if all(rank.peak for rank in ranks):
+        found["flops_utilisation"] = rate / sum(rank.peak for rank in ranks)
+    if len(ranks) > 1:
+        found |= {f"peak_memory_gib_rank_{number}": rank.memory for number, rank in enumerate(ranks)}
+    return found
+
+
+def _of_all_ranks(own: RankFigures, device: torch.device) -> list[RankFigures]:
+    """Return every rank's figures, in their order."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    sent = torch.tensor(own, dtype=torch.float64, device=device)
+    received = [torch.empty_like(sent) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(received, sent)
+    return [RankFigures(*rank) for rank in torch.stack(received).tolist()]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory this process has held: allocated on its GPU, or resident on the host where it has none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux counts KiB here.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,57 @@
+"""Distributed training is the same training: `benchmarks.strategies` on the real sample, and what it would notice."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.strategies import CASES, claims, table
+from tests.pipeline import ROOT, Project, sample_params
+
+CHOSEN = [
+    "shared rows",
+    "shared rows, 4 passes",
+    "shared rows, 8 bits",
+    "shared rows, 8 bits, clipped",
+    "one process misled",
+]
+
+
+def test_a_claim_is_about_the_worst_launch():
+    found = {"shared rows": {"a": {"weights": 1e-6, "loss": 1e-7}, "b": {"weights": 1e-3, "loss": 1e-3}},
+             "shared rows, 8 bits": {"a": {"weights": 0.2, "loss": 0.1}}}  # fmt: skip
+    made = claims(found, {"shared rows, 8 bits": 0.1})
+    assert [(claim.ratio, claim.met) for claim in made] == [(1e-3, False), (2.0, False), (1e-3, False)]
+    assert "| shared rows | 1.0e-06 | 1.0e-03 |  |" in table(found, {"shared rows, 8 bits": 0.1}, ["a", "b"])
+
+
+def test_zero_is_not_asked_to_clip():
+    clipped = next(case for case in CASES if case.percentile_clipping != 100)
+    assert clipped.runs_under("cpu-fsdp2") and not clipped.runs_under("cpu-zero3")
+
+
+@pytest.mark.slow
+def test_every_launch_trains_as_one_process_does(tmp_path, shared_data):
+    sizes = {"language.config.hidden_size": 64, "language.config.intermediate_size": 128}
+    project = Project(tmp_path / "project", {**sample_params(shared_data), **sizes})
+    for name in ("fetch-vqav2", "extract-features"):
+        done = project.stage(name)
+        assert done.returncode == 0, done.stderr
+    results = tmp_path / "results"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.strategies", "--steps", "30", "--results", str(results), "--cases", *CHOSEN],
+        cwd=project.folder, capture_output=True, text=True, timeout=800,
+        env=project.environment(PYTHONPATH=os.pathsep.join([str(ROOT / "src"), str(ROOT)])),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((results / "strategies.json").read_text())
+    # Among them: one process that reads other images is far off.
+    assert len(result["claims"]) == len(CHOSEN) + 1 and all(claim["met"] for claim in result["claims"]), done.stdout
+    assert set(result["details"]["distances"]["shared rows"]) == {
+        "cpu-ddp", "cpu-fsdp2", "cpu-fsdp2-uneven", "cpu-zero2", "cpu-zero3",
+    }  # fmt: skip
+    assert result["details"]["losses"] >= 30
+    states = result["details"]["states"]
+    assert all("uint8" in kinds for name, kinds in states["shared rows, 8 bits"].items()), states

@@ -1,0 +1,122 @@
+"""Model FLOPs: the formula against torch's own count of what runs, and counts of batches against the mask itself."""
+
+import copy
+from dataclasses import astuple, replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlm_vqa.model.flops import Work, batch_work, cost, linear_maps, model_cost, rows_work
+from vlm_vqa.model.layout import PAD_SEGMENT, QuestionTokens, Row, visible
+from vlm_vqa.model.vlm import freeze_embeddings
+from vlm_vqa.params import LanguageConfig, Mask
+
+MASKS = ["image-prefix", "prefix-lm"]
+TEXTS = [("Is it red?", "yes"), ("How many dogs are there?", "two dogs"), ("What color is the shape?", "blue")]
+
+
+def make_rows(layout):
+    """Return rows of several lengths, with all questions in the first where they can share it."""
+    first, second, third = (layout.tokenize(question, answer) for question, answer in TEXTS)
+    shared = (first, second, third) if layout.mask is Mask.IMAGE_PREFIX else (first,)
+    return [Row(0, shared), Row(1, (second,)), Row(2, (third,))]
+
+
+def make_batch(tiny, layout, rows):
+    features = torch.randn(len(rows), tiny.num_patches, tiny.encoder_config.hidden_size)
+    return {"image_features": features, **layout.collate(rows)}
+
+
+def run(tiny, batch, *, frozen=False):
+    """Return the model's configuration and torch's count of each product in loss and gradients."""
+    model = copy.deepcopy(tiny.training)
+    if frozen:
+        freeze_embeddings(model)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)["loss"].backward()
+    counts = {operation.__name__: flops for operation, flops in counter.get_flop_counts()["Global"].items()}
+    return model.config, counts
+
+
+def computed_pairs(batch, layout):
+    """Count the pairs of the grids that attention computes: prefixes by themselves, the rest of a row on all of it."""
+    rows, width = batch["input_ids"].shape
+    prefix = batch["prefix_places"].shape[1] if layout.mask is Mask.IMAGE_PREFIX else 0
+    return rows * (prefix**2 + (width - prefix) * width)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_formula_is_what_torch_counts(tiny, mask, frozen):
+    """Linear maps, projector and head to the FLOP; attention but for pairs of its grid that do not see each other."""
+    layout = tiny.layout(mask)
+    rows = make_rows(layout)
+    batch = make_batch(tiny, layout, rows)
+    config, counted = run(tiny, batch, frozen=frozen)
+    price, work = model_cost(config, frozen_embeddings=frozen), rows_work(layout, rows)
+    assert counted["mm"] + counted["addmm"] == price.flops(replace(work, pairs=0))
+    assert counted["bmm"] == price.pair * computed_pairs(batch, layout)
+    hidden = computed_pairs(batch, layout) - work.pairs
+    assert hidden > 0 and sum(counted.values()) - price.flops(work) == price.pair * hidden
+
+
+def test_the_whole_formula_is_torchs_count_where_all_see_all(tiny):
+    """A row of prefix-lm whose answer is <eos> alone: it is predicted, not read, so nothing is causal."""
+    layout = tiny.layout("prefix-lm")
+    rows = [Row(0, (QuestionTokens(layout.tokenize("Is it red?").prompt, [layout.eos_id]),))]
+    config, counted = run(tiny, make_batch(tiny, layout, rows))
+    assert model_cost(config, frozen_embeddings=False).flops(rows_work(layout, rows)) == sum(counted.values())
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_batch_counts_as_its_rows_and_its_mask(tiny, mask):
+    layout = tiny.layout(mask)
+    rows = make_rows(layout)
+    batch = make_batch(tiny, layout, rows)
+    work = batch_work(batch)
+    assert work == rows_work(layout, rows)
+    real = batch["segment_ids"] != PAD_SEGMENT
+    assert not real.all(), "without padding the test shows less"
+    assert work.pairs == visible(batch["segment_ids"], batch["position_ids"], batch["bidirectional"])[real].sum()
+    assert work.tokens == batch["prefix_places"].numel() + batch["rest_places"].numel() == real.sum()
+    assert work.image_tokens == 3 * tiny.num_patches
+    assert work.supervised == (batch["labels"] >= 0).sum()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_rows_that_teach_nothing_need_nothing(tiny, mask):
+    layout = tiny.layout(mask)
+    rows, idle = make_rows(layout), Row(3, ())
+    assert rows_work(layout, [*rows, idle]) == rows_work(layout, rows)
+    assert batch_work(make_batch(tiny, layout, [*rows, idle])) == rows_work(layout, rows)
+    assert batch_work(make_batch(tiny, layout, [idle])) == rows_work(layout, [idle]) == Work(0, 0, 0, 0)
+
+
+def test_cost_is_linear_in_layers_and_frozen_embeddings_spare_one_product():
+    shape = LanguageConfig(16, 32, 3, 4, 2, 8)
+    one, two = (cost(replace(shape, num_hidden_layers=layers), 100, 12) for layers in (3, 6))
+    assert (two.token, two.pair) == (2 * one.token, 2 * one.pair)
+    assert (two.image_token, two.supervised) == (one.image_token, one.supervised)
+    frozen = cost(shape, 100, 12, frozen_embeddings=True)
+    assert frozen == replace(one, supervised=one.supervised - 2 * 16 * 100)
+    # Twice that of every parameter for the forward pass, twice as much again for the backward pass.
+    assert one.token == 6 * 3 * (16 * 32 + 2 * 16 * 16 + 32 * 16 + 3 * 16 * 32)
+    assert len(linear_maps(shape)) == 7
+
+
+def test_work_is_paid_by_the_unit():
+    price = cost(LanguageConfig(16, 32, 3, 4, 2, 8), 100, 12)
+    units = [Work(*(int(place == at) for place in range(4))) for at in range(4)]
+    assert [price.flops(unit) for unit in units] == [price.token, price.image_token, price.supervised, price.pair]
+    assert price.flops(Work(5, 6, 7, 8)) == sum(
+        number * each for number, each in zip((5, 6, 7, 8), astuple(price), strict=True)
+    )
+
+
+def test_a_batch_on_a_device_is_not_counted(tiny):
+    """It would have to wait for the device."""
+    layout = tiny.layout("image-prefix")
+    batch = make_batch(tiny, layout, make_rows(layout))
+    with pytest.raises(AssertionError, match="wait"):
+        batch_work({name: value.to("meta") for name, value in batch.items()})
