@@ -24,6 +24,8 @@ class Source(Enum):
 
     EASY_VQA = "easy-vqa"
     DIRECTORY = "directory"
+    OFFICIAL = "official"
+    HUB = "hub"
 
 
 class Mask(Enum):
@@ -38,6 +40,13 @@ class TooLong(Enum):
 
     ERROR = "error"
     DROP = "drop"
+
+
+class Answers(Enum):
+    """Which of a question's ten answers is taught."""
+
+    MAJORITY = "majority"
+    DRAWN = "drawn"
 
 
 class Optimizer(Enum):
@@ -70,6 +79,15 @@ class Dtype(Enum):
     FLOAT16 = "float16"
 
 
+class StoreDtype(Enum):
+    """Types of stored features; see `vlm_vqa.data.feature_store`."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
 class Rounding(Enum):
     """How an updated weight is rounded to `train.weights_dtype`."""
 
@@ -99,11 +117,46 @@ class SplitFiles:
 
 
 @dataclass(frozen=True)
+class OfficialParams:
+    """Where source `official` downloads VQAv2's six archives from; their names and checksums are fixed."""
+
+    texts_url: str
+    """Folder of the four archives of questions and annotations."""
+    images_url: str
+    """Folder of the two archives of images."""
+    keep_archives: bool
+    """Leave the archives in data/archives when the records are made; else they are removed then."""
+    downloads: int
+    """Archives downloaded at once."""
+
+
+@dataclass(frozen=True)
+class HubRepository:
+    """One split in a `datasets` repository on the hub."""
+
+    repository: str
+    """`owner/name`."""
+    revision: str
+    """Its commit, 40 hex digits."""
+    split: str
+    """The name of the split there."""
+
+
+@dataclass(frozen=True)
+class HubParams:
+    """What source `hub` streams."""
+
+    train: HubRepository
+    val: HubRepository
+
+
+@dataclass(frozen=True)
 class DataParams:
     """What `fetch-vqav2` reads."""
 
     source: Source
-    """`easy-vqa` (from its PyPI package) or `directory` (VQAv2's official layout in a local folder)."""
+    """`easy-vqa` (from its PyPI package), `directory` (VQAv2's official layout in a local folder), `official` (its six
+    archives, downloaded) or `hub` (a `datasets` repository)."""
     directory: str
     """Folder of the official files, for source `directory`. It is a dependency of the stage, so it must exist."""
     train: SplitFiles
@@ -112,6 +165,10 @@ class DataParams:
     """Files of the validation split, for source `directory`."""
     allow_split_overlap: bool
     """Accept images that stand in both splits. Only plumbing tests want that."""
+    official: OfficialParams | None
+    """For source `official`; null otherwise."""
+    hub: HubParams | None
+    """For source `hub`; null otherwise."""
     max_image_pixels: int
     """Images with more pixels are refused before they are decoded."""
 
@@ -120,6 +177,8 @@ class DataParams:
 class VisionParams:
     """The frozen DINOv2 and how `extract-features` runs it."""
 
+    launch: str
+    """Name of the accelerate config in `launch/` that extract-features runs under."""
     model: str
     """`small` (the encoder in this package), a hub id, or a local folder in HF format."""
     revision: str | None
@@ -132,8 +191,8 @@ class VisionParams:
     """Images per forward pass."""
     compute_dtype: Dtype
     """Weights and activations of the encoder. DINOv2 in float16 is not supported."""
-    store_dtype: Dtype
-    """Type of the stored features."""
+    store_dtype: StoreDtype
+    """Type of the stored features; `int8` has a scale for every token and takes half the disk of 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +236,28 @@ class PromptParams:
 
 
 @dataclass(frozen=True)
+class LoraParams:
+    """Low-rank adapters instead of all of Gemma 2's weights; merged into them at the end of training."""
+
+    rank: int
+    alpha: float
+    """Adapters are scaled by alpha / rank."""
+    dropout: float
+    """On what enters an adapter."""
+    targets: tuple[str, ...]
+    """Linear layers of Gemma 2 that get one, by the last part of their names."""
+
+
+@dataclass(frozen=True)
 class TrainParams:
     """Fine-tuning with the HF Trainer."""
 
     launch: str
     """Name of the accelerate config in `launch/`."""
+    answers: Answers
+    """`majority` teaches the most common of a question's ten answers; `drawn` one of the ten, drawn anew each epoch."""
+    lora: LoraParams | None
+    """Train adapters and the projector; null trains all weights."""
     batch_size: int
     """Questions per process and forward pass, on average: an optimizer step takes exactly batch_size x
     gradient_accumulation_steps x processes of them, and divides them into forward passes of about equally many tokens."""
@@ -297,6 +373,7 @@ class Params:
         with another launch or number of processes if batch_size and gradient_accumulation_steps make up for it.
         """
         sections = {key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train")}
+        sections["vision"] = {key: value for key, value in sections["vision"].items() if key != "launch"}
         train = sections["train"]
         per_process = train["batch_size"] * train["gradient_accumulation_steps"]
         kept = {key: value for key, value in train.items() if key not in DIVISION}
@@ -370,6 +447,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return hint(value)
     if hint is float and type(value) is int:
         return float(value)
+    if hint == tuple[str, ...]:
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise UserError(f"{key} is {value!r}; it must be a list of names.")
+        return tuple(value)
     if type(value) is not hint:
         # YAML 1.1 reads 1e-5 as text: the most common wrong type deserves its own words.
         hint_text = " Write numbers with a point: 1.0e-5." if hint is float and isinstance(value, str) else ""
@@ -379,8 +460,12 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 def _check(params: Params) -> None:
     _check_ranges(params)
+    _check_source(params.data)
     _check_models(params)
     _check_train(params.train)
+    for key, name in (("vision.launch", params.vision.launch), ("train.launch", params.train.launch)):
+        if not re.fullmatch(r"[a-z0-9-]+", name):
+            raise UserError(f"{key} is {name!r}; it must name a file launch/NAME.yaml.")
     if params.prompt.mask is Mask.PREFIX_LM and params.train.questions_per_row != 1:
         raise UserError(
             f"train.questions_per_row is {params.train.questions_per_row}; prompt.mask prefix-lm lets the image see the "
@@ -414,6 +499,22 @@ def _check_ranges(params: Params) -> None:
                 f"{key} is {flat[key]!r}; it must be a format string of image_id, such as "
                 "COCO_train2014_{image_id:012d}.jpg."
             ) from error
+
+
+def _check_source(data: DataParams) -> None:
+    """Refuse settings of a source that is not used, and unpinned repositories."""
+    for name, source in (("official", Source.OFFICIAL), ("hub", Source.HUB)):
+        if (getattr(data, name) is not None) != (data.source is source):
+            raise UserError(
+                f"data.{name} must {'be given' if data.source is source else 'be null'}: data.source is {data.source.value}."
+            )
+    if data.hub is not None:
+        for split in ("train", "val"):
+            revision = getattr(data.hub, split).revision
+            if not re.fullmatch(r"[0-9a-f]{40}", revision):
+                raise UserError(f"data.hub.{split}.revision is {revision!r}; it must be a commit of 40 hex digits.")
+    if data.official is not None and data.official.downloads < 1:
+        raise UserError(f"data.official.downloads is {data.official.downloads}; it must be above 0.")
 
 
 def _check_models(params: Params) -> None:
@@ -463,8 +564,25 @@ def _check_train(train: TrainParams) -> None:
             f"train.dropout is {train.dropout}; flex_attention cannot drop attention probabilities. Set train.dropout: 0.0 "
             "or train.attention: eager."
         )
-    if not re.fullmatch(r"[a-z0-9-]+", train.launch):
-        raise UserError(f"train.launch is {train.launch!r}; it must name a file launch/NAME.yaml.")
+    _check_lora(train)
+
+
+def _check_lora(train: TrainParams) -> None:
+    if train.lora is None:
+        return
+    if train.lora.rank < 1 or train.lora.alpha <= 0 or not 0 <= train.lora.dropout < 1:
+        raise UserError("train.lora: rank and alpha must be above 0, dropout at least 0 and below 1.")
+    unknown = sorted(set(train.lora.targets) - set(PROJECTIONS))
+    if unknown:
+        raise UserError(
+            f"train.lora.targets has {', '.join(unknown)}; Gemma 2's linear layers are {', '.join(PROJECTIONS)}."
+        )
+    if not train.freeze_embeddings:
+        raise UserError("train.freeze_embeddings is false; it must be true with train.lora: only adapters are trained.")
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a `Gemma2DecoderLayer`."""
 
 
 def _check_rounding(train: TrainParams) -> None:
@@ -488,6 +606,8 @@ def _check_rounding(train: TrainParams) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, tuple):
+        return list(value)
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return value
