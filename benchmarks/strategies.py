@@ -116,7 +116,7 @@ def _trainer(
     running = launch.start(train, folder)
     data, layout, processor = prepare(params, encoder)
     count = min(len(data), steps * QUESTIONS)
-    data.image_ids, data.tokens = data.image_ids[:count], data.tokens[:count]
+    data.head(count)
     train = dataclasses.replace(train, num_train_epochs=math.ceil(steps * QUESTIONS / count))
     model = initial_model(params.language, encoder.model.config, processor, params.seed)
     start = folder / "start.safetensors"

@@ -17,6 +17,7 @@ from vlm_vqa.hashing import code_hash, write_json
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import (
+    add_adapters,
     build_processor,
     freeze_embeddings,
     hash_weights,
@@ -26,7 +27,7 @@ from vlm_vqa.model.vlm import (
     set_attention,
     set_dropout,
 )
-from vlm_vqa.params import Params, load_params
+from vlm_vqa.params import Answers, Params, load_params
 from vlm_vqa.training import checkpoints, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.throughput import peak_memory_gib
@@ -69,6 +70,8 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
     set_attention(model, params.train.attention)
     if params.train.freeze_embeddings:
         freeze_embeddings(model)
+    if params.train.lora is not None:
+        add_adapters(model, params.train.lora)
 
     with tracking.training_run(params, key=key, tags=made_of) as run:
         watchdog.on_end = run.fail
@@ -94,7 +97,10 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
 def prepare(params: Params, encoder) -> tuple[QuestionDataset, TokenLayout, object]:
     """Load the training questions, and build tokenizer, processor and layout for them."""
     records = load_questions(RECORDS, "train")
-    texts = [params.prompt.instruction, *records["question"], *records["multiple_choice_answer"]]
+    taught = records["multiple_choice_answer"]
+    if params.train.answers is Answers.DRAWN:
+        taught = [answer for answers in records["answers"] for answer in answers]
+    texts = [params.prompt.instruction, *records["question"], *taught]
     processor = build_processor(
         encoder.processor_for_export(), load_tokenizer(params.language, texts), params.vision.num_patches
     )
@@ -106,7 +112,8 @@ def prepare(params: Params, encoder) -> tuple[QuestionDataset, TokenLayout, obje
         text_length=params.prompt.text_length,
         image_token_id=processor.image_token_id,
     )
-    return QuestionDataset(records, layout, params.prompt.too_long), layout, processor
+    data = QuestionDataset(records, layout, params.prompt.too_long, params.train.answers, params.seed)
+    return data, layout, processor
 
 
 def save(config: PaliGemmaConfig, weights: dict[str, Tensor], processor, made_of: dict[str, str]) -> str:

@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.params import TooLong
+from vlm_vqa.params import Answers, TooLong
 from vlm_vqa.training.dataset import QuestionDataset
 from vlm_vqa.training.windows import PlannedRow
 
@@ -29,8 +29,42 @@ def test_a_record_too_long_is_an_error_or_a_counted_drop(tiny):
 def test_a_planned_row_becomes_its_image_and_questions(tiny):
     data = QuestionDataset(records(), tiny.layout("image-prefix"), TooLong.ERROR)
     row = data[PlannedRow(1, (1, 0))]
-    assert row.image_id == 1 and row.questions == (data.tokens[1], data.tokens[0])
+    assert row.image_id == 1 and row.questions == (data.tokens(1, 0), data.tokens(0, 0))
     # What a question adds to a row's length is what the sampler counts.
     rows = [data[PlannedRow(1, (0,))], data[PlannedRow(1, (0, 1))]]
     one, both = (tiny.layout("image-prefix").collate([row])["input_ids"].shape[1] for row in rows)
-    assert both - one == data.text_lengths[1]
+    assert both - one == data.text_lengths(0)[1]
+
+
+def asked(answers):
+    return datasets.Dataset.from_dict(
+        {"question_id": range(40), "image_id": [1] * 40, "question": ["Is it red?"] * 40,
+         "multiple_choice_answer": ["yes"] * 40, "answers": [answers] * 40}
+    )  # fmt: skip
+
+
+def test_one_of_the_ten_answers_is_drawn_anew_each_epoch(tiny):
+    layout = tiny.layout("image-prefix")
+    data = QuestionDataset(asked(["yes"] * 7 + ["no", "two", ""]), layout, TooLong.ERROR, Answers.DRAWN, seed=3)
+    said = lambda epoch: [layout.decode(data.tokens(question, epoch).answer) for question in range(40)]  # noqa: E731
+    first, second = said(0), said(1)
+    assert first != second and said(0) == first
+    assert set(first + second) == {"yes", "no", "two"}, "nobody teaches silence"
+    assert 0.6 < (first + second).count("yes") / 80 < 0.95
+    # Rows and the sampler's lengths are those of the same epoch.
+    assert data[PlannedRow(1, (5,), epoch=1)].questions == (data.tokens(5, 1),)
+    assert data.text_lengths(1) == [len(data.tokens(question, 1).read) for question in range(40)]
+    again = QuestionDataset(asked(["yes"] * 7 + ["no", "two", ""]), layout, TooLong.ERROR, Answers.DRAWN, seed=4)
+    assert [again.tokens(question, 0).answer for question in range(40)] != [data.tokens(q, 0).answer for q in range(40)]
+
+
+def test_of_drawn_answers_those_that_fit_are_taught(tiny):
+    layout = tiny.layout("image-prefix")
+    layout.text_length = layout.text_tokens(layout.tokenize("Is it red?", "yes"))
+    answers = ["yes", "a long answer of many words"]
+    data = QuestionDataset(asked(answers), layout, TooLong.DROP, Answers.DRAWN)
+    assert data.dropped == 0 and {layout.decode(data.tokens(q, 0).answer) for q in range(40)} == {"yes"}
+    with pytest.raises(UserError, match="question_id 0: .*prompt.text_length"):
+        QuestionDataset(asked(answers), layout, TooLong.ERROR, Answers.DRAWN)
+    with pytest.raises(UserError, match="no training record"):
+        QuestionDataset(asked(["", ""]), layout, TooLong.DROP, Answers.DRAWN)

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import Row
-from vlm_vqa.model.vlm import freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
-from vlm_vqa.params import Attention, Dtype, Mask, Optimizer, TooLong, load_params
+from vlm_vqa.model.vlm import add_adapters, freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
+from vlm_vqa.params import Attention, Dtype, LoraParams, Mask, Optimizer, Rounding, TooLong, load_params
 from vlm_vqa.training import checkpoints, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments, write_curve
@@ -58,6 +58,10 @@ def make(tiny, tmp_path):
         train = dataclasses.replace(base, **{**settings, **changes})
         model = initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1)
         set_dropout(model, dropout)
+        if train.freeze_embeddings:
+            freeze_embeddings(model)
+        if train.lora is not None:
+            add_adapters(model, train.lora)
         running = launch.start(train)
         arguments = training_arguments(train, seed, tmp_path / folder, running)
         return VqaTrainer(model, arguments, train, data, Collator(layout, store), list(callbacks), running)
@@ -164,6 +168,26 @@ def test_frozen_embeddings_stay_as_they_are(make):
     assert id(model.lm_head.weight) not in {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
 
 
+def test_adapters_are_trained_alone_and_merged(make, tiny):
+    lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, targets=("q_proj", "down_proj"))
+    trainer = make(lora=lora, freeze_embeddings=True)
+    plain = trained_state(initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1))
+    trainer.train()
+    merged = trainer.whole_weights()
+    assert merged.keys() == plain.keys()
+    moved = {name for name in plain if not torch.equal(plain[name], merged[name])}
+    layers = {f"model.language_model.layers.{layer}.{part}.weight" for layer in (0, 1)
+              for part in ("self_attn.q_proj", "mlp.down_proj")}  # fmt: skip
+    assert moved == layers | {f"model.multi_modal_projector.linear.{part}" for part in ("weight", "bias")}
+    # The plain model with merged weights answers as the one with adapters.
+    layout = tiny.layout("image-prefix")
+    inputs = layout.collate([Row(0, (layout.tokenize(*QUESTIONS[0]),))])
+    features = torch.randn(1, tiny.num_patches, 24)
+    joined = initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1)
+    joined.load_state_dict(merged, strict=False)
+    torch.testing.assert_close(joined(features, **inputs)["loss"], trainer.model(features, **inputs)["loss"])
+
+
 def test_the_optimizer_is_the_one_asked_for(make):
     trainer = make(optimizer=Optimizer.ADAMW_BNB_8BIT, percentile_clipping=95)
     trainer.train()
@@ -232,6 +256,21 @@ class Log:
 
     def set_tags(self, tags):
         self.tags |= tags
+
+
+@pytest.mark.parametrize("kind", [Optimizer.ADAMW_TORCH, Optimizer.ADAMW_BNB_8BIT])
+def test_bfloat16_weights_learn_and_resume_to_the_bit(make, kind):
+    settings = {"weights_dtype": Dtype.BFLOAT16, "compute_dtype": Dtype.BFLOAT16, "rounding": Rounding.STOCHASTIC,
+                "optimizer": kind, "save_steps": 4}  # fmt: skip
+    straight = make("straight", **settings)
+    straight.train()
+    assert {parameter.dtype for parameter in straight.model.parameters()} == {torch.bfloat16}
+    losses = [entry["loss"] for entry in straight.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    straight.writer.wait()
+    resumed = make("straight", **settings)
+    resumed.run()
+    torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
 
 
 def test_what_is_logged(make, tmp_path):

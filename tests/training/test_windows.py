@@ -15,7 +15,7 @@ PREFIX = 30
 def sampler(seed=0, epoch=0, image_ids=IMAGE_IDS, **shape):
     made = WindowSampler(
         image_ids,
-        LENGTHS,
+        lambda epoch: LENGTHS,
         PREFIX,
         WindowShape(**{"questions": 24, "questions_per_row": 32, "passes": 3, **shape}),
         seed,

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from datasets import Dataset as Records
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout
-from vlm_vqa.params import TooLong
+from vlm_vqa.params import Answers, TooLong
 from vlm_vqa.training.launch import on_main_process
 from vlm_vqa.training.windows import PlannedRow
 
@@ -20,24 +21,38 @@ log = logging.getLogger(__name__)
 
 
 class QuestionDataset(Dataset):
-    """Tokenised training questions with their majority answers.
+    """Tokenised training questions with the answers that may be taught: the majority's, or all ten people's.
+
+    Of several answers one is drawn anew each epoch, by seed, epoch and question alone, so every process and every resumed
+    run draws the same.
 
     Attributes:
         image_ids: one for each question.
         dropped: records left out because they do not fit `prompt.text_length`.
     """
 
-    def __init__(self, records: Records, layout: TokenLayout, too_long: TooLong):
+    def __init__(
+        self,
+        records: Records,
+        layout: TokenLayout,
+        too_long: TooLong,
+        answers: Answers = Answers.MAJORITY,
+        seed: int = 0,
+    ):
         """Tokenise all records.
 
         Raises:
             UserError: a record is too long (with `too_long: error`), or none is left; the question id is named.
         """
+        self.seed = seed
         self.image_ids: list[int] = []
-        self.tokens: list[QuestionTokens] = []
         self.dropped = 0
-        columns = (records[name] for name in ("question_id", "image_id", "question", "multiple_choice_answer"))
-        for question_id, image_id, question, answer in tqdm(
+        self._prompts: list[list[int]] = []
+        self._answers: list[tuple[list[int], ...]] = []
+        self._drawn: tuple[int, list[int]] | None = None
+        taught = "multiple_choice_answer" if answers is Answers.MAJORITY else "answers"
+        columns = (records[name] for name in ("question_id", "image_id", "question", taught))
+        for question_id, image_id, question, given in tqdm(
             zip(*columns, strict=True),
             total=len(records),
             desc="tokenising",
@@ -45,29 +60,68 @@ class QuestionDataset(Dataset):
             disable=not on_main_process(),
         ):
             try:
-                tokens = layout.tokenize(question, answer)
+                tokens = _tokenize(layout, question, [given] if isinstance(given, str) else given, too_long)
             except UserError as error:
                 if too_long is TooLong.ERROR:
                     raise UserError(f"question_id {question_id}: {error}") from error
                 self.dropped += 1
                 continue
             self.image_ids.append(image_id)
-            self.tokens.append(tokens)
+            self._prompts.append(tokens[0].prompt)
+            self._answers.append(tuple(each.answer for each in tokens))
         if self.dropped:
             log.warning("dropped %d of %d records that do not fit prompt.text_length", self.dropped, len(records))
-        if not self.tokens:
+        if not self._prompts:
             raise UserError("no training record fits prompt.text_length; raise it.")
 
-    @property
-    def text_lengths(self) -> list[int]:
-        """Tokens that each question and its answer add to a row."""
-        return [len(tokens.read) for tokens in self.tokens]
+    def text_lengths(self, epoch: int) -> list[int]:
+        """Return how many tokens each question and its answer of this epoch add to a row."""
+        return [len(self.tokens(question, epoch).read) for question in range(len(self))]
+
+    def tokens(self, question: int, epoch: int) -> QuestionTokens:
+        """Return a question with its answer of this epoch."""
+        answers = self._answers[question]
+        return QuestionTokens(self._prompts[question], answers[self._draw(epoch)[question] if len(answers) > 1 else 0])
+
+    def _draw(self, epoch: int) -> list[int]:
+        """Return which of its answers each question has in this epoch."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            shares = torch.rand(len(self), generator=generator, dtype=torch.float64)
+            counts = torch.tensor([len(answers) for answers in self._answers])
+            self._drawn = (epoch, (shares * counts).long().tolist())
+        return self._drawn[1]
+
+    def head(self, count: int) -> None:
+        """Keep the first `count` questions only."""
+        self.image_ids, self._drawn = self.image_ids[:count], None
+        self._prompts, self._answers = self._prompts[:count], self._answers[:count]
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self._prompts)
 
     def __getitem__(self, planned: PlannedRow) -> Row:
-        return Row(planned.image_id, tuple(self.tokens[question] for question in planned.questions))
+        return Row(planned.image_id, tuple(self.tokens(question, planned.epoch) for question in planned.questions))
+
+
+def _tokenize(layout: TokenLayout, question: str, answers: Sequence[str], too_long: TooLong) -> list[QuestionTokens]:
+    """Return a question with each of its answers; of ten people's, those who said nothing are left out.
+
+    Raises:
+        UserError: an answer does not fit, with `TooLong.ERROR`; none fits, with `TooLong.DROP`; none says anything.
+    """
+    said = [answer for answer in answers if answer.strip()] if len(answers) > 1 else answers
+    found, refused = {}, None
+    for answer in set(said):
+        try:
+            found[answer] = layout.tokenize(question, answer)
+        except UserError as error:
+            if too_long is TooLong.ERROR:
+                raise
+            refused = error
+    if not found:
+        raise refused or UserError(f"question {question!r} has only empty answers; mend the annotations file.")
+    return [found[answer] for answer in said if answer in found]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import model_cost
-from vlm_vqa.model.vlm import VlmForTraining
+from vlm_vqa.model.vlm import VlmForTraining, merge_adapters
 from vlm_vqa.params import Attention, Dtype, Optimizer, TrainParams
 from vlm_vqa.training import checkpoints, snapshot
 from vlm_vqa.training.dataset import Collator, QuestionDataset
@@ -374,7 +374,8 @@ class VqaTrainer(Trainer):
     def whole_weights(self) -> dict[str, Tensor]:
         """Return the trained weights, whole, float32, on the CPU: on process 0; nothing on the others.
 
-        All processes must call it. It is the weights that the optimizer updates, not copies of less precision.
+        All processes must call it. It is the weights that the optimizer updates, not copies of less precision, with adapters
+        merged into them.
         """
         self.beat(Phase.WAITING)
         weights = {}
@@ -382,7 +383,8 @@ class VqaTrainer(Trainer):
             value = whole(parameter, self.launch.strategy).detach()
             if self.launch.main:
                 weights[name] = value.to("cpu", torch.float32)
-        return weights
+        lora = self.train_settings.lora
+        return weights if lora is None else merge_adapters(weights, lora)
 
 
 def whole(parameter: Tensor, strategy: Strategy) -> Tensor:

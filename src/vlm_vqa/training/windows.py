@@ -7,7 +7,7 @@ cut into the forward passes of all processes, of about equal size.
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ class PlannedRow(NamedTuple):
 
     image_id: int
     questions: tuple[int, ...]
+    epoch: int = 0
+    """Decides which of its answers a question has."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,25 @@ class WindowSampler(BatchSampler):
     """
 
     def __init__(
-        self, image_ids: Sequence[int], text_lengths: Sequence[int], prefix_length: int, shape: WindowShape, seed: int
+        self,
+        image_ids: Sequence[int],
+        text_lengths: Callable[[int], Sequence[int]],
+        prefix_length: int,
+        shape: WindowShape,
+        seed: int,
     ):
         """
         Args:
-            image_ids, text_lengths: of every question; the length in tokens after the prefix.
+            image_ids: of every question.
+            text_lengths: gives every question's length in tokens after the prefix, in an epoch.
             prefix_length: tokens that come once a row.
         """
         self.image_ids = list(image_ids)
-        self.text_lengths = list(text_lengths)
         self.prefix_length = prefix_length
         self.shape = shape
         self.seed = seed
-        self.epoch = 0
+        self._lengths_of = text_lengths
+        self.set_epoch(0)
         # What accelerate and the Trainer ask of any batch sampler: batches have no fixed number of rows.
         self.batch_size = None
         self.drop_last = False
@@ -69,6 +77,7 @@ class WindowSampler(BatchSampler):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order; called by the Trainer at the start of each epoch."""
         self.epoch = epoch
+        self.text_lengths = self._lengths_of(epoch)
 
     def __len__(self) -> int:
         return -(-len(self.image_ids) // self.shape.questions) * self.shape.passes
@@ -109,7 +118,7 @@ class WindowSampler(BatchSampler):
 
     def _rows(self, window: Sequence[tuple[int, ...]]) -> list[PlannedRow]:
         """Plan the window's rows, the longest first."""
-        rows = [PlannedRow(self.image_ids[group[0]], group) for group in window]
+        rows = [PlannedRow(self.image_ids[group[0]], group, self.epoch) for group in window]
         return sorted(rows, key=self._length, reverse=True)
 
     def _length(self, row: PlannedRow) -> int:
@@ -121,7 +130,7 @@ class WindowSampler(BatchSampler):
         sizes = divide([self._length(row) for row in rows], count)
         ends = torch.tensor(sizes).cumsum(0).tolist()
         # Every process must take part in every pass: with nothing left to learn, by a row that teaches nothing.
-        idle = PlannedRow(rows[-1].image_id, ())
+        idle = PlannedRow(rows[-1].image_id, (), self.epoch)
         return [rows[end - size : end] or [idle] for size, end in zip(sizes, ends, strict=True)]
 
 
