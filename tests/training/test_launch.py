@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch"
 TRAIN = load_params(ROOT / "params.yaml").train
 EXPECTED = {
-    "cpu": Strategy.SINGLE, "cpu-ddp": Strategy.DDP, "cpu-fsdp2": Strategy.FSDP2, "cpu-zero2": Strategy.ZERO2,
+    "cpu": Strategy.SINGLE, "gpu": Strategy.SINGLE, "cpu-ddp": Strategy.DDP, "cpu-fsdp2": Strategy.FSDP2, "cpu-zero2": Strategy.ZERO2,
     "cpu-zero3": Strategy.ZERO3, "ddp": Strategy.DDP, "fsdp2": Strategy.FSDP2, "zero2": Strategy.ZERO2,
     "zero3": Strategy.ZERO3, "fsdp2-multinode": Strategy.FSDP2,
 }  # fmt: skip
@@ -40,8 +40,8 @@ def test_every_launch_file_is_understood():
 
 
 def test_an_unknown_launch_names_the_known_ones():
-    with pytest.raises(UserError, match="'gpu'.*Known launches: cpu, cpu-ddp, cpu-fsdp2"):
-        read_launch("gpu", FOLDER)
+    with pytest.raises(UserError, match="'tpu'.*Known launches: cpu, cpu-ddp, cpu-fsdp2"):
+        read_launch("tpu", FOLDER)
 
 
 @pytest.mark.parametrize(
