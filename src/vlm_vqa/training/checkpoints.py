@@ -12,6 +12,7 @@ Every process writes its own files and needs no other one for it; a checkpoint i
 written in a thread while training goes on, and one that was cut off at any point is never taken for a whole one.
 """
 
+import errno
 import json
 import logging
 import os
@@ -151,6 +152,17 @@ def read_tensors(checkpoint: Path, rank: int, world: int) -> Any:
     return safe_open(checkpoint / tensors_file(rank, world), framework="pt", device="cpu")
 
 
+def _named(error: BaseException, checkpoint: Path) -> BaseException:
+    """Return what a person is to be told of an error while `checkpoint` was written."""
+    # safetensors hands on the system's words, not its number.
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        return UserError(
+            f"{checkpoint}: could not be written: the disk is full. Free some space, then run `dvc repro` again: training "
+            "goes on from the checkpoint before it."
+        )
+    return error
+
+
 def _step(checkpoint: Path) -> int:
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(match[1]) if match else -1
@@ -200,7 +212,7 @@ class Writer:
         try:
             write()
         except BaseException as error:  # noqa: BLE001 - raised again by the training's thread
-            self._error = error
+            self._error = _named(error, checkpoint)
             # What is left of it would only fill the disk; without its seal it is no checkpoint.
             for path in checkpoint.glob(f"rank-{self.rank}-of-*"):
                 path.unlink(missing_ok=True)
