@@ -35,4 +35,4 @@ lock: setup  ## rewrite constraints.txt from what is installed
 	   $(BIN)/python -m pip list --format=freeze --exclude vlm-vqa --exclude pip; } > constraints.txt
 
 clean:  ## remove what runs have made; .venv and the MLflow store stay
-	rm -rf data/records data/features models checkpoints benchmark_output
+	rm -rf data/records data/features data/features.parts models checkpoints benchmark_output

@@ -22,16 +22,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from benchmarks import measure
 from benchmarks.measure import Claim
-from vlm_vqa.data.feature_store import FeatureStore, FeatureStoreWriter
+from vlm_vqa.data.feature_store import FeatureStore, FeatureStoreWriter, Layout
 from vlm_vqa.data.records import ImageRecord, open_image
 from vlm_vqa.errors import UserError
 from vlm_vqa.model import extraction
 from vlm_vqa.model.encoder import Encoder
+from vlm_vqa.model.flops import vision_flops, vision_linear_maps
+from vlm_vqa.params import StoreDtype
 
 LONGER_EDGE = 640
 MAX_PIXELS = 10**6
@@ -148,7 +149,7 @@ def compare(
         ),
         measure.claim(f"extraction: decoding ahead against in turn, {kind}", timings["in turn"], timings["ahead"]),
     ]
-    work = forward_flops(config, encoder.num_tokens)
+    work = vision_flops(config, encoder.num_tokens)
     details = {
         "attention": config._attn_implementation,
         "flop_per_image": work,
@@ -161,28 +162,35 @@ def compare(
 
 def ahead(encoder: Encoder, images: Sequence[ImageRecord], writer: FeatureStoreWriter, batch_size: int) -> None:
     """As the stage does it."""
-    extraction.extract(images, encoder, writer, tqdm(disable=True), batch_size, MAX_PIXELS)
+    layout = writer.layout
+    take = lambda places: images[places.start : places.stop]  # noqa: E731
+    extraction.extract(range(layout.shards), take, encoder, writer, batch_size, MAX_PIXELS, lambda more: None)
 
 
 def in_turn(encoder: Encoder, images: Sequence[ImageRecord], writer: FeatureStoreWriter, batch_size: int) -> None:
     """As the stage did it: nothing overlaps."""
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        opened = [open_image(record.data, record.file_name, MAX_PIXELS) for record in batch]
-        writer.add([record.image_id for record in batch], encoder.encode(opened))
+    for number in range(writer.layout.shards):
+        shard, places = writer.layout.shard(number), writer.layout.places(number)
+        for start in range(places.start, places.stop, batch_size):
+            batch = images[start : min(start + batch_size, places.stop)]
+            opened = [open_image(record.data, record.file_name, MAX_PIXELS) for record in batch]
+            shard.add([record.image_id for record in batch], encoder.encode(opened))
+        writer.write(shard)
 
 
 def store(way: Way, encoder: Encoder, images: Sequence[ImageRecord], batch_size: int) -> None:
     """Extract into a temporary store."""
     with tempfile.TemporaryDirectory() as folder:
-        store_in(folder, way, encoder, images, batch_size)
+        store_in(f"{folder}/features", way, encoder, images, batch_size)
 
 
 def store_in(folder: str, way: Way, encoder: Encoder, images: Sequence[ImageRecord], batch_size: int) -> None:
     """Extract into the store `folder`, in the compute dtype."""
-    shape = {"num_tokens": encoder.num_tokens, "width": encoder.width, "dtype": encoder.model.dtype}
-    with FeatureStoreWriter(folder, images=len(images), made_by={}, **shape) as writer:
-        way(encoder, images, writer, batch_size)
+    layout = Layout(len(images), encoder.num_tokens, encoder.width, StoreDtype(name(encoder.model.dtype)))
+    writer = FeatureStoreWriter(folder, layout, made_by={})
+    writer.begin()
+    way(encoder, images, writer, batch_size)
+    writer.publish()
 
 
 def check_equal(encoder: Encoder, images: Sequence[ImageRecord], batch_size: int) -> None:
@@ -190,23 +198,9 @@ def check_equal(encoder: Encoder, images: Sequence[ImageRecord], batch_size: int
     stored = []
     for way in (ahead, in_turn):
         with tempfile.TemporaryDirectory() as folder:
-            store_in(folder, way, encoder, images, batch_size)
-            stored.append(FeatureStore.open(folder).batch(range(len(images))))
+            store_in(f"{folder}/features", way, encoder, images, batch_size)
+            stored.append(FeatureStore.open(f"{folder}/features").batch(range(len(images))))
     assert torch.equal(*stored), "decoding ahead changed the features"
-
-
-def linear_maps(config: Dinov2Config) -> list[tuple[int, int]]:
-    """Return (inputs, outputs) of one layer's linear maps: queries, keys, values, output, the MLP's two."""
-    width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-    return [(width, width)] * 4 + [(width, inner), (inner, width)]
-
-
-def forward_flops(config: Dinov2Config, num_tokens: int) -> int:
-    """Count the FLOPs of an image's forward pass by `FORMULA`."""
-    width = config.hidden_size
-    patches = 2 * (num_tokens - 1) * config.num_channels * config.patch_size**2 * width
-    linear = 2 * num_tokens * sum(one * other for one, other in linear_maps(config))
-    return patches + config.num_hidden_layers * (linear + 4 * num_tokens**2 * width)
 
 
 def products(config: Dinov2Config, num_tokens: int, batch_size: int, dtype: torch.dtype) -> Callable[[], None]:
@@ -216,7 +210,7 @@ def products(config: Dinov2Config, num_tokens: int, batch_size: int, dtype: torc
         return torch.randn(*shape, device=measure.device()).to(dtype)
 
     heads, width = config.num_attention_heads, config.hidden_size
-    maps = [(random(batch_size * num_tokens, one), random(other, one)) for one, other in linear_maps(config)]
+    maps = [(random(batch_size * num_tokens, one), random(other, one)) for one, other in vision_linear_maps(config)]
     patch = config.num_channels * config.patch_size**2
     patches = random(batch_size * (num_tokens - 1), patch), random(width, patch)
     queries, keys, values = (random(batch_size, heads, num_tokens, width // heads) for _ in range(3))

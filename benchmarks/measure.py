@@ -146,8 +146,9 @@ def shared_data(name: str) -> Path:
     return folder
 
 
-def write(name: str, claims: list[Claim], details: Mapping[str, Any], folder: Path = RESULTS) -> None:
-    """Write `NAME.json` into the folder of results and print the claims."""
+def write(name: str, claims: list[Claim], details: Mapping[str, Any], folder: Path | None = None) -> None:
+    """Write `NAME.json` into a folder, by default `RESULTS`, and print the claims."""
+    folder = folder or RESULTS
     folder.mkdir(exist_ok=True)
     content = {
         "machine": machine(),

@@ -141,7 +141,7 @@ def _steps(
     shuffled, images = deal(len(tokenized), torch.Generator().manual_seed(seed))
     shape = WindowShape(questions=size, questions_per_row=size, passes=1)
     lengths = [len(tokenized[place].read) for place in shuffled]
-    sampler = WindowSampler(images, lengths, layout.num_patches + len(layout.prefix), shape, seed)
+    sampler = WindowSampler(images, lambda epoch: lengths, layout.num_patches + len(layout.prefix), shape, seed)
     for window in sampler.windows():
         if sum(map(len, window)) == size:
             yield [tuple(shuffled[place] for place in group) for group in window]

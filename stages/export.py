@@ -8,7 +8,6 @@ import json
 import logging
 from pathlib import Path
 
-import torch
 from transformers import AutoProcessor
 
 from vlm_vqa import stage, tracking
@@ -49,8 +48,8 @@ def compare(features: FeatureStore, max_pixels: int) -> float:
     pixels = [records.open_image(image.data, image.file_name, max_pixels) for image in images]
     stored = features.batch([image.image_id for image in images]).float()
     difference = (answerer.encode(pixels) - stored).abs().max().item()
-    # Stored in 16 bits, a feature is off by its rounding; anything larger means another encoder or processor.
-    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[features.dtype] * stored.abs().max()
+    # Stored coarsely, a feature is off by its rounding; anything larger means another encoder or processor.
+    tolerance = features.tolerance * stored.abs().max()
     assert difference <= tolerance, f"the export's tower differs from the stored features by {difference}"
     return difference
 

@@ -1,23 +1,29 @@
 """Stage 2: look at every image once with the frozen DINOv2 and store what it saw.
 
-Reads data/records; writes data/features.
+Reads data/records; writes data/features, and before that data/features.parts, from where a run that was ended goes on.
+Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/extract_features.py`.
 """
 
 import logging
+import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from vlm_vqa import stage
-from vlm_vqa.data import records
-from vlm_vqa.data.feature_store import FeatureStoreWriter
-from vlm_vqa.model.encoder import load_encoder
-from vlm_vqa.model.extraction import extract
-from vlm_vqa.params import load_params
+from vlm_vqa.data import feature_store, records
+from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
+from vlm_vqa.hashing import sha256_file
+from vlm_vqa.model import crew, encoder, extraction
+from vlm_vqa.model.crew import POLL_SECONDS, Crew
+from vlm_vqa.model.encoder import Encoder, load_encoder
+from vlm_vqa.params import VisionParams, load_params
 
 RECORDS = Path("data/records")
 FEATURES = Path("data/features")
+CODE = [Path(part.__file__) for part in (feature_store, records, encoder, extraction)] + [Path(__file__)]
+"""What decides the features: shards that other code has made are not used."""
 
 logger = logging.getLogger(__name__)
 
@@ -25,29 +31,60 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     params = load_params("params.yaml")
     vision = params.vision
+    running = crew.join(vision.launch)
     data_hash = records.read_manifest(RECORDS)["data_hash"]
-    images = records.count_images(RECORDS)
-    encoder = load_encoder(vision)
+    loaded = load_encoder(vision, running.device)
+    layout = Layout(records.count_images(RECORDS), loaded.num_tokens, loaded.width, vision.store_dtype)
     made_by = {
-        "encoder_hash": encoder.hash,
-        "processor": encoder.processor_settings,
+        "encoder_hash": loaded.hash,
+        "processor": loaded.processor_settings,
         "compute_dtype": vision.compute_dtype.value,
         "data_hash": data_hash,
     }
-    logger.info("%d images with %s on %s", images, vision.model, encoder.model.device)
-    with (
-        FeatureStoreWriter(
-            FEATURES,
-            images=images,
-            num_tokens=encoder.num_tokens,
-            width=encoder.width,
-            dtype=getattr(torch, vision.store_dtype.value),
-            made_by=made_by,
-        ) as writer,
-        tqdm(total=images, unit=" images", desc="extract-features") as progress,
-    ):
-        stream = records.iter_images(RECORDS)
-        extract(stream, encoder, writer, progress, vision.batch_size, params.data.max_image_pixels)
+    writer = FeatureStoreWriter(FEATURES, layout, made_by, computed_by(vision, running))
+    if running.main:
+        logger.info("%d images with %s on %d x %s", layout.images, vision.model, running.size, running.device.type)
+        running.tell("missing", writer.begin())
+    make(running.hear("missing"), running, loaded, writer, vision.batch_size, params.data.max_image_pixels)
+    if running.main:
+        writer.publish()
+
+
+def computed_by(vision: VisionParams, running: Crew) -> dict[str, object]:
+    """Return what decides the last bits of features beside the encoder and the data."""
+    device = running.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    code = [sha256_file(path) for path in CODE]
+    return {"batch_size": vision.batch_size, "device": name, "torch": torch.__version__, "code": code}
+
+
+def make(
+    missing: list[int], running: Crew, loaded: Encoder, writer: FeatureStoreWriter, batch_size: int, max_pixels: int
+) -> None:
+    """Make shards together with the other processes; the main one shows the progress of all, and waits for all."""
+    left = sum(len(writer.layout.places(number)) for number in missing)
+    images = writer.layout.images
+    with tqdm(
+        total=images, initial=images - left, unit=" images", desc="extract-features", disable=not running.main
+    ) as progress:
+
+        def show(more: int) -> None:
+            progress.update(running.count("images", more) + images - left - progress.n)
+
+        extraction.extract(
+            running.share(missing),
+            lambda places: records.images_between(RECORDS, places.start, places.stop),
+            loaded,
+            writer,
+            batch_size,
+            max_pixels,
+            show,
+        )
+        running.count("finished", 1)
+        while running.main and running.count("finished") < running.size:
+            show(0)
+            time.sleep(POLL_SECONDS)
+        show(0)
 
 
 if __name__ == "__main__":

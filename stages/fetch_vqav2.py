@@ -3,6 +3,7 @@
 import logging
 
 from vlm_vqa.data.fetch import fetch
+from vlm_vqa.data.records import REPORT
 from vlm_vqa.params import load_params
 from vlm_vqa.stage import run
 
@@ -15,6 +16,7 @@ def main() -> None:
     for split, counts in manifest["splits"].items():
         logging.info("%s: %d questions on %d images", split, counts["questions"], counts["images"])
     logging.info("%d images in %s, data hash %s", manifest["images"], RECORDS, manifest["data_hash"])
+    logging.info("what they look like: %s/%s", RECORDS, REPORT)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         run.log_weights(TRAINED, made_of["weights_hash"])
         run.log_artifact(REPORTS / "train.json", "reports")
         run.log_artifact(REPORTS / "train_curve.csv", "reports")
-    shutil.rmtree(folder, ignore_errors=True)
+    checkpoints.remove_all(folder)
 
 
 def prepare(params: Params, encoder) -> tuple[QuestionDataset, TokenLayout, object]:

@@ -170,12 +170,14 @@ def test_workflows_may_write_nothing_but_a_comment():
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A copy of .ci/ beside a Makefile whose `test` and `repro` end as the environment variables TEST and REPRO say."""
+    """A copy of .ci/ beside a Makefile; `test`, `repro` and the run under FSDP2 end as TEST, REPRO and FSDP2 say."""
     ci = tmp_path / ".ci"
     ci.mkdir()
     for name in ("run", "helm-eval"):
         (ci / name).write_text((REPO / ".ci" / name).read_text())
         (ci / name).chmod(0o755)
+    (ci / "fsdp2").write_text("#!/bin/sh\nexit $FSDP2\n")
+    (ci / "fsdp2").chmod(0o755)
     command = tmp_path / ".venv" / "bin" / "vlm-vqa"
     command.parent.mkdir(parents=True)
     command.write_text('#!/bin/sh\necho "gate $*"\nexit $GATE\n')
@@ -194,11 +196,12 @@ def stubs(tmp_path):
         ({"TEST": "1"}, ["make test"]),
         ({"REPRO": "1"}, [".ci/helm-eval"]),
         ({"GATE": "1"}, [".ci/helm-eval"]),
+        ({"FSDP2": "1"}, [".ci/fsdp2"]),
         ({"TEST": "1", "GATE": "1"}, ["make test", ".ci/helm-eval"]),
     ],
 )
 def test_ci_run_fails_if_either_part_does_and_ends_with_pytests_line(stubs, codes, failed):
-    environment = os.environ | {"TEST": "0", "REPRO": "0", "GATE": "0"} | codes
+    environment = os.environ | {"TEST": "0", "REPRO": "0", "GATE": "0", "FSDP2": "0"} | codes
     done = subprocess.run([stubs / ".ci" / "run"], env=environment, capture_output=True, text=True, cwd="/")
     assert done.returncode == (1 if failed else 0), done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "===== 3 passed, 1 warning in 0.12s ====="

@@ -50,6 +50,19 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _preflight(arguments: argparse.Namespace) -> int:
+    import json
+
+    from vlm_vqa.preflight.report import as_json, as_text
+    from vlm_vqa.preflight.run import preflight
+
+    names = ("device", "price", "host_memory", "disk", "utilisation", "bandwidth")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    prediction = preflight(arguments.params, **given)
+    print(json.dumps(as_json(prediction), indent=2) if arguments.json else as_text(prediction))
+    return 0 if prediction.fits else 1
+
+
 def _ask(arguments: argparse.Namespace) -> int:
     from vlm_vqa.data.records import open_image
 
@@ -123,6 +136,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path, help="new folder for questions, annotations and images")
 
     command("gallery", _gallery, "Draw test questions with the model's answers, right and wrong ones.")
+    sub = command(
+        "preflight",
+        _preflight,
+        "Predict disk, memory, FLOPs, hours and cost of every stage, and what would make it fit; exit 1 if it does not.",
+    )
+    sub.add_argument("params", type=Path, nargs="?", default=Path("params.yaml"), help="default: %(default)s")
+    sub.add_argument("--device", metavar="NAME", help='such as "A10G", "RTX 4090" or cpu; by default the one here')
+    for option, unit, text in (
+        ("--price", "PER_GPU_HOUR", "of one device, in any currency"),
+        ("--host-memory", "GIB", "of each machine; by default this one's"),
+        ("--disk", "GIB", "for all outputs; by default what is free here"),
+        ("--utilisation", "SHARE", "of the device's peak FLOP/s; by default measured on CPUs, assumed on GPUs"),
+        ("--bandwidth", "MB_PER_S", "of downloads; by default 20"),
+    ):
+        sub.add_argument(option, type=float, metavar=unit, help=text)
+    sub.add_argument("--json", action="store_true", help="print JSON; sizes in bytes")
+
     command("track", _track, "Record the outputs here as an MLflow run, after `dvc pull` or when tracking had failed.")
     return parser
 

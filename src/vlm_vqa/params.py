@@ -363,8 +363,8 @@ class Params:
         return hash_json({key: value for key, value in self.as_dict().items() if key != "tracking"})
 
     def training_hash(self) -> str:
-        """Return the hash of what decides trained weights: the sections that the train stage declares in `dvc.yaml`."""
-        return hash_json({key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train")})
+        """Return the hash of what decides trained weights."""
+        return hash_json(self._training())
 
     def recipe_hash(self, processes: int) -> str:
         """Return the hash of what decides trained weights up to rounding: what a checkpoint must agree with.
@@ -372,12 +372,17 @@ class Params:
         It is `training_hash`, but that an optimizer step's questions count, not how they are divided: a training may go on
         with another launch or number of processes if batch_size and gradient_accumulation_steps make up for it.
         """
-        sections = {key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train")}
-        sections["vision"] = {key: value for key, value in sections["vision"].items() if key != "launch"}
+        sections = self._training()
         train = sections["train"]
         per_process = train["batch_size"] * train["gradient_accumulation_steps"]
         kept = {key: value for key, value in train.items() if key not in DIVISION}
         return hash_json(sections | {"train": kept | {"questions_a_step": per_process * processes}})
+
+    def _training(self) -> dict[str, Any]:
+        """Return the sections that the train stage declares, but for how extract-features was launched."""
+        sections = {key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train")}
+        vision = {key: value for key, value in sections["vision"].items() if key != "launch"}
+        return sections | {"vision": vision}
 
 
 DIVISION = {

@@ -42,7 +42,7 @@ def run(name: str, main: Callable[[], None]) -> None:
     """
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr, force=True)
     # Libraries that log every request or every op would bury the stage's own lines.
-    for noisy in ("httpx", "datasets", "alembic", "mlflow", "accelerate", "torch", "transformers"):
+    for noisy in ("httpx", "httpx2", "datasets", "alembic", "mlflow", "accelerate", "torch", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # The stages' own bars show what takes time; loading weights does not.
     transformers_logging.disable_progress_bar()

@@ -27,6 +27,8 @@ def directory_params() -> Callable[..., DataParams]:
             "train": train,
             "val": val,
             "allow_split_overlap": False,
+            "official": None,
+            "hub": None,
             "max_image_pixels": 50_000_000,
         }
         return DataParams(directory=str(folder), **{**fields, **changes})

@@ -89,6 +89,10 @@ BROKEN = {
     ),
     "question without text": (without(QUESTIONS, "question"), Kind.BAD_QUESTION, "25001): without question"),
     "question blank": (edit_question(question=" \n"), Kind.BAD_QUESTION, "(question_id 25001): question is"),
+    "question with half a character": (edit_question(question="Is it \ud83d?"), Kind.BAD_QUESTION, "question is 'Is it"),
+    "answer with half a character": (
+        edit_answers(lambda answers: answers[3].update(answer="\udc00")), Kind.BAD_ANNOTATION, "(question_id 25001): answer"
+    ),
     "image id negative": (edit_question(image_id=-1), Kind.BAD_QUESTION, "image_id is -1"),
     "image id huge": (edit_question(image_id=2**63), Kind.BAD_QUESTION, "image_id is 9223372036854775808"),
     "annotation without type": (without(ANNOTATIONS, "answer_type"), Kind.BAD_ANNOTATION, "without answer_type"),
@@ -236,7 +240,7 @@ def set_field(path, local, central, value):
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        ("cut", r"unreadable file: 1(.|\n)*train2014.zip: not a zip archive"),
+        ("cut", r"unreadable file: 1(.|\n)*train2014.zip: not a usable zip archive"),
         ("flipped", r"unreadable image: 1(.|\n)*train2014.zip: COCO_train2014_0+25.jpg: cannot be unpacked"),
         ("encrypted", r"unreadable image: 1(.|\n)*COCO_train2014_0+25.jpg: is encrypted; unpack the archive"),
         (

@@ -142,7 +142,7 @@ def test_files_of_an_earlier_run_do_not_stay(vqav2_folder, directory_params, tmp
     (target / ".part").mkdir()
     (target / ".part" / "0.parquet").write_text("half")
     manifest = fetch(directory_params(folder), target)
-    assert {path.name for path in target.iterdir()} == {*manifest["files"], records.MANIFEST}
+    assert {path.name for path in target.iterdir()} == {*manifest["files"], records.REPORT, records.MANIFEST}
     assert records.count_images(target) == 6
 
 

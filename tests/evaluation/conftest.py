@@ -11,9 +11,10 @@ import torch
 import yaml
 from PIL import Image
 
-from vlm_vqa.data.feature_store import FeatureStoreWriter
+from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
 from vlm_vqa.data.records import IMAGE_FEATURES, QUESTION_FEATURES, iter_images, open_image
 from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION
+from vlm_vqa.params import StoreDtype
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,9 +138,13 @@ def project(tmp_path, monkeypatch) -> Path:
 def features(records) -> Path:
     """`data/features` that the fake answerer reads: an image's mean colour, as one token of width 3."""
     folder = records.parent / "features"
-    made_by = {"encoder_hash": "e", "data_hash": "d"}
-    with FeatureStoreWriter(folder, images=12, num_tokens=1, width=3, dtype=torch.float32, made_by=made_by) as writer:
-        for record in iter_images(records):
-            pixels = np.asarray(open_image(record.data, record.file_name, 10_000), dtype=np.float32)
-            writer.add([record.image_id], torch.tensor(pixels.mean((0, 1)))[None, None])
+    layout = Layout(images=12, num_tokens=1, width=3, dtype=StoreDtype.FLOAT32)
+    writer = FeatureStoreWriter(folder, layout, {"encoder_hash": "e", "data_hash": "d"})
+    assert writer.begin() == [0]
+    shard = layout.shard(0)
+    for record in iter_images(records):
+        pixels = np.asarray(open_image(record.data, record.file_name, 10_000), dtype=np.float32)
+        shard.add([record.image_id], torch.tensor(pixels.mean((0, 1)))[None, None])
+    writer.write(shard)
+    writer.publish()
     return folder

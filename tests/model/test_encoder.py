@@ -13,24 +13,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+from transformers import AutoImageProcessor, AutoModel, BitImageProcessor, Dinov2Config, Dinov2Model
+from transformers.image_utils import load_image
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.model import pretrain_small_encoder as pretraining
-from vlm_vqa.model.encoder import SMALL_ENCODER, load_encoder
-from vlm_vqa.params import Dtype, VisionParams
+from vlm_vqa.model.encoder import SMALL_ENCODER, load_encoder, middle
+from vlm_vqa.params import Dtype, StoreDtype, VisionParams
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED_DATA = Path(os.environ.get("VLM_VQA_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
 SAMPLE_IMAGES = SHARED_DATA / "vqav2-sample" / "images"
 SMALL = VisionParams(
+    launch="cpu",
     model="small",
     revision=None,
     num_patches=65,
     visual_embed_dim=128,
     batch_size=64,
     compute_dtype=Dtype.FLOAT32,
-    store_dtype=Dtype.FLOAT32,
+    store_dtype=StoreDtype.FLOAT32,
 )
 
 
@@ -139,6 +141,42 @@ def test_real_photographs_of_any_mode_and_size_go_through(small):
     features = small.encode(images)
     assert torch.isfinite(features).all()
     assert torch.equal(features, small.encode([image.convert("RGB") for image in images]))
+
+
+def test_both_processors_see_real_photographs_as_transformers_does(small, base_layout, shared_data):
+    base = load_encoder(changed(model=str(base_layout), num_patches=257, visual_embed_dim=24), "cpu")
+    paths = sorted((shared_data / "vqav2-sample" / "images").iterdir())
+    assert len(paths) == 75
+    images = [load_image(str(path)) for path in paths]
+    for encoder, folder in ((small, SMALL_ENCODER), (base, base_layout)):
+        inputs = AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
+        assert torch.equal(encoder.preprocess(images), inputs["pixel_values"])
+        with torch.no_grad():
+            features = AutoModel.from_pretrained(folder)(inputs["pixel_values"][:8]).last_hidden_state
+        assert torch.equal(encoder.encode(images[:8]), features)
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [((1, 32), (1, 32)), ((64, 2), (64, 2)), ((640, 480), (640, 480)),
+     ((1, 5000), (1, 32)), ((5001, 1), (33, 1)), ((3, 5000), (3, 96)), ((2, 50_000), (2, 64))],
+)  # fmt: skip
+def test_a_long_image_is_cut_to_its_middle_where_its_short_edge_is_magnified(small, base_layout, size, seen):
+    base = load_encoder(changed(model=str(base_layout), num_patches=257, visual_embed_dim=24), "cpu")
+    image = Image.new("RGB", size)
+    assert middle(image, base.processor).size == seen
+    assert middle(image, small.processor) is image, "it squeezes all images into one size"
+
+
+def test_what_is_seen_of_a_long_image_is_what_transformers_shows_of_it(base_layout):
+    base = load_encoder(changed(model=str(base_layout), num_patches=257, visual_embed_dim=24), "cpu")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 2, 3), dtype=np.uint8))
+    assert middle(image, base.processor).size == (2, 64)
+    stock = base.processor([image], return_tensors="pt")["pixel_values"]
+    assert torch.equal(base.preprocess([image]), stock)
+    # 1 x 5,000 by transformers alone makes an image of 983 MB; so would each of a batch.
+    columns = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (5000, 1, 3), dtype=np.uint8))] * 3
+    assert torch.isfinite(base.encode(columns)).all()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,21 @@
-"""The stage extract-features: stored features are the live encoder's, and a run that did not finish leaves no store.
+"""The stage extract-features: stored features are the live encoder's whoever makes them, and a run that was ended goes on.
 
-`live` is the plain way to the features: one image after another, on one thread.
+`live` is the plain way to the features: one image after another, on one thread. `stock` is transformers' own.
 """
 
 import csv
+import functools
 import io
+import itertools
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,24 +27,41 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+from transformers.image_utils import load_image
 
 from stages import extract_features
 from vlm_vqa.data import records
-from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.feature_store import FeatureStore, Layout
 from vlm_vqa.errors import UserError
-from vlm_vqa.model import extraction
-from vlm_vqa.model.encoder import load_encoder
+from vlm_vqa.model import crew, extraction
+from vlm_vqa.model.encoder import SMALL_ENCODER, Encoder, load_encoder
 from vlm_vqa.params import load_params
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED_DATA = Path(os.environ.get("VLM_VQA_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
 BATCH = 4
+SMALL_SHARDS = """
+import functools, sys, time
+from stages import extract_features as it
+from vlm_vqa import stage
+images, seconds = int(sys.argv[1]), float(sys.argv[2])
+it.Layout = functools.partial(it.Layout, shard_bytes=images * 65 * 128 * 4)
+write = it.FeatureStoreWriter.write
+it.FeatureStoreWriter.write = lambda *given: (time.sleep(seconds), write(*given))
+stage.run("extract-features", it.main)
+"""
+"""The stage with some images a shard, each of which takes some seconds more to write."""
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def as_jpeg(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG")
-    return file.getvalue()
+    return saved(image, "JPEG")
 
 
 def write_records(images: dict[int, bytes]) -> None:
@@ -56,7 +80,8 @@ def write_records(images: dict[int, bytes]) -> None:
 
 @pytest.fixture
 def run_folder(tmp_path, monkeypatch):
-    """A working directory with the small preset's params and batches of four images."""
+    """A working directory with the launches, the small preset's params and batches of four images."""
+    shutil.copytree(REPOSITORY / "launch", tmp_path / "launch")
     params = yaml.safe_load((REPOSITORY / "presets" / "small.yaml").read_text())
     params["vision"]["batch_size"] = BATCH
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
@@ -86,6 +111,32 @@ def live(images: dict[int, bytes]) -> torch.Tensor:
     return torch.cat([encoder.encode(opened[start : start + BATCH]) for start in range(0, len(opened), BATCH)])
 
 
+def stock(files: list[bytes]) -> torch.Tensor:
+    """What transformers makes of files by its own means, without a line of ours."""
+    processor, model = AutoImageProcessor.from_pretrained(SMALL_ENCODER), AutoModel.from_pretrained(SMALL_ENCODER)
+    found = []
+    for start in range(0, len(files), BATCH):
+        images = [load_image(Image.open(io.BytesIO(data))) for data in files[start : start + BATCH]]
+        with torch.no_grad():
+            found.append(model(**processor(images=images, return_tensors="pt")).last_hidden_state)
+    return torch.cat(found)
+
+
+def stored_bytes() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path("data/features").iterdir())}
+
+
+def launched(launch: str, images: int, seconds: float = 0.0) -> subprocess.Popen:
+    """Start the stage as dvc.yaml does, with small shards."""
+    Path("small_shards.py").write_text(SMALL_SHARDS)
+    command = f"accelerate launch --quiet --config_file launch/{launch}.yaml small_shards.py {images} {seconds}"
+    paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+             "PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{REPOSITORY}"}  # fmt: skip
+    return subprocess.Popen(
+        command.split(), env={**os.environ, **paths}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
 @pytest.fixture
 def three_threads(monkeypatch):
     """Three decoding threads, whatever the machine has."""
@@ -108,6 +159,12 @@ def shades(count: int) -> Iterator[records.ImageRecord]:
         yield records.ImageRecord(shade, f"{shade}.png", file.getvalue())
 
 
+def batches_of(images: Iterable[records.ImageRecord]) -> Iterator[extraction.Batch]:
+    images = iter(images)
+    while batch := list(itertools.islice(images, BATCH)):
+        yield extraction.Batch(0, batch)
+
+
 def decoding_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 
@@ -124,9 +181,10 @@ def test_stored_features_are_the_live_encoders_bit_for_bit(run_folder, three_thr
     assert store.manifest["processor"]["image_processor_type"] == "BitImageProcessor"
     assert store.manifest["processor"]["backend"] == "torchvision"
 
-    before = {path.name: path.read_bytes() for path in Path("data/features").iterdir()}
+    before = stored_bytes()
     extract_features.main()
-    assert before == {path.name: path.read_bytes() for path in Path("data/features").iterdir()}
+    assert stored_bytes() == before
+    assert not list(Path("data").glob("features.parts"))
 
 
 def test_store_dtype_rounds_the_live_features(run_folder):
@@ -138,7 +196,7 @@ def test_store_dtype_rounds_the_live_features(run_folder):
     assert torch.equal(store.batch(sorted(images)), live(images).to(torch.bfloat16))
 
 
-def test_real_photographs_become_features(run_folder):
+def test_real_photographs_become_the_stock_paths_features(run_folder):
     sample = SHARED_DATA / "vqav2-sample"
     if not sample.is_dir():
         pytest.skip(f"no VQAv2 sample in {sample}; set VLM_VQA_SHARED_DATA")
@@ -151,7 +209,156 @@ def test_real_photographs_become_features(run_folder):
     extract_features.main()
     store = FeatureStore.open("data/features")
     assert len(store) == len(images) == 76
-    assert torch.equal(store.batch(sorted(images)), live(images))
+    features = store.batch(sorted(images))
+    assert torch.equal(features, stock([data for _, data in sorted(images.items())]))
+
+
+def test_odd_images_become_the_stock_paths_features(run_folder):
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    files = [
+        saved(image.convert("L"), "JPEG"),
+        saved(image.convert("CMYK"), "JPEG"),
+        saved(image.convert("P"), "PNG"),
+        saved(image.convert("RGBA"), "PNG"),
+        saved(image.convert("LA"), "PNG"),
+        saved(image.crop((0, 0, 1, 40)), "JPEG"),
+        saved(image.crop((0, 0, 1, 1)), "PNG"),
+        saved(image.resize((5000, 1)), "PNG"),
+        saved(Image.new("1", (6000, 6000)), "PNG"),
+    ]
+    write_records(dict(enumerate(files)))
+    extract_features.main()
+    assert torch.equal(FeatureStore.open("data/features").batch(range(len(files))), stock(files))
+
+
+def test_an_exif_orientation_is_not_applied(run_folder):
+    """transformers' `load_image` turns the picture, its processor does not; COCO's have no orientation to apply."""
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    turned = saved(Image.fromarray(pixels), "JPEG", exif=orientation)
+    plain = as_jpeg(Image.fromarray(pixels))
+    write_records({1: turned, 2: plain})
+    extract_features.main()
+    features = FeatureStore.open("data/features").batch([1, 2])
+    assert torch.equal(features[0], features[1]) and torch.equal(features[1:], stock([plain]))
+    assert not torch.equal(features[:1], stock([turned]))
+
+
+def test_an_enormous_image_is_refused_by_name_before_it_is_decoded(run_folder, monkeypatch):
+    def load(image):
+        assert image.size != (8000, 8000), "it was decoded"
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    write_records({**noise(3), 99: saved(Image.new("1", (8000, 8000)), "PNG")})
+    with pytest.raises(UserError, match=r"99.jpg: 8000 x 8000 is more than data.max_image_pixels \(50000000\)"):
+        extract_features.main()
+
+
+def test_a_batch_never_reaches_beyond_its_shard(run_folder, monkeypatch):
+    monkeypatch.setattr(extract_features, "Layout", functools.partial(Layout, shard_bytes=6 * 65 * 128 * 4))
+    sizes = []
+    encode = Encoder.encode_pixels
+    monkeypatch.setattr(
+        Encoder, "encode_pixels", lambda self, pixels: (sizes.append(len(pixels)), encode(self, pixels))[1]
+    )
+    images = noise(15)
+    write_records(images)
+    extract_features.main()
+    assert sizes == [4, 2, 4, 2, 3]
+    store = FeatureStore.open("data/features")
+    assert [entry["images"] for entry in store.manifest["shards"]] == [6, 6, 3]
+    torch.testing.assert_close(store.batch(sorted(images)), live(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_write_the_same_bytes(run_folder, monkeypatch):
+    write_records(noise(41))
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_features, "Layout", functools.partial(Layout, shard_bytes=6 * 65 * 128 * 4))
+        extract_features.main()
+    found = [stored_bytes()]
+    three = yaml.safe_load(Path("launch/cpu-ddp.yaml").read_text()) | {"num_processes": 3}
+    Path("launch/cpu-three.yaml").write_text(yaml.safe_dump(three))
+    for launch in ("cpu-ddp", "cpu-three"):
+        shutil.rmtree("data/features")
+        set_vision(run_folder, launch=launch)
+        process = launched(launch, images=6)
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, errors
+        assert "extract-features: 100%" in errors and "41/41" in errors
+        found.append(stored_bytes())
+    assert len(found[0]) == 8
+    assert found[1] == found[0] and found[2] == found[0]
+
+
+@pytest.mark.slow
+def test_a_killed_launch_goes_on_with_any_number_of_processes(run_folder, monkeypatch):
+    write_records(noise(24))
+    set_vision(run_folder, launch="cpu-ddp")
+    process = launched("cpu-ddp", images=2, seconds=0.5)
+    deadline = time.monotonic() + 120
+    while len(finished := list(Path("data").glob("features.parts/*/features-*.json"))) < 4:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    kept = {path.with_suffix(".safetensors").name: path.with_suffix(".safetensors").stat().st_ino for path in finished}
+    assert not Path("data/features/manifest.json").exists()
+
+    shutil.rmtree("data/features")
+    set_vision(run_folder, launch="cpu")
+    process = launched("cpu", images=2)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "of 12 shards" in errors, errors
+    assert {name: (Path("data/features") / name).stat().st_ino for name in kept} == kept, (
+        "a finished shard was made again"
+    )
+    resumed = stored_bytes()
+    monkeypatch.setattr(extract_features, "Layout", functools.partial(Layout, shard_bytes=2 * 65 * 128 * 4))
+    extract_features.main()
+    assert stored_bytes() == resumed
+
+
+@pytest.mark.parametrize(
+    ("launch", "world", "message"),
+    [
+        (
+            "cpu-fsdp2",
+            2,
+            "vision.launch is 'cpu-fsdp2', which divides a model.*Set vision.launch to cpu, cpu-ddp or ddp",
+        ),
+        ("zero3", 4, "distributed_type DEEPSPEED"),
+        ("nowhere", 1, "there is no launch/nowhere.yaml. Known launches: .*cpu-ddp"),
+        ("cpu-ddp", 1, "asks for num_processes 2, but 1 started.*dvc repro extract-features"),
+        ("cpu", 2, "asks for num_processes 1, but 2 started"),
+        ("two-machines", 2, "spans 2 machines"),
+        ("ddp", 4, "asks for GPUs 4, but 0 started"),
+    ],
+)
+def test_a_launch_that_is_not_the_one_asked_for_stops(run_folder, monkeypatch, launch, world, message):
+    two = yaml.safe_load(Path("launch/cpu-ddp.yaml").read_text()) | {"num_machines": 2}
+    Path("launch/two-machines.yaml").write_text(yaml.safe_dump(two))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=message):
+        crew.join(launch)
+
+
+def test_processes_share_the_shards_among_them():
+    store = torch.distributed.HashStore()
+    one, other = (crew.Crew(rank, 2, torch.device("cpu"), store).share([3, 4, 7, 8, 9]) for rank in (0, 1))
+    taken = [next(one), next(other), next(other), next(one)]
+    assert taken + list(one) + list(other) == [3, 4, 7, 8, 9]
+
+
+def test_a_process_that_does_not_come_stops_the_others(run_folder, monkeypatch):
+    monkeypatch.setattr(crew, "JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(crew, "_store", lambda size: torch.distributed.HashStore())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="asks for num_processes 2, but 1 started"):
+        crew.join("cpu-ddp")
 
 
 def test_a_bad_image_is_named_and_leaves_no_store(run_folder):
@@ -174,9 +381,9 @@ def test_batches_come_in_order_when_later_ones_are_ready_first(three_threads):
         second_is_ready.set()
         return pixels
 
-    batches = list(extraction.preprocessed(shades(10), encoder_that(preprocess), BATCH, 100))
-    assert [image_ids for image_ids, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert all(image_ids == pixels.tolist() for image_ids, pixels in batches)
+    batches = list(extraction.preprocessed(batches_of(shades(10)), encoder_that(preprocess), 100))
+    assert [image_ids for _, image_ids, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert all(image_ids == pixels.tolist() for _, image_ids, pixels in batches)
     assert not decoding_threads()
 
 
@@ -192,7 +399,7 @@ def test_the_next_batches_are_decoded_while_one_is_looked_at_and_no_more(three_t
         decoded.release()
         return first_pixels(images)
 
-    with closing(extraction.preprocessed(stream(), encoder_that(preprocess), BATCH, 100)) as batches:
+    with closing(extraction.preprocessed(batches_of(stream()), encoder_that(preprocess), 100)) as batches:
         for number, _ in enumerate(batches, 1):
             # This batch, and as many as there are threads.
             assert len(taken) == min(200, (number + 3) * BATCH)
@@ -202,7 +409,7 @@ def test_the_next_batches_are_decoded_while_one_is_looked_at_and_no_more(three_t
 
 def test_threads_end_when_the_work_is_left_early(three_threads):
     with pytest.raises(KeyboardInterrupt):
-        with closing(extraction.preprocessed(shades(200), encoder_that(first_pixels), BATCH, 100)) as batches:
+        with closing(extraction.preprocessed(batches_of(shades(200)), encoder_that(first_pixels), 100)) as batches:
             next(batches)
             assert decoding_threads()
             raise KeyboardInterrupt
@@ -215,7 +422,7 @@ def test_a_bad_image_is_named_in_its_turn_and_the_threads_end(three_threads, pos
     images[position] = images[position]._replace(data=b"no image")
     seen = []
     with pytest.raises(UserError, match=f"^{position}.png: not a readable image"):
-        for image_ids, _ in extraction.preprocessed(images, encoder_that(first_pixels), BATCH, 100):
+        for _, image_ids, _ in extraction.preprocessed(batches_of(images), encoder_that(first_pixels), 100):
             seen += image_ids
     assert seen == list(range(position // BATCH * BATCH))
     assert not decoding_threads()
@@ -231,7 +438,7 @@ def test_decoding_threads_take_one_core_and_leave_the_encoder_its_own():
         return first_pixels(images)
 
     try:
-        list(extraction.preprocessed(shades(8), encoder_that(preprocess), BATCH, 100))
+        list(extraction.preprocessed(batches_of(shades(8)), encoder_that(preprocess), 100))
         assert found == [1, 1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

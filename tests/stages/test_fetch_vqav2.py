@@ -27,6 +27,8 @@ def run_stage(folder, directory):
         "source": "directory",
         "directory": str(directory),
         "allow_split_overlap": False,
+        "official": None,
+        "hub": None,
         "max_image_pixels": 50_000_000,
         **{split: official_names(split) for split in records.SPLITS},
     }

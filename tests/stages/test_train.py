@@ -1,12 +1,20 @@
 """The train stage as it is launched: what it writes, what it refuses, and how it goes on after a signal."""
 
 import json
-import subprocess
-import time
+import os
+import shutil
+import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from benchmarks.kills import Training, clear, outcome, step_of
+from stages.train import prepare
 from tests.pipeline import Project, sample_params
+from vlm_vqa.model.encoder import load_encoder
+from vlm_vqa.model.vlm import initial_model, trained_state
+from vlm_vqa.params import load_params
 
 pytestmark = pytest.mark.slow
 
@@ -21,34 +29,27 @@ def prepared(tmp_path_factory, shared_data):
     return project
 
 
-def hashes(project):
-    return json.loads((project.folder / "models/trained/training.json").read_text())
+def train(project):
+    """Train to the end and return what was printed."""
+    with Training(project) as training:
+        training.finish()
+        return training.text()
 
 
 def test_terminated_and_run_again_it_ends_as_if_never_stopped(prepared):
-    done = prepared.stage("train")
-    assert done.returncode == 0, done.stderr[-3000:]
-    straight = hashes(prepared)
+    train(prepared)
+    undisturbed = outcome(prepared)
     report = json.loads((prepared.folder / "reports/train.json").read_text())
     assert report["questions"] == 109 and report["steps"] == 14 and report["last_loss"] < report["first_loss"]
 
-    process = subprocess.Popen(
-        prepared.stage_command("train"), shell=True, cwd=prepared.folder, env=prepared.environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 180
-    while not list(prepared.folder.glob("checkpoints/*/checkpoint-*/complete.json")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
-    subprocess.run(["pkill", "-TERM", "-g", str(process.pid)], check=True)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode != 0, errors
-    assert list(prepared.folder.glob("checkpoints/*/checkpoint-*"))
-
-    again = prepared.stage("train")
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "going on from checkpoints/" in again.stderr
-    assert hashes(prepared) == straight
+    clear(prepared)
+    with Training(prepared) as training:
+        training.wait_for(training.whole, "a checkpoint was whole")
+        os.killpg(training.launcher.pid, signal.SIGTERM)
+        training.end()
+    newest = training.whole()[0]
+    assert f"going on from {newest.relative_to(prepared.folder)}\n" in train(prepared)
+    assert outcome(prepared) == undisturbed
     assert not list(prepared.folder.glob("checkpoints/*/*"))
 
 
@@ -65,3 +66,75 @@ def test_features_of_another_encoder_are_refused(prepared):
         )
     finally:
         manifest.write_text(text)
+
+
+# --- several processes: benchmarks/kills.py does the same at random, for all launches and optimizers ------------------
+
+
+@pytest.fixture
+def project(prepared):
+    """The prepared project without traces of other tests, on which parameters may be set."""
+    path = prepared.folder / "params.yaml"
+    text = path.read_text()
+    clear(prepared)
+    yield prepared
+    path.write_text(text)
+
+
+def test_a_rank_killed_in_mid_run_ends_all_and_costs_nothing(project):
+    project.set({
+        "train.launch": "cpu-fsdp2", "train.batch_size": 4, "train.optimizer": "adamw_bnb_8bit",
+        "train.percentile_clipping": 95, "train.dropout": 0.1, "train.logging_steps": 3, "train.save_steps": 5,
+    })  # fmt: skip
+    train(project)
+    undisturbed = outcome(project)
+    assert {"models/trained/training.json", "reports/train.json", "reports/train_curve.csv"} <= undisturbed.keys()
+    clear(project)
+    with Training(project) as training:
+        training.wait_for(lambda: (training.step() or 0) >= 12, "step 12")
+        training.kill(rank=1)
+    newest = training.whole()[0]
+    assert f"going on from {newest.relative_to(project.folder)}\n" in train(project)
+    assert outcome(project) == undisturbed
+
+
+def test_killed_in_mid_checkpoint_it_goes_on_from_the_one_before_and_as_one_process_too(project, monkeypatch):
+    project.set({"train.launch": "cpu-ddp", "train.batch_size": 4, "train.save_steps": 5})
+    train(project)
+    undisturbed = outcome(project)
+    by_two = weights(project)
+    clear(project)
+    with Training(project) as training:
+        torn = training.freeze_in_checkpoint(step=10, rank=0)
+        training.kill(rank=0)
+    before = training.whole()[0]
+    assert torn in training.torn() and step_of(before) < step_of(torn)
+    shutil.copytree(project.folder / "checkpoints", project.folder / "kept")
+    text = train(project)
+    assert f"{torn.relative_to(project.folder)} was cut off" in text
+    assert f"going on from {before.relative_to(project.folder)}\n" in text
+    assert outcome(project) == undisturbed
+
+    clear(project)
+    shutil.move(project.folder / "kept", project.folder / "checkpoints")
+    project.set({"train.launch": "cpu", "train.batch_size": 8})
+    assert f"going on from {before.relative_to(project.folder)}\n" in train(project)
+    monkeypatch.chdir(project.folder)
+    start = initial_weights()
+    assert (weights(project) - by_two).norm() < 1e-4 * (by_two - start).norm()
+
+
+def weights(project):
+    return flat(load_file(project.folder / "models/trained/model.safetensors"))
+
+
+def initial_weights():
+    """Return what a training in the working directory begins with."""
+    params = load_params()
+    encoder = load_encoder(params.vision, device="cpu")
+    _, _, processor = prepare(params, encoder)
+    return flat(trained_state(initial_model(params.language, encoder.model.config, processor, params.seed)))
+
+
+def flat(state):
+    return torch.cat([value.flatten() for _, value in sorted(state.items())])

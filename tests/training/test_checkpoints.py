@@ -80,6 +80,21 @@ def test_as_many_are_kept_as_asked_and_unfinished_ones_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-30", "checkpoint-40"]
 
 
+def test_removing_takes_the_seals_first(tmp_path, monkeypatch):
+    whole = write(tmp_path, 10)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)
+    checkpoints.remove(whole)
+    assert (whole / "rank-0-of-2.safetensors").exists() and checkpoints.world_of(whole) is None
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    first = checkpoints.claim(tmp_path / "run")
+    with pytest.raises(UserError, match="another process is training there"):
+        checkpoints.claim(tmp_path / "run")
+    first.close()
+    checkpoints.claim(tmp_path / "run").close()
+
+
 def test_what_fails_in_the_thread_is_raised_in_the_training(tmp_path):
     writer = checkpoints.Writer(tmp_path, 0, 1, limit=2)
     (tmp_path / "checkpoint-5").write_text("in the way")

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch"
 TRAIN = load_params(ROOT / "params.yaml").train
 EXPECTED = {
-    "cpu": Strategy.SINGLE, "gpu": Strategy.SINGLE, "cpu-ddp": Strategy.DDP, "cpu-fsdp2": Strategy.FSDP2, "cpu-zero2": Strategy.ZERO2,
+    "cpu": Strategy.SINGLE, "gpu": Strategy.SINGLE, "cpu-ddp": Strategy.DDP, "cpu-fsdp2": Strategy.FSDP2,
+    "cpu-zero2": Strategy.ZERO2,
     "cpu-zero3": Strategy.ZERO3, "ddp": Strategy.DDP, "fsdp2": Strategy.FSDP2, "zero2": Strategy.ZERO2,
     "zero3": Strategy.ZERO3, "fsdp2-multinode": Strategy.FSDP2,
 }  # fmt: skip

@@ -133,6 +133,8 @@ def test_an_interrupted_run_goes_on(make, tmp_path, stop, options):
     with pytest.raises(KeyboardInterrupt):
         cut.run()
     cut.writer.wait()
+    # A process that is killed lets go of it.
+    cut.lock.close()
     assert checkpoints.latest(tmp_path / "cut").name == f"checkpoint-{stop - 1}"
     resumed = make("cut", **options)
     resumed.run()

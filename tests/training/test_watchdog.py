@@ -303,7 +303,7 @@ def test_a_rank_that_hangs_in_its_own_end_is_ended(flaky, monkeypatch, capsys):
         monkeypatch.setattr(module, name, 0.1)
     monkeypatch.setattr(module.os, "_exit", lambda code: (codes.append(code), watchdog._stopping.set()))
     # A tracking server that does not answer must not keep it either.
-    watchdog._on_end = lambda reason: (reasons.append(reason), time.sleep(60))
+    watchdog.on_end = lambda reason: (reasons.append(reason), time.sleep(60))
     watchdog.fail("the disk is full.")
     time.sleep(0.5)
     assert codes == [EXIT_ENDED] and reasons == ["rank 0 (a) was about to end, and did not within 0 s."]

@@ -135,7 +135,7 @@ def parse_annotation(entry: Any) -> Annotation:
     _check_text(entry, "question_type", kind)
     _check_text(entry, "answer_type", kind)
     # People may have answered nothing; the manifest counts such questions.
-    if not isinstance(entry["multiple_choice_answer"], str):
+    if not _is_text(entry["multiple_choice_answer"]):
         raise Malformed(kind, f"multiple_choice_answer is {entry['multiple_choice_answer']!r:.60}, not text")
     answers = entry["answers"]
     if not isinstance(answers, list):
@@ -144,7 +144,7 @@ def parse_annotation(entry: Any) -> Annotation:
         raise Malformed(Kind.ANSWER_COUNT, f"{len(answers)} answers, not {ANSWERS_PER_QUESTION}")
     for answer in answers:
         _check_object(answer, ("answer", "answer_confidence"), kind)
-        if not isinstance(answer["answer"], str) or not isinstance(answer["answer_confidence"], str):
+        if not _is_text(answer["answer"]) or not _is_text(answer["answer_confidence"]):
             raise Malformed(kind, f"answer {answer!r:.60} is not text")
     # Interned, because a few thousand different strings make up VQAv2's 13 million answers and confidences.
     return Annotation(
@@ -240,5 +240,13 @@ def _check_id(entry: dict[str, Any], key: str, kind: Kind) -> None:
 
 def _check_text(entry: dict[str, Any], key: str, kind: Kind) -> None:
     value = entry[key]
-    if not isinstance(value, str) or not value.strip():
+    if not _is_text(value) or not value.strip():
         raise Malformed(kind, f"{key} is {value!r:.60}, not text that says something")
+
+
+def _is_text(value: Any) -> bool:
+    """Tell text from other values, and from halves of a character: JSON can hold them, files cannot."""
+    if not isinstance(value, str):
+        return False
+    # The first question is answered at once, for nearly every string.
+    return value.isascii() or not any("\ud800" <= mark <= "\udfff" for mark in value)

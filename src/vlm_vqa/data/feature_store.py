@@ -1,23 +1,37 @@
 """Image features on disk: the format of `data/features`, written once and read by memory map.
 
-`features-NNNNN-of-NNNNN.safetensors` hold two tensors each: `features` [images, T, D] and `image_ids` int64 [images].
-`manifest.json` says what made them and is written last, so a store that was not finished does not open.
+`features-NNNNN-of-NNNNN.safetensors` hold `image_ids` int64 [images], ascending, and `features` [images, T, D] in the
+store's type. With `int8` there are also `scales` float32 [images, T]: a feature is its int8 times its token's scale, which
+is the token's largest magnitude / 127, so it is off by at most half a scale. `manifest.json` says what made them and is
+written last, so a store that was not finished does not open.
+
+Until all shards are there they lie beside the store, where DVC does not remove them before it runs the stage again.
 
 Legend of shape suffixes: N images, T tokens an image, D width.
 """
 
+import fcntl
+import itertools
 import json
+import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.hashing import write_json
+from vlm_vqa.hashing import hash_json, sha256_file, write_json
+from vlm_vqa.params import StoreDtype
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -30,115 +44,274 @@ EXPECTABLE = {
     "num_tokens": "vision.num_patches",
     "width": "vision.visual_embed_dim",
 }
-# A shard is gathered in memory before it is written.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-2, "bfloat16": 1e-1}
+"""How far features in a type may be from those of the same encoder in float32, in parts of the largest magnitude."""
 _SHARD_BYTES = 256 * 2**20
+_HEADER_BYTES = 512
+"""More than safetensors' header of a shard takes."""
+_HASHING_THREADS = 8
 _REMAKE = "Run `dvc repro extract-features` to make the features again."
+_RECORDS = "Run `dvc repro fetch-vqav2` to make the records again."
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a store is cut into shards: a function of the data and the format, whoever writes it."""
+
+    images: int
+    num_tokens: int
+    width: int
+    dtype: StoreDtype
+    shard_bytes: int = _SHARD_BYTES
+    """About how large a file becomes; one to three shards are in a writing process's memory."""
+
+    @property
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of what a shard holds of an image, by name."""
+        shape = (self.num_tokens, self.width)
+        if self.dtype is StoreDtype.INT8:
+            return {"features": (torch.int8, shape), "scales": (torch.float32, shape[:1])}
+        return {"features": (getattr(torch, self.dtype.value), shape)}
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image's features, without its id."""
+        return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.tensors.values())
+
+    @property
+    def per_shard(self) -> int:
+        """Images in every shard but the last."""
+        return max(1, min(self.images, self.shard_bytes // self.image_bytes))
+
+    @property
+    def shards(self) -> int:
+        return -(-self.images // self.per_shard)
+
+    def places(self, number: int) -> range:
+        """Return the places, in the data's order, of the images of a shard."""
+        return range(number * self.per_shard, min((number + 1) * self.per_shard, self.images))
+
+    def name(self, number: int) -> str:
+        """Return the name of a shard's file."""
+        return f"features-{number:05d}-of-{self.shards:05d}.safetensors"
+
+    def disk_bytes(self, number: int) -> int:
+        """Return the most bytes that a shard's file takes."""
+        return len(self.places(number)) * (self.image_bytes + 8) + _HEADER_BYTES
+
+    def shard(self, number: int) -> "Shard":
+        """Return a shard to be filled."""
+        count = len(self.places(number))
+        tensors = {name: torch.empty(count, *shape, dtype=dtype) for name, (dtype, shape) in self.tensors.items()}
+        return Shard(number, self.dtype, tensors)
+
+
+@dataclass
+class Shard:
+    """A shard in memory, filled from its first image to its last."""
+
+    number: int
+    dtype: StoreDtype
+    tensors: dict[str, Tensor]
+    """What its file will hold, by name."""
+    image_ids: list[int] = field(default_factory=list)
+
+    def add(self, image_ids: Sequence[int], features_NTD: Tensor) -> None:
+        """Add features [N, T, D] of any floating type and device, rounded to the store's type.
+
+        Raises:
+            UserError: an image does not come after those before it, or its features are not finite in the store's type.
+        """
+        stored = _stored(features_NTD.detach(), self.dtype)
+        place = slice(len(self.image_ids), len(self.image_ids) + len(image_ids))
+        for name, values in stored.items():
+            room = self.tensors[name][place]
+            if room.shape != values.shape:
+                raise ValueError(f"{name} of shape {tuple(values.shape)} where there is room for {tuple(room.shape)}")
+            room.copy_(values)
+        # NaN and infinity are those of the token's scale.
+        finite_N = torch.isfinite(stored.get("scales", stored["features"])).flatten(1).all(1).tolist()
+        for image_id, finite in zip(image_ids, finite_N, strict=True):
+            if self.image_ids and image_id <= self.image_ids[-1]:
+                raise UserError(f"image {image_id} follows image {self.image_ids[-1]}; ids must ascend. {_RECORDS}")
+            if not finite:
+                raise UserError(
+                    f"image {image_id}: its features are not finite as {self.dtype.value}. Set "
+                    "vision.store_dtype and vision.compute_dtype to float32 or bfloat16."
+                )
+            self.image_ids.append(image_id)
+
+
+def _stored(features_NTD: Tensor, dtype: StoreDtype) -> dict[str, Tensor]:
+    """Bring features to what a shard holds of them, by name."""
+    if dtype is not StoreDtype.INT8:
+        return {"features": features_NTD.to(getattr(torch, dtype.value))}
+    features_NTD = features_NTD.float()
+    scales_NT = features_NTD.abs().amax(-1) / 127
+    # A token of zeros has the scale 0.
+    divisors_NT1 = scales_NT.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    return {"features": (features_NTD / divisors_NT1).round().to(torch.int8), "scales": scales_NT}
 
 
 class FeatureStoreWriter:
-    """Writes a feature store shard by shard; the memory it takes is one shard's.
+    """Makes a store of shards that come from any number of processes, in any order, over any number of runs.
 
-    Use it as a context manager: leaving the block completes the store, an exception leaves one that does not open.
-    An earlier store in the folder is removed first.
+    Finished shards are sealed (size and SHA-256) and lie in `FOLDER.parts/KEY`, where KEY names all that decides their
+    bytes. One process calls `begin`, then all of them `write`, then that one `publish`.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        images: int,
-        num_tokens: int,
-        width: int,
-        dtype: torch.dtype,
-        made_by: dict[str, Any],
-        shard_bytes: int = _SHARD_BYTES,
+        self, folder: str | Path, layout: Layout, made_by: dict[str, Any], computed_by: dict[str, Any] | None = None
     ):
         """
         Args:
-            folder: is made where missing.
-            images: how many will be added.
-            num_tokens, width: T and D of each.
-            dtype: torch.float32, bfloat16 or float16; features are rounded to it.
+            folder: where the store is to be.
             made_by: goes into the manifest as it is; holds `encoder_hash`, `data_hash` and `compute_dtype`.
-            shard_bytes: about how large a file becomes.
+            computed_by: what else decides the bytes: another value makes no use of the shards of an earlier run.
         """
+        self.layout = layout
         self._folder = Path(folder)
-        self._shape = (num_tokens, width)
-        self._dtype = dtype
         self._made_by = made_by
-        self._images = images
-        image_bytes = num_tokens * width * dtype.itemsize
-        self._per_shard = max(1, min(images, shard_bytes // image_bytes))
-        self._shards = -(-images // self._per_shard)
-        self._seen: set[int] = set()
-        self._written: list[dict[str, Any]] = []
-        self._ids: list[int] = []
-        self._buffer = torch.empty(self._per_shard, *self._shape, dtype=dtype)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        # The manifest goes first: it is what makes a store out of the files.
+        described = asdict(layout) | {"dtype": layout.dtype.value}
+        self._root = self._folder.with_name(f"{self._folder.name}.parts")
+        self._parts = self._root / hash_json([SCHEMA_VERSION, described, made_by, computed_by])[:16]
+
+    def begin(self) -> list[int]:
+        """Remove the store that is there and what is left of other runs; return the shards that are still to be written.
+
+        Raises:
+            UserError: the disk has too little room, or another process is at work on this store.
+        """
+        for folder in (self._parts, self._folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        # The manifest goes first: it is what makes a store out of the files. They may be links into DVC's cache.
         (self._folder / MANIFEST).unlink(missing_ok=True)
         for old in self._folder.glob("features-*.safetensors"):
             old.unlink()
+        for other in self._root.iterdir():
+            if other.is_dir() and other != self._parts:
+                logger.info("%s: removed; it was begun with another encoder, other data or parameters", other)
+                shutil.rmtree(other)
+        for torn in self._parts.glob("*.tmp"):
+            torn.unlink()
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            whole = list(pool.map(self._is_whole, range(self.layout.shards)))
+        missing = [number for number, done in enumerate(whole) if not done]
+        if any(whole):
+            logger.info("%s: going on after %d of %d shards", self._parts, sum(whole), self.layout.shards)
+        self._check_disk(missing)
+        return missing
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-
-    def add(self, image_ids: Sequence[int], features_NTD: Tensor) -> None:
-        """Add features [N, T, D] of any floating type and device, in the order in which they are to lie.
+    def write(self, shard: Shard) -> None:
+        """Write a shard and seal it; may be called in any process or thread.
 
         Raises:
-            UserError: an image was added before, or its features are not finite in the store's dtype.
+            UserError: it does not have all of its images.
         """
-        if features_NTD.shape != (len(image_ids), *self._shape):
-            raise ValueError(
-                f"features of shape {tuple(features_NTD.shape)} for {len(image_ids)} images of {self._shape}"
-            )
-        features_NTD = features_NTD.detach().to("cpu", self._dtype)
-        finite_N = torch.isfinite(features_NTD).flatten(1).all(1)
-        for image_id, features_TD, finite in zip(image_ids, features_NTD, finite_N.tolist(), strict=True):
-            if image_id in self._seen:
-                raise UserError(f"image {image_id} comes twice. Run `dvc repro fetch-vqav2` to make the records again.")
-            if not finite:
-                raise UserError(
-                    f"image {image_id}: its features are not finite as {_name(self._dtype)}. Set "
-                    "vision.store_dtype and vision.compute_dtype to float32 or bfloat16."
-                )
-            self._seen.add(image_id)
-            self._buffer[len(self._ids)].copy_(features_TD)
-            self._ids.append(image_id)
-            if len(self._ids) == self._per_shard:
-                self._write_shard()
+        expected, found = len(self.layout.places(shard.number)), len(shard.image_ids)
+        if found != expected:
+            raise UserError(f"shard {shard.number}: {found} images came where the records count {expected}. {_RECORDS}")
+        part = self._parts / self.layout.name(shard.number)
+        torn = part.with_suffix(f".{os.getpid()}.tmp")
+        save_file({**shard.tensors, "image_ids": torch.tensor(shard.image_ids, dtype=torch.int64)}, torn)
+        torn.chmod(0o644)  # safetensors makes files that only their owner can read
+        seal = {
+            "bytes": torn.stat().st_size,
+            "sha256": sha256_file(torn),
+            "first": shard.image_ids[0],
+            "last": shard.image_ids[-1],
+        }
+        torn.replace(part)
+        write_json(torn, seal)
+        torn.replace(part.with_suffix(".json"))
 
-    def _write_shard(self) -> None:
-        path = self._folder / f"features-{len(self._written):05d}-of-{self._shards:05d}.safetensors"
-        tensors = {"features": self._buffer[: len(self._ids)], "image_ids": torch.tensor(self._ids, dtype=torch.int64)}
-        save_file(tensors, path)
-        path.chmod(0o644)  # safetensors makes files that only their owner can read
-        self._written.append({"file": path.name, "images": len(self._ids), "bytes": path.stat().st_size})
-        self._ids.clear()
+    def publish(self) -> None:
+        """Make the store of all shards, then remove them beside it.
 
-    def _finish(self) -> None:
-        if self._ids:
-            self._write_shard()
-        if len(self._seen) != self._images:
-            raise UserError(
-                f"{self._folder}: {len(self._seen)} images came where the records count {self._images}. "
-                "Run `dvc repro fetch-vqav2` to make the records again."
-            )
+        Raises:
+            UserError: an image is in two shards.
+        """
+        seals = [self._seal(number) for number in range(self.layout.shards)]
+        for one, other in itertools.pairwise(seals):
+            if other["first"] <= one["last"]:
+                raise UserError(f"image {other['first']} follows image {one['last']}; ids must ascend. {_RECORDS}")
+        names = [self.layout.name(number) for number in range(self.layout.shards)]
+        for name in names:
+            _link(self._parts / name, self._folder / name)
         manifest = {
             **self._made_by,
             "schema_version": SCHEMA_VERSION,
-            "images": self._images,
-            "num_tokens": self._shape[0],
-            "width": self._shape[1],
-            "dtype": _name(self._dtype),
-            "shards": self._written,
+            "images": self.layout.images,
+            "num_tokens": self.layout.num_tokens,
+            "width": self.layout.width,
+            "dtype": self.layout.dtype.value,
+            "shards": [
+                {"file": name, "images": len(self.layout.places(number)), "bytes": seals[number]["bytes"]}
+                for number, name in enumerate(names)
+            ],
         }
         write_json(self._folder / MANIFEST, manifest)
+        shutil.rmtree(self._root)
+
+    def _lock(self) -> None:
+        """Keep others out for as long as this process runs: a killed launch may have left one at work."""
+        self._lock_file = (self._root / "lock").open("a")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{self._root}: another extract-features is writing there. Wait for its end, or end it."
+            ) from error
+
+    def _seal(self, number: int) -> dict[str, Any]:
+        return json.loads((self._parts / self.layout.name(number)).with_suffix(".json").read_text(encoding="utf-8"))
+
+    def _is_whole(self, number: int) -> bool:
+        """Whether a shard is there as it was sealed; what is left of one that is not goes."""
+        part = self._parts / self.layout.name(number)
+        try:
+            seal = self._seal(number)
+            if part.stat().st_size == seal["bytes"] and sha256_file(part) == seal["sha256"]:
+                return True
+        except (OSError, ValueError, KeyError):
+            pass
+        if part.exists():
+            logger.info("%s: not whole; it is made again", part)
+        for left in (part, part.with_suffix(".json")):
+            left.unlink(missing_ok=True)
+        return False
+
+    def _check_disk(self, missing: Sequence[int]) -> None:
+        """Refuse to begin what the disk cannot take; a disk that cannot be written raises its own error."""
+        needed = {self._parts: sum(map(self.layout.disk_bytes, missing))}
+        logger.info("%d of %d shards to write, %s", len(missing), self.layout.shards, _size(needed[self._parts]))
+        if self._folder.stat().st_dev != self._parts.stat().st_dev:
+            # There are no links from one file system to another: it takes whole copies.
+            needed[self._folder] = sum(map(self.layout.disk_bytes, range(self.layout.shards)))
+        for folder, wanted in needed.items():
+            tempfile.TemporaryFile(dir=folder).close()
+            free = shutil.disk_usage(folder).free
+            if wanted > free:
+                raise UserError(
+                    f"{folder}: the disk is full before the features are written: {_size(wanted)} more are needed, "
+                    f"{_size(free)} are free. Free some space, or set vision.store_dtype to int8 (half of 16 bits), then "
+                    "run `dvc repro` again."
+                )
+
+
+def _link(part: Path, target: Path) -> None:
+    """Let a file have a second name, or a copy where the file system has no such thing; `target` does not exist."""
+    try:
+        target.hardlink_to(part)
+    except OSError:
+        shutil.copyfile(part, target)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 class FeatureStore:
@@ -154,8 +327,9 @@ class FeatureStore:
         _check_expected(self._folder, self.manifest, expected or {})
         self.num_tokens: int = self.manifest["num_tokens"]
         self.width: int = self.manifest["width"]
-        self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
-        self._shards: list[Tensor] = []
+        self.layout = Layout(self.manifest["images"], self.num_tokens, self.width, StoreDtype(self.manifest["dtype"]))
+        # Each shard's tensors, by name.
+        self._shards: list[dict[str, np.ndarray]] = []
         # Where an image lies: shard and row.
         self._places: dict[int, tuple[int, int]] = {}
         for entry in self.manifest["shards"]:
@@ -185,8 +359,19 @@ class FeatureStore:
     def __contains__(self, image_id: object) -> bool:
         return image_id in self._places
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the features that are returned: the stored one, and float32 where that is int8."""
+        stored = self.layout.tensors["features"][0]
+        return torch.float32 if stored is torch.int8 else stored
+
+    @property
+    def tolerance(self) -> float:
+        """How far features may be from the same encoder's in float32, in parts of the largest magnitude of all."""
+        return max(TOLERANCE[self.layout.dtype.value], TOLERANCE[self.manifest.get("compute_dtype", "float32")])
+
     def __getitem__(self, image_id: int) -> Tensor:
-        """[T, D] in the store's dtype, a copy.
+        """[T, D] as `batch`.
 
         Raises:
             UserError: there is no such image.
@@ -194,18 +379,22 @@ class FeatureStore:
         return self.batch([image_id])[0]
 
     def batch(self, image_ids: Sequence[int]) -> Tensor:
-        """[N, T, D] in the store's dtype, in the order asked for; an id may be asked for more than once.
+        """[N, T, D] in `dtype`, a copy, in the order asked for; an id may be asked for more than once.
 
         Raises:
             UserError: there is no such image.
         """
         features_NTD = torch.empty(len(image_ids), self.num_tokens, self.width, dtype=self.dtype)
-        for target_TD, image_id in zip(features_NTD, image_ids, strict=True):
+        # numpy copies where torch would start a team of threads for every image, and wait for it on a busy machine.
+        target_NTD = _as_array(features_NTD)
+        for target_TD, image_id in zip(target_NTD, image_ids, strict=True):
             try:
                 shard, row = self._places[int(image_id)]
             except KeyError:
                 raise UserError(f"{self._folder}: has no features of image {image_id}. {_REMAKE}") from None
-            target_TD.copy_(self._shards[shard][row])
+            target_TD[:] = self._shards[shard]["features"][row]
+            if "scales" in self._shards[shard]:
+                target_TD *= self._shards[shard]["scales"][row][:, None]
         return features_NTD
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -219,17 +408,24 @@ class FeatureStore:
             if found != entry["bytes"]:
                 raise UserError(f"{path}: has {found} bytes where {entry['bytes']} were written. {_REMAKE}")
             with safe_open(path, framework="pt") as file:
-                features, image_ids = file.get_tensor("features"), file.get_tensor("image_ids")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error}). {_REMAKE}") from error
-        shape = (entry["images"], self.num_tokens, self.width)
-        if features.shape != shape or features.dtype != self.dtype or image_ids.shape != shape[:1]:
+        image_ids = tensors.pop("image_ids", torch.empty(0))
+        wanted = {name: (kind, (entry["images"], *shape)) for name, (kind, shape) in self.layout.tensors.items()}
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        if found != wanted or image_ids.shape != (entry["images"],):
             raise UserError(f"{path}: its tensors are not those that the manifest names. {_REMAKE}")
         for row, image_id in enumerate(image_ids.tolist()):
             if image_id in self._places:
                 raise UserError(f"{path}: image {image_id} is in the store twice. {_REMAKE}")
             self._places[image_id] = (len(self._shards), row)
-        self._shards.append(features)
+        self._shards.append({name: _as_array(tensor) for name, tensor in tensors.items()})
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    """View a tensor as numpy does; bfloat16, which numpy does not know, as its bits."""
+    return tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -258,7 +454,3 @@ def _check_expected(folder: Path, manifest: dict[str, Any], expected: dict[str, 
             for key in differing
         )
         raise UserError(f"{folder}: these features do not belong to this run. {details}. {_REMAKE}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

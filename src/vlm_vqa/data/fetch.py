@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import zipfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from vlm_vqa.data import records
 from vlm_vqa.data.contract import Annotation, Kind, Question, Violations, pair
 from vlm_vqa.data.ordered import in_order
+from vlm_vqa.data.report import render_report
 from vlm_vqa.data.sources import open_source
 from vlm_vqa.data.sources.directory import (
     ImageFiles,
@@ -35,6 +35,7 @@ from vlm_vqa.data.sources.directory import (
     read_annotations,
     read_questions,
 )
+from vlm_vqa.data.statistics import ImageStatistics, QuestionStatistics
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file, write_json
 from vlm_vqa.params import DataParams
@@ -62,27 +63,28 @@ def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        with open_source(data) as source:
+        with open_source(data, folder) as source:
             manifest = _store(source, data, part)
-        write_json(part / records.MANIFEST, manifest)
-        _replace(part, folder)
+            write_json(part / records.MANIFEST, manifest)
+            _replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return manifest
 
 
 def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
-    """Write all Parquet files into `part` and return the manifest."""
+    """Write all Parquet files and the report into `part` and return the manifest."""
     violations = Violations()
     texts = [_store_questions(paths, part, violations) for paths in source.splits]
     if not data.allow_split_overlap:
         _check_overlap(texts, violations)
+    seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
     with ExitStack() as stack:
         images = _wanted_images(texts, stack, violations)
-        images_digest = _store_images(images, data.max_image_pixels, part, violations)
+        images_digest = _store_images(images, data.max_image_pixels, part, seen, violations)
     violations.raise_if_any()
     content = {text.paths.split: text.digest.hexdigest() for text in texts}
-    return {
+    manifest = {
         "schema_version": records.SCHEMA_VERSION,
         "source": source.name,
         "origin": source.origin,
@@ -93,6 +95,9 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
         "splits": {text.paths.split: text.summary() for text in texts},
         "files": {path.name: sha256_file(path) for path in sorted(part.iterdir())},
     }
+    page = render_report(manifest, {text.paths.split: text.statistics for text in texts}, seen, data.max_image_pixels)
+    (part / records.REPORT).write_text(page, encoding="utf-8")
+    return manifest
 
 
 def _replace(part: Path, folder: Path) -> None:
@@ -100,7 +105,7 @@ def _replace(part: Path, folder: Path) -> None:
     (folder / records.MANIFEST).unlink(missing_ok=True)
     for old in [*folder.glob("questions-*.parquet"), *folder.glob("images-*.parquet")]:
         old.unlink()
-    for path in sorted(part.glob("*.parquet")):
+    for path in [*sorted(part.glob("*.parquet")), part / records.REPORT]:
         os.replace(path, folder / path.name)
     os.replace(part / records.MANIFEST, folder / records.MANIFEST)
 
@@ -110,30 +115,26 @@ class _Texts:
     """What the text files of one split hold, as far as it is needed after they have been stored."""
 
     paths: SplitPaths
-    questions: int = 0
     question_ids: set[int] = field(default_factory=set)
     images: dict[int, str] = field(default_factory=dict)
     """File name by image id."""
-    answer_types: Counter[str] = field(default_factory=Counter)
-    empty_answers: int = 0
+    statistics: QuestionStatistics = field(default_factory=QuestionStatistics)
     digest: Any = field(default_factory=hashlib.sha256)
 
     def add(self, row: dict[str, Any], image_name: str) -> None:
-        self.questions += 1
         self.images[row["image_id"]] = image_name
         self.question_ids.add(row["question_id"])
-        self.answer_types[row["answer_type"]] += 1
-        self.empty_answers += not row["multiple_choice_answer"].strip()
+        self.statistics.add(row)
         self.digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
 
     def summary(self) -> dict[str, Any]:
         """Return the split's entry in the manifest."""
         files = {"questions": self.paths.questions, "annotations": self.paths.annotations}
         return {
-            "questions": self.questions,
+            "questions": self.statistics.questions,
             "images": len(self.images),
-            "answer_types": dict(self.answer_types),
-            "empty_answers": self.empty_answers,
+            "answer_types": dict(self.statistics.answer_types),
+            "empty_answers": self.statistics.empty_answers,
             "inputs": {key: {"name": path.name, "sha256": sha256_file(path)} for key, path in files.items()},
         }
 
@@ -152,6 +153,7 @@ def _store_questions(paths: SplitPaths, part: Path, violations: Violations) -> _
         ):
             for group in _groups(_with_images(progress, texts, violations), _QUESTIONS_PER_GROUP):
                 writer.write_table(pa.Table.from_pylist(group, schema))
+    texts.statistics.finish()
     return texts
 
 
@@ -211,6 +213,8 @@ def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations
             opened[path] = _open_images(path, violations)
             if opened[path] is not None:
                 stack.callback(opened[path].close)
+        if opened[path] is not None:
+            text.statistics.files_without_questions = opened[path].count() - len(text.images)
         for image_id, name in text.images.items():
             found = places.setdefault(image_id, [])
             place = _Place(opened[path], name)
@@ -225,29 +229,34 @@ def _open_images(path: Path, violations: Violations) -> ImageFiles | None:
     except FileNotFoundError:
         violations.add(Kind.MISSING_FILE, f"{path}: neither a folder nor a zip archive of images")
     except (OSError, zipfile.BadZipFile) as error:
-        violations.add(Kind.BROKEN_FILE, f"{path}: not a zip archive ({error})")
+        violations.add(Kind.BROKEN_FILE, f"{path}: not a usable zip archive ({error})")
     return None
 
 
-def _store_images(images: dict[int, list[_Place]], max_pixels: int, part: Path, violations: Violations) -> str:
-    """Check every image and store it once; return a hash over ids and contents."""
+def _store_images(
+    images: dict[int, list[_Place]], max_pixels: int, part: Path, seen: ImageStatistics, violations: Violations
+) -> str:
+    """Check every image, count it and store it once; return a hash over ids and contents."""
     digest = hashlib.sha256()
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
         checked = in_order(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
-            _write_shards(_good_images(progress, digest, violations), part)
+            _write_shards(_good_images(progress, digest, seen, violations), part)
     return digest.hexdigest()
 
 
-def _good_images(images: Iterable[_Checked], digest: Any, violations: Violations) -> Iterator[dict[str, Any]]:
+def _good_images(
+    images: Iterable[_Checked], digest: Any, seen: ImageStatistics, violations: Violations
+) -> Iterator[dict[str, Any]]:
     """Yield rows up to the first violation, and go on checking."""
     for image in images:
         for kind, text in image.problems:
             violations.add(kind, text)
         if not violations:
             digest.update(f"{image.row['image_id']} {image.row['sha256']}\n".encode())
+            seen.add(image.row)
             yield image.row
 
 

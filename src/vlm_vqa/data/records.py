@@ -2,11 +2,13 @@
 
 `questions-SPLIT.parquet` holds one row per question in the order of the split's questions file (HELM joins by that
 position); `images-NNNNN-of-NNNNN.parquet` hold every image of both splits once, by ascending image id, in row groups
-small enough to stream; `manifest.json` says what is in there and is written last. The schema of each file carries its
+small enough to stream; `report.html` shows a person what they hold (see `vlm_vqa.data.report`); `manifest.json` says what
+is in there and is written last. The schema of each file carries its
 `datasets.Features`, so `datasets.load_dataset("parquet", data_files=...)` reads them as they are.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +26,7 @@ SPLITS = ("train", "val")
 # Raised when the files change in a way that older readers would misunderstand.
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+REPORT = "report.html"
 
 QUESTION_FEATURES = datasets.Features(
     {
@@ -94,16 +97,7 @@ def iter_images(folder: str | Path) -> Iterator[ImageRecord]:
     Raises:
         UserError: a shard is missing, damaged or of another schema.
     """
-    for path in _image_shards(folder):
-        with _open_parquet(path, IMAGE_FEATURES) as file:
-            for group in range(file.num_row_groups):
-                try:
-                    columns = file.read_row_group(group, columns=["image_id", "file_name", "image"]).to_pydict()
-                except (OSError, pa.ArrowException) as error:
-                    damage = f"row group {group} cannot be read ({_in_a_line(error)})"
-                    raise UserError(f"{path}: {damage}. {_REMAKE}") from error
-                for image_id, file_name, image in zip(*columns.values(), strict=True):
-                    yield ImageRecord(image_id, file_name, image["bytes"])
+    return images_between(folder, 0, sys.maxsize)
 
 
 def count_images(folder: str | Path) -> int:
@@ -206,3 +200,32 @@ def _open_parquet(path: Path, features: datasets.Features) -> pq.ParquetFile:
         file.close()
         raise UserError(f"{path}: columns are not those of the records ({file.schema_arrow.names}). {_REMAKE}")
     return file
+
+
+def images_between(folder: str | Path, start: int, stop: int) -> Iterator[ImageRecord]:
+    """Yield the images from place `start` up to, without it, place `stop` of `iter_images`.
+
+    Only the row groups that hold them are read, and one is in memory at a time.
+
+    Raises:
+        UserError: a shard is missing, damaged or of another schema.
+    """
+    first = 0
+    for path in _image_shards(folder):
+        if first >= stop:
+            return
+        with _open_parquet(path, IMAGE_FEATURES) as file:
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                wanted = range(max(start - first, 0), min(stop - first, rows))
+                first += rows
+                if not wanted:
+                    continue
+                try:
+                    columns = file.read_row_group(group, columns=["image_id", "file_name", "image"])
+                    columns = columns.slice(wanted.start, len(wanted)).to_pydict()
+                except (OSError, pa.ArrowException) as error:
+                    damage = f"row group {group} cannot be read ({_in_a_line(error)})"
+                    raise UserError(f"{path}: {damage}. {_REMAKE}") from error
+                for image_id, file_name, image in zip(*columns.values(), strict=True):
+                    yield ImageRecord(image_id, file_name, image["bytes"])

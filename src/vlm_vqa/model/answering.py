@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.model.encoder import middle
 from vlm_vqa.model.generation import generate
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import hash_weights, set_attention, trained_state
@@ -81,7 +82,8 @@ class Answerer:
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Return what the tower makes of images: [B, T, E]."""
         pixels = self.processor.image_processor(
-            images=[image.convert("RGB") for image in images], return_tensors="pt"
+            images=[middle(image.convert("RGB"), self.processor.image_processor) for image in images],
+            return_tensors="pt",
         ).pixel_values
         return self.model.model.vision_tower(pixels.to(self.model.device)).last_hidden_state
 

@@ -7,7 +7,7 @@ pixels.
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +20,15 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
+from vlm_vqa.model import hub
 from vlm_vqa.params import VisionParams, is_local
 
 SMALL_ENCODER = Path(__file__).parent / "small_encoder"
 # Which release wrote a config and from where it was read say nothing about what the encoder computes.
 _INCIDENTAL_CONFIG = ("_name_or_path", "transformers_version", "dtype", "architectures")
+
+MOST_ELONGATED = 32
+"""Longer edge over shorter edge up to which an image is seen as it is; see `middle`."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,20 @@ class Encoder:
         """
         return self.encode_pixels(self.preprocess(images))
 
-    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+    def preprocess(self, images: Iterable[Image.Image]) -> Tensor:
         """Bring images of any size and mode to what the model reads; may run in any thread.
+
+        They are taken one by one, so an iterable that decodes them holds one of them in memory at a time.
 
         Returns:
             [N, C, H, W] float32 on the CPU, in pinned memory where the model is on a GPU.
         """
-        pixels_NCHW = self.processor(list(images), do_convert_rgb=True, return_tensors="pt")["pixel_values"]
+        pixels_NCHW = torch.cat(
+            [
+                self.processor(middle(image, self.processor), do_convert_rgb=True, return_tensors="pt")["pixel_values"]
+                for image in images
+            ]
+        )
         return pixels_NCHW.pin_memory() if self.model.device.type == "cuda" else pixels_NCHW
 
     def encode_pixels(self, pixels_NCHW: Tensor) -> Tensor:
@@ -87,6 +98,21 @@ class Encoder:
         return processor
 
 
+def middle(image: Image.Image, processor: BitImageProcessor) -> Image.Image:
+    """Return an image that is no longer than `MOST_ELONGATED` times its width, or the other way round.
+
+    DINOv2's processor brings the shorter edge to 256 pixels and then cuts out the centre: of 1 x 5,000 pixels it would first
+    make 256 x 1,280,000, a gigabyte. So the longer edge of such an image is cut down to its middle beforehand, which the
+    centre lies well within. A processor that squeezes all images into one size has no such bound, and needs none.
+    """
+    longest = MOST_ELONGATED * min(image.size)
+    if not processor.size.shortest_edge or max(image.size) <= longest:
+        return image
+    width, height = image.size
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, width - left, height - top))
+
+
 def load_encoder(vision: VisionParams, device: torch.device | str | None = None) -> Encoder:
     """Load the vision tower that `params.yaml` names.
 
@@ -98,9 +124,9 @@ def load_encoder(vision: VisionParams, device: torch.device | str | None = None)
         UserError: it cannot be found or is no complete DINOv2 with a `BitImageProcessor`, or its tokens are not
             `vision.num_patches` of width `vision.visual_embed_dim`.
     """
-    source = _source(vision)
-    config = _load_config(vision, source)
-    processor = _load_processor(vision, source)
+    folder = _folder(vision)
+    config = _load_config(vision, folder)
+    processor = _load_processor(vision, folder)
     num_tokens = _count_tokens(vision, config, processor)
     for key, said, found in (
         ("vision.num_patches", vision.num_patches, num_tokens),
@@ -108,7 +134,7 @@ def load_encoder(vision: VisionParams, device: torch.device | str | None = None)
     ):
         if said != found:
             raise UserError(f"{key} is {said}, but the encoder {vision.model!r} makes {found}. Set {key}: {found}.")
-    model = _load_model(vision, source)
+    model = _load_model(vision, folder)
     encoder_hash = hash_json(
         {
             "weights": _hash_weights(model),
@@ -122,26 +148,26 @@ def load_encoder(vision: VisionParams, device: torch.device | str | None = None)
     return Encoder(model=model, processor=processor, hash=encoder_hash, num_tokens=num_tokens)
 
 
-def _source(vision: VisionParams) -> dict[str, Any]:
-    """What `from_pretrained` is to be given: where the encoder lies."""
+def _folder(vision: VisionParams) -> Path:
+    """Return where the encoder lies; from the hub, it is downloaded first."""
     if vision.model == "small":
-        return {"pretrained_model_name_or_path": str(SMALL_ENCODER)}
+        return SMALL_ENCODER
     if is_local(vision.model):
         folder = Path(vision.model).expanduser()
         if not folder.is_dir():
             raise UserError(f"vision.model {vision.model!r}: no such folder. Mend the path, or name a hub id or small.")
-        return {"pretrained_model_name_or_path": str(folder)}
+        return folder
     if vision.revision is None:
         raise UserError(
             f"vision.revision is null; vision.model {vision.model!r} comes from the hub (no such local folder), and a "
             "hub model is pinned by its commit of 40 hex digits."
         )
-    return {"pretrained_model_name_or_path": vision.model, "revision": vision.revision}
+    return hub.downloaded("vision", vision.model, vision.revision)
 
 
-def _load_config(vision: VisionParams, source: dict[str, Any]) -> Dinov2Config:
+def _load_config(vision: VisionParams, folder: Path) -> Dinov2Config:
     try:
-        values, _ = Dinov2Config.get_config_dict(**source)
+        values, _ = Dinov2Config.get_config_dict(folder)
     except (OSError, ValueError) as error:
         raise _unreadable(vision, "config.json", error) from error
     # A config of another class would load with a warning and give an encoder of defaults.
@@ -153,9 +179,9 @@ def _load_config(vision: VisionParams, source: dict[str, Any]) -> Dinov2Config:
     return Dinov2Config.from_dict(values)
 
 
-def _load_processor(vision: VisionParams, source: dict[str, Any]) -> BitImageProcessor:
+def _load_processor(vision: VisionParams, folder: Path) -> BitImageProcessor:
     try:
-        values, _ = BitImageProcessor.get_image_processor_dict(**source)
+        values, _ = BitImageProcessor.get_image_processor_dict(folder)
         kind = values.get("image_processor_type") or values.get("feature_extractor_type")
         if kind not in ("BitImageProcessor", "BitImageProcessorFast"):
             raise UserError(
@@ -169,10 +195,10 @@ def _load_processor(vision: VisionParams, source: dict[str, Any]) -> BitImagePro
         raise _unreadable(vision, "preprocessor_config.json", error) from error
 
 
-def _load_model(vision: VisionParams, source: dict[str, Any]) -> Dinov2Model:
+def _load_model(vision: VisionParams, folder: Path) -> Dinov2Model:
     try:
         model, found = Dinov2Model.from_pretrained(
-            **source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
         raise _unreadable(vision, "model.safetensors", error) from error
@@ -187,12 +213,10 @@ def _load_model(vision: VisionParams, source: dict[str, Any]) -> Dinov2Model:
 
 
 def _unreadable(vision: VisionParams, file: str, error: Exception) -> UserError:
-    what = f"vision.model {vision.model!r}: {file} cannot be read ({str(error).strip()})."
-    if vision.revision is None:
-        return UserError(
-            f"{what} The folder must hold intact config.json, model.safetensors, preprocessor_config.json."
-        )
-    return UserError(f"{what} Check the name, vision.revision, the network and, for gated models, the hub login.")
+    return UserError(
+        f"vision.model {vision.model!r}: {file} cannot be read ({str(error).strip()}). "
+        "The folder or commit must hold intact config.json, model.safetensors, preprocessor_config.json."
+    )
 
 
 def _count_tokens(vision: VisionParams, config: Dinov2Config, processor: BitImageProcessor) -> int:

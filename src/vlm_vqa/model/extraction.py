@@ -1,64 +1,103 @@
-"""Images to features: threads decode the next images while the encoder looks at these.
+"""Images to features: threads decode the next images while the encoder looks at these, and another writes the last shard.
 
 Legend of shape suffixes: N images, C channels, H and W pixels.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlm_vqa.data import records
-from vlm_vqa.data.feature_store import FeatureStoreWriter
+from vlm_vqa.data.feature_store import FeatureStoreWriter, Shard
 from vlm_vqa.data.ordered import in_order
 from vlm_vqa.data.records import ImageRecord
 from vlm_vqa.model.encoder import Encoder
 
 MOST_THREADS = 8
-"""That decode: each holds a batch of decoded images, and some of the work holds Python's lock."""
+"""That decode: each holds a batch of images' pixels, and some of the work holds Python's lock."""
+
+
+class Batch(NamedTuple):
+    """Images of one shard; the last batch of a shard may have fewer than the others."""
+
+    shard: int
+    images: list[ImageRecord]
+
+
+class Prepared(NamedTuple):
+    """What the model reads of a batch: float32 [N, C, H, W]."""
+
+    shard: int
+    image_ids: list[int]
+    pixels_NCHW: Tensor
 
 
 def extract(
-    stream: Iterable[ImageRecord],
+    numbers: Iterable[int],
+    images_of: Callable[[range], Iterable[ImageRecord]],
     encoder: Encoder,
     writer: FeatureStoreWriter,
-    progress: tqdm,
     batch_size: int,
     max_pixels: int,
+    on_images: Callable[[int], object],
 ) -> None:
-    """Add what `encoder` makes of the images to the store, in order; raises what `preprocessed` and the writer raise."""
-    with closing(preprocessed(stream, encoder, batch_size, max_pixels)) as batches:
-        for image_ids, pixels_NCHW in batches:
-            writer.add(image_ids, encoder.encode_pixels(pixels_NCHW))
-            progress.update(len(image_ids))
+    """Make shards. A batch never reaches beyond a shard, so its composition depends on the data and `batch_size` alone.
+
+    Args:
+        numbers: which shards; the next one is asked for when its first image is to be decoded.
+        images_of: the images at some places of the data's order.
+        on_images: is told how many more images have been looked at.
+
+    Raises:
+        UserError: an image cannot be decoded or is larger than `max_pixels`; or as `Shard.add`.
+    """
+
+    def batches() -> Iterator[Batch]:
+        for number in numbers:
+            images = iter(images_of(writer.layout.places(number)))
+            while batch := list(itertools.islice(images, batch_size)):
+                yield Batch(number, batch)
+
+    def shards(prepared: Iterable[Prepared]) -> Iterator[Shard]:
+        for number, parts in itertools.groupby(prepared, lambda part: part.shard):
+            shard = writer.layout.shard(number)
+            for _, image_ids, pixels_NCHW in parts:
+                shard.add(image_ids, encoder.encode_pixels(pixels_NCHW))
+                on_images(len(image_ids))
+            yield shard
+
+    with (
+        closing(preprocessed(batches(), encoder, max_pixels)) as prepared,
+        ThreadPoolExecutor(1, "write") as pool,
+    ):
+        for _ in in_order(pool, writer.write, shards(prepared), window=2):
+            pass
 
 
-def preprocessed(
-    stream: Iterable[ImageRecord], encoder: Encoder, batch_size: int, max_pixels: int
-) -> Iterator[tuple[list[int], Tensor]]:
+def preprocessed(batches: Iterable[Batch], encoder: Encoder, max_pixels: int) -> Iterator[Prepared]:
     """Decode and preprocess images in threads, ahead of what is asked for.
 
     There is one thread a core that torch uses, `MOST_THREADS` at most, and one batch more under way or waiting than
-    there are threads. Close the iterator when you leave it early: that ends the threads.
+    there are threads. A thread holds one decoded image at a time. Close the iterator when you leave it early: that ends
+    the threads.
 
     Yields:
-        Image ids and float32 [N, C, H, W] of each batch, in order; an error of a batch is raised in its turn.
+        The batches in order; an error of a batch is raised in its turn.
 
     Raises:
         UserError: an image cannot be decoded or is larger than `max_pixels`.
     """
 
-    def prepare(batch: list[ImageRecord]) -> tuple[list[int], Tensor]:
-        images = [records.open_image(record.data, record.file_name, max_pixels) for record in batch]
-        return [record.image_id for record in batch], encoder.preprocess(images)
+    def prepare(batch: Batch) -> Prepared:
+        decoded = (records.open_image(image.data, image.file_name, max_pixels) for image in batch.images)
+        return Prepared(batch.shard, [image.image_id for image in batch.images], encoder.preprocess(decoded))
 
     threads = min(MOST_THREADS, torch.get_num_threads())
-    stream = iter(stream)
-    batches = iter(lambda: list(itertools.islice(stream, batch_size)), [])
     # torch's number of threads is each thread's own: without this every decoding one would start a team.
     pool = ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,))
     try:

@@ -10,13 +10,14 @@ Shapes: B rows, S grid width (tokens of the longest row, image tokens included).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import Gemma2Config, PaliGemmaConfig
 
 from vlm_vqa.model.layout import IGNORED, PAD_SEGMENT, Row, TokenLayout
-from vlm_vqa.params import LanguageConfig, Mask
+from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Mask
 
 FORMULA = (
     "6 x parameters of the layers' linear maps x real tokens + 4 x projector's parameters x image tokens + "
@@ -91,6 +92,37 @@ def linear_maps(shape: LanguageConfig | Gemma2Config) -> list[tuple[int, int]]:
     )
     mlp = shape.intermediate_size
     return [(width, queries), (width, keys), (width, keys), (queries, width), (width, mlp), (width, mlp), (mlp, width)]
+
+
+def lora_token_cost(shape: LanguageConfig | Gemma2Config, lora: LoraParams) -> int:
+    """Return what a token costs where only adapters are trained: `Cost.token` without the gradients of the layers' maps."""
+    maps = dict(zip(PROJECTIONS, linear_maps(shape), strict=True))
+    adapters = sum(lora.rank * sum(maps[name]) for name in lora.targets)
+    return shape.num_hidden_layers * (4 * sum(one * other for one, other in maps.values()) + 6 * adapters)
+
+
+class VisionConfig(Protocol):
+    """What of a `Dinov2Config` its FLOPs depend on."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    mlp_ratio: int
+    patch_size: int
+    num_channels: int
+
+
+def vision_linear_maps(config: VisionConfig) -> list[tuple[int, int]]:
+    """Return (inputs, outputs) of one layer's linear maps in DINOv2: queries, keys, values, output, the MLP's two."""
+    width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+    return [(width, width)] * 4 + [(width, inner), (inner, width)]
+
+
+def vision_flops(config: VisionConfig, num_tokens: int) -> int:
+    """Count the FLOPs of an image's forward pass through DINOv2: products of patches, linear maps and attention."""
+    width = config.hidden_size
+    patches = 2 * (num_tokens - 1) * config.num_channels * config.patch_size**2 * width
+    linear = 2 * num_tokens * sum(one * other for one, other in vision_linear_maps(config))
+    return patches + config.num_hidden_layers * (linear + 4 * num_tokens**2 * width)
 
 
 def rows_work(layout: TokenLayout, rows: Iterable[Row]) -> Work:

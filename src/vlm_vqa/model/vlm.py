@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.model import hub
 from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
 from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, LoraParams
@@ -329,13 +330,16 @@ def _load_gemma(language: LanguageParams) -> Gemma2ForCausalLM:
 
 
 def _from_pretrained(kind, language: LanguageParams, **options):
-    """Load from the hub or a local folder.
+    """Load from the hub or a local folder; no code that lies there is run.
 
     Raises:
         UserError: it is not there or not readable; transformers' own reason is kept.
     """
+    folder = language.model
+    if language.revision is not None:
+        folder = hub.downloaded("language", language.model, language.revision)
     try:
-        return kind.from_pretrained(language.model, revision=language.revision, **options)
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"language.model {language.model!r} cannot be loaded ({kind.__name__}): {error} Name a folder in Hugging Face's "

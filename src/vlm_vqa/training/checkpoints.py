@@ -13,6 +13,7 @@ written in a thread while training goes on, and one that was cut off at any poin
 """
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -105,7 +106,39 @@ def latest(folder: Path) -> Path | None:
 def prune(folder: Path, limit: int) -> None:
     """Remove all but the newest `limit` whole checkpoints; those being written stay."""
     for old in whole_checkpoints(folder)[limit:]:
-        shutil.rmtree(old)
+        remove(old)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, its seals first: cut off at any point, what is left is no whole one."""
+    for path in checkpoint.glob("rank-*.json"):
+        path.unlink()
+    shutil.rmtree(checkpoint)
+
+
+def remove_all(folder: Path) -> None:
+    """Remove the checkpoints of a training that has ended."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        remove(checkpoint)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def claim(folder: Path) -> IO[str]:
+    """Make `folder` one training's own until the process ends; the caller keeps what is returned.
+
+    Raises:
+        UserError: another one, perhaps forgotten by its launcher, is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{folder}: another process is training there. Wait for it or end it (`pgrep -f stages/train.py` finds it), "
+            "then run `dvc repro` again."
+        ) from error
+    return file
 
 
 def read_seal(checkpoint: Path, rank: int, world: int) -> dict[str, Any]:

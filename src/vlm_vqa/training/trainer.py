@@ -51,8 +51,12 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: 
     return TrainingArguments(
         output_dir=str(output_dir),
         use_cpu=use_cpu,
-        # `launch.start` has made the process group; left alone, the Trainer would make another one, of another type.
-        accelerator_config={"use_configured_state": True},
+        accelerator_config={
+            # `launch.start` has made the process group; left alone, the Trainer would make another one, of another type.
+            "use_configured_state": True,
+            # Left alone, FSDP2 would keep whole gradients on every process until a step's last pass.
+            "gradient_accumulation_kwargs": {"sync_each_batch": launch.strategy is Strategy.FSDP2},
+        },
         seed=seed,
         data_seed=seed,
         bf16=train.compute_dtype is Dtype.BFLOAT16 and train.weights_dtype is Dtype.FLOAT32,
@@ -289,6 +293,8 @@ class VqaTrainer(Trainer):
     def _newest_checkpoint(self) -> Path | None:
         """Let process 0 choose a checkpoint, and verify this process's share of its files."""
         folder, launch = Path(self.args.output_dir), self.launch
+        if launch.main:
+            self.lock = checkpoints.claim(folder)
         choice = [checkpoints.latest(folder) if launch.main else None]
         if launch.processes > 1:
             distributed.broadcast_object_list(choice)
@@ -306,8 +312,9 @@ class VqaTrainer(Trainer):
         kind = checkpoints.read_seal(last, 0, world)["kind"]
         if kind != self.kind or (self.launch.strategy.deepspeed and world != launch.processes):
             raise UserError(
-                f"{last} was written by {world} processes as {kind}; {launch.processes} processes with {self.kind} cannot "
-                f"go on from it. Use the launch that it was written with, or delete the folder {folder} to start again."
+                f"{last} was written by {world} processes as {kind}; {launch.processes} processes with "
+                f"{launch.strategy.value} (train.launch {launch.name}) cannot go on from it. Use "
+                f"the launch that it was written with, or delete the folder {folder} to start again."
             )
         return last
 

@@ -1,7 +1,7 @@
 """Where data come from. Every source ends as files in VQAv2's official layout, which `directory` reads.
 
-A new source (the official download, a data set on the hub) is a value of `params.Source`, a module here that brings
-its files into a folder, and a case in `open_source`.
+A new source is a value of `params.Source`, a module here that brings its files into a folder, and a case in
+`open_source`.
 """
 
 import tempfile
@@ -12,11 +12,20 @@ from pathlib import Path
 from vlm_vqa import params
 from vlm_vqa.data.sources.directory import Source, directory_source
 from vlm_vqa.data.sources.easy_vqa import easy_vqa_source
+from vlm_vqa.data.sources.hub import hub_source
+from vlm_vqa.data.sources.official import official_source, remove_archives
 
 
 @contextmanager
-def open_source(data: params.DataParams) -> Iterator[Source]:
+def open_source(data: params.DataParams, records: Path = Path("data/records")) -> Iterator[Source]:
     """Yield the source that `data.source` names; files that it had to write are gone afterwards.
+
+    Archives that were downloaded stay, whatever goes wrong; only where `data.official.keep_archives` is false do they go
+    in the end.
+
+    Args:
+        data: what to open.
+        records: the folder that the records will be written to; archives are downloaded into `archives` beside it.
 
     Raises:
         UserError: the source is not there or not the one expected.
@@ -27,3 +36,10 @@ def open_source(data: params.DataParams) -> Iterator[Source]:
         case params.Source.EASY_VQA:
             with tempfile.TemporaryDirectory(prefix="vlm-vqa-easy-vqa-") as folder:
                 yield easy_vqa_source(Path(folder))
+        case params.Source.OFFICIAL:
+            yield official_source(data.official, records)
+            if not data.official.keep_archives:
+                remove_archives(data.official, records)
+        case params.Source.HUB:
+            with hub_source(data.hub, records.parent / "hub") as source:
+                yield source

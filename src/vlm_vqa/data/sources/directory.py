@@ -1,16 +1,19 @@
 """Source `directory`: VQAv2's official file layout in a local folder. Every other source ends here too."""
 
 import gzip
+import io
 import json
 import logging
 import lzma
+import os
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from vlm_vqa.data.contract import (
     Annotation,
@@ -24,6 +27,7 @@ from vlm_vqa.data.contract import (
     parse_question,
 )
 from vlm_vqa.data.records import SPLITS
+from vlm_vqa.data.sources.archive import files, open_zip, shown
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import DataParams
 
@@ -32,6 +36,11 @@ log = logging.getLogger(__name__)
 _ENCRYPTED = 0x1
 """Of a zip member's flags (APPNOTE 4.4.4)."""
 _GZIP_MAGIC = b"\x1f\x8b"
+_ZIP_MAGIC = b"PK\x03\x04"
+# VQAv2's largest file of texts has 0.4 GB; a zip of a few MB can unpack to anything.
+_MOST_UNPACKED_BYTES = 4 * 2**30
+# What zipfile and its decompressors raise for damaged bytes, and (the last) for a method that Python lacks.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -95,12 +104,12 @@ def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
 
 
 def read_questions(path: Path, violations: Violations) -> Entries | None:
-    """Read a questions file, JSON or gzipped JSON; None, and a violation, where it is not one."""
+    """Read a questions file, JSON, gzipped JSON or in a zip of its own; None, and a violation, where it is not one."""
     return _read_entries(path, "questions", Question, parse_question, violations)
 
 
 def read_annotations(path: Path, violations: Violations) -> Entries | None:
-    """Read an annotations file, JSON or gzipped JSON; None, and a violation, where it is not one."""
+    """Read an annotations file, JSON, gzipped JSON or in a zip of its own; None, and a violation, where it is not one."""
     return _read_entries(path, "annotations", Annotation, parse_annotation, violations)
 
 
@@ -118,14 +127,12 @@ def _read_entries(
 
     try:
         log.info("reading %s (%.0f MB)", path.name, path.stat().st_size / 1e6)
-        with open(path, "rb") as file:
-            zipped = file.read(2) == _GZIP_MAGIC
-        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8") as file:
-            content = json.load(file, object_hook=compact)
+        with _open_text(path) as file:
+            content = json.load(io.TextIOWrapper(file, encoding="utf-8"), object_hook=compact)
     except FileNotFoundError:
         violations.add(Kind.MISSING_FILE, f"{path}")
         return None
-    except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, *_DAMAGE) as error:
         violations.add(Kind.BROKEN_FILE, f"{path}: not complete JSON ({error})")
         return None
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -135,6 +142,29 @@ def _read_entries(
         violations.add(Kind.BROKEN_FILE, f"{path}: the list {key!r} is empty")
         return None
     return _sort_out(path, content[key], kind, parse, violations)
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file of JSON as it is, gzipped, or as the one JSON file of a zip archive."""
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != _ZIP_MAGIC:
+        with (gzip.open if magic.startswith(_GZIP_MAGIC) else open)(path, "rb") as file:
+            yield file
+        return
+    with open_zip(path) as archive:
+        members = files(archive)
+        if len(members) != 1:
+            names = shown(member.filename for member in members)
+            raise zipfile.BadZipFile(f"the archive holds {len(members)} files instead of one: {names}")
+        if members[0].flag_bits & _ENCRYPTED:
+            raise zipfile.BadZipFile(f"{members[0].filename} is encrypted")
+        if members[0].file_size > _MOST_UNPACKED_BYTES:
+            raise zipfile.BadZipFile(f"{members[0].filename} would unpack to {members[0].file_size} bytes")
+        # No more than the declared size is ever unpacked.
+        with archive.open(members[0]) as file:
+            yield file
 
 
 def _sort_out(
@@ -167,10 +197,10 @@ class ImageFiles:
         """Open `path`.
 
         Raises:
-            OSError, zipfile.BadZipFile: it is neither a folder nor a readable zip archive.
+            OSError, zipfile.BadZipFile: it is neither a folder nor a zip archive of files below it, as `open_zip` says.
         """
         self.path = path
-        self._zip = None if path.is_dir() else zipfile.ZipFile(path)
+        self._zip = None if path.is_dir() else open_zip(path)
         self._members: defaultdict[str, list[zipfile.ZipInfo]] = defaultdict(list)
         for info in self._zip.infolist() if self._zip else ():
             self._members[PurePosixPath(info.filename).name].append(info)
@@ -195,9 +225,14 @@ class ImageFiles:
             raise UserError(f"{where}: is encrypted; unpack the archive with its password and name the folder instead")
         try:
             return self._zip.read(member)
-        # What zipfile and its decompressors raise for damaged bytes, and (the last) for a method that Python lacks.
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
+        except _DAMAGE as error:
             raise UserError(f"{where}: cannot be unpacked ({error})") from error
+
+    def count(self) -> int:
+        """Return how many files there are."""
+        if self._zip is not None:
+            return len(files(self._zip))
+        return sum(entry.is_file() for entry in os.scandir(self.path))
 
     def where(self, name: str) -> str:
         """Return the place of a file, for messages."""

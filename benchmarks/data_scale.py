@@ -1,0 +1,244 @@
+"""VQAv2's real counts through source `official`: how long the stage takes and how much memory.
+
+    python -m benchmarks.data_scale
+
+443,757 + 214,354 questions with ten answers each, under the official names and in the official layout, are made up by
+seed; the 82,783 + 40,504 images are a few tiny JPEGs again and again, so decoding photographs and moving 20 GB are not in
+the figures. A server on loopback hands out the six archives, and the stage runs as `dvc repro` runs it, in a process of
+its own. The first 1,000 questions of HELM's choice from the made-up file, picked by HELM's own function, must be those
+that the evaluation picks from the records.
+"""
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from benchmarks import measure
+from vlm_vqa.data import records
+from vlm_vqa.data.sources.official import CHECKSUMS_VARIABLE
+from vlm_vqa.evaluation.helm_files import pick_instances
+from vlm_vqa.hashing import sha256_file, write_json
+
+ROOT = Path(__file__).parents[1]
+COUNTS = {"train": (443_757, 82_783), "val": (214_354, 40_504)}
+"""Questions and images."""
+MOST_SECONDS = 300
+MOST_GIB = 4
+INSTANCES = 1_000
+
+# Linux counts into a process's greatest size what its parent had when it started it, so a small one starts the stage.
+_STARTER = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+_ANSWERS = 60_000
+"""Different words for answers other than yes, no and numbers; VQAv2 has some 200,000 different answers of its ten."""
+_ENVELOPE = {"info": {"description": "made up"}, "license": {"name": "none"}, "data_type": "mscoco"}
+_OBJECTS = (
+    "man woman dog cat train bus table plate pizza street sign shirt horse umbrella clock laptop boat kite".split()
+)
+_PLACES = (
+    "on the left|on the right|in the background|behind the fence|near the water|under the tree|in the photo".split("|")
+)
+_TYPES = {
+    "what color is the": "other", "how many": "number", "is the": "yes/no", "what is the": "other", "are there": "yes/no",
+    "where is the": "other", "is this a": "yes/no", "what kind of": "other",
+}  # fmt: skip
+
+
+def make_archives(folder: Path, counts: dict[str, tuple[int, int]] = COUNTS) -> dict[str, str]:
+    """Write the six archives into `folder` and return their checksums by name."""
+    for split, (questions, images) in counts.items():
+        # COCO's ids are sparse and below 600,000; no image is in both splits.
+        ids = np.random.RandomState(0).permutation(590_000)[: sum(number for _, number in COUNTS.values())]
+        ids = ids[:images] if split == "train" else ids[-images:]
+        _write_texts(folder, split, questions, ids.tolist())
+        _write_images(folder / f"{split}2014.zip", split, ids.tolist())
+    return {path.name: f"sha256:{sha256_file(path)}" for path in sorted(folder.glob("*.zip"))}
+
+
+def _write_texts(folder: Path, split: str, count: int, image_ids: list[int]) -> None:
+    """Write a split's questions and annotations, each into its archive, the questions in no order of ids."""
+    chance = random.Random(split)
+    # Every image has a question; the others fall where they may. VQAv2 numbers the questions of an image.
+    chosen = image_ids + chance.choices(image_ids, k=count - len(image_ids))
+    chance.shuffle(chosen)
+    numbers: dict[int, int] = {}
+    questions, annotations = [], []
+    for image_id in chosen:
+        numbers[image_id] = number = numbers.get(image_id, -1) + 1
+        ids = {"image_id": image_id, "question_id": 1000 * image_id + number}
+        kind = chance.choice(list(_TYPES))
+        questions.append(json.dumps({**ids, "question": _question(kind, chance)}))
+        annotations.append(json.dumps(_annotation(kind, chance) | ids))
+    for title, name, key, entries in (
+        ("Questions", f"v2_OpenEnded_mscoco_{split}2014_questions", "questions", questions),
+        ("Annotations", f"v2_mscoco_{split}2014_annotations", "annotations", annotations),
+    ):
+        content = f'{json.dumps(_ENVELOPE)[:-1]}, "{key}": [{", ".join(entries)}]}}'
+        with zipfile.ZipFile(folder / f"v2_{title}_{split.capitalize()}_mscoco.zip", "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr(f"{name}.json", content)
+
+
+def _question(kind: str, chance: random.Random) -> str:
+    words = (
+        chance.choice(_OBJECTS),
+        "and the",
+        chance.choice(_OBJECTS),
+        chance.choice(_PLACES),
+        "made of",
+        _word(chance),
+    )
+    return f"{kind.capitalize()} {' '.join(words[: chance.choice((1, 3, 4, 6))])}?"
+
+
+def _annotation(kind: str, chance: random.Random) -> dict[str, Any]:
+    main = {"yes/no": chance.choice(("yes", "no")), "number": str(chance.randrange(20)), "other": _word(chance)}[
+        _TYPES[kind]
+    ]
+    humans = [main if chance.random() < 0.7 else _word(chance) for _ in range(10)]
+    return {
+        "question_type": kind,
+        "multiple_choice_answer": main,
+        "answers": [
+            {"answer": answer, "answer_confidence": chance.choice(("yes", "yes", "maybe", "no")), "answer_id": number}
+            for number, answer in enumerate(humans, start=1)
+        ],
+        "answer_type": _TYPES[kind],
+    }
+
+
+def _word(chance: random.Random) -> str:
+    """Draw one of `_ANSWERS` answers, few of them often and most of them rarely."""
+    number = int(_ANSWERS ** chance.random())
+    return (
+        f"{_OBJECTS[number % len(_OBJECTS)]} {hashlib.sha256(str(number).encode()).hexdigest()[: number % 9]}".strip()
+    )
+
+
+def _write_images(path: Path, split: str, image_ids: list[int]) -> None:
+    pictures = []
+    for shade in range(0, 250, 25):
+        buffer = BytesIO()
+        Image.new("RGB", (64, 48), (shade, 255 - shade, 128)).save(buffer, "JPEG", quality=90)
+        pictures.append(buffer.getvalue())
+    with zipfile.ZipFile(path, "w") as archive:
+        for image_id in sorted(image_ids):
+            archive.writestr(f"{split}2014/COCO_{split}2014_{image_id:012d}.jpg", pictures[image_id % len(pictures)])
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder on loopback and yield its URL."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def run_stage(folder: Path, url: str, checksums: Path) -> tuple[float, float]:
+    """Run the stage in `folder` and return its seconds and the greatest GiB that were resident."""
+    params = yaml.safe_load((ROOT / "presets" / "small.yaml").read_text(encoding="utf-8"))
+    params["data"] |= {
+        "source": "official",
+        "official": {"texts_url": url, "images_url": url, "keep_archives": True, "downloads": 3},
+        "hub": None,
+    }
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", CHECKSUMS_VARIABLE: str(checksums)}
+    start = time.perf_counter()
+    command = [sys.executable, "-c", _STARTER, sys.executable, ROOT / "stages" / "fetch_vqav2.py"]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the stage ended with {done.returncode}")
+    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 2**20
+
+
+def helm_picks(questions_zip: Path, instances: int) -> list[int]:
+    """Return the ids of the questions that HELM's own function picks from a file of questions, in its order."""
+    from helm.benchmark.runner import downsample_eval_instances
+    from helm.benchmark.scenarios.scenario import VALID_SPLIT, Input, Instance
+
+    with zipfile.ZipFile(questions_zip) as archive:
+        questions = json.loads(archive.read(archive.namelist()[0]))["questions"]
+    # As its `vqa` scenario does: in the order of the file.
+    rows = [Instance(Input(text=str(row["question_id"])), references=[], split=VALID_SPLIT) for row in questions]
+    return [int(row.input.text) for row in downsample_eval_instances(rows, instances, [VALID_SPLIT])]
+
+
+def our_picks(folder: Path, instances: int) -> list[int]:
+    """Return the ids that the evaluation picks from the records."""
+    ids = records.load_questions(folder, "val")["question_id"]
+    return [ids[place] for place in pick_instances(len(ids), instances)]
+
+
+def main() -> None:
+    """Measure and write `data_scale.json`."""
+    with tempfile.TemporaryDirectory(prefix="vlm-vqa-data-scale-") as name:
+        folder = Path(name)
+        archives, work = folder / "server", folder / "work"
+        archives.mkdir()
+        work.mkdir()
+        print("making the archives", flush=True)
+        checksums = make_archives(archives)
+        write_json(folder / "checksums.json", checksums)
+        with served(archives) as url:
+            seconds, gib = run_stage(work, url, folder / "checksums.json")
+        made = work / "data" / "records"
+        manifest = records.read_manifest(made)
+        found = {split: (one["questions"], one["images"]) for split, one in manifest["splits"].items()}
+        if found != COUNTS:
+            raise RuntimeError(f"the records hold {found} instead of {COUNTS}")
+        theirs, ours = helm_picks(archives / "v2_Questions_Val_mscoco.zip", INSTANCES), our_picks(made, INSTANCES)
+        claims = [
+            measure.Claim(
+                "fetch-vqav2 at VQAv2's counts, tiny images, seconds", *[seconds] * 3, MOST_SECONDS, at_most=True
+            ),
+            measure.Claim("fetch-vqav2 at VQAv2's counts, GiB resident at most", *[gib] * 3, MOST_GIB, at_most=True),
+            measure.Claim(
+                f"share of HELM's {INSTANCES:,} questions that we pick, in its order",
+                *[sum(one == other for one, other in zip(theirs, ours, strict=True)) / INSTANCES] * 3,
+                target=1,
+            ),
+        ]
+        details = {
+            "counts": found,
+            "archive_bytes": {path.name: path.stat().st_size for path in sorted(archives.iterdir())},
+            "record_bytes": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
+        }
+    measure.write("data_scale", claims, details)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Zip archives from strangers: opened only when every entry is a file of its own below the archive's folder.
+
+Nothing is unpacked to disk here, but whoever names an archive will unpack it some day.
+"""
+
+import re
+import stat
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+_LOCAL_HEADER_BYTES = 30
+_SHOWN = 5
+# What macOS adds to archives.
+_JUNK = re.compile(r"(.*/)?(__MACOSX/.*|\.DS_Store)")
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open an archive.
+
+    Raises:
+        zipfile.BadZipFile: it is cut short or damaged; or an entry would leave its folder, is a link, or stands there
+            twice; or entries share their bytes, as in archives that are made to overflow a disk. Entries are named.
+        OSError: it cannot be read.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    # What zipfile raises for directories of nonsense.
+    except (NotImplementedError, ValueError, struct.error, EOFError) as error:
+        raise zipfile.BadZipFile(f"its directory cannot be read: {error}") from error
+    try:
+        _check(archive.infolist())
+    except zipfile.BadZipFile:
+        archive.close()
+        raise
+    return archive
+
+
+def files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the entries that are files, without what macOS adds."""
+    return [info for info in archive.infolist() if not info.is_dir() and not _JUNK.fullmatch(info.filename)]
+
+
+def shown(names: Iterable[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_SHOWN]) + more
+
+
+def _check(entries: list[zipfile.ZipInfo]) -> None:
+    names = Counter(info.filename for info in entries)
+    faults = {
+        "would leave the archive's folder": [info.orig_filename for info in entries if _leaves(info)],
+        "are links or devices": [info.filename for info in entries if _is_special(info)],
+        "stand there more than once": [name for name, count in names.items() if count > 1],
+        "share their bytes with others": _overlapping(entries),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise zipfile.BadZipFile(f"entries that {fault}: {shown(found)}")
+
+
+def _leaves(info: zipfile.ZipInfo) -> bool:
+    """Tell whether a name is absolute, has a drive, climbs, or means something else on another system."""
+    name = info.orig_filename
+    return (
+        name.startswith("/")
+        or "\\" in name
+        or "\0" in name
+        or re.match(r"[A-Za-z]:", name) is not None
+        or ".." in PurePosixPath(name).parts
+    )
+
+
+def _is_special(info: zipfile.ZipInfo) -> bool:
+    """Tell whether the Unix mode, where the archive has one, is that of a link or device."""
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    return kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+
+
+def _overlapping(entries: list[zipfile.ZipInfo]) -> list[str]:
+    """Return the names of entries that begin before the one before them has ended."""
+    found, end = [], 0
+    for info in sorted(entries, key=lambda info: info.header_offset):
+        if info.header_offset < end:
+            found.append(info.filename)
+        end = info.header_offset + _LOCAL_HEADER_BYTES + info.compress_size
+    return found

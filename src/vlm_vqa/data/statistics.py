@@ -1,0 +1,123 @@
+"""What the report on the data counts: one pass over questions and images, a few MB whatever their number."""
+
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+_EXAMPLES = 6
+_Row = dict[str, Any]
+
+
+@dataclass
+class QuestionStatistics:
+    """Counts over one split's questions; every counter maps a value to the number of questions that have it."""
+
+    questions: int = 0
+    answer_types: Counter[str] = field(default_factory=Counter)
+    question_types: Counter[str] = field(default_factory=Counter)
+    question_words: Counter[int] = field(default_factory=Counter)
+    main_answers: Counter[str] = field(default_factory=Counter)
+    answer_words: Counter[int] = field(default_factory=Counter)
+    """Words of the main answer."""
+    agreement: Counter[int] = field(default_factory=Counter)
+    """How many of the ten humans gave the answer that most of them gave."""
+    distinct_answers: Counter[int] = field(default_factory=Counter)
+    confidences: Counter[str] = field(default_factory=Counter)
+    """Counts the humans' answers, ten a question."""
+    of_image: Counter[int] = field(default_factory=Counter)
+    """Questions by image id."""
+    empty_answers: int = 0
+    """Questions whose main answer is blank."""
+    blank_humans: int = 0
+    """Humans' answers that are blank."""
+    asked_again: int = 0
+    """Questions in the words of an earlier one about the same image."""
+    files_without_questions: int = 0
+    _asked: set[tuple[int, str]] = field(default_factory=set)
+    _examples: dict[str, list[tuple[int, _Row]]] = field(default_factory=dict)
+
+    def add(self, row: _Row) -> None:
+        """Count one row of `records.QUESTION_FEATURES`."""
+        self.questions += 1
+        self.answer_types[row["answer_type"]] += 1
+        self.question_types[row["question_type"]] += 1
+        self.question_words[len(row["question"].split())] += 1
+        self.main_answers[row["multiple_choice_answer"]] += 1
+        self.answer_words[len(row["multiple_choice_answer"].split())] += 1
+        humans = Counter(row["answers"])
+        self.agreement[max(humans.values())] += 1
+        self.distinct_answers[len(humans)] += 1
+        self.confidences.update(row["answer_confidences"])
+        self.of_image[row["image_id"]] += 1
+        self.empty_answers += not row["multiple_choice_answer"].strip()
+        self.blank_humans += sum(count for answer, count in humans.items() if not answer.strip())
+        asked = (row["image_id"], row["question"])
+        self.asked_again += asked in self._asked
+        self._asked.add(asked)
+        self._offer(row)
+
+    def finish(self) -> None:
+        """Free what only the counting needed."""
+        self._asked.clear()
+
+    def examples(self) -> list[_Row]:
+        """Return a few rows on different images, of all answer types in turn: a draw that is the same in every run."""
+        queues = [[row for _, row in self._examples[kind]] for kind, _ in self.answer_types.most_common(_EXAMPLES)]
+        chosen: dict[int, _Row] = {}
+        for rank in range(_EXAMPLES):
+            for queue in queues:
+                if rank < len(queue) and len(chosen) < _EXAMPLES:
+                    chosen.setdefault(queue[rank]["image_id"], queue[rank])
+        return list(chosen.values())
+
+    def _offer(self, row: _Row) -> None:
+        """Keep the rows with the lowest checksums of their question's id, which is as good as a draw."""
+        kept = self._examples.setdefault(row["answer_type"], [])
+        lot = zlib.crc32(str(row["question_id"]).encode())
+        if len(kept) < _EXAMPLES or lot < kept[-1][0]:
+            kept.append((lot, row))
+            kept.sort(key=lambda one: (one[0], one[1]["question_id"]))
+            del kept[_EXAMPLES:]
+
+
+@dataclass
+class ImageStatistics:
+    """Counts over the images of all splits."""
+
+    images: int = 0
+    bytes: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Images by (width, height)."""
+    twins: int = 0
+    """Images whose bytes are those of an earlier one under another id."""
+    wanted: set[int] = field(default_factory=set)
+    """Ids of the images that the report shows."""
+    pictures: dict[int, bytes] = field(default_factory=dict)
+    """Those images' files by id."""
+    _seen: set[str] = field(default_factory=set)
+
+    def add(self, row: _Row) -> None:
+        """Count one row of `records.IMAGE_FEATURES`."""
+        self.images += 1
+        self.bytes += len(row["image"]["bytes"])
+        self.sizes[row["width"], row["height"]] += 1
+        self.twins += row["sha256"] in self._seen
+        self._seen.add(row["sha256"])
+        if row["image_id"] in self.wanted:
+            self.pictures[row["image_id"]] = row["image"]["bytes"]
+
+
+def quantile(counts: Counter[int], share: float) -> int:
+    """Return the smallest value that at least `share` of all counted things do not exceed."""
+    target, passed = share * counts.total(), 0
+    for value in sorted(counts):
+        passed += counts[value]
+        if passed >= target:
+            break
+    return value
+
+
+def mean(counts: Counter[int]) -> float:
+    """Return the mean of the counted values."""
+    return sum(value * count for value, count in counts.items()) / counts.total()

@@ -1,0 +1,131 @@
+"""The processes of an extraction: those that were asked for run, or none, and they share out the work among them.
+
+Each holds a whole encoder and makes whole shards, so all they have in common is the launcher's store: which shard is the
+next, and how many images are done. The training's collectives, and its watch over many machines, are not needed here:
+torchrun ends all processes of its machine when one of them fails.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import distributed
+
+from vlm_vqa.errors import UserError
+
+JOIN_SECONDS = 120.0
+"""Between the first and the last process's arrival: imports on a busy machine take long."""
+POLL_SECONDS = 0.2
+_COPIES = {"NO": "one process", "MULTI_GPU": "several processes"}
+"""accelerate's distributed types under which every process holds the whole encoder."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """This process among those of the launch; made by `join`."""
+
+    rank: int
+    size: int
+    device: torch.device
+    store: distributed.Store
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that does what is done once."""
+        return self.rank == 0
+
+    def tell(self, key: str, value: Any) -> None:
+        """Tell all processes a JSON value."""
+        self.store.set(key, json.dumps(value))
+
+    def hear(self, key: str) -> Any:
+        """Wait for what a process tells, this one included."""
+        while not self.store.check([key]):
+            time.sleep(POLL_SECONDS)
+        return json.loads(self.store.get(key))
+
+    def share(self, numbers: Sequence[int]) -> Iterator[int]:
+        """Yield those of the numbers, the same in all processes, that no other process has taken yet, one at a time."""
+        while (place := self.count("taken", 1) - 1) < len(numbers):
+            yield numbers[place]
+
+    def count(self, what: str, more: int = 0) -> int:
+        """Add to a count that all processes share; return it."""
+        return self.store.add(what, more)
+
+
+def join(launch: str, folder: str | Path = "launch") -> Crew:
+    """Meet the other processes, and compare what has started with what `launch/NAME.yaml` asks for.
+
+    On CPUs the cores are divided among the processes. How many threads a process has changes no bit of the features: torch
+    divides the rows of a product among threads, not its sums (tests/stages/test_extract_features.py).
+
+    Raises:
+        UserError: there is no such launch, it divides the model or spans machines, or what has started is something else.
+    """
+    path = Path(folder) / f"{launch}.yaml"
+    asked = _read(launch, path)
+    size, rank, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
+    _compare(path, "num_processes", asked["num_processes"], size)
+    if asked["use_cpu"]:
+        device = torch.device("cpu")
+        # Without this torchrun leaves one thread to a process. The affinity counts what a container may really use.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+    else:
+        _compare(path, "GPUs", size, min(size, torch.cuda.device_count()))
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    crew = Crew(rank, size, device, _store(size))
+    crew.count("arrived", 1)
+    latest = time.monotonic() + JOIN_SECONDS
+    while crew.count("arrived") < size and time.monotonic() < latest:
+        time.sleep(POLL_SECONDS)
+    _compare(path, "num_processes", size, crew.count("arrived"))
+    return crew
+
+
+def _read(launch: str, path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise UserError(f"vision.launch is {launch!r}, but there is no {path}. Known launches: {known}.")
+    asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kind, processes = asked.get("distributed_type"), asked.get("num_processes")
+    if kind not in _COPIES:
+        raise UserError(
+            f"vision.launch is {launch!r}, which divides a model among processes (distributed_type {kind}); the frozen "
+            "encoder is copied to each. Set vision.launch to cpu, cpu-ddp or ddp."
+        )
+    if (kind == "NO") != (processes == 1):
+        raise UserError(f"{path}: distributed_type {kind} is for {_COPIES[kind]}, but num_processes is {processes}.")
+    if asked.get("num_machines", 1) != 1:
+        raise UserError(
+            f"vision.launch is {launch!r}, which spans {asked['num_machines']} machines; extract-features runs on one. Set "
+            "vision.launch to a launch with num_machines 1."
+        )
+    return asked
+
+
+def _compare(path: Path, fact: str, wanted: int, found: int) -> None:
+    if found != wanted:
+        raise UserError(
+            f"{path} (vision.launch) asks for {fact} {wanted}, but {found} started. Run `dvc repro extract-features`, or "
+            f"`accelerate launch --config_file {path} stages/extract_features.py`, on a machine that has what it asks for, "
+            "or choose another vision.launch."
+        )
+
+
+def _store(size: int) -> distributed.Store:
+    """Connect to the store that torchrun describes in the environment; a process alone has its own."""
+    if size == 1:
+        return distributed.HashStore()
+    store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+    return distributed.PrefixStore("extract-features", store)

@@ -1,0 +1,117 @@
+"""A server on loopback that hands out files from memory and misbehaves as it is told."""
+
+import hashlib
+import http.server
+import threading
+from collections import Counter, defaultdict
+from typing import Any, NamedTuple
+
+# A client that never gives up must not keep a test for ever.
+_MOST_GETS = 100
+
+
+class Request(NamedTuple):
+    """What a client asked for: `start` is that of a range, or None."""
+
+    method: str
+    name: str
+    start: int | None
+
+
+class FaultyServer:
+    """Serves `files` by the last part of the path. Ranges and If-Range are known, as S3 knows them.
+
+    `faults[name]` are what happens to the next GETs of a file, in turn: a status code; `drop` (the connection ends after
+    half of what was asked for), `stall` (nothing more comes after half for a minute), `wrong` (as many bytes, but others).
+    `always[name]` happens after those, for ever.
+    """
+
+    def __init__(self, files: dict[str, bytes]):
+        self.files = dict(files)
+        self.faults: defaultdict[str, list[Any]] = defaultdict(list)
+        self.always: dict[str, Any] = {}
+        self.ranges, self.if_range, self.head = True, True, True
+        self.requests: list[Request] = []
+        self.sent: Counter[str] = Counter()
+        self.release = threading.Event()
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+
+    def gets(self, name: str | None = None) -> list[Request]:
+        return [one for one in self.requests if one.method == "GET" and name in (None, one.name)]
+
+    def close(self) -> None:
+        self.release.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self) -> type:
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                name = self.path.rsplit("/", 1)[-1]
+                outer.requests.append(Request("HEAD", name, None))
+                if not outer.head:
+                    return self._status(405)
+                if isinstance(outer.always.get(name), int):
+                    return self._status(outer.always[name])
+                self._headers(200, outer.files[name], 0)
+
+            def do_GET(self) -> None:
+                name = self.path.rsplit("/", 1)[-1]
+                asked = self.headers.get("Range")
+                outer.requests.append(Request("GET", name, int(asked[6:-1]) if asked else None))
+                if len(outer.gets()) > _MOST_GETS:
+                    return self._status(410)
+                fault = outer.faults[name].pop(0) if outer.faults[name] else outer.always.get(name)
+                if isinstance(fault, int):
+                    return self._status(fault)
+                data, start = outer.files[name], 0
+                if asked and outer.ranges and self._same(data):
+                    start = int(asked[6:-1])
+                    if start >= len(data):
+                        return self._status(416)
+                self._headers(206 if start else 200, data, start)
+                self._body(name, data[start:], fault)
+
+            def _same(self, data: bytes) -> bool:
+                return not outer.if_range or self.headers.get("If-Range") in (None, etag(data))
+
+            def _headers(self, status: int, data: bytes, start: int) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data) - start))
+                self.send_header("ETag", etag(data))
+                if status == 206:
+                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.end_headers()
+
+            def _body(self, name: str, data: bytes, fault: Any) -> None:
+                if fault == "wrong":
+                    data = bytes(len(data))
+                part = data if fault in (None, "wrong") else data[: len(data) // 2]
+                self.wfile.write(part)
+                self.wfile.flush()
+                outer.sent[name] += len(part)
+                if fault == "stall":
+                    outer.release.wait(60.0)
+                self.close_connection = fault is not None
+
+            def _status(self, status: int) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", "0")
+                self.send_header("Retry-After", "0")
+                self.end_headers()
+
+        return Handler
+
+
+def etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
