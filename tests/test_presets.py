@@ -1,11 +1,16 @@
 """Every preset is a valid params.yaml whose launch file exists; the reference recipe is kept to the letter."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from vlm_vqa.params import load_params
+from vlm_vqa.params import PROJECTIONS, load_params
+from vlm_vqa.preflight.run import preflight
+from vlm_vqa.preflight.shapes import GEMMA_VOCABULARY, LANGUAGE, VISION
 from vlm_vqa.training.launch import read_launch
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +23,35 @@ def test_valid_and_its_launch_is_one_that_accelerate_reads(path):
     config = load_config_from_file(str(launch))
     # accelerate fills in what a file leaves out and refuses what it does not know.
     assert config.num_processes == read_launch(launch.stem, launch.parent)["num_processes"]
+
+
+FULL = [path for path in PRESETS if path.stem.startswith("vqav2")]
+
+
+@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+def test_its_towers_are_the_real_ones(path):
+    params = load_params(path)
+    vision, (language, vocabulary) = VISION[params.vision.model], (LANGUAGE[params.language.model], GEMMA_VOCABULARY)
+    # 224 pixels in patches of 14, and the class token.
+    assert params.vision.num_patches == (224 // vision.patch_size) ** 2 + 1
+    assert params.vision.visual_embed_dim == vision.hidden_size
+    with torch.device("meta"):
+        gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=vocabulary, **dataclasses.asdict(language)))
+        layer = next(iter(gemma.model.layers))
+    assert {type(layer).__name__} == {"Gemma2DecoderLayer"}
+    linear = {name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linear == set(PROJECTIONS)
+    # The longest row fits Gemma 2's window.
+    longest = params.vision.num_patches + params.train.questions_per_row * params.prompt.text_length
+    assert longest <= gemma.config.sliding_window
+
+
+@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+def test_it_fits_the_gpus_that_it_is_for(path):
+    """By `vlm-vqa preflight`'s formulas; no GPU was measured."""
+    prediction = preflight(path, device="RTX 4090", host_memory=256, disk=500)
+    assert prediction.fits
+    assert not preflight(path, device="RTX 4090", host_memory=256, disk=20).fits
 
 
 def test_the_committed_params_are_the_small_preset():

@@ -40,7 +40,7 @@ class VisionShape:
         return embeddings + self.num_hidden_layers * (attention + mlp + 6 * width) + 2 * width
 
 
-# Their config.json on the hub, read on 2026-11-23; Gemma 2's shape is also in its report, arXiv 2408.00118, table 1.
+# As published in their config.json on the hub, which no test here can fetch; Gemma 2's also in arXiv 2408.00118, table 1.
 GEMMA_2_2B = LanguageConfig(
     hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
     head_dim=256,
