@@ -52,8 +52,22 @@ def test_what_comes_out_is_what_was_measured():
     details = found["strategies"]["details"]
     assert strategies.table(details["distances"], details["8_from_32_bits"], list(strategies.LAUNCHES)) in README
     assert f"after {details['losses']} steps" in README.replace("\n", " ")
+    assert "after each of 20 such kills" in README and len(found["kills"]["details"]["kills"]) == 20
     for accuracy in found["learning"]["details"]["mean_accuracy"].values():
         assert f"{accuracy:.4f}" in README
+
+
+def test_full_scale_is_what_was_measured():
+    real, data, features = results("real_shape"), results("data_scale"), results("features")
+    assert all(claim["met"] is not False for result in (real, data, features) for claim in result["claims"])
+    losses, peak = real["details"]["losses"], real["claims"][0]["ratio"]
+    worst = max(claim["ratio"] for claim in real["claims"] if "off preflight's" in claim["what"])
+    assert f"loss {losses[0]:.2f} to {losses[-1]:.2f} over the same 8 questions, peak {peak:.1f} GiB" in README
+    assert f"at most {worst:.1%} from".replace("%", " %") in README
+    seconds, memory = (claim["ratio"] for claim in data["claims"][:2])
+    assert f"{seconds:.0f} s, {memory:.2f} GiB" in README
+    narrow, wide = (claim["ratio"] for claim in features["claims"][:2])
+    assert f"{narrow:.2f} of the rate in bfloat16, {wide:.2f} in int8" in README
 
 
 def test_scores_are_the_committed_reports():
