@@ -1,5 +1,6 @@
 """Which checkpoint a training goes on from: the newest whole one, never a torn or a damaged one."""
 
+import errno
 import json
 
 import pytest
@@ -93,6 +94,15 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
         checkpoints.claim(tmp_path / "run")
     first.close()
     checkpoints.claim(tmp_path / "run").close()
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", no_locks)
+    checkpoints.claim(tmp_path / "run").close()
+    assert "cannot be locked" in caplog.text
 
 
 def test_what_fails_in_the_thread_is_raised_in_the_training(tmp_path):

@@ -138,6 +138,9 @@ def claim(folder: Path) -> IO[str]:
             f"{folder}: another process is training there. Wait for it or end it (`pgrep -f stages/train.py` finds it), "
             "then run `dvc repro` again."
         ) from error
+    except OSError as error:
+        # Some shared file systems know no locks; they must not keep anyone from training.
+        log.warning("%s cannot be locked (%s): do not start a second training of the same parameters", folder, error)
     return file
 
 
