@@ -171,15 +171,6 @@ def row_tokens(layout: TokenLayout, row: Row) -> int:
     return layout.num_patches + len(layout.prefix) + sum(len(tokens.read) for tokens in row.questions)
 
 
-def visible_pairs(layout: TokenLayout, row: Row) -> int:
-    """Count the (query, key) pairs of a row where the query sees the key."""
-    image, prefix = layout.num_patches, layout.num_patches + len(layout.prefix)
-    lengths = [len(tokens.read) for tokens in row.questions]
-    # The image sees itself, prefix text all before it and itself, a question the prefix, what precedes in it, and itself.
-    text = (prefix * (prefix + 1) - image * (image + 1)) // 2
-    return image * image + text + sum(length * prefix + length * (length + 1) // 2 for length in lengths)
-
-
 def _stock_batches(workload: Workload, *, fixed: bool) -> Iterator[MicroBatch]:
     """Yield what the stock class takes: a row a question, padded on the right."""
     layout = workload.layout

@@ -252,7 +252,7 @@ def table(
 ) -> str:
     """Return distances of weights as a Markdown table, a row a case, a column a launch."""
     lines = [f"| {' | '.join(['', *names, '8 from 32 bits'])} |", "|---" * (len(names) + 2) + "|"]
-    for case, launches in found.items():
+    for case, launches in ((case.name, found[case.name]) for case in CASES if case.name in found):
         cells = [f"{launches[name]['weights']:.1e}" if name in launches else "" for name in names]
         lines.append(f"| {' | '.join([case, *cells, f'{bits[case]:.1e}' if case in bits else ''])} |")
     return "\n".join(lines)

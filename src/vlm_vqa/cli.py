@@ -92,6 +92,20 @@ def _easy_vqa(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_preflight_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("params", type=Path, nargs="?", default=Path("params.yaml"), help="default: %(default)s")
+    sub.add_argument("--device", metavar="NAME", help='such as "A10G", "RTX 4090" or cpu; by default the one here')
+    for option, unit, text in (
+        ("--price", "PER_GPU_HOUR", "of one device, in any currency"),
+        ("--host-memory", "GIB", "of each machine; by default this one's"),
+        ("--disk", "GIB", "for all outputs; by default what is free here"),
+        ("--utilisation", "SHARE", "of the device's peak FLOP/s; by default measured on CPUs, assumed on GPUs"),
+        ("--bandwidth", "MB_PER_S", "of downloads; by default 20"),
+    ):
+        sub.add_argument(option, type=float, metavar=unit, help=text)
+    sub.add_argument("--json", action="store_true", help="print JSON; sizes in bytes")
+
+
 def _parser() -> argparse.ArgumentParser:
     from vlm_vqa.comparison import TOLERANCE
 
@@ -141,17 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         _preflight,
         "Predict disk, memory, FLOPs, hours and cost of every stage, and what would make it fit; exit 1 if it does not.",
     )
-    sub.add_argument("params", type=Path, nargs="?", default=Path("params.yaml"), help="default: %(default)s")
-    sub.add_argument("--device", metavar="NAME", help='such as "A10G", "RTX 4090" or cpu; by default the one here')
-    for option, unit, text in (
-        ("--price", "PER_GPU_HOUR", "of one device, in any currency"),
-        ("--host-memory", "GIB", "of each machine; by default this one's"),
-        ("--disk", "GIB", "for all outputs; by default what is free here"),
-        ("--utilisation", "SHARE", "of the device's peak FLOP/s; by default measured on CPUs, assumed on GPUs"),
-        ("--bandwidth", "MB_PER_S", "of downloads; by default 20"),
-    ):
-        sub.add_argument(option, type=float, metavar=unit, help=text)
-    sub.add_argument("--json", action="store_true", help="print JSON; sizes in bytes")
+    _add_preflight_options(sub)
 
     command("track", _track, "Record the outputs here as an MLflow run, after `dvc pull` or when tracking had failed.")
     return parser

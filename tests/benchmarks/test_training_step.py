@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import memory, recipes, training_step
 from benchmarks.measure import Timing
 from benchmarks.workload import TRAIN_IMAGES, TRAIN_QUESTIONS, draw_step, questions_per_image, read_questions
+from vlm_vqa.model.flops import visible_pairs
 from vlm_vqa.model.layout import IGNORED, TokenLayout, visible
 from vlm_vqa.params import LanguageConfig
 
@@ -80,7 +81,7 @@ def test_visible_pairs_are_those_of_the_mask(workload):
     for row in workload.rows:
         batch = workload.layout.collate([row])
         seen = visible(batch["segment_ids"], batch["position_ids"], batch["bidirectional"])
-        assert recipes.visible_pairs(workload.layout, row) == int(seen.sum())
+        assert visible_pairs(workload.layout, row) == int(seen.sum())
 
 
 def test_model_flops_follow_torchs_own_count(candidates, workload):
@@ -90,7 +91,7 @@ def test_model_flops_follow_torchs_own_count(candidates, workload):
         ours.run()
     counted = counter.get_flop_counts()["Global"]
     linear = counted[torch.ops.aten.mm] + counted[torch.ops.aten.addmm]
-    pairs = sum(recipes.visible_pairs(workload.layout, row) for row in workload.rows)
+    pairs = sum(visible_pairs(workload.layout, row) for row in workload.rows)
     attention = 12 * TINY.num_attention_heads * TINY.head_dim * TINY.num_hidden_layers * pairs
     assert training_step.model_flops(TINY, VOCABULARY, workload, workload.rows) == linear + attention
     assert attention <= counted[torch.ops.aten.bmm]

@@ -234,6 +234,13 @@ def test_a_loss_that_is_no_number_stops_the_run(make):
     assert (weights(trainer) != start).sum() == trainer.model.model.multi_modal_projector.linear.bias.numel()
 
 
+def test_a_loss_that_spoils_no_gradient_is_laid_to_its_own_rank(make):
+    trainer = make()
+    trainer.launch = dataclasses.replace(trainer.launch, processes=4, process=2)
+    with pytest.raises(UserError, match=r"loss is not a number \(rank 2: inf\); grad_norm is 1.5"):
+        trainer._stop_at(float("inf"), 1.5)
+
+
 def test_bfloat16_computes_by_autocast_over_float32_masters(make, monkeypatch):
     # What `accelerate launch` sets from a launch file; params.yaml decides all the same.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")

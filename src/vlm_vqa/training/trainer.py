@@ -263,11 +263,13 @@ class VqaTrainer(Trainer):
         Raises:
             UserError: always.
         """
-        losses: list[float] = [loss] * self.launch.processes
+        losses = {self.launch.process: loss}
         # The norm is the same everywhere, so all are here; a loss that spoils no gradient stops its process alone.
         if self.launch.processes > 1 and not math.isfinite(norm):
-            distributed.all_gather_object(losses, loss)
-        bad = [f"rank {rank}: {value}" for rank, value in enumerate(losses) if not math.isfinite(value)]
+            everyones: list[float] = [0.0] * self.launch.processes
+            distributed.all_gather_object(everyones, loss)
+            losses = dict(enumerate(everyones))
+        bad = [f"rank {rank}: {value}" for rank, value in losses.items() if not math.isfinite(value)]
         step = self.state.global_step + 1
         what = f"loss is not a number ({', '.join(bad)})" if bad else "the loss is a number, the gradient is not"
         raise UserError(
@@ -275,7 +277,7 @@ class VqaTrainer(Trainer):
             f"before this step are in {self.args.output_dir}."
         )
 
-    # --- checkpoints ------------------------------------------------------------------------------------------------
+    # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def run(self) -> Any:
         """Train, from the newest whole checkpoint if there is one, and wait for the last one to be written.
