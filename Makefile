@@ -2,16 +2,27 @@
 SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
-BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+# pip, or uv, which also brings Python 3.11 where there is none.
+INSTALLER ?= pip
+# cuda: the wheels that PyPI has, for GPUs and CPUs; cpu: torch's own CPU wheels, without the 4 GB of CUDA libraries.
+# An environment that is there keeps its kind.
+WHEELS ?= $(or $(shell cat $(READY) 2>/dev/null),cuda)
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+# Arguments for pytest, such as TESTS='-m "not slow"'.
+TESTS ?=
 
-.PHONY: repro test bench setup ui lock clean
+.PHONY: help repro test bench setup ui lock clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1\t\2/p' Makefile | expand -t 14
 
 repro: setup  ## run the five stages that params.yaml, the code or the data ask for
 	source $(BIN)/activate && dvc repro
 
 test: setup  ## cheap tests first, slow ones after them
-	source $(BIN)/activate && python -m pytest
+	source $(BIN)/activate && python -m pytest $(TESTS)
 
 bench: setup  ## measure speed and memory side by side: close everything else first
 	source $(BIN)/activate && python -m benchmarks
@@ -19,16 +30,26 @@ bench: setup  ## measure speed and memory side by side: close everything else fi
 ui: setup  ## compare runs in the browser
 	source $(BIN)/activate && mlflow ui
 
-setup: $(READY)
+setup: $(READY)  ## make .venv: INSTALLER=pip or uv, WHEELS=cuda or cpu
+	@made=$$(cat $(READY)); made=$${made:-cuda}; [ "$(origin WHEELS)" = file ] || [ "$$made" = "$(WHEELS)" ] || { \
+	  echo "$(VENV) has the wheels for $$made, not for $(WHEELS): remove it (rm -r $(VENV)) and call make again." >&2; exit 2; }
 
 # The stamp is written last: an interrupted set-up is simply done again.
 $(READY): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; install Python 3.11 or call make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@echo "Setting up $(VENV): about 7 GB and 5 minutes, once."
+	@case "$(INSTALLER) $(WHEELS)" in "pip cuda" | "pip cpu" | "uv cuda" | "uv cpu") ;; \
+	  *) echo "INSTALLER is pip or uv and WHEELS is cuda or cpu, not $(INSTALLER) and $(WHEELS)." >&2; exit 2 ;; esac
+	@echo "Setting up $(VENV) with $(INSTALLER) and the wheels for $(WHEELS): $(if $(filter cpu,$(WHEELS)),less than the,about) 7 GB and 5 minutes, once."
+ifeq ($(INSTALLER),uv)
+	@command -v uv >/dev/null || { echo "uv is not installed (https://docs.astral.sh/uv); or leave INSTALLER=uv out." >&2; exit 2; }
+	uv venv --quiet --allow-existing --seed --python 3.11 $(VENV)
+	uv pip install --python $(BIN)/python $(if $(filter cpu,$(WHEELS)),--torch-backend cpu) --constraint constraints.txt --editable '.[dev]'
+else
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: the README says how to get it; or name one by make PYTHON=/path/to/python3.11, or install uv and call make INSTALLER=uv." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --progress-bar on $(if $(filter cpu,$(WHEELS)),--extra-index-url $(CPU_WHEELS)) --constraint constraints.txt --editable '.[dev]'
+endif
 	$(BIN)/python -m pip check
-	@touch $@
+	@echo $(WHEELS) > $@
 
 lock: setup  ## rewrite constraints.txt from what is installed
 	@{ echo '# The exact versions of everything that is installed: `make lock` writes this file from .venv.'; \

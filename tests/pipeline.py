@@ -10,7 +10,12 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PARTS = [".dvc/config", ".dvcignore", "dvc.yaml", "params.yaml", "data/vqav2", "evaluation", "launch", "src", "stages"]
+# Never what a user changes or a run writes: not params.yaml (the small preset stands for it), not what lies in data/vqav2.
+PARTS = {
+    ".dvc/config": ".dvc/config", ".dvcignore": ".dvcignore", "dvc.yaml": "dvc.yaml",
+    "presets/small.yaml": "params.yaml", "data/vqav2/README.md": "data/vqav2/README.md", "evaluation": "evaluation",
+    "launch": "launch", "src": "src", "stages": "stages",
+}  # fmt: skip
 
 # Small enough for a minute, and everything that a real run has.
 TINY = {
@@ -34,12 +39,12 @@ class Project:
 
     def __init__(self, folder: Path, changes: dict[str, Any]):
         self.folder = folder
-        for part in PARTS:
-            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        for part, target in PARTS.items():
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / part).is_dir():
-                shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "images"))
+                shutil.copytree(ROOT / part, folder / target, ignore=shutil.ignore_patterns("__pycache__", "images"))
             else:
-                shutil.copy(ROOT / part, folder / part)
+                shutil.copy(ROOT / part, folder / target)
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
         self.set({**TINY, **changes})
 

@@ -28,12 +28,12 @@ def test_help_names_every_command_and_imports_nothing_heavy():
 
 
 def test_check_accepts_the_committed_parameters(capsys):
-    assert main(["check", str(REPO / "params.yaml")]) == 0
+    assert main(["check", str(REPO / "presets/small.yaml")]) == 0
     assert "valid; params_hash" in capsys.readouterr().out
 
 
 def test_check_names_a_misspelt_key(tmp_path, capsys):
-    text = (REPO / "params.yaml").read_text().replace("learning_rate:", "learning_rat:")
+    text = (REPO / "presets/small.yaml").read_text().replace("learning_rate:", "learning_rat:")
     (tmp_path / "params.yaml").write_text(text)
     assert main(["check", str(tmp_path / "params.yaml")]) == 2
     assert "train.learning_rat" in capsys.readouterr().err
@@ -92,7 +92,7 @@ def test_track_says_whether_there_was_anything_to_do(capsys, monkeypatch):
 
 def test_track_without_outputs_says_what_to_do(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text((REPO / "presets/small.yaml").read_text())
     assert main(["track"]) == 2
     assert "models/trained/training.json is missing: `dvc pull` or `dvc repro`" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def values():
-    return yaml.safe_load((ROOT / "params.yaml").read_text())
+    return yaml.safe_load((ROOT / "presets/small.yaml").read_text())
 
 
 def put(values, key, value):
@@ -24,7 +24,7 @@ def put(values, key, value):
 
 
 def test_the_committed_file_is_typed_and_frozen():
-    params = load_params(ROOT / "params.yaml")
+    params = load_params(ROOT / "presets/small.yaml")
     assert params.prompt.mask is Mask.IMAGE_PREFIX
     assert params.flat()["train.learning_rate"] == params.train.learning_rate
     with pytest.raises(AttributeError):

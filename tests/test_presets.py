@@ -54,10 +54,6 @@ def test_it_fits_the_gpus_that_it_is_for(path):
     assert not preflight(path, device="RTX 4090", host_memory=256, disk=20).fits
 
 
-def test_the_committed_params_are_the_small_preset():
-    assert (ROOT / "params.yaml").read_text() == (ROOT / "presets/small.yaml").read_text()
-
-
 def test_the_reference_recipe():
     params = load_params(ROOT / "presets/vqav2-reference.yaml").flat()
     recipe = {

@@ -49,7 +49,7 @@ def checkout(tmp_path, monkeypatch, empty_store):
         if name.startswith(("MLFLOW_", "DVC_")) or name == "RANK":
             monkeypatch.delenv(name)
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
-    shutil.copy(REPO / "params.yaml", tmp_path / "params.yaml")
+    shutil.copy(REPO / "presets/small.yaml", tmp_path / "params.yaml")
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     return tmp_path

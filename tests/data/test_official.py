@@ -427,7 +427,7 @@ class Stage:
         self.folder, self.server = folder, server
         self.records, self.archives = folder / "data" / "records", folder / "data" / "archives"
         folder.mkdir()
-        params = yaml.safe_load((REPO / "params.yaml").read_text())
+        params = yaml.safe_load((REPO / "presets/small.yaml").read_text())
         urls = {"texts_url": server.url, "images_url": server.url, "keep_archives": True, "downloads": 3}
         params["data"] |= {"source": "official", "official": urls}
         (folder / "params.yaml").write_text(yaml.safe_dump(params))

@@ -122,7 +122,7 @@ def project(tmp_path, monkeypatch) -> Path:
     (tmp_path / "fake_answerer.py").write_text(FAKE_ANSWERER)
     (tmp_path / "models" / "export").mkdir(parents=True)
     (tmp_path / "models" / "export" / "model.json").write_text("{}")
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copy(ROOT / "presets/small.yaml", tmp_path / "params.yaml")
     config = tmp_path / "evaluation" / "helm"
     config.mkdir(parents=True)
     for name in ("model_metadata.yaml", "run_entries.conf", "schema.yaml"):

@@ -40,7 +40,7 @@ def trained(tiny, tmp_path):
         state = tiny.stock.state_dict()
         tower.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         encoder = Encoder(tower.eval(), tiny.processor.image_processor, "hash", tiny.num_patches)
-        params = load_params("params.yaml")
+        params = load_params("presets/small.yaml")
         prompt = dataclasses.replace(
             params.prompt, mask=Mask(mask), instruction=tiny.layout(mask).instruction, text_length=64
         )

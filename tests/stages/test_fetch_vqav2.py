@@ -22,7 +22,7 @@ def official_names(split):
 
 
 def run_stage(folder, directory):
-    params = yaml.safe_load((REPO / "params.yaml").read_text())
+    params = yaml.safe_load((REPO / "presets/small.yaml").read_text())
     params["data"] = {
         "source": "directory",
         "directory": str(directory),

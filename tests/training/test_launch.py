@@ -17,7 +17,7 @@ from vlm_vqa.training.launch import Launch, Strategy, check_params, check_prepar
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch"
-TRAIN = load_params(ROOT / "params.yaml").train
+TRAIN = load_params(ROOT / "presets/small.yaml").train
 EXPECTED = {
     "cpu": Strategy.SINGLE, "gpu": Strategy.SINGLE, "cpu-ddp": Strategy.DDP, "cpu-fsdp2": Strategy.FSDP2,
     "cpu-zero2": Strategy.ZERO2,
@@ -136,7 +136,7 @@ from vlm_vqa.params import load_params
 from vlm_vqa.training import launch
 from vlm_vqa.errors import UserError
 try:
-    print(launch.start(dataclasses.replace(load_params("params.yaml").train, launch="{name}")))
+    print(launch.start(dataclasses.replace(load_params("presets/small.yaml").train, launch="{name}")))
 except UserError as error:
     print("refused:", error)
 """

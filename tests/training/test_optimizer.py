@@ -108,7 +108,7 @@ def displacement(train, dtype, *, nearest=False, steps=30):
 
 @pytest.mark.parametrize("kind", [Optimizer.ADAMW_TORCH, Optimizer.ADAMW_BNB_8BIT])
 def test_the_recipes_learning_rate_moves_bfloat16_weights_as_it_moves_float32_ones(kind):
-    base = dataclasses.replace(load_params("params.yaml").train, optimizer=kind, learning_rate=1e-5)
+    base = dataclasses.replace(load_params("presets/small.yaml").train, optimizer=kind, learning_rate=1e-5)
     precise = displacement(base, torch.float32)
     rounded = displacement(
         dataclasses.replace(base, weights_dtype=Dtype.BFLOAT16, rounding=Rounding.STOCHASTIC), torch.bfloat16
@@ -120,7 +120,7 @@ def test_the_recipes_learning_rate_moves_bfloat16_weights_as_it_moves_float32_on
 
 @pytest.mark.parametrize("kind", [Optimizer.ADAMW_TORCH, Optimizer.ADAMW_BNB_8BIT])
 def test_updating_in_parts_changes_nothing(kind, monkeypatch):
-    base = dataclasses.replace(load_params("params.yaml").train, optimizer=kind, learning_rate=1e-3,
+    base = dataclasses.replace(load_params("presets/small.yaml").train, optimizer=kind, learning_rate=1e-3,
                                weights_dtype=Dtype.BFLOAT16, rounding=Rounding.STOCHASTIC)  # fmt: skip
     whole = displacement(base, torch.bfloat16)
     monkeypatch.setattr("vlm_vqa.training.optimizer.CHUNK", 1024)
@@ -137,7 +137,7 @@ def test_rounding_repeats_itself_and_differs_by_step_and_parameter():
 
 def test_groups_are_by_decay_and_bits():
     model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4))
-    train = dataclasses.replace(load_params("params.yaml").train, optimizer=Optimizer.ADAMW_BNB_8BIT, weight_decay=0.3)
+    train = dataclasses.replace(load_params("presets/small.yaml").train, optimizer=Optimizer.ADAMW_BNB_8BIT, weight_decay=0.3)
     optimizer = build_optimizer(train, model, {"0.weight", "1.weight"}, seed=0)
     groups = [(g["weight_decay"], g["optim_bits"], len(g["params"])) for g in optimizer.param_groups]
     assert groups == [(0.3, 8, 1), (0.3, 32, 1), (0.0, 8, 1)]

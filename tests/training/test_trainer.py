@@ -29,7 +29,7 @@ def make(tiny, tmp_path):
     """Return a function that builds a Trainer on 24 questions about 6 images."""
     features = torch.randn(6, tiny.num_patches, 24, generator=torch.Generator().manual_seed(0))
     store = SimpleNamespace(batch=lambda ids: features[list(ids)])
-    base = load_params("params.yaml").train
+    base = load_params("presets/small.yaml").train
 
     def build(folder="run", layout=None, dropout=0.0, seed=0, callbacks=(), **changes):
         layout = layout or tiny.layout("image-prefix")
