@@ -52,6 +52,7 @@ endif
 	@echo $(WHEELS) > $@
 
 lock: setup  ## rewrite constraints.txt from what is installed
+	@[ "$(WHEELS)" = cuda ] || { echo "$(VENV) has the CPU wheels: constraints.txt is written from an environment with all (WHEELS=cuda)." >&2; exit 2; }
 	@{ echo '# The exact versions of everything that is installed: `make lock` writes this file from .venv.'; \
 	   $(BIN)/python -m pip list --format=freeze --exclude vlm-vqa --exclude pip; } > constraints.txt
 

@@ -25,7 +25,9 @@ def in_git(pipeline: Mapping[str, Any]) -> set[str]:
     """Return the outputs that dvc.yaml leaves to git."""
     listed = [out for stage in pipeline["stages"].values() for kind in ("outs", "metrics", "plots")
               for out in stage.get(kind, [])]  # fmt: skip
-    return {path for out in listed if isinstance(out, Mapping) for path, how in out.items() if how.get("cache") is False}
+    return {
+        path for out in listed if isinstance(out, Mapping) for path, how in out.items() if how.get("cache") is False
+    }
 
 
 def stale(status: Mapping[str, list[Any]], lock: Mapping[str, Any], committed: set[str]) -> Iterator[str]:
@@ -52,7 +54,9 @@ def stale(status: Mapping[str, list[Any]], lock: Mapping[str, Any], committed: s
 
 def main() -> int:
     """Print the verdict and return the exit code."""
-    done = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         print(f"dvc status failed:\n{done.stderr.strip()}", file=sys.stderr)
         return 1

@@ -1,7 +1,9 @@
-"""The scripts of `.ci/`: what is committed together must belong together."""
+"""Set-up and the scripts of `.ci/`: what was asked for is installed, what is committed together belongs together."""
 
 import copy
 import importlib.util
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,29 @@ def test_a_lock_put_together_from_two_runs_is_stale(current):
     assert list(current.stale(CLEAN, lock, set())) == [
         "export: read another models/trained than the one that dvc.lock says was made"
     ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "there", "absent"),
+    [
+        ("", "-m pip install", "download.pytorch.org"),
+        ("WHEELS=cpu", "--extra-index-url https://download.pytorch.org/whl/cpu", "uv "),
+        ("INSTALLER=uv", "uv pip install --python", "--torch-backend"),
+        ("INSTALLER=uv WHEELS=cpu", "--torch-backend cpu", "-m pip install"),
+    ],
+)
+def test_setup_installs_the_wheels_that_were_asked_for(tmp_path, variables, there, absent):
+    command = ["make", "--dry-run", f"VENV={tmp_path}", *variables.split(), "setup"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}, capture_output=True, text=True, check=True
+    )
+    assert there in done.stdout and absent not in done.stdout
+
+
+def test_an_environment_of_other_wheels_is_named(tmp_path):
+    (tmp_path / ".ready").write_text("cuda\n")
+    command = ["make", f"VENV={tmp_path}", "WHEELS=cpu", "setup"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "has the wheels for cuda, not for cpu: remove it" in done.stderr

@@ -1,0 +1,73 @@
+"""The small run, from a clone of what is committed to its scores: what README and documents say of it.
+
+`python -m benchmarks.small_run` clones the commit at HEAD into a temporary folder, runs the five stages of presets/small.yaml
+there one by one and notes each one's seconds, the largest process and the scores. Whatever lies in reports/ here plays no part:
+scores move with the CPU, and the documents speak of the machine that the result names.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from benchmarks import measure
+from vlm_vqa.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+LEAST_ACCURACY = 0.99
+
+
+def run_stages(project: Path) -> dict[str, float]:
+    """Run every stage of the project in turn; return the seconds of each."""
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # A tracking store of its own: this run is a measurement, not an experiment.
+    environment = {**os.environ, "PATH": programs, "MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlflow.db"}
+    seconds = {}
+    for stage in yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]:
+        start = time.perf_counter()
+        done = subprocess.run(["dvc", "repro", "--single-item", stage], cwd=project, env=environment, check=False)
+        if done.returncode != 0:
+            raise UserError(f"stage {stage} failed; its own message above says why.")
+        seconds[stage] = time.perf_counter() - start
+    return seconds
+
+
+def scores(project: Path) -> dict[str, Any]:
+    """Return what the stages have reported."""
+    report = json.loads((project / "reports/evaluation.json").read_text(encoding="utf-8"))
+    given = pq.read_table(project / "reports/predictions.parquet", columns=["score"])["score"].to_pylist()
+    return {
+        "this model": [report["vqa_accuracy"]["overall"], report["helm"]["bleu_1"]],
+        **{name: [one["vqa_accuracy"], one["bleu_1"]] for name, one in report["baselines"].items()},
+        "questions": len(given),
+        "wrong": sum(score == 0 for score in given),
+        "helm_instances": report["helm"]["instances"],
+        "weights_hash": report["model"]["weights_hash"],
+    }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder) / "project"
+        subprocess.run(["git", "clone", "--quiet", ROOT, project], check=True)
+        shutil.copy(project / "presets/small.yaml", project / "params.yaml")
+        seconds = run_stages(project)
+        found = scores(project)
+    # Of all processes that have ended: the largest one.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    accuracy = found["this model"][0]
+    claim = measure.Claim("VQA accuracy of the small run", accuracy, accuracy, accuracy, target=LEAST_ACCURACY)
+    measure.write("small_run", [claim], {"scores": found, "seconds": seconds, "peak_gib": peak})
+
+
+if __name__ == "__main__":
+    main()
