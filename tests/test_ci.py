@@ -69,7 +69,7 @@ def test_a_lock_put_together_from_two_runs_is_stale(current):
     ("variables", "there", "absent"),
     [
         ("", "-m pip install", "download.pytorch.org"),
-        ("WHEELS=cpu", "--extra-index-url https://download.pytorch.org/whl/cpu", "uv "),
+        ("WHEELS=cpu", "--extra-index-url https://download.pytorch.org/whl/cpu", "uv pip"),
         ("INSTALLER=uv", "uv pip install --python", "--torch-backend"),
         ("INSTALLER=uv WHEELS=cpu", "--torch-backend cpu", "-m pip install"),
     ],
