@@ -5,12 +5,12 @@ questions in the same number of optimizer steps: packed, questions of an image i
 per question, drawn in random order (`train.questions_per_row: 1`). Accuracy is counted on all validation questions.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from benchmarks import measure
 from stages.train import FEATURES, RECORDS, prepare
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
+from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.report import answer_questions
 from vlm_vqa.evaluation.vqa_accuracy import vqa_accuracy
 from vlm_vqa.hashing import write_json
@@ -61,16 +62,27 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
             "questions": len(data) * epochs}  # fmt: skip
 
 
-def main(seeds: int, epochs: int) -> None:
+def read_parts() -> dict[str, dict[str, float]]:
+    """Return the trainings that an interrupted comparison has finished."""
+    try:
+        return json.loads(PARTS.read_text()) if PARTS.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{PARTS}: damaged ({error}). Remove it to begin anew.") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train all, or what is left, and write `learning.json`."""
     params = load_params()
+    parser = measure.parser("learning", __doc__, seeds=3, epochs=params.train.num_train_epochs)
+    options = measure.parse(parser, arguments)
+    seeds, epochs = options.seeds, options.epochs
     torch.set_num_threads(measure.cores())
-    done = json.loads(PARTS.read_text()) if PARTS.exists() else {}
+    done = read_parts()
     for seed in range(seeds):
         for way, per_row in zip(WAYS, (params.train.questions_per_row, 1), strict=True):
             key = f"{way}, seed {seed}, {epochs} epochs"
             if key not in done:
                 done[key] = train_and_score(params, epochs, per_row, seed)
-                PARTS.parent.mkdir(exist_ok=True)
                 write_json(PARTS, done)
             print(f"{key}: {done[key]}", flush=True)
     accuracy = {
@@ -84,14 +96,11 @@ def main(seeds: int, epochs: int) -> None:
         statistics.mean(packed) / statistics.mean(plain), min(ratios), max(ratios), target=within_a_point,
     )  # fmt: skip
     measure.write(
-        "learning", [claim], {"runs": done, "mean_accuracy": {k: statistics.mean(v) for k, v in accuracy.items()}}
-    )
-    PARTS.unlink()
+        "learning", [claim], {"runs": done, "mean_accuracy": {k: statistics.mean(v) for k, v in accuracy.items()}},
+        {"questions and pictures": params.data.source.value},
+    )  # fmt: skip
+    PARTS.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=load_params().train.num_train_epochs)
-    options = parser.parse_args()
-    main(options.seeds, options.epochs)
+    main()
