@@ -17,7 +17,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -225,15 +225,14 @@ def _word(rank: int) -> str:
     return "".join(chance.choice("aeiou" if at % 2 else "bcdfghklmnprstvwz") for at in range(letters))
 
 
-def draw_picture(size: Sequence[int], seed: int) -> bytes:
-    """Draw a JPEG: random colours at four scales, coarse ones strong and fine ones weak, as in photographs."""
+def draw_picture(size: tuple[int, int], seed: int) -> bytes:
+    """Draw a JPEG of (width, height): random colours at four scales, strong ones coarse and weak ones fine."""
     chance = np.random.default_rng(seed)
-    width, height = size
-    total = np.full((height, width, 3), 128.0)
-    for scale, strength in ((4, 60), (16, 30), (64, 15), (max(size), 5)):
-        noise = chance.normal(128, 40, (max(1, scale * height // max(size)), max(1, scale * width // max(size)), 3))
-        layer = Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-        total += strength / 40 * (np.asarray(layer, np.float64) - 128)
+    total = np.full((size[1], size[0], 3), 128, np.float32)
+    for scale, strength in ((4, 0.9), (16, 0.4), (64, 0.2), (max(size), 0.07)):
+        width, height = (scale * edge // max(size) for edge in size)
+        noise = Image.fromarray(chance.integers(0, 256, (height, width, 3), np.uint8))
+        total += np.float32(strength) * (np.asarray(noise.resize(size, Image.Resampling.BICUBIC), np.float32) - 128)
     buffer = io.BytesIO()
     Image.fromarray(total.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()

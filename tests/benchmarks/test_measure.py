@@ -1,4 +1,4 @@
-"""How a benchmark ends: what a person can mend in one line with the stages' exit codes, a fault of ours with its traceback."""
+"""How a benchmark ends: in one line and the stages' exit codes where a person can mend it, else with a traceback."""
 
 import errno
 import importlib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (UserError("data/features: missing. Run `dvc repro`."), 2, "scorer: error: data/features: missing. Run `dvc repro`."),
+        (UserError("data/features: missing."), 2, "scorer: error: data/features: missing.\n"),
         (KeyboardInterrupt(), 130, "scorer: interrupted; results are as they were."),
         (ModuleNotFoundError("No module named 'torch'"), 2, "source .venv/bin/activate"),
         (MemoryError(), 2, "memory ran out"),
@@ -72,19 +72,28 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tm
         importlib.import_module("benchmarks.strategies").main(["--results", str(tmp_path / "results")])
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen:
-    """Start `python -m` as a user does."""
-    return subprocess.Popen([sys.executable, "-m", *arguments], cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                            text=True, env={"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "PATH": "/usr/bin:/bin"})  # fmt: skip
+@pytest.mark.parametrize("name", ["learning", "strategies"])
+def test_before_make_repro_the_missing_stage_is_named(name, tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_bytes((ROOT / "presets/small.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="Run `dvc repro (fetch-vqav2|extract-features)"):
+        importlib.import_module(f"benchmarks.{name}").main([])
 
 
 def test_programs_end_without_a_traceback(tmp_path):
-    """Before `make repro` there is nothing to train on; Ctrl-C may come while libraries are imported."""
-    (tmp_path / "params.yaml").write_bytes((ROOT / "presets/small.yaml").read_bytes())
-    unmade = [start(f"benchmarks.{name}", cwd=tmp_path) for name in ("learning", "strategies")]
-    stopped = start("benchmarks", "scorer", cwd=tmp_path)
+    """After a mistake; and after Ctrl-C, which may come while libraries are imported."""
+    (tmp_path / "vqav2-text").mkdir()
+    environment = {
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "PATH": "/usr/bin:/bin",
+        "VLM_VQA_SHARED_DATA": str(tmp_path),
+    }
+    mistaken, stopped = (
+        subprocess.Popen([sys.executable, "-m", *names], env=environment, stderr=subprocess.PIPE, text=True)
+        for names in (("benchmarks.scorer",), ("benchmarks", "scorer"))
+    )
     time.sleep(1.5)
     stopped.send_signal(signal.SIGINT)
-    for process, code, words in (*((one, 2, "Run `dvc repro") for one in unmade), (stopped, 130, "interrupted")):
-        _, shown = process.communicate(timeout=120)
+    for process, code, words in ((mistaken, 2, "questions.json: cannot be read"), (stopped, 130, "interrupted")):
+        _, shown = process.communicate(timeout=300)
         assert process.returncode == code and words in shown and "Traceback" not in shown, shown

@@ -104,12 +104,13 @@ def test_without_the_texts_a_step_is_of_drawn_ones(absent, monkeypatch):
     assert 60 * 2 <= workload.supervised < 60 * 3
 
 
-def test_without_the_sample_pictures_of_cocos_sizes_are_drawn(absent):
+def test_without_the_sample_pictures_of_cocos_sizes_are_drawn(absent, monkeypatch):
+    monkeypatch.setitem(vqav2.COUNTS, vqav2.SAMPLE, (16, 12))
     questions, pictures = real_shape.read_sample()
     assert (len(questions), len(pictures)) == vqav2.COUNTS[vqav2.SAMPLE]
     assert {row["image_id"] for row in questions} == {picture.image_id for picture in pictures}
     photographs = extraction.read_photographs()
-    assert len(photographs) == 75 == len(set(photographs)) and photographs == [one.data for one in pictures]
+    assert len(photographs) == 12 == len(set(photographs)) and photographs == [one.data for one in pictures]
     # COCO's own of 640 x 480 have 0.22 to 0.96 bytes a pixel.
     assert all(0.25 < len(data) / (640 * 480) < 0.6 for data in photographs)
     encoded = features.see_photographs()
