@@ -80,11 +80,7 @@ def name(dtype: torch.dtype) -> str:
 
 
 def read_photographs() -> list[bytes]:
-    """Read the jpegs of the VQAv2 sample whose longer edge has COCO's 640 pixels; the others were resized.
-
-    Raises:
-        UserError: the sample is there, but not they.
-    """
+    """Read the jpegs of the sample whose longer edge has COCO's 640 pixels (others were resized); none is a `UserError`."""
     with vqav2.sample() as folder:
         read = [path.read_bytes() for path in vqav2.pictures(folder)]
     found = [data for data in read if max(Image.open(io.BytesIO(data)).size) == LONGER_EDGE]

@@ -19,7 +19,6 @@ from benchmarks import measure
 from stages.train import FEATURES, RECORDS, prepare
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
-from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.report import answer_questions
 from vlm_vqa.evaluation.vqa_accuracy import vqa_accuracy
 from vlm_vqa.hashing import write_json
@@ -62,14 +61,6 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
             "questions": len(data) * epochs}  # fmt: skip
 
 
-def read_parts() -> dict[str, dict[str, float]]:
-    """Return the trainings that an interrupted comparison has finished."""
-    try:
-        return json.loads(PARTS.read_text()) if PARTS.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{PARTS}: damaged ({error}). Remove it to begin anew.") from error
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train all, or what is left, and write `learning.json`."""
     params = load_params()
@@ -77,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.parse(parser, arguments)
     seeds, epochs = options.seeds, options.epochs
     torch.set_num_threads(measure.cores())
-    done = read_parts()
+    done = json.loads(PARTS.read_text()) if PARTS.exists() else {}
     for seed in range(seeds):
         for way, per_row in zip(WAYS, (params.train.questions_per_row, 1), strict=True):
             key = f"{way}, seed {seed}, {epochs} epochs"

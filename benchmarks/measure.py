@@ -153,11 +153,7 @@ def positive(text: str) -> int:
 
 
 def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None, results: Path | None = None) -> Any:
-    """Return the options, once it is sure that results can be written: measuring may take an hour.
-
-    Raises:
-        UserError: they cannot.
-    """
+    """Return the options, or raise UserError if results could not be written: measuring may take an hour."""
     options = made.parse_args(arguments)
     check_writable(results or RESULTS)
     return options

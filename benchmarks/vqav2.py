@@ -1,12 +1,11 @@
 """VQAv2 as the benchmarks ask it: the real samples where they are, else questions, answers and pictures drawn like them.
 
 The samples are no part of the project: `vqav2-text`, 29,761 questions of VQAv2's train split with ten answers each, and
-`vqav2-sample`, 75 pictures with 109 questions, both in the official layout, below the folder that VLM_VQA_SHARED_DATA
-names (default ../shared/data). Where one is missing, its like is drawn by seed. What is drawn has no meaning, but costs
-the same: as many words a question and an answer, words as long and as often the same ones, as many different answers of
-the ten, as many with marks, digits and number words; pictures of COCO's sizes and bytes. The shares below are those of
-`vqav2-text` (VQA v2.0, visualqa.org, CC BY 4.0; a subsample with as many yes/no, number and other questions), in
-thousandths.
+`vqav2-sample`, 75 pictures with 109 questions, in the official layout, below the folder that VLM_VQA_SHARED_DATA names
+(default ../shared/data). What is drawn has no meaning, but costs the same: words as many, as long and as often the same
+ones, as many different answers of the ten, as many with marks, digits and number words; pictures of COCO's sizes and bytes.
+The shares below, in thousandths, were counted in `vqav2-text` (VQA v2.0, visualqa.org, CC BY 4.0; a subsample with as many
+yes/no, number and other questions).
 """
 
 import bisect
@@ -47,22 +46,11 @@ _FREQUENCIES = {
     "question": {1: 106, 10: 482, 30: 615, 100: 729, 300: 842, 1000: 939, 3000: 986, 5501: 1000},
     "answer": {1: 40, 3: 88, 10: 189, 30: 291, 100: 445, 300: 623, 1000: 813, 3000: 944, 7800: 1000},
     "number": {1: 206, 2: 404, 3: 507, 6: 693, 10: 770, 30: 847, 100: 895, 300: 934, 1000: 979, 2650: 1000},
-    "question type": {1: 244, 2: 313, 5: 458, 10: 591, 20: 751, 65: 1000},
 }
 """The share of the so many most frequent words among all that are said."""
 _LETTERS = {1: 3, 10: 3, 30: 4, 100: 4.9, 300: 5.3, 1000: 6, 8000: 7}
 """A word's, on average, by its rank."""
-_ODD_FORMS = {
-    "{}": 926,
-    "{}, {}": 23,
-    "{}'s {}": 23,
-    "{}-{}": 8,
-    "{}/{}": 6,
-    "{}.5": 5,
-    "{}?": 2,
-    "{} one": 6,
-    "1,000": 1,
-}
+_ODD_FORMS = {"{}": 926, "{}, {}": 23, "{}'s {}": 23, "{}-{}": 8, "{}/{}": 6, "{}.5": 6, "{}?": 2, "{} one": 6}
 """Of answers that are neither yes nor no and not the one that most gave; {} is a word."""
 _REPEATED = 0.35
 """Chance that one who disagrees says what another one who disagrees has said."""
@@ -85,11 +73,7 @@ def origin(name: str) -> str:
 
 
 def texts() -> tuple[Rows, Rows]:
-    """Return the questions and the annotations of `vqav2-text`, or drawn ones, in the official layout.
-
-    Raises:
-        UserError: the folder is there, but damaged.
-    """
+    """Return the questions and the annotations of `vqav2-text`, or drawn ones; a damaged folder is a `UserError`."""
     folder = find(TEXT)
     return read(folder) if folder else draw(*COUNTS[TEXT])
 
@@ -129,11 +113,7 @@ def read(folder: Path) -> tuple[Rows, Rows]:
 
 
 def pictures(folder: Path) -> list[Path]:
-    """Return the picture files of a sample.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Return the picture files of a sample; none is a `UserError`."""
     paths = sorted((folder / "images").glob("*.jpg"))
     if not paths:
         raise UserError(f"{folder / 'images'}: no pictures there. Get a whole copy of {folder.name}.")
@@ -155,7 +135,7 @@ def draw(count: int, images: int, seed: int = 0) -> tuple[Rows, Rows]:
         say.chance.shuffle(answers)
         questions.append({**ids, "question": say.question()})
         annotations.append({
-            **ids, "question_type": f"type {say.rank('question type')}", "answer_type": kind,
+            **ids, "question_type": f"type {int(66 ** say.chance.random())}", "answer_type": kind,
             "multiple_choice_answer": max(answers, key=answers.count),
             "answers": [{"answer": text, "answer_confidence": "yes", "answer_id": at} for at, text in enumerate(answers, 1)],
         })  # fmt: skip
@@ -182,7 +162,8 @@ class _Speaker:
     def answers(self, kind: str) -> list[str]:
         """Return ten, the most frequent first."""
         agreeing = self.pick(_AGREEING[kind])
-        main = self._main(kind)
+        yes_or_no = self.chance.choice(("yes", "no"))
+        main = {"yes/no": yes_or_no, "number": str(self.rank("number")), "other": self._words("agreed")}[kind]
         rest: list[str] = []
         while len(rest) < 10 - agreeing:
             again = rest and self.chance.random() < _REPEATED
@@ -190,11 +171,6 @@ class _Speaker:
             if text != main and rest.count(text) + 1 <= agreeing:
                 rest.append(text)
         return [main] * agreeing + rest
-
-    def _main(self, kind: str) -> str:
-        if kind == "yes/no":
-            return self.chance.choice(("yes", "no"))
-        return str(self.rank("number")) if kind == "number" else self._words("agreed")
 
     def _other(self, kind: str, main: str) -> str:
         """Return what one who disagrees may say."""

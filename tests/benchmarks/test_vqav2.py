@@ -11,8 +11,12 @@ from PIL import Image
 from benchmarks import extraction, features, measure, real_shape, scorer, vqav2
 from benchmarks.__main__ import KNOWN
 from benchmarks.workload import data, draw_step, read_questions
+from tests.pipeline import ROOT, sample_params
+from vlm_vqa.data.fetch import fetch
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation import vqa_accuracy as ours
+from vlm_vqa.params import load_params
+from vlm_vqa.preflight.advice import changed
 
 QUESTIONS = [{"image_id": 7, "question_id": 7000, "question": "Is it?"}]
 ANNOTATIONS = [{"question_id": 7000, "multiple_choice_answer": "yes"}]
@@ -104,7 +108,7 @@ def test_without_the_texts_a_step_is_of_drawn_ones(absent, monkeypatch):
     assert 60 * 2 <= workload.supervised < 60 * 3
 
 
-def test_without_the_sample_pictures_of_cocos_sizes_are_drawn(absent, monkeypatch):
+def test_without_the_sample_pictures_of_cocos_sizes_are_drawn(absent, monkeypatch, tmp_path):
     monkeypatch.setitem(vqav2.COUNTS, vqav2.SAMPLE, (16, 12))
     questions, pictures = real_shape.read_sample()
     assert (len(questions), len(pictures)) == vqav2.COUNTS[vqav2.SAMPLE]
@@ -113,6 +117,12 @@ def test_without_the_sample_pictures_of_cocos_sizes_are_drawn(absent, monkeypatc
     assert len(photographs) == 12 == len(set(photographs)) and photographs == [one.data for one in pictures]
     # COCO's own of 640 x 480 have 0.22 to 0.96 bytes a pixel.
     assert all(0.25 < len(data) / (640 * 480) < 0.6 for data in photographs)
+    with vqav2.sample() as folder:
+        params = changed(
+            load_params(ROOT / "presets/small.yaml"), {"data.source": "directory", **sample_params(folder.parent)}
+        )
+        manifest = fetch(params.data, tmp_path / "records")
+    assert (manifest["splits"]["train"]["questions"], manifest["splits"]["train"]["images"]) == (16, 12)
     encoded = features.see_photographs()
     assert features.compare_errors(encoded)["int8"]["median"] == pytest.approx(0.006, rel=0.3)
 
