@@ -1,1 +1,53 @@
-"""What this project claims about speed and memory, measured side by side with what it replaces."""
+"""What is claimed, as programs: `python -m benchmarks`, or `python -m benchmarks.NAME` for one of them."""
+
+import os
+import signal
+import sys
+from types import TracebackType
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
+
+def end(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """End the program after an exception: in one line where a person can mend it, else with its traceback.
+
+    Exit codes are those of the stages: 2 a mistake of the user's (a `UserError`, a disk that is full or read-only, too
+    little memory, a package that is not installed), 130 Ctrl-C; 1 with a traceback.
+    """
+    name = os.path.basename(sys.argv[0]).removesuffix(".py").replace("__main__", "benchmarks")
+    message, code = _message(error)
+    if message is None:
+        sys.__excepthook__(kind, error, traceback)
+        return
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _message(error: BaseException) -> tuple[str | None, int]:
+    """Return what to say, None for a fault of ours, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; results are as they were.", 130
+    if isinstance(error, BrokenPipeError):
+        # As from `| head`; what is left to print goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return "whoever read the output has gone.", 128 + signal.SIGPIPE
+    if isinstance(error, ModuleNotFoundError):
+        return f"error: {error}. Activate the environment of `make setup`: source .venv/bin/activate", 2
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        return f"error: memory ran out ({error}). The benchmark's first lines say how much it takes.", 2
+    # Only now: these take seconds to import, and Ctrl-C may come meanwhile.
+    from vlm_vqa.errors import UserError
+    from vlm_vqa.stage import disk_remedy
+
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if disk_remedy(error) is not None:
+        return f"error: {error}. Make it writable or free some space, then run the benchmark again.", 2
+    return None, 1
+
+
+# Only of a program that `python -m` starts: this is what argv holds while it looks for the module.
+if sys.argv[0] == "-m":
+    sys.excepthook = end
+    # SystemExit unwinds: temporary folders go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -4,19 +4,23 @@
     python -m benchmarks NAME ...     only these
     python -m benchmarks --draw       only the table and the picture of the results that are there
 
-The exit code is 1 if a target is missed or a benchmark fails.
+A benchmark that fails does not keep the others from running; at the end stands which failed, and why. The exit code is 1 if
+a target is missed or a benchmark fails, 2 after a mistake of the user's, 130 after Ctrl-C.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, picture
-from benchmarks.measure import Claim
+from benchmarks.measure import Claim, ended
+from vlm_vqa.errors import UserError
 
 DEFAULT = ("training_step", "memory", "generation", "scorer", "extraction")
 """Speed and memory; the others are about what comes out."""
@@ -39,9 +43,11 @@ def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(KNOWN)}.")
     if options.draw and options.names:
         parser.error("--draw runs nothing and draws all results; leave the names out.")
-    failed = [] if options.draw else [name for name in options.names or DEFAULT if not run(name)]
+    measure.check_writable(results)
+    reasons = {} if options.draw else {name: run(name) for name in options.names or DEFAULT}
+    failed = {name: reason for name, reason in reasons.items() if reason}
     contents = read(results)
-    if not contents:
+    if not contents and not failed:
         print(f"no results in {results}; run python -m benchmarks first.", file=sys.stderr)
         return 1
     print(report(contents))
@@ -50,21 +56,51 @@ def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS
     missed = [one.what for content in contents.values() for one in claims(content) if one.met is False]
     for what in missed:
         print(f"MISSED: {what}", file=sys.stderr)
-    for name in failed:
-        print(f"FAILED: {name}; its results above are of an earlier run, if any.", file=sys.stderr)
+    for name, reason in failed.items():
+        print(f"FAILED: {name}: {reason} Its results above, if any, are of an earlier run.", file=sys.stderr)
     return int(bool(missed or failed))
 
 
-def run(name: str) -> bool:
-    """Run one benchmark; its output goes to the terminal. Return whether it ended well."""
+def run(name: str) -> str:
+    """Run one benchmark; its output goes to the terminal. Return why it failed, or nothing."""
     print(f"== {name}", flush=True)
-    return subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT).returncode == 0
+    command, said = [sys.executable, "-m", f"benchmarks.{name}"], ""
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, bufsize=0) as process:
+        try:
+            while piece := process.stderr.read(65536):
+                text = piece.decode(errors="replace")
+                print(text, end="", file=sys.stderr, flush=True)
+                said = (said + text)[-10_000:]
+        except BaseException:
+            # Ctrl-C reaches it from the terminal as well; a signal that only we got must end it too.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+            process.terminate()
+            raise
+    if process.returncode == 0:
+        return ""
+    # What `benchmarks.end` says, or the last line of a traceback.
+    lines = re.findall(rf"^{name}: (?:error: )?(.*)", said, re.MULTILINE) or said.split("\n")
+    return next((line for line in lines[::-1] if line.strip()), f"it {ended(process.returncode)}.")
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
-    """Return what `measure.write` wrote, by benchmark, in the order of `KNOWN`."""
-    paths = {name: results / f"{name}.json" for name in KNOWN}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+    """Return what `measure.write` wrote, by benchmark, in the order of `KNOWN`.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found = {}
+    for path in (results / f"{name}.json" for name in KNOWN):
+        try:
+            if path.is_file():
+                found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+                found[path.stem]["machine"], claims(found[path.stem])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: damaged ({error}). Run python -m benchmarks {path.stem}, or remove it."
+            ) from error
+    return found
 
 
 def claims(content: Mapping[str, Any]) -> list[Claim]:
@@ -79,7 +115,7 @@ def report(contents: Mapping[str, Mapping[str, Any]]) -> str:
         if content["machine"] != machine:
             machine = content["machine"]
             parts.append("\nmeasured on: " + ", ".join(f"{key} {value}" for key, value in machine.items()))
-        parts.append(f"\n{name}\n{measure.table(claims(content))}")
+        parts.append(f"\n{name} ({measure.named(content.get('data'))})\n{measure.table(claims(content))}")
     return "\n".join(parts)
 
 

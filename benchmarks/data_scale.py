@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -34,6 +34,7 @@ from PIL import Image
 from benchmarks import measure
 from vlm_vqa.data import records
 from vlm_vqa.data.sources.official import CHECKSUMS_VARIABLE
+from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.helm_files import pick_instances
 from vlm_vqa.hashing import sha256_file, write_json
 
@@ -181,7 +182,7 @@ def run_stage(folder: Path, url: str, checksums: Path) -> tuple[float, float]:
     command = [sys.executable, "-c", _STARTER, sys.executable, ROOT / "stages" / "fetch_vqav2.py"]
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"the stage ended with {done.returncode}")
+        raise UserError(f"stage fetch-vqav2 {measure.ended(done.returncode)}; its own message is above.")
     return time.perf_counter() - start, int(done.stdout.split()[-1]) / 2**20
 
 
@@ -203,8 +204,9 @@ def our_picks(folder: Path, instances: int) -> list[int]:
     return [ids[place] for place in pick_instances(len(ids), instances)]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write `data_scale.json`."""
+    measure.parse(measure.parser("data_scale", __doc__), arguments)
     with tempfile.TemporaryDirectory(prefix="vlm-vqa-data-scale-") as name:
         folder = Path(name)
         archives, work = folder / "server", folder / "work"
@@ -237,7 +239,7 @@ def main() -> None:
             "archive_bytes": {path.name: path.stat().st_size for path in sorted(archives.iterdir())},
             "record_bytes": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
         }
-    measure.write("data_scale", claims, details)
+    measure.write("data_scale", claims, details, {"questions and pictures": "made up"})
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ Three things in turn, every round:
     ahead     the stage's own `extract`: the same, but threads decode and preprocess ahead
     products  the matrix products of these forwards and nothing else: what the encoder cannot go below
 
-Real photographs of 640 pixels, random weights of DINOv2-base's shape. bfloat16 follows float32 where its products are the
-faster ones. On a GPU give more images and the stage's batch: `--images 2048 --batch-size 64`.
+Photographs of 640 pixels, real or drawn (see `benchmarks.vqav2`); random weights of DINOv2-base's shape. bfloat16 follows
+float32 where its products are the faster ones. On a GPU give more images and the stage's batch: `--images 2048 --batch-size
+64`.
 
 About 4 minutes on 2 cores with some other load; 2 GiB of memory.
 """
 
 import argparse
+import io
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from benchmarks import measure
+from benchmarks import measure, vqav2
 from benchmarks.measure import Claim
 from vlm_vqa.data.feature_store import FeatureStore, FeatureStoreWriter, Layout
 from vlm_vqa.data.records import ImageRecord, open_image
@@ -48,11 +50,10 @@ FORMULA = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `extraction.json`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.extraction", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args(arguments)
+    parser = measure.parser("extraction", __doc__, images=24, batch_size=8, rounds=3)
+    options = measure.parse(parser, arguments)
+    if options.images % options.batch_size:
+        raise UserError(f"--images {options.images} is no multiple of --batch-size {options.batch_size}. Make it one.")
     photographs = read_photographs()
     images = repeated(photographs, options.images)
     rates = probe_rates()
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         found, details[name(dtype)] = compare(build_encoder(DINOV2_BASE, dtype), images, options)
         claims += found
-    measure.write("extraction", claims, details)
+    measure.write("extraction", claims, details, {"photographs": vqav2.origin(vqav2.SAMPLE)})
 
 
 def name(dtype: torch.dtype) -> str:
@@ -79,20 +80,13 @@ def name(dtype: torch.dtype) -> str:
 
 
 def read_photographs() -> list[bytes]:
-    """Read the jpegs of the VQAv2 sample whose longer edge has COCO's 640 pixels; the others were resized.
-
-    Raises:
-        UserError: they are not there.
-    """
-    folder = measure.shared_data("vqav2-sample") / "images"
-    paths = []
-    for path in sorted(folder.glob("*.jpg")):
-        with Image.open(path) as image:
-            if max(image.size) == LONGER_EDGE:
-                paths.append(path)
-    if not paths:
-        raise UserError(f"{folder}: no photographs of {LONGER_EDGE} pixels there. Get a whole copy of vqav2-sample.")
-    return [path.read_bytes() for path in paths]
+    """Read the jpegs of the sample whose longer edge has COCO's 640 pixels (others were resized); none is a `UserError`."""
+    with vqav2.sample() as folder:
+        read = [path.read_bytes() for path in vqav2.pictures(folder)]
+    found = [data for data in read if max(Image.open(io.BytesIO(data)).size) == LONGER_EDGE]
+    if not found:
+        raise UserError(f"{folder}: no photographs of {LONGER_EDGE} pixels there. Get a whole copy of it.")
+    return found
 
 
 def repeated(photographs: Sequence[bytes], count: int) -> list[ImageRecord]:
@@ -128,8 +122,6 @@ def compare(
 ) -> tuple[list[Claim], dict[str, Any]]:
     """Time the three in turn; `images` in whole batches, so that the products are those of the forward."""
     batch_size = options.batch_size
-    if len(images) % batch_size:
-        raise UserError(f"--images {len(images)} is no multiple of --batch-size {batch_size}. Make it one.")
     check_equal(encoder, images[:batch_size], batch_size)
     batches = len(images) // batch_size
     config = encoder.model.config

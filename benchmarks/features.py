@@ -9,13 +9,12 @@ Every round, from files that the page cache holds:
     float32      the same, and what was read of int8 becomes float32, four times the bytes, as the store returns it
     random       the store is opened and every image asked for once, alone, in random order
 
-int8's error is that of each token of the 75 real photographs of the VQAv2 sample as the small pretrained encoder sees them,
-relative to the token's length; bfloat16's stands beside it.
+int8's error is that of each token of the VQAv2 sample's 75 photographs, real or drawn (see `benchmarks.vqav2`), as the small
+pretrained encoder sees them, relative to the token's length; bfloat16's stands beside it.
 
 About a minute; 2 GB of disk, below 3 GB of memory.
 """
 
-import argparse
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import measure, vqav2
 from benchmarks.measure import Claim
 from vlm_vqa.data.feature_store import FeatureStore, FeatureStoreWriter, Layout
 from vlm_vqa.model.encoder import load_encoder
@@ -49,10 +48,7 @@ SMALL = VisionParams(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `features.json`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.features", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=3200)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args(arguments)
+    options = measure.parse(measure.parser("features", __doc__, images=3200, rounds=5), arguments)
     with tempfile.TemporaryDirectory() as place:
         stores = {dtype: Path(place) / dtype.value for dtype in DTYPES}
         sizes = {dtype: write(folder, Layout(options.images, TOKENS, WIDTH, dtype)) for dtype, folder in stores.items()}
@@ -61,11 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     claims.append(
         Claim("features: int8's bytes over bfloat16's, files of 257 x 768", ratio, ratio, ratio, 0.503, at_most=True)
     )
-    errors = compare_errors(see_photographs())
+    errors, of = compare_errors(see_photographs()), vqav2.origin(vqav2.SAMPLE)
+    kind = of.split()[0]
     typical, worst = errors["int8"]["median"], errors["int8"]["max"]
     claims.append(
         Claim(
-            "features: int8's relative error of a token, real photographs", typical, typical, worst, 0.01, at_most=True
+            f"features: int8's relative error of a token, {kind} photographs",
+            typical,
+            typical,
+            worst,
+            0.01,
+            at_most=True,
         )
     )
     bytes_of = {dtype.value: size for dtype, size in sizes.items()}
@@ -73,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "features",
         claims,
         {"images": options.images, "bytes": bytes_of, "relative_error_of_a_token": errors, **details},
+        {"photographs": of, "features that are read": "random"},
     )
 
 
@@ -146,8 +149,8 @@ def read_images(folder: Path, order: Sequence[int]) -> None:
 def see_photographs() -> Tensor:
     """Return the small encoder's features [N, T, D] of the sample's photographs."""
     encoder = load_encoder(SMALL, "cpu")
-    paths = sorted((measure.shared_data("vqav2-sample") / "images").glob("*.jpg"))
-    return encoder.encode([Image.open(path) for path in paths])
+    with vqav2.sample() as folder:
+        return encoder.encode([Image.open(path) for path in vqav2.pictures(folder)])
 
 
 def compare_errors(features_NTD: Tensor) -> dict[str, dict[str, float]]:

@@ -1,6 +1,6 @@
 """How fast questions are answered: in batches that share an image's prefix, against one question at a time.
 
-    python -m benchmarks.generation
+    python -m benchmarks.generation [--rounds 3]
 
 The same weights answer the same questions by `Answerer.answer_features`, from given image features (the tower's work is
 not part of it). Two sets of questions, two shapes of model:
@@ -11,9 +11,9 @@ not part of it). Two sets of questions, two shapes of model:
     small       the shape of presets/small.yaml
     medium      257 image tokens of width 768, hidden width 512, 4 layers, vocabulary 32,000
 
-Questions are VQAv2's, dealt to images as `benchmarks.workload` says: 5.36 an image. Weights are random and hardly ever say
-`<eos>`, so every answer is cut after three tokens: a word and `<eos>`, or two. One at a time is slow and is timed on some
-of the questions only; what is compared is seconds per question. Answers must be equal.
+Questions are VQAv2's or drawn ones, dealt to images as `benchmarks.workload` says: 5.36 an image. Weights are random and
+hardly ever say `<eos>`, so every answer is cut after three tokens: a word and `<eos>`, or two. One at a time is slow and is
+timed on some of the questions only; what is compared is seconds per question. Answers must be equal.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -81,15 +81,16 @@ class Features:
         return self._features[[self._place[image] for image in image_ids]]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both shapes and write `generation.json`."""
+    options = measure.parse(measure.parser("generation", __doc__, rounds=ROUNDS), arguments)
     texts = [question for question, _ in read_questions()]
     claims: list[Claim] = []
     details: dict[str, Any] = {"new_tokens": NEW_TOKENS}
     for shape in (small_shape(), medium_shape()):
-        more, details[shape.name] = compare(shape, texts)
+        more, details[shape.name] = compare(shape, texts, options.rounds)
         claims += more
-    measure.write("generation", claims, details)
+    measure.write("generation", claims, details, workload.data())
 
 
 def small_shape() -> Shape:

@@ -2,9 +2,10 @@
 
     python -m benchmarks.kills [--kills 20] [--launches cpu cpu-ddp cpu-fsdp2] [--seed 0]
 
-For each launch and optimizer the train stage runs undisturbed, in a temporary copy of the project, on the real sample of
-VQAv2. Then it is started, killed by SIGKILL, started again, killed again, and at last left to finish. Everything in
-models/trained, reports/train.json and reports/train_curve.csv must be the undisturbed run's. Kills hit
+For each launch and optimizer the train stage runs undisturbed, in a temporary copy of the project, on the sample of VQAv2,
+real or drawn (see `benchmarks.vqav2`). Then it is started, killed by SIGKILL, started again, killed again, and at last left
+to finish. Everything in models/trained, reports/train.json and reports/train_curve.csv must be the undisturbed run's. Kills
+hit
 
     start-up         at a random moment before the first step
     a step           at a random moment of a random step
@@ -32,7 +33,7 @@ from typing import Any, Self
 
 import psutil
 
-from benchmarks import measure
+from benchmarks import measure, vqav2
 from benchmarks.measure import Claim
 from tests.pipeline import Project, sample_params
 from vlm_vqa.errors import UserError
@@ -298,14 +299,12 @@ def step_of(checkpoint: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Kill, compare, and write `kills.json`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
+    parser = measure.parser("kills", __doc__, kills=20)
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=LAUNCHES)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    sample = measure.shared_data("vqav2-sample")
+    options = measure.parse(parser, arguments)
     pairs = [(launch, optimizer) for launch in options.launches for optimizer in OPTIMIZERS]
-    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder, vqav2.sample() as sample:
         project = prepare(Path(folder).resolve(), sample.parent)
         results = []
         for number, (launch, optimizer) in enumerate(pairs):
@@ -448,7 +447,7 @@ def report(results: list[Result], options: argparse.Namespace) -> None:
         "kills": [asdict(kill) for kill in kills], "seed": options.seed, "settings": SETTINGS,
         "questions_a_step": QUESTIONS_A_STEP, "differing": {f"{r.launch}, {r.optimizer}": r.differing for r in results},
     }  # fmt: skip
-    measure.write("kills", claims, details)
+    measure.write("kills", claims, details, {"questions and photographs": vqav2.origin(vqav2.SAMPLE)})
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ questions in the same number of optimizer steps: packed, questions of an image i
 per question, drawn in random order (`train.questions_per_row: 1`). Accuracy is counted on all validation questions.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,8 +61,12 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
             "questions": len(data) * epochs}  # fmt: skip
 
 
-def main(seeds: int, epochs: int) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train all, or what is left, and write `learning.json`."""
     params = load_params()
+    parser = measure.parser("learning", __doc__, seeds=3, epochs=params.train.num_train_epochs)
+    options = measure.parse(parser, arguments)
+    seeds, epochs = options.seeds, options.epochs
     torch.set_num_threads(measure.cores())
     done = json.loads(PARTS.read_text()) if PARTS.exists() else {}
     for seed in range(seeds):
@@ -70,7 +74,6 @@ def main(seeds: int, epochs: int) -> None:
             key = f"{way}, seed {seed}, {epochs} epochs"
             if key not in done:
                 done[key] = train_and_score(params, epochs, per_row, seed)
-                PARTS.parent.mkdir(exist_ok=True)
                 write_json(PARTS, done)
             print(f"{key}: {done[key]}", flush=True)
     accuracy = {
@@ -84,14 +87,11 @@ def main(seeds: int, epochs: int) -> None:
         statistics.mean(packed) / statistics.mean(plain), min(ratios), max(ratios), target=within_a_point,
     )  # fmt: skip
     measure.write(
-        "learning", [claim], {"runs": done, "mean_accuracy": {k: statistics.mean(v) for k, v in accuracy.items()}}
-    )
-    PARTS.unlink()
+        "learning", [claim], {"runs": done, "mean_accuracy": {k: statistics.mean(v) for k, v in accuracy.items()}},
+        {"questions and pictures": params.data.source.value},
+    )  # fmt: skip
+    PARTS.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=load_params().train.num_train_epochs)
-    options = parser.parse_args()
-    main(options.seeds, options.epochs)
+    main()

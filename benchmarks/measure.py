@@ -3,12 +3,15 @@
 Absolute times say little on a shared machine, ratios of neighbouring runs say a lot: every claim is a ratio.
 """
 
+import argparse
 import gc
 import os
 import platform
+import signal
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -134,29 +137,68 @@ def machine() -> dict[str, Any]:
     }
 
 
-def shared_data(name: str) -> Path:
-    """Return a folder of real VQAv2 samples, below the one that VLM_VQA_SHARED_DATA names (default ../shared/data).
+def parser(name: str, doc: str, **counts: int) -> argparse.ArgumentParser:
+    """Return the parser of `python -m benchmarks.NAME`; each count becomes an option, a whole number from 1."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.splitlines()[0])
+    for option, default in counts.items():
+        made.add_argument(f"--{option.replace('_', '-')}", type=positive, default=default, metavar="N")
+    return made
 
-    Raises:
-        UserError: it is not there.
+
+def positive(text: str) -> int:
+    """Read a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None, results: Path | None = None) -> Any:
+    """Return the options, or raise UserError if results could not be written: measuring may take an hour."""
+    options = made.parse_args(arguments)
+    check_writable(results or RESULTS)
+    return options
+
+
+def check_writable(results: Path) -> None:
+    """Raise UserError unless files can be written into a folder, which is made if it is not there."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results):
+            pass
+    except OSError as error:
+        raise UserError(f"{results}: results cannot be written there ({error.strerror}). Make it writable.") from error
+
+
+def ended(code: int) -> str:
+    """Say how a process ended, by its exit code."""
+    if code >= 0:
+        return f"ended with {code}"
+    killed = " (mostly for want of memory)" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{killed}"
+
+
+def named(data: Mapping[str, str] | None) -> str:
+    """Say what was measured with, such as "questions: real VQAv2"."""
+    return ", ".join(f"{what}: {of}" for what, of in (data or {"data": "not said"}).items())
+
+
+def write(
+    name: str, claims: list[Claim], details: Mapping[str, Any], data: Mapping[str, str], folder: Path | None = None
+) -> None:
+    """Write `NAME.json` into a folder, by default `RESULTS`, and print the claims.
+
+    Args:
+        data: what was measured with and where it is from, such as questions and `vqav2.REAL` or `vqav2.DRAWN`.
     """
-    folder = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / name
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. Name the folder that holds {name} in VLM_VQA_SHARED_DATA.")
-    return folder
-
-
-def write(name: str, claims: list[Claim], details: Mapping[str, Any], folder: Path | None = None) -> None:
-    """Write `NAME.json` into a folder, by default `RESULTS`, and print the claims."""
     folder = folder or RESULTS
-    folder.mkdir(exist_ok=True)
     content = {
         "machine": machine(),
+        "data": dict(data),
         "claims": [asdict(one) | {"met": one.met} for one in claims],
         "details": dict(details),
     }
     write_json(folder / f"{name}.json", content)
-    print(table(claims), flush=True)
+    print(f"{named(data)}\n{table(claims)}", flush=True)
 
 
 def table(claims: list[Claim]) -> str:

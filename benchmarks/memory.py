@@ -12,7 +12,6 @@ One layer of Gemma 2 2B's shape with vocabulary 256,000, float32, optimizer apar
 Memory is the process's resident set on Linux and what torch allocates on a GPU. About 8 minutes on 2 quiet cores; 16 GiB.
 """
 
-import argparse
 import ctypes
 import json
 import subprocess
@@ -30,7 +29,8 @@ from benchmarks import measure, recipes
 from benchmarks.measure import Claim
 from benchmarks.recipes import MICRO_BATCH, Recipe
 from benchmarks.training_step import GEMMA_2B, GEMMA_VOCABULARY
-from benchmarks.workload import Workload, draw_step, read_questions
+from benchmarks.workload import Workload, data, draw_step, read_questions
+from vlm_vqa.errors import UserError
 from vlm_vqa.model.vlm import VlmForTraining, freeze_embeddings
 from vlm_vqa.params import LanguageConfig
 
@@ -44,11 +44,12 @@ MIB = 2**20
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `memory.json`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
-    parser.add_argument("--one", nargs=2, metavar=("RECIPE", "KIND"), help="measure in this process and print JSON")
-    options = parser.parse_args(arguments)
+    parser = measure.parser("memory", __doc__)
+    parser.add_argument("--one", metavar="RECIPE,KIND", choices=[f"{one},{kind}" for one in RECIPES for kind in KINDS],
+                        help="measure in this process and print JSON")  # fmt: skip
+    options = measure.parse(parser, arguments)
     if options.one:
-        print(json.dumps(measure_one(*options.one, draw_step(read_questions()), SHAPE, GEMMA_VOCABULARY)))
+        print(json.dumps(measure_one(*options.one.split(","), draw_step(read_questions()), SHAPE, GEMMA_VOCABULARY)))
         return
     found = {}
     for kind in KINDS:
@@ -60,14 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "unit": "MiB; peak of the process, without = peak - memory before the step - gradients",
         **{kind: {recipe: found[kind, recipe] for recipe in RECIPES} for kind in KINDS},
     }
-    measure.write("memory", claims_of(found), details)
+    measure.write("memory", claims_of(found), details, data())
 
 
 def in_a_process(recipe: str, kind: str) -> dict[str, float]:
-    """Run `measure_one` in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--one", recipe, kind]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+    """Run `measure_one` in a fresh process.
+
+    Raises:
+        UserError: it did not come to its end.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", "--one", f"{recipe},{kind}"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"{recipe}, {kind}: its process {measure.ended(done.returncode)}. It takes up to 16 GiB.")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks import measure
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -31,7 +33,7 @@ def draw(contents: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     place, ticks, names, headings = 0, [], [], []
     for name, content in contents.items():
         ticks.append(place)
-        names.append(name.replace("_", " "))
+        names.append(f"{name.replace('_', ' ')} ({measure.named(content.get('data'))})")
         headings.append(len(ticks) - 1)
         for number, one in enumerate(content["claims"], start=1):
             _bar(axes, place + number, one)

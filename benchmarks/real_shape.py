@@ -2,10 +2,10 @@
 
     python -m benchmarks.real_shape [--layers 26] [--questions 8] [--steps 4]
 
-DINOv2-base and Gemma 2 2B with 257,153 tokens, both from random weights: the encoder sees the 75 pictures of the real VQAv2
-sample, and `VqaTrainer` takes optimizer steps on the same few of its questions under launch `cpu`: bfloat16 weights with
-stochastic rounding, 8-bit AdamW, gradient checkpointing, the embedding frozen. The tokenizer is one trained on the sample's
-texts; the embedding has Gemma's number of rows.
+DINOv2-base and Gemma 2 2B with 257,153 tokens, both from random weights: the encoder sees the 75 pictures of the VQAv2
+sample, real or drawn (see `benchmarks.vqav2`), and `VqaTrainer` takes optimizer steps on the same few of its questions under
+launch `cpu`: bfloat16 weights with stochastic rounding, 8-bit AdamW, gradient checkpointing, the embedding frozen. The
+tokenizer is one trained on the sample's texts; the embedding has Gemma's number of rows.
 
 Peak memory is the process's resident set, read at the end of each phase and compared with what preflight predicts for its
 moments: the steps, the checkpoint that ends training, and gathering the whole weights. Reloading is the export stage's own.
@@ -14,10 +14,8 @@ With 26 layers: 21 GiB of free memory, 20 GB of disk, a quarter of an hour on 2 
 memory and disk are there.
 """
 
-import argparse
 import ctypes
 import gc
-import json
 import math
 import shutil
 import tempfile
@@ -33,7 +31,7 @@ import torch
 from datasets import Dataset as Records
 from transformers import PaliGemmaForConditionalGeneration, TrainerCallback
 
-from benchmarks import extraction, measure
+from benchmarks import extraction, measure, vqav2
 from benchmarks.measure import Claim
 from benchmarks.memory import read_peak, reset_peak
 from vlm_vqa.data.feature_store import FeatureStore
@@ -77,18 +75,19 @@ STEP_MOMENTS = ("loss", "backward, last layer", "backward, first layer", "update
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `real_shape.json`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_shape", description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=GEMMA_2_2B.num_hidden_layers)
-    parser.add_argument("--questions", type=int, default=8, help="of a step, in 2 passes; every step takes the same")
-    parser.add_argument("--steps", type=int, default=4)
+    parser = measure.parser("real_shape", __doc__, layers=GEMMA_2_2B.num_hidden_layers, questions=8, steps=4)
     parser.add_argument("--folder", type=Path, help="for features, checkpoint and weights; all are removed")
-    options = parser.parse_args(arguments)
+    options = measure.parse(parser, arguments)
+    if options.questions % 2:
+        raise UserError(f"--questions {options.questions} is odd, but a step has 2 passes. Make it even.")
+    if options.folder and not options.folder.is_dir():
+        raise UserError(f"--folder {options.folder}: no such folder. Make it, or leave the option out.")
     params = settings(options.layers, options.questions, options.steps)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         claims, details = run(params, Path(folder))
     # A model of fewer layers is for trying this out.
     results = measure.RESULTS if options.layers == GEMMA_2_2B.num_hidden_layers else Path(tempfile.mkdtemp())
-    measure.write("real_shape", claims, details, results)
+    measure.write("real_shape", claims, details, {"questions and photographs": vqav2.origin(vqav2.SAMPLE)}, results)
 
 
 def settings(layers: int, questions: int, steps: int) -> Params:
@@ -132,26 +131,20 @@ def run(params: Params, folder: Path) -> tuple[list[Claim], dict[str, Any]]:
     return claims_of(params, found, predicted, losses), details_of(params, found, predicted, losses, seconds)
 
 
-# --- the real sample -------------------------------------------------------------------------------------------------
+# --- the sample ------------------------------------------------------------------------------------------------------
 
 
 def read_sample() -> tuple[Records, list[ImageRecord]]:
-    """Return the questions of the real VQAv2 sample with their majority answers, and its pictures.
-
-    Raises:
-        UserError: it is not there.
-    """
-    folder = measure.shared_data("vqav2-sample")
-    questions, annotations = (
-        json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))[kind] for kind in ("questions", "annotations")
-    )
+    """Return the questions of the VQAv2 sample with their majority answers, and its pictures."""
+    with vqav2.sample() as folder:
+        questions, annotations = vqav2.read(folder)
+        paths = vqav2.pictures(folder)
+        pictures = [ImageRecord(int(path.stem.rpartition("_")[2]), path.name, path.read_bytes()) for path in paths]
     answers = {one["question_id"]: one["multiple_choice_answer"] for one in annotations}
     rows = [
         {**{key: one[key] for key in ("question_id", "image_id", "question")}, "answer": answers[one["question_id"]]}
         for one in questions
     ]
-    paths = sorted((folder / "images").glob("*.jpg"))
-    pictures = [ImageRecord(int(path.stem.rpartition("_")[2]), path.name, path.read_bytes()) for path in paths]
     return Records.from_list(rows), pictures
 
 

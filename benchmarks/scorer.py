@@ -1,26 +1,22 @@
 """VQA accuracy of a whole validation split: ours against the official evaluator's structure.
 
-    python -m benchmarks.scorer
+    python -m benchmarks.scorer [--rounds 3]
 
-Real questions with their ten answers are read from `vqav2-text` below the folder that VLM_VQA_SHARED_DATA names
-(default ../shared/data) and repeated under new ids until they are as many as VQAv2's validation questions. Predictions
-are drawn by seed. Both scorers start from what they read, in memory, and must give the same figures to the last bit, of
-every question that both have scored (see `SLOW_SHARE`).
+Real or drawn questions with their ten answers (see `benchmarks.vqav2`) are repeated under new ids until they are as many as
+VQAv2's validation questions. Predictions are drawn by seed. Both scorers start from what they read, in memory, and must give
+the same figures to the last bit, of every question that both have scored (see `SLOW_SHARE`).
 
 The slow side is a re-statement in Python 3 of GT-Vision-Lab/VQA's `vqaEval.py` as far as its structure costs time: every
 answer processed on its own, a search for each mark, nothing remembered, ten leave-one-out lists a question. Printing its
 progress is left out. It works on shallow copies of the answers, as the original spoils what it is given.
 """
 
-import gzip
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import measure, vqav2
 from vlm_vqa.evaluation import vqa_accuracy as ours
 
 QUESTIONS = 214_354
@@ -79,12 +75,6 @@ def official_structure(
         per_answer_type={name: _mean(values) for name, values in by_answer_type.items()},
         per_question=scores,
     )
-
-
-def read_annotations(folder: Path) -> list[Annotation]:
-    """Read the annotations of `vqav2-text`."""
-    with gzip.open(folder / "annotations.json.gz", "rt", encoding="utf-8") as file:
-        return json.load(file)["annotations"]
 
 
 def repeat(annotations: Sequence[Annotation], count: int) -> list[Annotation]:
@@ -155,17 +145,19 @@ def check_equal(official: ours.VqaAccuracy, own: ours.VqaAccuracy) -> None:
         raise ValueError(f"the scorers differ, in {len(differing)} questions (the first: {differing[:3]})")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write `scorer.json`."""
-    once = read_annotations(measure.shared_data("vqav2-text"))
-    claims, details = [], {"real_questions": len(once)}
+    options = measure.parse(measure.parser("scorer", __doc__, rounds=ROUNDS), arguments)
+    (_, once), of = vqav2.texts(), vqav2.origin(vqav2.TEXT)
+    kind = of.split()[0]
+    claims, details = [], {f"{kind}_questions": len(once)}
     for what, count, slow_share in (
-        (f"VQA accuracy of {QUESTIONS:,} questions, {len(once):,} real ones repeated", QUESTIONS, SLOW_SHARE),
+        (f"VQA accuracy of {QUESTIONS:,} questions, {len(once):,} {kind} ones repeated", QUESTIONS, SLOW_SHARE),
         # Repetition favours a scorer that remembers strings, as ours does.
-        (f"VQA accuracy of {len(once):,} real questions, each once", len(once), 1),
+        (f"VQA accuracy of {len(once):,} {kind} questions, each once", len(once), 1),
     ):
         annotations = repeat(once, count)
-        slow, fast, figures = compare(annotations, slow_share=slow_share)
+        slow, fast, figures = compare(annotations, options.rounds, slow_share)
         claims.append(measure.claim(what, slow, fast, target=TARGET, note="re-stated official structure / ours"))
         details[f"{len(annotations)}_questions"] = {
             "slow_scorer_gets_every": slow_share,
@@ -173,7 +165,7 @@ def main() -> None:
             "ours_seconds": fast.seconds,
             "overall_of_both": figures.overall,
         }
-    measure.write("scorer", claims, details)
+    measure.write("scorer", claims, details, {"questions and answers": of})
 
 
 def _forget() -> None:

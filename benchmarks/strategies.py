@@ -14,8 +14,8 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +29,9 @@ from torch import Tensor, distributed
 
 from benchmarks import measure
 from benchmarks.measure import Claim
-from stages.train import FEATURES, prepare
+from stages.train import FEATURES, RECORDS, prepare
 from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.records import read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model
@@ -161,7 +162,7 @@ def start(name: str, folder: Path, steps: int, cases: Sequence[Case]) -> None:
     """Run `work` under a launch.
 
     Raises:
-        UserError: it failed; its output is shown.
+        UserError: it failed; what it said is shown.
     """
     command = ["accelerate", "launch", "--quiet", "--config_file", str(folder / f"{name}.yaml"), "-m",
                "benchmarks.strategies", "--worker", name, "--folder", str(folder), "--steps", str(steps), "--cases",
@@ -170,7 +171,8 @@ def start(name: str, folder: Path, steps: int, cases: Sequence[Case]) -> None:
     paths = os.pathsep.join(map(str, (here / "src", here)))
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
     if done.returncode != 0:
-        raise UserError(f"{name}: failed:\n{done.stderr[-9000:]}")
+        said = re.search(r"strategies: (?:error: )?(.*)", done.stderr)
+        raise UserError(f"{name}: {said[1] if said else 'failed:' + chr(10) + done.stderr[-9000:]}")
 
 
 def launch_files(folder: Path) -> None:
@@ -258,9 +260,17 @@ def table(
     return "\n".join(lines)
 
 
-def main(names: Sequence[str], steps: int, cases: Sequence[Case], results: Path) -> None:
-    if load_params().prompt.mask is not Mask.IMAGE_PREFIX:
+def compare(names: Sequence[str], steps: int, cases: Sequence[Case], results: Path) -> None:
+    """Train all and write `strategies.json`.
+
+    Raises:
+        UserError: the mask cannot share rows, or the first two stages have not run.
+    """
+    params = load_params()
+    if params.prompt.mask is not Mask.IMAGE_PREFIX:
         raise UserError("prompt.mask must be image-prefix: rows are to be shared.")
+    read_manifest(RECORDS)
+    FeatureStore.open(FEATURES, {"encoder_hash": load_encoder(params.vision, device="cpu").hash})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         launch_files(folder)
@@ -273,25 +283,28 @@ def main(names: Sequence[str], steps: int, cases: Sequence[Case], results: Path)
     print(table(found, bits, names))
     details: dict[str, Any] = {"losses": losses, "questions_a_step": QUESTIONS, "distances": found, "8_from_32_bits": bits,
                                "states": states}  # fmt: skip
-    measure.write("strategies", claims(found, bits), details, results)
+    data = {"questions and pictures": params.data.source.value}
+    measure.write("strategies", claims(found, bits), details, data, results)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare what is asked for; a process of a launch does its part."""
+    parser = measure.parser("strategies", __doc__, steps=32)
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     parser.add_argument(
         "--cases", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES]
     )
-    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder for strategies.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     chosen = [case for case in CASES if case.name in options.cases]
-    try:
-        if options.worker:
-            work(options.worker, options.folder, options.steps, chosen)
-        else:
-            main(options.launches, options.steps, chosen, options.results)
-    except UserError as error:
-        sys.exit(f"strategies: error: {error}")
+    if options.worker:
+        work(options.worker, options.folder, options.steps, chosen)
+    else:
+        measure.check_writable(options.results)
+        compare(options.launches, options.steps, chosen, options.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,14 +5,13 @@
 The same 60 questions are computed by each recipe of `benchmarks.recipes`, optimizer apart, in turn:
 
     small shape           all recipes, the whole step; before that all must give the same loss and the same gradients
-    Gemma 2 2B's layers   reference, dynamic and ours with 1, 2 and 4 layers and vocabulary 256,000; a line through these
-                          is drawn on to 26 layers
+    Gemma 2 2B's layers   reference, dynamic and ours with 1, 2 and 4 layers (the deepest in rounds of its own number) and
+                          vocabulary 256,000; a line through these is drawn on to 26 layers
     share of the machine  model FLOP/s of one of our micro-batches over the rate of the same matrix products alone
 
 About 35 minutes on 2 quiet cores, 28 with `--rounds 2`; 18 GiB of memory.
 """
 
-import argparse
 import gc
 import statistics
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 from benchmarks import measure, recipes
 from benchmarks.measure import Claim, Timing
 from benchmarks.recipes import MicroBatch, Recipe
-from benchmarks.workload import Workload, draw_step, read_questions
+from benchmarks.workload import Workload, data, draw_step, read_questions
 from vlm_vqa.model.flops import FORMULA, cost, linear_maps, rows_work
 from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import VlmForTraining
@@ -55,11 +54,9 @@ SMALL_CLAIMS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `training_step.json`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
+    parser = measure.parser("training_step", __doc__, rounds=3, rounds_deepest=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: by autocast")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rounds-deepest", type=int, default=2, help="rounds with 4 layers of the 2B shape")
-    options = parser.parse_args(arguments)
+    options = measure.parse(parser, arguments)
     dtype = getattr(torch, options.dtype)
     workload = draw_step(read_questions())
     print(f"one optimizer step: {workload.facts}", flush=True)
@@ -67,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rounds = {depth: options.rounds_deepest if depth == max(DEPTHS) else options.rounds for depth in DEPTHS}
     large, large_details = large_shape(workload, GEMMA_2B, GEMMA_VOCABULARY, rounds, dtype)
     details = {"dtype": options.dtype, "workload": workload.facts, "small": small_details, "gemma_2_2b": large_details}
-    measure.write("training_step", small + large, details)
+    measure.write("training_step", small + large, details, data())
 
 
 def small_shape(

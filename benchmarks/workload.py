@@ -1,13 +1,11 @@
-"""The work of one optimizer step: real VQAv2 questions, as many an image as VQAv2 has, and features of random numbers.
+"""The work of one optimizer step: VQAv2's questions, as many an image as VQAv2 has, and features of random numbers.
 
-The questions and majority answers are real ones (folder `vqav2-text` of the shared data), but a subsample with 1.5 an
-image, so they are dealt to images anew. Gemma's own tokenizer cannot be had offline: ours is trained on these texts.
+The questions and majority answers are real or drawn ones, see `benchmarks.vqav2`. The real ones are a subsample with 1.5
+an image, so they are dealt to images anew. Gemma's own tokenizer cannot be had offline: ours is trained on these texts.
 
 Shapes: I images of the step, T image tokens, E image feature width.
 """
 
-import gzip
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import BitImageProcessor, PaliGemmaProcessor
 
-from benchmarks import measure
+from benchmarks import vqav2
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, rows_of
@@ -58,18 +56,15 @@ class Workload:
 
 
 def read_questions() -> list[tuple[str, str]]:
-    """Read (question, majority answer) pairs of VQAv2's train split, in the order of the file.
+    """Return (question, majority answer) pairs of VQAv2's train split, or drawn ones, in the order of the file."""
+    questions, annotations = vqav2.texts()
+    answers = {one["question_id"]: one["multiple_choice_answer"] for one in annotations}
+    return [(one["question"], answers[one["question_id"]]) for one in questions]
 
-    Raises:
-        UserError: they are not there.
-    """
-    folder = measure.shared_data("vqav2-text")
-    content = {}
-    for kind in ("questions", "annotations"):
-        with gzip.open(folder / f"{kind}.json.gz", "rt", encoding="utf-8") as file:
-            content[kind] = json.load(file)[kind]
-    answers = {one["question_id"]: one["multiple_choice_answer"] for one in content["annotations"]}
-    return [(one["question"], answers[one["question_id"]]) for one in content["questions"]]
+
+def data() -> dict[str, str]:
+    """Say which questions a workload is of."""
+    return {"questions": vqav2.origin(vqav2.TEXT), "image features": "random"}
 
 
 def questions_per_image(images: int, generator: torch.Generator) -> Tensor:

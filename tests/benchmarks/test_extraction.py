@@ -15,7 +15,7 @@ TINY = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, 
 def written(monkeypatch):
     """What a tiny run writes, by name; bfloat16 counts as slow."""
     found = {}
-    monkeypatch.setattr(measure, "write", lambda name, claims, details: found.update({name: (claims, details)}))
+    monkeypatch.setattr(measure, "write", lambda name, claims, details, data: found.update({name: (claims, details)}))
     monkeypatch.setattr(extraction, "DINOV2_BASE", TINY)
     monkeypatch.setattr(extraction, "probe_rates", lambda: {torch.float32: 2.0, torch.bfloat16: 1.0})
     return found

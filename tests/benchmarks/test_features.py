@@ -10,7 +10,7 @@ from vlm_vqa.params import StoreDtype
 
 def test_a_tiny_run_goes_through(shared_data, monkeypatch):
     written = {}
-    monkeypatch.setattr(measure, "write", lambda name, claims, details: written.update({name: (claims, details)}))
+    monkeypatch.setattr(measure, "write", lambda name, claims, details, data: written.update({name: (claims, details)}))
     features.main(["--images", "8", "--rounds", "1"])
     claims, details = written["features"]
     assert [claim.target for claim in claims] == [0.5, 0.5, None, 0.503, 0.01]

@@ -33,7 +33,7 @@ def test_the_step_is_that_of_the_training_s_own_bar(tmp_path):
 
 def test_a_training_that_differs_misses_its_target(monkeypatch):
     found = {}
-    monkeypatch.setattr(measure, "write", lambda name, claims, details: found.update({name: (claims, details)}))
+    monkeypatch.setattr(measure, "write", lambda name, claims, details, data: found.update({name: (claims, details)}))
     kill = Kill("cpu", "adamw_torch", "a step", "after step 7", "rank 0", 2 * kills.ENDS_WITHIN, "checkpoint-5")
     results = [
         Result("cpu", "adamw_torch", [kill], []),

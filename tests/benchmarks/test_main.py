@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as command
+from benchmarks import vqav2
 from benchmarks.measure import Claim
+from vlm_vqa.errors import UserError
 
 MACHINE = {
     "cpu": "Some CPU", "cores": 2, "threads": 2, "cpu_capability": "AVX2", "memory_gib": 24.0, "gpu": None, "torch": "9.9",
@@ -35,7 +37,7 @@ def results(tmp_path):
 def no_runs(monkeypatch):
     """Return the list of the benchmarks that would have been run."""
     names = []
-    monkeypatch.setattr(command, "run", lambda name: names.append(name) or True)
+    monkeypatch.setattr(command, "run", lambda name: names.append(name) or "")
     return names
 
 
@@ -84,20 +86,44 @@ def test_learning_is_known_but_not_run_by_default(no_runs, results):
 
 
 def test_a_failing_benchmark_does_not_hide_the_others(monkeypatch, results, capsys):
-    monkeypatch.setattr(command, "run", lambda name: name != "memory")
+    monkeypatch.setattr(command, "run", lambda name: "no memory." if name == "memory" else "")
     assert command.main([], results(scorer=[MET])) == 1
     output = capsys.readouterr()
-    assert "whole step" in output.out and "FAILED: memory" in output.err
+    assert "whole step" in output.out and "FAILED: memory: no memory." in output.err
 
 
-def test_a_benchmark_is_a_process_of_its_own(monkeypatch, tmp_path):
+def test_a_benchmark_is_a_process_of_its_own(monkeypatch, tmp_path, capfd):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "memory.py").write_text("raise SystemExit(3)")
+    (tmp_path / "benchmarks" / "kills.py").write_text("import os; os.kill(os.getpid(), 9)")
+    (tmp_path / "benchmarks" / "features.py").write_text("raise SystemExit('features: error: this.\\nand so on')")
+    (tmp_path / "benchmarks" / "learning.py").write_text("raise ValueError('a fault')")
     (tmp_path / "benchmarks" / "scorer.py").write_text("print('ran')")
     monkeypatch.setattr(command, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert not command.run("memory")
-    assert command.run("scorer")
+    assert command.run("memory") == "it ended with 3."
+    assert command.run("kills") == "it was killed by SIGKILL (mostly for want of memory)."
+    assert command.run("features") == "this."
+    assert command.run("learning") == "ValueError: a fault"
+    assert command.run("scorer") == ""
+    assert "ValueError: a fault" in capfd.readouterr().err
+
+
+def test_a_damaged_result_is_named(no_runs, results):
+    folder = results(memory=[MET], scorer=[MET])
+    for content in ("{", '{"claims": []}', '{"machine": {}, "claims": [{"what": "x"}]}', "[]"):
+        (folder / "scorer.json").write_text(content)
+        with pytest.raises(UserError, match=r"scorer\.json: damaged .*python -m benchmarks scorer"):
+            command.main(["--draw"], folder)
+
+
+def test_the_table_says_what_was_measured_with(no_runs, results, capsys):
+    folder = results(memory=[MET], scorer=[MET])
+    path = folder / "scorer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": {"questions": vqav2.DRAWN}}))
+    assert command.main(["--draw"], folder) == 0
+    shown = capsys.readouterr().out
+    assert "scorer (questions: drawn)" in shown and "memory (data: not said)" in shown
 
 
 def test_nothing_measured_yet(no_runs, tmp_path, capsys):
