@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: repro test bench setup ui lock clean
+.PHONY: repro test bench setup ui experiments lock clean
 
 repro: setup  ## run the five stages that params.yaml, the code or the data ask for
 	source $(BIN)/activate && dvc repro
@@ -18,6 +18,9 @@ bench: setup  ## measure speed and memory side by side: close everything else fi
 
 ui: setup  ## compare runs in the browser
 	source $(BIN)/activate && mlflow ui
+
+experiments: setup  ## compare DVC's experiments in the terminal: learning rate, accuracy, bleu_1
+	source $(BIN)/activate && dvc exp show --no-pager --drop '.*' --keep 'Experiment|State|train.learning_rate|accuracy$$|bleu_1'
 
 setup: $(READY)
 
