@@ -13,7 +13,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 # Arguments for pytest, such as TESTS='-m "not slow"'.
 TESTS ?=
 
-.PHONY: help repro test bench setup ui lock clean
+.PHONY: help repro test bench setup ui experiments lock clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -29,6 +29,9 @@ bench: setup  ## measure speed and memory side by side: close everything else fi
 
 ui: setup  ## compare runs in the browser
 	source $(BIN)/activate && mlflow ui
+
+experiments: setup  ## compare DVC's experiments in the terminal: learning rate, accuracy, bleu_1
+	source $(BIN)/activate && dvc exp show --no-pager --drop '.*' --keep 'Experiment|State|train.learning_rate|accuracy$$|bleu_1'
 
 setup: $(READY)  ## make .venv: INSTALLER=pip or uv, WHEELS=cuda or cpu
 	@made=$$(cat $(READY)); made=$${made:-cuda}; [ "$(origin WHEELS)" = file ] || [ "$$made" = "$(WHEELS)" ] || { \

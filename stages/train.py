@@ -134,8 +134,8 @@ def report(trainer: VqaTrainer, data: QuestionDataset) -> None:
     write_json(
         REPORTS / "train.json",
         {
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
+            "first_logged_loss": losses[0],
+            "last_logged_loss": losses[-1],
             "steps": trainer.state.global_step,
             "questions": len(data),
             "dropped_questions": data.dropped,

@@ -1,6 +1,7 @@
 """`dvc repro` as a user runs it: all five stages on real VQAv2 pictures, once; then only what a change asks for."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -62,3 +63,22 @@ def test_real_pictures_through_all_stages(tmp_path, shared_data):
     assert stages_run(project, "--dry") == []
     project.set({"train.learning_rate": 1e-3})
     assert stages_run(project) == ["train", "export", "helm-eval"]
+    compared_in_the_terminal(project)
+
+
+def compared_in_the_terminal(project):
+    """What DVC prints of scores fits a terminal of 100 columns."""
+    scores = json.loads((project.folder / "reports/metrics.json").read_text())
+    identity = "-c user.name=a -c user.email=a@b.c"
+    done = project.command(f"git add *.yaml dvc.lock reports && git {identity} commit -qm run")
+    assert done.returncode == 0, done.stderr
+    experiments = re.search(r"dvc exp show .*", (ROOT / "Makefile").read_text()).group().replace("$$", "$")
+    for command, columns in (
+        ("dvc metrics show", scores),
+        (experiments, ["train.learning_rate", "accuracy", "bleu_1"]),
+    ):
+        done = project.command(command, COLUMNS="100")
+        lines = done.stdout.splitlines()
+        assert len(lines) > 1 and max(map(len, lines)) <= 100 and "…" not in done.stdout, done.stdout + done.stderr
+        assert set(columns) <= set(done.stdout.split()), done.stdout
+    assert {"0.001", f"{scores['accuracy']:.5g}"} <= set(done.stdout.split())

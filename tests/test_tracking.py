@@ -1,20 +1,28 @@
 """The MLflow module: what a run records, how it is found again, and that no failure of it reaches the training."""
 
 import base64
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.cli import cli as mlflow_cli
+from mlflow.store.db import utils
+from sqlalchemy import Engine, event
 
 from vlm_vqa import tracking
 from vlm_vqa.errors import UserError
@@ -228,6 +236,15 @@ def test_a_new_experiment_has_a_view_with_parameters_and_scores(checkout, params
     assert tracking.view_url("http://me:sesame@host:5000", "1").startswith("http://host:5000/#/experiments/1/")
 
 
+def test_the_link_names_the_port_that_mlflow_ui_takes(checkout, monkeypatch):
+    assert tracking.view_url("sqlite:///x", "1").startswith("http://127.0.0.1:5000/#/")
+    monkeypatch.setenv("MLFLOW_PORT", "5055")
+    assert tracking.view_url("sqlite:///x", "1").startswith("http://127.0.0.1:5055/#/")
+    assert tracking.view_url("http://host:5000", "1").startswith("http://host:5000/#/")
+    port = next(option for option in mlflow_cli.commands["server"].params if option.name == "port")
+    assert port.envvar == "MLFLOW_PORT"
+
+
 # --- where the store is -----------------------------------------------------------------------------------------------
 
 
@@ -301,6 +318,200 @@ def test_queued_and_temporary_experiments_log_to_the_checkout(checkout):
         "queued": "0.003",
     }
     assert all("params.yaml" in artifacts(checkout, run) for run in found.values())
+
+
+# --- a local store is whole, or not there -----------------------------------------------------------------------------
+
+
+def in_child(function) -> int:
+    """Runs `function` in a forked process and returns its exit code, negative if a signal ended it."""
+    process = os.fork()
+    if process == 0:
+        with contextlib.suppress(BaseException):
+            function()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def killed_at(statement: int, function) -> None:
+    """Runs `function` in a child that is killed right after its n-th statement of SQL."""
+    count = itertools.count(1)
+
+    def killed():
+        event.listen(
+            Engine,
+            "after_cursor_execute",
+            lambda *_: os.kill(os.getpid(), signal.SIGKILL) if next(count) == statement else None,
+        )
+        function()
+
+    assert in_child(killed) == -signal.SIGKILL
+
+
+def record(params, key="k") -> None:
+    with tracking.training_run(params, key=key, tags=HASHES):
+        pass
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name.startswith("mlflow")}
+
+
+@pytest.fixture
+def quick(monkeypatch, empty_store):
+    """MLflow's migrations replaced by writes at will; returns a list of functions to be called one after the other."""
+    steps = []
+
+    def initialize(engine):
+        with sqlite3.connect(engine.url.database) as connection:
+            connection.execute("CREATE TABLE issues (id INTEGER)")
+        for step in steps:
+            step(Path(engine.url.database))
+        with sqlite3.connect(empty_store) as source, sqlite3.connect(engine.url.database) as target:
+            source.backup(target)
+            target.execute("DELETE FROM experiments")  # MLflow makes its first one after the tables
+
+    monkeypatch.setattr(utils, "_initialize_tables", initialize)
+    return steps
+
+
+@pytest.mark.slow
+def test_killed_while_the_store_is_made_and_opened_again(checkout, params):
+    (checkout / "mlflow.db").unlink()
+    for statement in (1, 60, 400):
+        killed_at(statement, lambda: record(params))
+        assert names(checkout) >= {"mlflow.db.making", "mlflow.db.lock"} and "mlflow.db" not in names(checkout)
+    record(params)
+    assert len(runs(checkout)) == 1
+    assert names(checkout) == {"mlflow.db"}
+
+
+@pytest.mark.parametrize("moment", ["rename", "unlink"])
+def test_killed_around_the_renaming(checkout, params, quick, moment):
+    """Before and after the moment at which the store is there."""
+    (checkout / "mlflow.db").unlink()
+
+    def killed():
+        real = getattr(Path, moment)
+
+        def instead(path, *arguments, **keywords):
+            # The lock is removed last, when the store is whole.
+            if moment == "rename" or path.suffix == ".lock":
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(path, *arguments, **keywords)
+
+        setattr(Path, moment, instead)
+        record(params)
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert ("mlflow.db" in names(checkout)) == (moment == "unlink")
+    record(params)
+    assert len(runs(checkout)) == 1 and names(checkout) == {"mlflow.db"}
+
+
+def test_a_slow_store_is_waited_for_as_long_as_it_advances(checkout, params, quick):
+    (checkout / "mlflow.db").unlink()
+    quick += [lambda path: time.sleep(0.2), Path.touch] * 20
+    started = time.monotonic()
+    tracking._Store(params, checkout, wait=1.5)
+    assert time.monotonic() - started > 4
+    record(params)
+    assert len(runs(checkout)) == 1 and names(checkout) == {"mlflow.db"}
+
+
+def test_a_store_given_up_is_whole_when_its_thread_ends(checkout, params, quick):
+    (checkout / "mlflow.db").unlink()
+    goes_on = threading.Event()
+    quick.append(lambda path: goes_on.wait(60))
+    with pytest.raises(TimeoutError):
+        tracking._Store(params, checkout, wait=0.5)
+    assert "mlflow.db" not in names(checkout)
+    goes_on.set()
+    record(params)  # waits for the thread, which holds the lock
+    assert len(runs(checkout)) == 1 and names(checkout) == {"mlflow.db"}
+
+
+def test_two_that_start_at_once_make_one_store(checkout, params, quick):
+    (checkout / "mlflow.db").unlink()
+
+    def slowly(path):
+        with (checkout / "made.txt").open("a") as file:
+            file.write("x")
+        time.sleep(1)
+
+    quick.append(slowly)
+    processes = [threading.Thread(target=in_child, args=[lambda key=key: record(params, key)]) for key in "abc"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert (checkout / "made.txt").read_text() == "x"
+    assert len(runs(checkout)) == 3 and names(checkout) == {"mlflow.db"}
+
+
+@pytest.fixture(scope="session")
+def half_store(tmp_path_factory):
+    """What `mlflow ui` leaves when it is killed in the middle of its migrations: tables, a journal, no record."""
+    folder = tmp_path_factory.mktemp("half")
+    engine = utils.create_sqlalchemy_engine(f"sqlite:///{folder / 'mlflow.db'}")
+    killed_at(400, lambda: utils._initialize_tables(engine))
+    engine.dispose()
+    assert names(folder) == {"mlflow.db", "mlflow.db-journal"}
+    for name in names(folder):
+        shutil.copy(folder / name, folder / f"lost{name.removeprefix('mlflow')}")
+    with pytest.raises(Exception, match="already exists"):  # as MLflow itself says for ever
+        utils._upgrade_db(utils.create_sqlalchemy_engine(f"sqlite:///{folder / 'lost.db'}"))
+    return folder
+
+
+def put(folder: Path, checkout: Path, age: float) -> None:
+    for name in names(folder):
+        shutil.copy(folder / name, checkout / name)
+        os.utime(checkout / name, (time.time() - age,) * 2)
+
+
+@pytest.mark.slow
+def test_a_half_store_of_others_without_records_is_made_anew(checkout, params, half_store, quick, caplog):
+    put(half_store, checkout, age=3600)
+    record(params)
+    assert len(runs(checkout)) == 1 and names(checkout) == {"mlflow.db"}
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_store_that_others_are_making_is_waited_for(checkout, params, quick, empty_store):
+    quick.append(lambda path: pytest.fail("another one was made"))
+    (checkout / "mlflow.db").write_bytes(b"")
+
+    def whole():
+        time.sleep(1)
+        with sqlite3.connect(empty_store) as source, sqlite3.connect(checkout / "mlflow.db") as target:
+            source.backup(target)
+
+    other = threading.Thread(target=whole)
+    inode = (checkout / "mlflow.db").stat().st_ino
+    other.start()
+    record(params)
+    other.join()
+    assert len(runs(checkout)) == 1 and (checkout / "mlflow.db").stat().st_ino == inode
+
+
+def test_a_half_store_with_records_is_left_and_named_with_what_to_do(checkout, params, quick, caplog):
+    store = checkout / "mlflow.db"
+    record(params)
+    with sqlite3.connect(store) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '867495a8f9d4'")
+    before = store.read_bytes()
+    os.utime(store, (time.time() - 3600,) * 2)
+    train(params)
+    assert store.read_bytes() == before
+    first, second = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert first == second  # one by the training, one by the evaluation, which is another process in a real run
+    assert f"`mlflow db upgrade sqlite:///{store}`" in first and "vlm-vqa track" in first
+    subprocess.run(re.search(r"`(mv .*?)`", first).group(1), shell=True, check=True)
+    assert (checkout / "mlflow.db.half").read_bytes() == before
+    record(params)
+    assert len(runs(checkout)) == 1 and names(checkout) == {"mlflow.db", "mlflow.db.half"}
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

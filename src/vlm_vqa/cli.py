@@ -80,7 +80,7 @@ def _ask(arguments: argparse.Namespace) -> int:
 def _gallery(arguments: argparse.Namespace) -> int:
     from vlm_vqa.evaluation.gallery import draw_gallery
 
-    print(f"wrote {draw_gallery()}")
+    print(f"wrote {draw_gallery(out_path=arguments.out, seed=arguments.seed)}")
     return 0
 
 
@@ -149,7 +149,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("easy-vqa", _easy_vqa, "Write easy-VQA in VQAv2's official file layout.")
     sub.add_argument("folder", type=Path, help="new folder for questions, annotations and images")
 
-    command("gallery", _gallery, "Draw test questions with the model's answers, right and wrong ones.")
+    sub = command("gallery", _gallery, "Draw test questions with the model's answers, right and wrong ones.")
+    sub.add_argument("--out", type=Path, metavar="FILE", default=Path("evaluation/helm/images/gallery.png"),
+                     help="PNG to write (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--seed", type=int, default=0, help="another one draws other questions (default: %(default)s)")
     sub = command(
         "preflight",
         _preflight,

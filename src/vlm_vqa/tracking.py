@@ -9,12 +9,16 @@ Tracking must never cost a training run: whatever fails here is told once, by on
 """
 
 import base64
+import contextlib
 import csv
+import fcntl
 import getpass
 import json
 import logging
 import os
 import platform
+import shlex
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -22,6 +26,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
@@ -50,6 +55,7 @@ REPORTS = Path("reports")
 TRAIN_CURVE = REPORTS / "train_curve.csv"
 EVALUATION_REPORT = REPORTS / "evaluation.json"
 
+ARTIFACTS = "mlartifacts"  # the folder beside a local store
 LONGEST_PARAM = 500  # characters: what every MLflow server accepts; newer ones take 6,000
 VIEW = "scores"
 VIEW_COLUMNS = [
@@ -57,7 +63,8 @@ VIEW_COLUMNS = [
     *(f"params.`train.{name}`" for name in ("batch_size", "learning_rate", "num_train_epochs", "optimizer")),
 ]
 BATCH = 100  # MLflow's limit on parameters in one request
-SECONDS_TO_OPEN = 60.0  # a fresh sqlite store takes about 5 s; MLflow retries a silent database for minutes
+SECONDS_TO_OPEN = 60.0  # without a sign of life: MLflow retries a silent database for minutes
+SECONDS_QUIET = 15.0  # a half-made store that nobody has written to for so long is not being made any more
 SECONDS_BETWEEN_TRIES = 60.0  # after a failed write of metrics; doubles each time
 
 
@@ -92,7 +99,8 @@ def tracking_uri(root: Path) -> str:
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    local = uri.startswith("sqlite:///") and "?" not in uri  # what stands behind "?" may be anything: MLflow's affair
+    return Path(uri.removeprefix("sqlite:///")) if local else None
 
 
 def without_credentials(uri: str) -> str:
@@ -112,24 +120,29 @@ class _Store:
         self.root = root
         self.params = params
         self._largest = params.tracking.max_artifact_mib * 2**20
-        self.client, self.experiment_id = _within(wait, self._open)
+        self._database = _sqlite_file(self.uri)
+        _bound_mlflow()
+        # Imports take long on a slow disk, but end: they are no part of the limit.
+        import_module("mlflow.store.tracking.sqlalchemy_store" if self._database else "mlflow")
+        self.client, self.experiment_id = _within(wait, self._open, lambda: _last_write(self._database))
 
     def _open(self) -> tuple[Any, str]:
-        _bound_mlflow()
-        database = _sqlite_file(self.uri)
-        if database is not None:
-            _check_writable(database)
         from mlflow import MlflowClient
 
         # MLflow tells of making tables by a screenful of lines, urllib3 of each retry: our one warning says it all.
         for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        database = self._database
+        if database is not None:
+            _make_whole(database)
+            with _connected(database) as connection:
+                connection.execute("BEGIN IMMEDIATE")  # fails at once where MLflow would retry for minutes
         client = MlflowClient(tracking_uri=self.uri)
         name = self.params.tracking.experiment
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             # MLflow's own default is the working directory: in a DVC experiment, a copy that is deleted.
-            artifacts = (database.parent / "mlartifacts").as_uri() if database is not None else None
+            artifacts = (database.parent / ARTIFACTS).as_uri() if database is not None else None
             return client, self._create_experiment(client, name, artifacts)
         if experiment.lifecycle_stage != "active":
             raise ValueError(f"experiment {name!r} (tracking.experiment) is deleted there: restore or rename it")
@@ -242,7 +255,8 @@ def _experiment_tags() -> dict[str, str]:
 
 def view_url(uri: str, experiment_id: str) -> str:
     """Where a browser shows the runs with parameters and scores: on the server, or on `mlflow ui` of a local store."""
-    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    # `mlflow ui` reads the variable, too.
+    server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
     where = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     return f"{without_credentials(server)}/{where}"
 
@@ -254,21 +268,97 @@ def _bound_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # usage statistics to a host that nobody here asked for
 
 
-def _check_writable(database: Path) -> None:
-    """Raises at once where sqlite cannot write; MLflow would retry an unopenable file for minutes."""
-    import sqlite3
+def _make_whole(database: Path) -> None:
+    """Leaves an MLflow store with all its tables at `database`, or raises what stands against it.
 
+    MLflow makes the tables by some 70 migrations, and a store left in the middle of them never opens again. So they run
+    in a file of another name, which becomes the store when it is whole: this process may be killed, or this thread
+    frozen by the process's end, at any moment.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    making, lock = (database.with_name(f"{database.name}.{word}") for word in ("making", "lock"))
+    if _is_whole(database) and not making.exists() and not lock.exists():
+        return
     database.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(database, timeout=20)
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.rollback()
-    finally:
-        connection.close()
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits for another process or thread; the system ends it with its holder
+        _remove(making)
+        while not _settled(database):
+            store = SqlAlchemyStore(f"sqlite:///{making}", (database.parent / ARTIFACTS).as_uri())
+            store.engine.dispose()
+            if not database.exists():  # else `mlflow ui` was started meanwhile
+                making.rename(database)
+            _remove(making)
+        lock.unlink(missing_ok=True)  # now that the store is whole, who waits for this lock has nothing left to do
 
 
-def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """`function()`, or TimeoutError after `seconds`: database drivers have waits that no setting of MLflow's bounds."""
+def _settled(database: Path) -> bool:
+    """Whether `database` is whole, once nobody else is making it; if not, it is removed where no record is in it."""
+    while not _is_whole(database):
+        if time.time() - _last_write(database) < SECONDS_QUIET:
+            time.sleep(0.2)
+            continue
+        if database.exists() and _holds_records(database):
+            path, uri = shlex.quote(str(database)), shlex.quote(f"sqlite:///{database}")
+            raise RuntimeError(
+                "its tables are half made, or another MLflow version's, and hold records: copy the file, then"
+                f" `mlflow db upgrade {uri}`; if that fails, `mv {path} {path}.half` makes room for a new one"
+            )
+        _remove(database)
+        return False
+    return True
+
+
+def _is_whole(database: Path) -> bool:
+    """Whether all migrations of the installed MLflow have run in `database`; False where there is no such file."""
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    if not database.exists():
+        return False
+    with _connected(database) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone():
+            return False
+        versions = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    return versions == [(_get_latest_schema_revision(),)]
+
+
+def _holds_records(database: Path) -> bool:
+    with _connected(database) as connection:
+        names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name != 'alembic_version'")
+        return any(connection.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for (name,) in names.fetchall())
+
+
+def _connected(database: Path) -> Any:
+    """For `with`: a connection to an existing file. It rolls back what a killed process was writing."""
+    return contextlib.closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", timeout=20, uri=True))
+
+
+def _files(database: Path) -> list[Path]:
+    """`database` and what sqlite keeps beside it, which would spoil another file of this name."""
+    return [database.with_name(database.name + end) for end in ("", "-journal", "-wal", "-shm")]
+
+
+def _remove(database: Path) -> None:
+    for file in _files(database):
+        file.unlink(missing_ok=True)
+
+
+def _last_write(database: Path | None) -> float:
+    """When `database`, or the file that it is being made in, was last written to; seconds since 1970, 0 for never."""
+    times = [0.0]
+    for file in _files(database) + _files(database.with_name(f"{database.name}.making")) if database else []:
+        with contextlib.suppress(OSError):
+            times.append(file.stat().st_mtime)
+    return max(times)
+
+
+def _within(seconds: float, function: Callable[[], Any], sign_of_life: Callable[[], Any] = lambda: None) -> Any:
+    """`function()`, or TimeoutError where `sign_of_life()` stays the same for `seconds`.
+
+    Database drivers have waits that no setting of MLflow's bounds. `function` then goes on until the process ends, and
+    may be stopped anywhere by that.
+    """
     outcome: dict[str, Any] = {}
 
     def work() -> None:
@@ -279,7 +369,11 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(seconds)
+    sign, start = sign_of_life(), time.monotonic()
+    while thread.is_alive() and time.monotonic() - start < seconds:
+        thread.join(min(seconds, 0.5))
+        if sign != (sign := sign_of_life()):
+            start = time.monotonic()
     if "error" in outcome:
         raise outcome["error"]
     if "value" not in outcome:
@@ -541,7 +635,8 @@ def _add(
         store.put_tags(run_id, tags)
         for path in files:
             store.put_files(run_id, path, folder or os.path.relpath(Path(path).parent))
-        log.info("recorded in MLflow; compare runs (`mlflow ui`) at %s", view_url(store.uri, store.experiment_id))
+        url = view_url(store.uri, store.experiment_id)
+        log.info("recorded in MLflow; compare runs (`mlflow ui`; MLFLOW_PORT names another port) at %s", url)
     except Exception as error:  # noqa: BLE001
         _warn(tracking_uri(root), error)
 
@@ -562,7 +657,7 @@ def _reason(uri: str, error: BaseException) -> str:
         error = cause if isinstance(cause, OSError) and cause.strerror else error
         cause = cause.__cause__ or cause.__context__
     text = str(error).replace(uri, without_credentials(uri)).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    return text.splitlines()[0][:500]
 
 
 # --- from outputs alone ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from vlm_vqa.cli import main
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.gallery import _choose, draw_gallery
@@ -40,6 +41,33 @@ def test_right_and_wrong_ones_are_chosen_and_images_are_not_shown_twice(predicti
 
 def test_fewer_wrong_answers_than_asked_for_are_no_error(predictions):
     assert len(_choose(predictions, right=0, wrong=100, seed=0)) == 6
+
+
+def test_what_cannot_be_written_is_refused(records, predictions, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for name, seed, message in (
+        ("file/a.png", 0, "cannot be written"),
+        ("folder.png", 0, "cannot be written"),
+        ("a.pdf", 0, "ends in .png"),
+        ("a", 0, "ends in .png"),
+        ("a.png", -1, "seed is -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            draw_gallery(records, predictions, tmp_path / name, seed=seed)
+
+
+def test_the_command_writes_where_it_is_told(records, predictions, tmp_path, monkeypatch, capsys):
+    for path, place in ((records, "data/records"), (predictions, "reports/predictions.parquet")):
+        (tmp_path / "here" / place).parent.mkdir(parents=True)
+        (tmp_path / "here" / place).symlink_to(path)
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["gallery", "--out", "../pictures/a.PNG", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == "wrote ../pictures/a.PNG\n"
+    asked, drawn = tmp_path / "pictures/a.PNG", draw_gallery(records, predictions, tmp_path / "b.png", seed=3)
+    assert asked.read_bytes() == drawn.read_bytes()
+    assert main(["gallery", "--out", "reports/predictions.parquet/a.png"]) == 2
+    assert "cannot be written (" in capsys.readouterr().err
 
 
 def test_missing_predictions_and_images_are_named(records, predictions, tmp_path):

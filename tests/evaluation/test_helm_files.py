@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from vlm_vqa.data.records import load_questions
@@ -141,9 +142,9 @@ def test_results_are_joined_by_position_and_written_without_times(suite, tmp_pat
     assert results.predictions == ["red", "blue"]
     assert results.per_instance == [{"bleu_1": 0.0, "exact_match": 1}, {"bleu_1": 0.5, "exact_match": 1}]
     paths = write_extract(tmp_path / "helm", results, QUESTIONS)
-    assert {path.name for path in paths} == {"stats.json", "run_spec.json", "predictions.json"}
-    rows = json.loads((tmp_path / "helm" / "predictions.json").read_text())
-    assert [(row["question_id"], row["prediction"], row["scores"]["bleu_1"]) for row in rows] == [
+    assert {path.name for path in paths} == {"stats.json", "run_spec.json", "helm_predictions.parquet"}
+    rows = pq.read_table(tmp_path / "helm_predictions.parquet").to_pylist()
+    assert [(row["question_id"], row["prediction"], row["bleu_1"]) for row in rows] == [
         (1, "red", 0.0),
         (2, "blue", 0.5),
     ]

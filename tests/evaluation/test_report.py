@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -67,6 +68,12 @@ def test_report_has_the_agreed_keys_and_figures(project, records, features, para
     assert report["model"] == {"mask": "image-prefix", "weights_hash": "w" * 64}
     assert report["helm_equals_stored_features"] == 1.0
     assert json.loads(Path("reports/evaluation.json").read_text()) == report
+    assert json.loads(Path("reports/metrics.json").read_text()) == {
+        "accuracy": 1.0,
+        "accuracy_blind": 0.5,
+        "accuracy_shuffled": report["baselines"]["shuffled_images"]["vqa_accuracy"],
+        "bleu_1": report["helm"]["bleu_1"],
+    }
 
 
 def test_predictions_are_kept_question_by_question(project, records, features, params, load, no_helm):
@@ -149,10 +156,10 @@ def test_with_helm_itself_twice_the_same_bytes(project, records, features, param
     assert report["helm"]["instances"] == 10
     assert report["helm"]["exact_match"] == report["helm"]["bleu_1"] == 1.0
     assert report["helm"]["bleu_4"] == 0.0
-    rows = json.loads(first["reports/helm/predictions.json"])
+    rows = pq.read_table(pa.BufferReader(first["reports/helm_predictions.parquet"])).to_pylist()
     ids = [row["question_id"] for row in load_questions(records, "val").to_list()]
     assert [row["question_id"] for row in rows] == [ids[at] for at in pick_instances(16, 10)]
-    assert all(set(row["scores"]) == set(SCORES) for row in rows)
+    assert all(set(SCORES) < set(row) and row["bleu_1"] == 1.0 for row in rows)
 
     suite = HelmFolders().suite
     table = json.loads((suite / "groups" / "vqa_base.json").read_text())[0]

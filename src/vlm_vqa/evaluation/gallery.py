@@ -42,8 +42,13 @@ def draw_gallery(
         max_image_pixels: bound on an image's size.
 
     Raises:
-        UserError: there are no predictions, or an image is not among the records.
+        UserError: there are no predictions, an image is not among the records, or `out_path` cannot be written.
     """
+    out_path = Path(out_path)
+    if out_path.suffix.lower() != ".png":
+        raise UserError(f"{out_path}: the gallery is a PNG. Name a file that ends in .png.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the gallery's seed is {seed}: take one from 0 to {2**32 - 1}.")
     chosen = _choose(Path(predictions_path), right, wrong, seed)
     images = _images(Path(records_dir), {row["image_id"] for row in chosen}, max_image_pixels)
     # Its own figure and canvas: no display is needed and no global state is left behind.
@@ -51,10 +56,12 @@ def draw_gallery(
     for place, row in enumerate(chosen, start=1):
         axes = figure.add_subplot(-(-len(chosen) // _COLUMNS), _COLUMNS, place)
         _draw(axes, row, images[row["image_id"]])
-    out_path = Path(out_path)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the library's version in the file, equal pictures are equal files.
-    figure.savefig(out_path, metadata={"Software": None})
+    try:
+        out_path.parent.mkdir(parents=True, exist_ok=True)
+        # Without the library's version in the file, equal pictures are equal files.
+        figure.savefig(out_path, metadata={"Software": None})
+    except OSError as error:
+        raise UserError(f"{out_path}: cannot be written ({error.strerror}). Name another file.") from error
     return out_path
 
 

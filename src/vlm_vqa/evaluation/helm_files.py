@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vlm_vqa.data.records import iter_images
@@ -83,17 +85,27 @@ def read_results(suite: Path, questions: Sequence[Mapping[str, Any]]) -> HelmRes
 
 
 def write_extract(folder: Path, results: HelmResults, questions: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Write what is the same in every run of the same model: scores, run specification, each question's answer."""
+    """Write what is the same in every run of the same model: scores and run specification into `folder`, and
+    `<folder>_predictions.parquet`, a row an instance: question, answers, prediction and a column for each score."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"question_id": row["question_id"], "image_id": row["image_id"], "question": row["question"],
-         "answers": list(row["answers"]), "prediction": prediction, "scores": scores}
+         "answers": list(row["answers"]), "prediction": prediction, **scores}
         for row, prediction, scores in zip(questions, results.predictions, results.per_instance, strict=True)
     ]  # fmt: skip
-    contents = {"stats.json": results.scores, "run_spec.json": results.run_spec, "predictions.json": rows}
+    predictions = folder.with_name(f"{folder.name}_predictions.parquet")
+    write_table(pa.Table.from_pylist(rows), predictions)
+    contents = {"stats.json": results.scores, "run_spec.json": results.run_spec}
     for name, content in contents.items():
         write_json(folder / name, content)
-    return [folder / name for name in contents]
+    return [*(folder / name for name in contents), predictions]
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write Parquet, equal tables as equal bytes. What stands there may be a hard link into DVC's cache: it is removed,
+    never written through."""
+    path.unlink(missing_ok=True)
+    pq.write_table(table, path)
 
 
 def _question(row: Mapping[str, Any]) -> dict[str, Any]:

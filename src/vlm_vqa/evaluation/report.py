@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vlm_vqa.data.feature_store import FeatureStore
@@ -24,6 +23,7 @@ from vlm_vqa.evaluation.helm_files import (
     read_results,
     write_extract,
     write_scenario,
+    write_table,
 )
 from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION, HELM_MAX_TOKENS, HelmFolders, run_helm
 from vlm_vqa.evaluation.vqa_accuracy import VqaAccuracy, vqa_accuracy
@@ -74,7 +74,8 @@ class Answers:
 def evaluate(
     params: Params, folders: Folders, load_answerer: Callable[..., Answerer] = Answerer.from_export
 ) -> Evaluation:
-    """Evaluate the exported model and write `evaluation.json`, `predictions.parquet` and `helm/` into the reports.
+    """Evaluate the exported model and write `evaluation.json`, `metrics.json` (a few of its figures, for DVC),
+    `predictions.parquet`, `helm/` and `helm_predictions.parquet` into the reports.
 
     Args:
         params: `evaluation`, `prompt.instruction` and `seed` count.
@@ -266,8 +267,14 @@ def _write(
         "prediction_shuffled": answers.shuffled,
         "prediction_prior": answers.prior,
     }
-    # What stands there may be a hard link into DVC's cache: remove it, never write through it.
-    (folder / "predictions.parquet").unlink(missing_ok=True)
-    pq.write_table(pa.table(columns), folder / "predictions.parquet")
+    write_table(pa.table(columns), folder / "predictions.parquet")
     write_json(folder / "evaluation.json", report)
-    return [folder / "evaluation.json", folder / "predictions.parquet"]
+    # What DVC prints: few and short.
+    metrics = {
+        "accuracy": report["vqa_accuracy"]["overall"],
+        "accuracy_blind": report["baselines"]["prior"]["vqa_accuracy"],
+        "accuracy_shuffled": report["baselines"]["shuffled_images"]["vqa_accuracy"],
+        "bleu_1": report["helm"]["bleu_1"],
+    }
+    write_json(folder / "metrics.json", metrics)
+    return [folder / name for name in ("evaluation.json", "metrics.json", "predictions.parquet")]
