@@ -121,11 +121,11 @@ def work(seconds: float, result: Path) -> None:
 
 
 @contextmanager
-def busy(count: int) -> Iterator[None]:
+def busy(count: int) -> Iterator[list[subprocess.Popen]]:
     """Keep `count` processes computing."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
-        yield
+        yield others
     finally:
         for other in others:
             other.kill()

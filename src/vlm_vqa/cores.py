@@ -18,7 +18,8 @@ CARRIED = "VLM_VQA_THREADS"
 """dvc.yaml's commands put the user's `OMP_NUM_THREADS` here: accelerate ends in a traceback where it is no plain number."""
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """`accelerate launch` and torchrun set these for the processes that they start, and an `OMP_NUM_THREADS` of their own."""
-OPTION = re.compile(r"--num[_-]cpu[_-]threads[_-]per[_-]process\b")
+OPTION = re.compile(r"--num[_-]cpu[_-]threads[_-]per[_-]process[\0=]([^\0]+)")
+"""accelerate's own, on its command line; it drops it where DeepSpeed is asked for."""
 WANTED_SECONDS = 20.0
 """Of cores, used or waited for, before a process is judged: a moment's load is none."""
 LEAST_SHARE = 1 / 3
@@ -58,10 +59,10 @@ def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
     """
     cores = usable_cores(root)
     part = Threads(max(1, cores.count // processes), f"{cores.why} / {processes} process{'es' * (processes != 1)}")
-    if not (said := _said_by_user(os.environ, *_launcher(root))):
+    if not (said := _said_by_user(dict(os.environ), *_launcher(root))):
         return part
     # OpenMP allows a list, for parallel regions inside others; there are none.
-    found = re.fullmatch(r"([1-9]\d{0,3})(,[1-9]\d*)*", re.sub(r"\s", "", said))
+    found = re.fullmatch(r"([1-9][0-9]{0,3})(\s*,\s*[1-9][0-9]*)*", said)
     if found is None:
         raise UserError(
             f"{VARIABLE} is {said!r}; set it to a number of threads from 1 to 9999, or unset it for {part}."
@@ -70,14 +71,15 @@ def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
     return Threads(count, VARIABLE + f", more than {part.why}" * (count > part.count), chosen=True)
 
 
-def _said_by_user(own: Mapping[str, str], parents: Mapping[str, str], command: str) -> str:
+def _said_by_user(own: dict[str, str], parents: dict[str, str], command: str) -> str:
     """Return the user's `OMP_NUM_THREADS` among this process's environment and what its parent was started with.
 
     A launcher sets it for its processes whether or not the user has; what the launcher itself was started with tells.
     """
-    launched = any(name in own and name not in parents for name in LAUNCHED)
-    launchers = bool(parents) and launched and not OPTION.search(command)
-    return own.get(CARRIED, (parents if launchers else own).get(VARIABLE, "")).strip()
+    if parents and any(name in own and name not in parents for name in LAUNCHED):
+        option = OPTION.search(command)
+        own = own | {VARIABLE: option[1] if option else parents.get(VARIABLE, "")}
+    return own.get(CARRIED, own.get(VARIABLE, "")).strip()
 
 
 def _launcher(root: Path) -> tuple[dict[str, str], str]:
