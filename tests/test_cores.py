@@ -142,6 +142,7 @@ def test_what_is_no_number_of_threads_is_refused_by_name(monkeypatch, tmp_path, 
         ({"OMP_NUM_THREADS": "1", "VLM_VQA_THREADS": "2"}, {"OMP_NUM_THREADS": "1"}, "accelerate", 2),
         # No launcher: `export` in a shell is not in what the shell was started with.
         ({"OMP_NUM_THREADS": "2"}, {"HOME": "/"}, "bash", 2),
+        ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "none"}, {"TORCHELASTIC_RUN_ID": "none"}, "bash", 2),
     ],
 )  # fmt: skip
 def test_a_launcher_s_number_is_not_the_user_s(monkeypatch, tmp_path, own, parent, command, found):
