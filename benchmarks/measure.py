@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from vlm_vqa.cores import usable_cores
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import write_json
 
@@ -95,7 +96,7 @@ def synchronize() -> None:
 
 def cores() -> int:
     """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    return usable_cores().count
 
 
 def device() -> torch.device:

@@ -8,9 +8,10 @@ import json
 import logging
 from pathlib import Path
 
+import torch
 from transformers import AutoProcessor
 
-from vlm_vqa import stage, tracking
+from vlm_vqa import cores, stage, tracking
 from vlm_vqa.data import records
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.model.answering import Answerer
@@ -26,6 +27,7 @@ CHECKED_IMAGES = 8
 
 def main() -> None:
     params = load_params("params.yaml")
+    torch.set_num_threads(cores.threads().count)
     encoder = load_encoder(params.vision, device="cpu")
     training = read_training(TRAINED)
     manifest = records.read_manifest(RECORDS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vlm_vqa import stage
+from vlm_vqa import cores, stage
 from vlm_vqa.data import feature_store, records
 from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
 from vlm_vqa.hashing import sha256_file
@@ -43,7 +43,10 @@ def main() -> None:
     }
     writer = FeatureStoreWriter(FEATURES, layout, made_by, computed_by(vision, running))
     if running.main:
-        logger.info("%d images with %s on %d x %s", layout.images, vision.model, running.size, running.device.type)
+        logger.info(
+            "%d images with %s on %d x %s, threads %s",
+            layout.images, vision.model, running.size, running.device.type, running.threads,
+        )  # fmt: skip
         running.tell("missing", writer.begin())
     make(running.hear("missing"), running, loaded, writer, vision.batch_size, params.data.max_image_pixels)
     if running.main:
@@ -64,12 +67,15 @@ def make(
     """Make shards together with the other processes; the main one shows the progress of all, and waits for all."""
     left = sum(len(writer.layout.places(number)) for number in missing)
     images = writer.layout.images
+    crowd = cores.Crowd(running.threads)
     with tqdm(
         total=images, initial=images - left, unit=" images", desc="extract-features", disable=not running.main
     ) as progress:
 
         def show(more: int) -> None:
             progress.update(running.count("images", more) + images - left - progress.n)
+            if running.main and (busy := crowd.notice(cores.waits())):
+                logger.warning(busy)
 
         extraction.extract(
             running.share(missing),

@@ -2,7 +2,9 @@
 
 import logging
 
-from vlm_vqa import stage, tracking
+import torch
+
+from vlm_vqa import cores, stage, tracking
 from vlm_vqa.evaluation.report import Folders, evaluate
 from vlm_vqa.params import load_params
 
@@ -11,6 +13,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = load_params()
+    torch.set_num_threads(cores.threads().count)
     evaluation = evaluate(params, Folders())
     report = evaluation.report
     log.info("bleu_1 %.4f over %d HELM instances", report["helm"]["bleu_1"], report["helm"]["instances"])

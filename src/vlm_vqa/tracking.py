@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from vlm_vqa.cores import usable_cores
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import sha256_bytes, sha256_file
 from vlm_vqa.params import Params, load_params
@@ -417,7 +418,7 @@ def _surroundings() -> dict[str, str]:
     """Tags of a live run: library versions, machine, DVC's experiment."""
     tags = {f"version.{package}": _version(package) for package in PACKAGES}
     tags |= {"version.python": platform.python_version(), "machine.host": platform.node(), "machine.cpu": _cpu()}
-    tags["machine.cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    tags["machine.cores"] = str(usable_cores().count)
     tags["machine.memory_gib"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}"
     torch = sys.modules.get("torch")  # imported here it would cost seconds; a process that trains has it already
     if torch is not None:

@@ -47,6 +47,15 @@ def test_the_clients_words_are_found_in_the_log(tmp_path, monkeypatch):
         _run_child(["failing"], Path("log"), {})
 
 
+@pytest.mark.parametrize("said", ["3", "6, 2"])
+def test_the_child_has_the_threads_that_the_user_says(tmp_path, monkeypatch, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    (tmp_path / "telling.py").write_text("import os\nprint('threads', os.environ['OMP_NUM_THREADS'])")
+    _run_child(["telling"], Path("log"), {})
+    assert Path("log").read_text() == f"threads {said[0]}\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_the_child_and_all_that_it_started(tmp_path, number):
     (tmp_path / "endless.py").write_text(

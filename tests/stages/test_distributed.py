@@ -1,7 +1,6 @@
 """The train stage on several processes: one that meets a number that is none, two machines, a machine that is lost."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -65,10 +64,8 @@ def free_port():
 def start_machines(project, port):
     """Start the launch as two machines on this one, as the README says; return both launchers.
 
-    Each has half of the cores, as each process of one machine: sums in another number of threads round otherwise.
+    The project's environment gives every process one thread: sums in another number of threads round otherwise.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    halves = cores[: max(1, len(cores) // 2)], cores[-max(1, len(cores) // 2) :]
     command = (
         "accelerate launch --quiet --config_file launch/cpu-ddp-two.yaml --main_process_ip 127.0.0.1 "
         f"--main_process_port {port} --machine_rank %d stages/train.py"
@@ -77,7 +74,6 @@ def start_machines(project, port):
         subprocess.Popen(
             command % rank, shell=True, cwd=project.folder, env=project.environment(), stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True, start_new_session=True,
-            preexec_fn=lambda half=halves[rank]: os.sched_setaffinity(0, half),
         )
         for rank in (0, 1)
     ]  # fmt: skip

@@ -31,6 +31,7 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.image_utils import load_image
 
 from stages import extract_features
+from vlm_vqa.cores import Threads
 from vlm_vqa.data import records
 from vlm_vqa.data.feature_store import FeatureStore, Layout
 from vlm_vqa.errors import UserError
@@ -41,6 +42,7 @@ from vlm_vqa.params import load_params
 REPOSITORY = Path(__file__).parents[2]
 SHARED_DATA = Path(os.environ.get("VLM_VQA_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
 BATCH = 4
+ONE = Threads(1, "1 core / 1 process")
 SMALL_SHARDS = """
 import functools, sys, time
 from stages import extract_features as it
@@ -348,9 +350,26 @@ def test_a_launch_that_is_not_the_one_asked_for_stops(run_folder, monkeypatch, l
 
 def test_processes_share_the_shards_among_them():
     store = torch.distributed.HashStore()
-    one, other = (crew.Crew(rank, 2, torch.device("cpu"), store).share([3, 4, 7, 8, 9]) for rank in (0, 1))
+    one, other = (crew.Crew(rank, 2, torch.device("cpu"), store, ONE).share([3, 4, 7, 8, 9]) for rank in (0, 1))
     taken = [next(one), next(other), next(other), next(one)]
     assert taken + list(one) + list(other) == [3, 4, 7, 8, 9]
+
+
+def test_threads_are_the_user_s_and_the_stage_says_so(run_folder, monkeypatch, caplog):
+    write_records(noise(3))
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr("vlm_vqa.cores.waits", lambda: {"7": (100, 400)})
+    try:
+        with caplog.at_level("INFO"):
+            extract_features.main()
+        assert torch.get_num_threads() == 3 and ", threads 3 (OMP_NUM_THREADS" in caplog.text
+        assert caplog.text.count("the machine is busy: this process gets 20%") == 1
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    with pytest.raises(UserError, match="OMP_NUM_THREADS is 'many'"):
+        extract_features.main()
 
 
 def test_a_process_that_does_not_come_stops_the_others(run_folder, monkeypatch):

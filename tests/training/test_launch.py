@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from vlm_vqa.cores import Threads
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import Dtype, Rounding, load_params
 from vlm_vqa.training import launch
@@ -17,6 +18,7 @@ from vlm_vqa.training.launch import Launch, Strategy, check_params, check_prepar
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch"
+ONE = Threads(1, "1 core / 1 process")
 TRAIN = load_params(ROOT / "presets/small.yaml").train
 EXPECTED = {
     "cpu": Strategy.SINGLE, "gpu": Strategy.SINGLE, "cpu-ddp": Strategy.DDP, "cpu-fsdp2": Strategy.FSDP2,
@@ -119,6 +121,22 @@ def test_another_start_is_refused_before_processes_wait_for_each_other(monkeypat
         launch.start(dataclasses.replace(TRAIN, launch=name), FOLDER)
 
 
+def test_threads_are_the_user_s_or_this_process_s_part_and_the_facts_say_why(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)), raising=False)
+    try:
+        for said, count, why in (("3", 3, "OMP_NUM_THREADS"), ("", 5, "affinity of 5 cores / 1 process")):
+            monkeypatch.setenv("OMP_NUM_THREADS", said)
+            running = launch.start(dataclasses.replace(TRAIN, launch="cpu"), FOLDER)
+            assert running.facts["threads"] == f"{count} ({why})" and torch.get_num_threads() == count
+        monkeypatch.setenv("OMP_NUM_THREADS", "all")
+        with pytest.raises(UserError, match="OMP_NUM_THREADS is 'all'"):
+            launch.start(dataclasses.replace(TRAIN, launch="cpu"), FOLDER)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() >= 4, reason="there are as many GPUs as are asked for")
 def test_gpus_that_are_not_there_are_refused(monkeypatch):
     """Left alone, accelerate would start unrelated trainings on the CPU, one a process."""
@@ -169,7 +187,7 @@ def test_launches_as_they_are_typed(tmp_path, command, name, words):
 
 def prepared(strategy, processes=2):
     model = torch.nn.Linear(8, 8)
-    running = Launch("test", strategy, processes, 0, 1, "cpu", "gloo", 1)
+    running = Launch("test", strategy, processes, 0, 1, "cpu", "gloo", ONE)
     return check_prepared(running, model, torch.optim.AdamW(model.parameters()))
 
 
@@ -184,6 +202,6 @@ def test_a_model_that_was_not_divided_is_refused():
 def test_weights_held_whole_under_zero_3_are_refused():
     model = torch.nn.Linear(8, 8)
     model.optimizer = type("Zero", (), {"fp32_partitioned_groups_flat": [torch.zeros(36)]})()
-    running = Launch("cpu-zero3", Strategy.ZERO3, 2, 1, 1, "cpu", "gloo", 1)
+    running = Launch("cpu-zero3", Strategy.ZERO3, 2, 1, 1, "cpu", "gloo", ONE)
     with pytest.raises(UserError, match="process 1 of 2 should hold 50% of the weights, but holds 100%"):
         check_prepared(running, model, torch.optim.AdamW(model.parameters()))

@@ -1,6 +1,7 @@
 """The HF Trainer with our batches: accumulation is the large batch, dropout is where it is said to be, resume goes on."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import datasets
@@ -282,12 +283,25 @@ def test_bfloat16_weights_learn_and_resume_to_the_bit(make, kind):
     torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("process", "times"), [(0, 1), (1, 0)])
+def test_a_busy_machine_is_said_once_by_the_main_process(make, monkeypatch, caplog, process, times):
+    """In every step the process waits four times as long for a core as it runs on one."""
+    step = itertools.count(1)
+    monkeypatch.setattr("vlm_vqa.training.trainer.waits", lambda: {"7": (n := next(step), 4 * n)})
+    trainer = make(callbacks=[ProgressCallback(Log())])
+    trainer.launch = dataclasses.replace(trainer.launch, process=process)
+    trainer.train()
+    said = [record.levelname for record in caplog.records if "the machine is busy" in record.message]
+    assert said == ["WARNING"] * times
+
+
 def test_what_is_logged(make, tmp_path):
     run = Log()
     trainer = make(callbacks=[ProgressCallback(run)])
     trainer.train()
     assert [step for step, _ in run.metrics] == list(range(1, 7))
     assert {"loss", "grad_norm", "learning_rate"} <= run.metrics[-1][1].keys()
+    assert run.tags["launch_threads"] == str(trainer.launch.threads)
     assert run.tags["launch_strategy"] == "one process" and run.tags["launch_optimizer"] == "AdamW"
     write_curve(trainer.state.log_history, tmp_path / "curve.csv")
     lines = (tmp_path / "curve.csv").read_text().splitlines()

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
 from vlm_vqa.data.contract import Annotation, Kind, Question, Violations, pair
 from vlm_vqa.data.ordered import in_order
@@ -238,7 +239,7 @@ def _store_images(
 ) -> str:
     """Check every image, count it and store it once; return a hash over ids and contents."""
     digest = hashlib.sha256()
-    workers = os.cpu_count() or 1
+    workers = usable_cores().count
     with ThreadPoolExecutor(workers) as pool:
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
         checked = in_order(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import vlm_vqa
+from vlm_vqa import cores
 from vlm_vqa.errors import UserError
 
 HELM_INSTRUCTION = (
@@ -105,7 +106,9 @@ def _run_child(
         stdin=subprocess.DEVNULL,
         text=True,
         errors="replace",
-        env=os.environ | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"} | dict(environment),
+        env=os.environ
+        | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", cores.VARIABLE: str(cores.threads().count)}
+        | dict(environment),
         # A group of its own: Ctrl-C reaches us alone, and we end it with all that it has started.
         start_new_session=True,
     )

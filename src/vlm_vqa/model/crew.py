@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import distributed
 
+from vlm_vqa import cores
 from vlm_vqa.errors import UserError
 
 JOIN_SECONDS = 120.0
@@ -35,6 +36,7 @@ class Crew:
     size: int
     device: torch.device
     store: distributed.Store
+    threads: cores.Threads
 
     @property
     def main(self) -> bool:
@@ -64,11 +66,12 @@ class Crew:
 def join(launch: str, folder: str | Path = "launch") -> Crew:
     """Meet the other processes, and compare what has started with what `launch/NAME.yaml` asks for.
 
-    On CPUs the cores are divided among the processes. How many threads a process has changes no bit of the features: torch
-    divides the rows of a product among threads, not its sums (tests/stages/test_extract_features.py).
+    The cores are divided among the processes, unless the user says how many threads each gets. That number changes no bit of
+    the features: torch divides the rows of a product among threads, not its sums (tests/stages/test_extract_features.py).
 
     Raises:
         UserError: there is no such launch, it divides the model or spans machines, or what has started is something else.
+            Or `OMP_NUM_THREADS` is no number of threads.
     """
     path = Path(folder) / f"{launch}.yaml"
     asked = _read(launch, path)
@@ -78,13 +81,13 @@ def join(launch: str, folder: str | Path = "launch") -> Crew:
     _compare(path, "num_processes", asked["num_processes"], size)
     if asked["use_cpu"]:
         device = torch.device("cpu")
-        # Without this torchrun leaves one thread to a process. The affinity counts what a container may really use.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
     else:
         _compare(path, "GPUs", size, min(size, torch.cuda.device_count()))
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    crew = Crew(rank, size, device, _store(size))
+    threads = cores.threads(size)
+    torch.set_num_threads(threads.count)
+    crew = Crew(rank, size, device, _store(size), threads)
     crew.count("arrived", 1)
     latest = time.monotonic() + JOIN_SECONDS
     while crew.count("arrived") < size and time.monotonic() < latest:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from vlm_vqa import cores
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import Dtype, TrainParams
 
@@ -62,8 +63,8 @@ class Launch:
     device: str
     """`cpu` or `cuda`."""
     backend: str
-    threads: int
-    """CPU threads of each process."""
+    threads: cores.Threads
+    """Of each process."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class Launch:
             "num_machines": self.machines,
             "device": self.device,
             "backend": self.backend,
-            "threads": self.threads,
+            "threads": str(self.threads),
         }
 
     @property
@@ -178,7 +179,8 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     """Start the process group and accelerate's process state, and check them against `launch/NAME.yaml`.
 
     Raises:
-        UserError: what started is not what the file asks for; what was asked, what was found and what to do is said.
+        UserError: what started is not what the file asks for; what was asked, what was found and what to do is said. Or
+            `OMP_NUM_THREADS` is no number of threads.
     """
     name = train.launch
     path = Path(folder) / f"{name}.yaml"
@@ -186,6 +188,8 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     strategy = strategy_of(asked, path)
     check_params(train, strategy)
     device = "cpu" if asked["use_cpu"] else "cuda"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = cores.threads(local)
     _check_environment(asked, path, device)
     if device == "cpu":
         _keep_deepspeed_on_cpu()
@@ -201,13 +205,10 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     found = {"num_processes": state.num_processes, "device": state.device.type}
     _compare(path, {"num_processes": asked["num_processes"], "device": device}, found)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device == "cpu":
-        # Without this torchrun leaves one thread to a process. The affinity counts what a container may really use.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    torch.set_num_threads(threads.count)
     backend = distributed.get_backend() if distributed.is_initialized() else "none"
     return Launch(name, strategy, state.num_processes, state.process_index, state.num_processes // local, device, backend,
-                  torch.get_num_threads())  # fmt: skip
+                  threads)  # fmt: skip
 
 
 def _check_environment(asked: dict[str, Any], path: Path, device: str) -> None:

@@ -18,6 +18,7 @@ from transformers import ProgressCallback as ProgressBar
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from vlm_vqa.cores import Crowd, waits
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import model_cost
 from vlm_vqa.model.vlm import VlmForTraining, merge_adapters
@@ -419,10 +420,13 @@ class ProgressCallback(TrainerCallback):
             facts = ", ".join(f"{name} {value}" for name, value in trainer.facts.items())
             log.info("launch %s: %s; %d questions", trainer.launch.name, facts, len(trainer.train_dataset))
         self.run.set_tags({f"launch_{name}": value for name, value in trainer.facts.items()})
+        self.crowd = Crowd(trainer.launch.threads)
+        self._look_around()
 
     def on_step_end(self, args, state, control, **_):
         trainer = self.trainer
         trainer.writer.check()
+        self._look_around()
         if "optimizer_states" not in trainer.facts:
             trainer.note_states()
             self.run.set_tags({"launch_optimizer_states": trainer.facts["optimizer_states"]})
@@ -435,6 +439,10 @@ class ProgressCallback(TrainerCallback):
             speed = self.trainer.meter.read()
             self._show(speed)
             self.run.log_metrics({**figures, **speed}, state.global_step)
+
+    def _look_around(self) -> None:
+        if self.trainer.launch.main and (busy := self.crowd.notice(waits())):
+            log.warning(busy)
 
     def _show(self, speed: dict[str, float]) -> None:
         bars = [callback for callback in self.trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]

@@ -1,0 +1,163 @@
+"""How many threads a process gets and why, and whether it gets the cores that they need.
+
+OpenMP's threads wait for each other at the end of every product, so one that has no core holds up all: more threads than
+free cores cost far more than they bring.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_vqa.errors import UserError
+
+VARIABLE = "OMP_NUM_THREADS"
+CARRIED = "VLM_VQA_THREADS"
+"""dvc.yaml's commands put the user's `OMP_NUM_THREADS` here: accelerate ends in a traceback where it is no plain number."""
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+"""`accelerate launch` and torchrun set these for the processes that they start, and an `OMP_NUM_THREADS` of their own."""
+OPTION = re.compile(r"--num[_-]cpu[_-]threads[_-]per[_-]process[\0=]([^\0]+)")
+"""accelerate's own, on its command line; it drops it where DeepSpeed is asked for."""
+WANTED_SECONDS = 20.0
+"""Of cores, used or waited for, before a process is judged: a moment's load is none."""
+LEAST_SHARE = 1 / 3
+"""Of them, used. Beside two busy programs two threads are as fast as one (`python -m benchmarks threads`)."""
+
+
+@dataclass(frozen=True)
+class Threads:
+    """A number of threads or cores, at least 1, and what has decided it."""
+
+    count: int
+    why: str
+    chosen: bool = False
+    """By the user."""
+
+    def __str__(self) -> str:
+        return f"{self.count} ({self.why})"
+
+
+def usable_cores(root: Path = Path("/")) -> Threads:
+    """Return how many cores this process may use: those of its affinity (taskset, cpuset), or its cgroups' quota.
+
+    `root` holds `proc`, and the cgroups where `proc` says.
+    """
+    machine = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    if (quota := _cgroup_quota(root)) < cores:
+        return Threads(max(1, int(quota)), f"cgroup quota of {quota:.1f} CPU{'s' * (quota != 1)}")
+    return Threads(cores, "affinity of " * (cores < machine) + f"{cores} core{'s' * (cores != 1)}")
+
+
+def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
+    """Return how many threads each of this machine's `processes` gets: what the user says, or its part of the cores.
+
+    Raises:
+        UserError: `OMP_NUM_THREADS` is no number of threads.
+    """
+    cores = usable_cores(root)
+    part = Threads(max(1, cores.count // processes), f"{cores.why} / {processes} process{'es' * (processes != 1)}")
+    if not (said := _said_by_user(dict(os.environ), *_launcher(root))):
+        return part
+    # OpenMP allows a list, for parallel regions inside others; there are none.
+    found = re.fullmatch(r"([1-9][0-9]{0,3})(\s*,\s*[1-9][0-9]*)*", said)
+    if found is None:
+        raise UserError(
+            f"{VARIABLE} is {said!r}; set it to a number of threads from 1 to 9999, or unset it for {part}."
+        )
+    count = int(found[1])
+    return Threads(count, VARIABLE + f", more than {part.why}" * (count > part.count), chosen=True)
+
+
+def _said_by_user(own: dict[str, str], parents: dict[str, str], command: str) -> str:
+    """Return the user's `OMP_NUM_THREADS` among this process's environment and what its parent was started with.
+
+    A launcher sets it for its processes whether or not the user has; what the launcher itself was started with tells.
+    """
+    if parents and any(name in own and name not in parents for name in LAUNCHED):
+        option = OPTION.search(command)
+        own = own | {VARIABLE: option[1] if option else parents.get(VARIABLE, "")}
+    return own.get(CARRIED, own.get(VARIABLE, "")).strip()
+
+
+def _launcher(root: Path) -> tuple[dict[str, str], str]:
+    """Return the environment and the command line that the parent process was started with; nothing where none tells."""
+    folder = root / "proc" / str(os.getppid())
+    try:
+        variables = (folder / "environ").read_text(errors="replace").split("\0")
+        return dict(line.split("=", 1) for line in variables if "=" in line), (folder / "cmdline").read_text("utf-8")
+    except OSError:  # another system, or another user's process
+        return {}, ""
+
+
+def _cgroup_quota(root: Path) -> float:
+    """Return how many CPUs the tightest of this process's nested cgroups allows; infinity without a limit."""
+    try:
+        paths = [line.split(":", 2)[1:] for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (root / "proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return float("inf")
+    quotas = [float("inf")]
+    for mount in mounts:
+        kind = mount[mount.index("-") + 1]
+        if kind == "cgroup2" or (kind == "cgroup" and "cpu" in mount[-1].split(",")):
+            wanted = "cpu" if kind == "cgroup" else ""
+            path = Path(next((path for names, path in paths if wanted in names.split(",")), "/"))
+            # A container may see its cgroup as the root of the mount, but the host's path in the process's file.
+            inside = path.relative_to(mount[3]) if path.is_relative_to(mount[3]) else Path()
+            quotas += [_quota(root / mount[4].lstrip("/") / part) for part in (inside, *inside.parents)]
+    return min(quotas)
+
+
+def _quota(folder: Path) -> float:
+    """Return how many CPUs one cgroup allows, of version 2 or 1."""
+    names = ("cpu.max",) if (folder / "cpu.max").exists() else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    try:
+        quota, period = " ".join((folder / name).read_text() for name in names).split()
+        return int(quota) / int(period) if int(quota) > 0 else float("inf")
+    except (OSError, ValueError):  # none here, or `max`
+        return float("inf")
+
+
+class Crowd:
+    """Notices, once, that a process's threads wait for a core most of the time that they could run.
+
+    Waiting for data, a disk or other processes does not count: the system counts threads that are ready to run.
+    """
+
+    def __init__(self, threads: Threads):
+        self.threads = threads
+        self._last: Mapping[str, tuple[float, float]] | None = {}
+
+    def notice(self, now: Mapping[str, tuple[float, float]]) -> str | None:
+        """Return what to tell the user, if anything; `now` is `waits()`."""
+        if self._last is None:
+            return None
+        before = {thread: self._last.get(thread, (0.0, 0.0)) for thread in now}
+        ran, waited = (sum(max(0.0, times[i] - before[thread][i]) for thread, times in now.items()) for i in (0, 1))
+        if ran + waited < WANTED_SECONDS:
+            return None
+        share = ran / (ran + waited)
+        self._last = now if share >= LEAST_SHARE else None
+        if share >= LEAST_SHARE:
+            return None
+        busy = f"the machine is busy: this process gets {share:.0%} of the time that it wants of its cores"
+        count = self.threads.count
+        if count == 1:
+            return f"{busy}. End other programs, or let it go on: it only takes longer."
+        return (
+            f"{busy}, and its {count} threads wait for each other: {VARIABLE}=1 would be faster. End other programs, or "
+            "stop this and start it again so."
+        )
+
+
+def waits() -> dict[str, tuple[float, float]]:
+    """Return the seconds that each thread of this process has run, and has waited for a core; none where no system tells."""
+    found = {}
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # the thread has just ended
+            ran, waited, _ = path.read_text().split()
+            found[path.parts[-2]] = int(ran) / 1e9, int(waited) / 1e9
+    return found
