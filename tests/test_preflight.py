@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import VlmForTraining, add_adapters, freeze_embeddings, initial_model, set_dropout
 from vlm_vqa.params import LoraParams, Mask, StoreDtype, TrainParams, load_params
 from vlm_vqa.preflight.advice import changed
-from vlm_vqa.preflight.devices import GIB, find_device, known_devices
+from vlm_vqa.preflight.devices import GIB, find_device
 from vlm_vqa.preflight.memory import Step
 from vlm_vqa.preflight.passes import Pass, plan
+from vlm_vqa.preflight.report import as_text
 from vlm_vqa.preflight.run import preflight
 from vlm_vqa.preflight.shapes import VISION, Model, VisionShape, model_of, vision_of
 from vlm_vqa.preflight.stages import launch_shape
@@ -364,9 +366,9 @@ def test_every_preset_runs_through_in_json_and_text(path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     device = ["--device", "A100-SXM4-80GB"] if path.stem != "small" else []
     arguments = ["preflight", str(path), *device, "--host-memory", "512", "--disk", "2000", "--price", "2"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--details"]) == 0
     text = capsys.readouterr().out
-    assert text.endswith("VERDICT: fits\n")
+    assert text.startswith(f"VERDICT: {path} fits: ")
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and [stage["name"] for stage in found["stages"]] == [
@@ -439,19 +441,85 @@ def test_exit_codes(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     reference = str(ROOT / "presets/vqav2-reference.yaml")
     assert main(["preflight", reference, "--device", "RTX 4090", "--host-memory", "192", "--disk", "500"]) == 0
+    assert capsys.readouterr().out.startswith(f"VERDICT: {reference} fits: 4 x GeForce RTX 4090 of 24.0 GiB, 192.0 GiB")
     assert main(["preflight", reference, "--device", "RTX 4090", "--host-memory", "16", "--disk", "500"]) == 1
-    assert "does not fit: train: host memory" in capsys.readouterr().out
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"VERDICT: {reference} does not fit: 4 x GeForce RTX 4090 of 24.0 GiB, 16.0 GiB")
+    assert second.startswith("does not fit: train: host memory")
+
+
+GOLDEN = """\
+VERDICT: presets/small.yaml fits: 16.0 GiB of host memory, 20.0 GiB of disk
+
+                         disk       host  GPU, a rank    hours      cost
+fetch-vqav2          6.20 MiB   1.10 GiB            -     0.00         -
+extract-features     0.15 GiB   1.89 GiB            -     #.##         -
+train                0.03 GiB   1.22 GiB            -     #.##         -
+export               4.72 MiB   1.11 GiB            -        -         -
+helm-eval            1.24 MiB   1.16 GiB            -     #.##         -
+all                  0.19 GiB                             #.##         -
+
+hours at 0.75 of the device's peak (benchmarks/results/training_step.json: 0.79); --details shows every formula
+"""
+
+
+def test_the_verdict_comes_first_then_the_table(capsys, monkeypatch, tmp_path):
+    for name in ("presets", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[cache]\n    type = hardlink\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["preflight", "presets/small.yaml", "--host-memory", "16", "--disk", "20"]) == 0
+    text = capsys.readouterr().out.splitlines(keepends=True)
+    for line in (4, 5, 7, 8):
+        text[line] = re.sub(r"\d\.\d\d(?= {9}-$)", "#.##", text[line], flags=re.M)
+    assert "".join(text) == GOLDEN
+
+
+def test_json_has_the_keys_it_had(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = ["presets/vqav2-1gpu.yaml", "--device", "T4", "--host-memory", "128", "--disk", "500", "--json"]
+    assert main(["preflight", *arguments]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["params", "params_hash", "machine", "stages", "checks", "options", "lacks", "fits"]
+    assert not found["fits"] and "Tesla T4 has no bfloat16" in found["lacks"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "lines"),
+    [
+        ("vqav2-1gpu", "T4", ["Tesla T4 has no bfloat16, torch would emulate it slowly: name an A10 or a newer device, or "
+                              "set vision.compute_dtype, train.compute_dtype, train.weights_dtype to float32, "
+                              "train.rounding to nearest"]),
+        ("vqav2-1gpu", "V100", ["the pinned PyTorch has no kernels for Tesla V100-SXM2-16GB: name a T4 or a newer device",
+                                "Tesla V100-SXM2-16GB has no bfloat16"]),
+        ("small", "P100", ["the pinned PyTorch has no kernels for Tesla P100-SXM2-16GB"]),
+        ("small", "T4", []),
+    ],
+)  # fmt: skip
+def test_what_a_device_cannot_do_stands_in_the_verdict(tmp_path, name, device, lines):
+    changes = {"train.launch": "gpu"}
+    if name == "small" and lines:
+        changes["vision.compute_dtype"] = "bfloat16"
+    prediction = ask(written(preset(name, **changes), tmp_path), device=device, **BIG)
+    assert prediction.fits == (not lines) and len(prediction.lacks) == len(lines)
+    text = as_text(prediction).splitlines()
+    assert ("cannot run: 1 x" in text[0]) == bool(lines)
+    for said, line in zip(text[1:], lines, strict=False):
+        assert said.startswith(line) and len(said) < 300
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "RTX 9999"], "'RTX 9999' is not known. Known devices: A100"),
+        (["--device", "RTX 4080"], "'RTX 4080' is not known. The nearest known: GeForce RTX 4090"),
+        (["--device", "H1OO"], "'H1OO' is not known. The nearest known: H100"),
         (["--device", "cpu"], "train.launch fsdp2 runs on GPUs"),
         ([], "--device is missing"),
-        (["--device", "Tesla T4"], "has no bfloat16 products"),
         (["--device", "A10G", "--utilisation", "1.5"], "at most 1"),
-        (["--device", "A10G", "--disk", "-1"], "--disk is -1.0; it must be above 0"),
+        (["--device", "A10G", "--disk", "-1"], "--disk is -1.0; it must be a number above 0"),
+        (["--device", "A10G", "--disk", "inf"], "--disk is inf; it must be a number above 0"),
+        (["--device", "A10G", "--price", "nan"], "--price is nan; it must be a number above 0"),
     ],
 )
 def test_mistakes_are_named(arguments, message, capsys, monkeypatch):
@@ -461,18 +529,47 @@ def test_mistakes_are_named(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-def test_a_gpu_cannot_stand_for_a_launch_on_cpus():
-    with pytest.raises(UserError, match="train.launch cpu runs on the CPU"):
-        find_device("A10G", on_cpu=True, launch="cpu")
+def test_the_default_parameters_on_a_gpu_are_refused_in_one_line_that_helps(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["preflight", "--device", "H100"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "(train.launch: cpu)" in said
+    advised = re.search("`vlm-vqa (.*)`", said)[1].split()
+    assert main([*advised, "--host-memory", "128", "--disk", "500"]) == 0
 
 
-def test_every_peak_has_a_memory_and_short_names_do():
-    for name in PEAKS:
-        device = find_device(name, on_cpu=False, launch="gpu")
-        assert 14 * GIB < device.memory <= 141 * GIB and device.peak == PEAKS[name]
-    assert find_device("rtx 4090", on_cpu=False, launch="gpu").name == "GeForce RTX 4090"
+def test_every_peak_has_a_memory_and_is_found_by_the_name_that_the_driver_prints():
+    for name, peak in PEAKS.items():
+        for printed in (name, f"NVIDIA {name}", name.lower().replace(" ", "-")):
+            device = find_device(printed, on_cpu=False, launch="gpu")
+            assert (device.name, device.peak) == (name, peak) and 14 * GIB < device.memory <= 180 * GIB
     assert find_device("NVIDIA A10G", on_cpu=False, launch="gpu").memory == 22.5 * GIB
-    assert known_devices()[-1] == "cpu"
+
+
+TYPED = {
+    "H100 80GB HBM3": ["H100", "h100-sxm", "H100 SXM5 80GB", "NVIDIA H100 80GB HBM3"], "H100 PCIe": ["H100-PCIe"],
+    "H100 NVL": ["H100 NVL 94GB"], "H200": ["h200", "H200 SXM 141GB"], "B200": ["B200"],
+    "A100-SXM4-40GB": ["A100", "A100 GPU"], "A100-SXM4-80GB": ["A100-80GB", "A100-SXM-80GB"],
+    "A100-PCIE-80GB": ["a100 pcie 80gb"], "A100 80GB PCIe": ["A100 80GB PCIe"], "Tesla T4": ["T4", "NVIDIA T4"],
+    "Tesla V100-SXM2-16GB": ["V100"], "Tesla V100-SXM2-32GB": ["V100-32GB"], "Tesla P100-SXM2-16GB": ["P100"], "L4": ["l4"],
+    "L40S": ["L40S"], "A10": ["A10", "A10 24GB"], "A10G": ["A10G"], "RTX A6000": ["A6000", "RTX A6000 48 GB"],
+    "RTX 6000 Ada Generation": ["RTX 6000 Ada", "RTX6000Ada"], "GeForce RTX 4090": ["4090", "rtx4090", "RTX 4090"],
+    "GeForce RTX 3090": ["RTX-3090"], "GeForce RTX 5090": ["GeForce 5090"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "name"), [(typed, name) for name, all_ in TYPED.items() for typed in all_])
+def test_names_that_people_type_are_found(typed, name):
+    assert find_device(typed, on_cpu=False, launch="gpu").name == name
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["", "RTX", "80GB", "SXM", "4", "RTX 4090 Laptop GPU", "RTX 3090 Ti", "A100 MIG 1g.5gb", "Quadro RTX 6000", "TPU"],
+)
+def test_another_device_is_not_taken_for_one_like_it(typed):
+    with pytest.raises(UserError, match="is not known. The nearest known: .+"):
+        find_device(typed, on_cpu=False, launch="gpu")
 
 
 def test_extraction_and_training_may_run_on_other_devices(tmp_path):

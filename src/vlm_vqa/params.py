@@ -2,10 +2,18 @@
 
 Every key is required and unknown ones are refused: a run is what its file says, and nothing else. The meaning of a key
 stands in the docstring below its field. Names of the reference recipe are kept as they are.
+
+The file is read by DVC's own parser (ruamel, YAML 1.2), but no scalar is resolved by its looks: a key's type says what its
+text is. So `1e-5`, `+1e-5`, `.00001` and `"1e-5"` are one number where a number is wanted, `2.0` and `1e3` are whole ones,
+`010` is ten as it is for DVC, and `2024`, `no` or `2026-11-26` stay text where text is wanted. Truth values are `true` and
+`false`; `yes`, `no`, `on` and `off`, which YAML 1.2 takes for text, are refused there.
 """
 
 import dataclasses
+import itertools
+import logging
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -13,7 +21,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
@@ -396,22 +405,83 @@ DIVISION = {
 """Keys of `train` that say how the work is divided and watched, not what is computed."""
 
 
+class Unquoted(str):
+    """A scalar that YAML takes for a number, a truth value or a date, as its text stands in the file."""
+
+    __repr__ = str.__str__
+
+
+INTERPOLATED = ("data.directory", "vision.launch", "train.launch")
+"""Texts that DVC fills into `dvc.yaml` as YAML reads them."""
+MOST_VALUES = 10_000
+"""In a parameter file; the longest has a hundred. Aliases of aliases make millions out of ten lines."""
+_TAG = "tag:yaml.org,2002:"
+_TAGS = {_TAG + kind for kind in "map seq str int float bool null timestamp merge value".split()}
+
+
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and validate a parameter file.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown, missing or of the wrong type, or a combination
-            is impossible; the message holds the key's full name.
+        UserError: the file is missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a
+            combination is impossible; the message holds the key's full name.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        node = YAML(typ="safe", pure=True).compose(Path(path).read_text(encoding="utf-8"))
+        values = None if node is None else _read(node, "", itertools.count(1))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Run from the project's root folder.") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text in UTF-8 ({error}). Save it as UTF-8.") from error
+    except (YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not valid YAML: {error}. Mend the line it names.") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply, or inside itself. Compare with presets/small.yaml.") from error
     return parse_params(values, str(path))
+
+
+def _read(node: Node, key: str, count: typing.Iterator[int]) -> Any:
+    """Return what a YAML node holds, with every scalar but null as its text; `key` is its full name."""
+    line = node.start_mark.line + 1
+    if next(count) > MOST_VALUES:
+        raise UserError(f"line {line}: more than {MOST_VALUES:,} values. Compare with presets/small.yaml.")
+    if node.tag not in _TAGS:
+        raise UserError(f"line {line}: {key} has the tag {node.tag.removeprefix(_TAG)}. Write the value without a tag.")
+    if isinstance(node, MappingNode):
+        return _read_mapping(node, key, count)
+    if isinstance(node, SequenceNode):
+        return [_read(item, key, count) for item in node.value]
+    if node.tag == _TAG + "null":
+        return None
+    if node.tag == _TAG + "timestamp":
+        logging.getLogger(__name__).warning("%s is %s: DVC cannot read a date, put it in quotes", key, node.value)
+    return node.value if node.style or node.tag == _TAG + "str" else Unquoted(node.value)
+
+
+def _read_mapping(node: MappingNode, key: str, count: typing.Iterator[int]) -> dict[str, Any]:
+    """Return a mapping whose keys are texts; what `<<` brings gives way to its own keys."""
+    lines: dict[str, int] = {}
+    merged: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for name, value in node.value:
+        line = name.start_mark.line + 1
+        if not isinstance(name, ScalarNode):
+            raise UserError(f"line {line}: a key of {key or 'the file'} is not a name.")
+        if name.value in lines:
+            first = lines[name.value]
+            raise UserError(f"line {line}: {_join(key, name.value)} stands in line {first} already. Keep one of them.")
+        lines[name.value] = line
+        found = _read(value, _join(key, name.value), count)
+        if name.tag != _TAG + "merge":
+            own[name.value] = found
+            continue
+        for part in reversed(found if isinstance(found, list) else [found]):
+            if not isinstance(part, dict):
+                raise UserError(f"line {line}: {_join(key, '<<')} must be an alias of a mapping.")
+            merged |= part
+    return merged | own
 
 
 def parse_params(values: Any, name: str = "params.yaml") -> Params:
@@ -427,7 +497,9 @@ def parse_params(values: Any, name: str = "params.yaml") -> Params:
 def _build(kind: type, values: Any, key: str) -> Any:
     """Turn a mapping into dataclass `kind`; `key` is its full name."""
     if not isinstance(values, dict):
-        raise UserError(f"{key or 'the file'} must be a mapping, not {values!r}. Compare with presets/small.yaml.")
+        raise UserError(
+            f"{key or 'the file'} must be a mapping, not {_shown(values)}. Compare with presets/small.yaml."
+        )
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
     for unknown in values.keys() - set(names):
@@ -448,19 +520,57 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if issubclass(hint, Enum):
         allowed = [option.value for option in hint]
         if value not in allowed:
-            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}.")
+            raise UserError(f"{key} is {_shown(value)}; it must be one of {', '.join(allowed)}.")
         return hint(value)
-    if hint is float and type(value) is int:
-        return float(value)
     if hint == tuple[str, ...]:
         if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{key} is {value!r}; it must be a list of names.")
-        return tuple(value)
-    if type(value) is not hint:
-        # YAML 1.1 reads 1e-5 as text: the most common wrong type deserves its own words.
-        hint_text = " Write numbers with a point: 1.0e-5." if hint is float and isinstance(value, str) else ""
-        raise UserError(f"{key} is {value!r} ({type(value).__name__}); it must be {hint.__name__}.{hint_text}")
-    return value
+            raise UserError(f"{key} is {_shown(value)}; it must be a list of names.")
+        return tuple(str(item) for item in value)
+    return _scalar(hint, value, key)
+
+
+_WANTED = {
+    str: "text: put it in quotes",
+    bool: "true or false",
+    int: "a whole number below 2^63, such as 64",
+    float: "a finite number, such as 1e-5",
+}
+_GREATEST = {int: 2**63 - 1, float: sys.float_info.max}
+
+
+def _scalar(hint: type, value: Any, key: str) -> Any:
+    """Return the text, truth value or number that a key of type `hint` wants; Python's own values pass if they are that."""
+    if hint is str and isinstance(value, str):
+        if isinstance(value, Unquoted) and key in INTERPOLATED:
+            raise UserError(f"{key} is {value}, which DVC fills in as YAML reads it. Put it in quotes: '{value}'.")
+        return str(value)
+    if hint is bool:
+        truth = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
+        if type(truth) is bool:
+            return truth
+    if hint in _GREATEST:
+        number = _number(value) if isinstance(value, str) else value
+        if type(number) in (int, float) and abs(number) <= _GREATEST[hint] and (hint is float or number == int(number)):
+            return hint(number)
+    raise UserError(f"{key} is {_shown(value)}; it must be {_WANTED[hint]}.")
+
+
+def _number(text: str) -> int | float | None:
+    """Return the number that a text writes, or None; nan, inf and 12:30 are none."""
+    if not re.fullmatch(r"[-+.0-9_a-fA-Fxo]+", text.strip()):
+        return None
+    for read in (int, float, lambda prefixed: int(prefixed, 0)):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return None
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, in one short line."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _check(params: Params) -> None:

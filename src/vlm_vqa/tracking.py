@@ -746,13 +746,15 @@ def _check_current(folder: Path) -> None:
 
 def _changed_params(folder: Path) -> list[str]:
     """Keys of `params.yaml` whose value differs from the one that `dvc.lock` notes for a stage."""
-    import yaml
+    from ruamel.yaml import YAML
 
+    # As DVC reads both: to another parser 1e-5 here and 1e-05 there are two texts.
+    read = YAML(typ="safe", pure=True).load
     lock = folder / "dvc.lock"
     if not lock.is_file():
         return ["all parameters"]
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
-    now = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    stages = (read(lock) or {}).get("stages", {})
+    now = read(folder / "params.yaml")
     changed = set()
     for stage in stages.values():
         for key, value in stage.get("params", {}).get("params.yaml", {}).items():

@@ -1,6 +1,11 @@
 """Memory and rate of the devices that `preflight` knows by name."""
 
+import difflib
+import itertools
+import re
+import shlex
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -12,14 +17,18 @@ from vlm_vqa.training.throughput import PEAKS, Peak
 
 GIB = 2**30
 
-# GiB by NVIDIA's data sheets, of `PEAKS`' names that do not say it themselves. GDDR6 boards for servers keep error
-# correction in the memory itself, switched on when they are delivered: 1/16 of it is gone then.
+# Published, not measured: GiB by NVIDIA's data sheets, of `PEAKS`' names that do not say it themselves. GDDR6 boards for
+# servers keep error correction in the memory itself, switched on when they are delivered: 1/16 of it is gone then.
 _NOMINAL = {
-    "A30": 24, "H200": 141, "H100 PCIe": 80, "H100 NVL": 94, "H200 NVL": 141, "RTX A6000": 48, "GeForce RTX 3090": 24,
-    "GeForce RTX 4090": 24, "GeForce RTX 5090": 32,
+    "A30": 24, "B200": 180, "H200": 141, "H100 PCIe": 80, "H100 NVL": 94, "H200 NVL": 141, "RTX A6000": 48,
+    "RTX 6000 Ada Generation": 48, "GeForce RTX 3090": 24, "GeForce RTX 4090": 24, "GeForce RTX 5090": 32,
 }  # fmt: skip
 _WITH_INLINE_ECC = {"A40": 48, "A10": 24, "A10G": 24, "L4": 24, "L40": 48, "L40S": 48, "Tesla T4": 16}
 ECC_SHARE = 1 / 16
+_SXM = ("B200", "H100 80GB HBM3", "H200")
+"""Boards of that kind whose names do not say it."""
+_WITHOUT_KERNELS = ("V100", "P100")
+"""The wheels of PyTorch that this project pins (CUDA 13) begin with compute capability 7.5."""
 CPU_PROBE = (128, 2304, 9216)
 """Tokens, inputs and outputs of the product that tells a CPU's rate: one of Gemma 2 2B's, of few tokens."""
 
@@ -40,19 +49,21 @@ class Device:
     def gpu(self) -> bool:
         return self.name != "cpu"
 
-    def rate(self, dtype: Dtype) -> float:
-        """Return FLOP/s of matrix products in `dtype`.
-
-        Raises:
-            UserError: the device has no such products.
-        """
+    def rate(self, dtype: Dtype) -> float | None:
+        """Return FLOP/s of matrix products in `dtype`; None where the device has none."""
         teraflops = self.peak.bfloat16 if dtype is Dtype.BFLOAT16 else self.peak.float32
-        if teraflops is None:
-            raise UserError(
-                f"--device {self.name!r} has no {dtype.value} products, torch would emulate them slowly. Name another "
-                "device, or set train.compute_dtype and vision.compute_dtype to float32."
+        return None if teraflops is None else teraflops * 1e12
+
+    def lacks(self, wanted: Sequence[str]) -> Iterator[str]:
+        """Yield why a run whose keys `wanted` are bfloat16 is not to be had on this device."""
+        if any(old in self.name for old in _WITHOUT_KERNELS):
+            yield f"the pinned PyTorch has no kernels for {self.name}: name a T4 or a newer device"
+        if wanted and self.peak.bfloat16 is None:
+            rounding = ", train.rounding to nearest" if "train.weights_dtype" in wanted else ""
+            yield (
+                f"{self.name} has no bfloat16, torch would emulate it slowly: name an A10 or a newer device, or set "
+                f"{', '.join(wanted)} to float32{rounding}"
             )
-        return teraflops * 1e12
 
 
 def find_device(name: str | None, *, on_cpu: bool, launch: str) -> Device:
@@ -74,47 +85,53 @@ def find_device(name: str | None, *, on_cpu: bool, launch: str) -> Device:
         return _cpu()
     if on_cpu:
         raise UserError(
-            f"--device {name!r}, but train.launch {launch} runs on the CPU. Set train.launch to one of the launches on "
-            "GPUs, such as gpu, ddp or fsdp2."
+            f"--device {name}: these parameters train on the CPU (train.launch: {launch}). Set train.launch: gpu, or try a "
+            f"preset, such as `vlm-vqa preflight presets/vqav2-1gpu.yaml --device {shlex.quote(name)}`."
         )
-    found = _by_short_name(name)
-    return Device(found, _memory(found), PEAKS[found], "NVIDIA's data sheets")
+    found = _known(name)
+    return Device(found, _memory(found), PEAKS[found], "NVIDIA's data sheets, not measured")
 
 
-def known_devices() -> list[str]:
-    """Return the names that `--device` takes, as the driver prints them."""
-    return [*PEAKS, "cpu"]
+def _known(name: str) -> str:
+    """Return the driver's name of a device: the whole one, or the first that some of its words in any order make.
+
+    The word with the model's number must be among them: `h100`, `A100-80GB`, `V100 SXM2 32GB`, `rtx4090`, `4090`.
+    """
+    asked, names = _plain(name), {_plain(known): known for known in PEAKS}
+    if asked in names:
+        return names[asked]
+    for known in PEAKS:
+        words = [_plain(word) for word in re.split(r"[ -]", known)]
+        model = next(word for word in words if re.search(r"\d", word))
+        words = {*words, "sxm" if known in _SXM else "", f"{_gigabytes(known)}gb"} - {""}
+        some = itertools.chain.from_iterable(itertools.permutations(words, n + 1) for n in range(len(words)))
+        if any("".join(one) == asked for one in some if model in one):
+            return known
+    nearest = [names[one] for one in difflib.get_close_matches(asked, names, n=4, cutoff=0)]
+    raise UserError(f"--device {name!r} is not known. The nearest known: {', '.join(nearest)}.")
 
 
-def _by_short_name(name: str) -> str:
-    """Return the driver's name of a device; `RTX 4090` and `rtx4090` will do, and `A100-80GB` where one rate fits all."""
-
-    def plain(text: str) -> str:
-        return "".join(character for character in text.lower() if character.isalnum())
-
-    asked = plain(name.removeprefix("NVIDIA "))
-    exact = [known for known in PEAKS if plain(known) == asked]
-    parts = [known for known in PEAKS if asked and asked in (plain(known), plain(known).removeprefix("geforce"))]
-    if not exact + parts:
-        raise UserError(f"--device {name!r} is not known. Known devices: {', '.join(known_devices())}.")
-    return (exact + parts)[0]
+def _plain(text: str) -> str:
+    """Return a device's name without what people leave out or write otherwise."""
+    text = re.sub(r"sxm\d\b", "sxm", text.lower())
+    return re.sub(r"[^a-z0-9]|nvidia|tesla|geforce|generation|gpu", "", text)
 
 
 def _memory(name: str) -> int:
-    if name in _WITH_INLINE_ECC:
-        return round(_WITH_INLINE_ECC[name] * (1 - ECC_SHARE) * GIB)
-    stated = _NOMINAL.get(name) or next(
-        int(part.removesuffix("GB")) for part in name.replace("-", " ").split() if part.endswith("GB")
-    )
-    return stated * GIB
+    return round(_gigabytes(name) * (1 - ECC_SHARE * (name in _WITH_INLINE_ECC)) * GIB)
+
+
+def _gigabytes(name: str) -> int:
+    stated = re.search(r"(\d+)GB", name)
+    return int(stated[1]) if stated else (_NOMINAL | _WITH_INLINE_ECC)[name]
 
 
 def _own_gpu(launch: str) -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().removeprefix("NVIDIA ")
     raise UserError(
-        f"--device is missing: train.launch {launch} runs on GPUs and this machine has none. Name the one you mean: "
-        f"{', '.join(known_devices()[:-1])}."
+        f"--device is missing: train.launch {launch} runs on GPUs and this machine has none. Name the one you mean, such "
+        "as H100, A100-80GB, L4 or RTX 4090."
     )
 
 

@@ -27,10 +27,12 @@ class Prediction:
     stages: list[Stage]
     checks: list[Check]
     options: list[Option]
+    lacks: Sequence[str] = ()
+    """What the device cannot do at all, and what to do instead."""
 
     @property
     def fits(self) -> bool:
-        return all(one.fits for one in self.checks)
+        return not self.lacks and all(one.fits for one in self.checks)
 
     def cost(self, stage: Stage) -> float | None:
         """Return what a stage costs: all devices are paid for while it runs."""
@@ -53,6 +55,7 @@ def as_json(prediction: Prediction) -> dict[str, Any]:
         "stages": [_stage_json(stage, prediction.cost(stage)) for stage in prediction.stages],
         "checks": [one._asdict() | {"fits": one.fits} for one in prediction.checks],
         "options": [{"changes": one.changes, "needed": one.needed, "note": one.note} for one in prediction.options],
+        "lacks": list(prediction.lacks),
         "fits": prediction.fits,
     }  # fmt: skip
 
@@ -73,20 +76,26 @@ def _items_json(items: Iterable[Item]) -> list[dict[str, Any]]:
     return [item._asdict() for item in items]
 
 
-def as_text(prediction: Prediction) -> str:
-    """Return what a terminal shows: the machine, a table of stages, each stage's parts with formulas, the verdict."""
-    lines = [f"preflight of {prediction.name}", *_machine(prediction), "", *_table(prediction)]
+def as_text(prediction: Prediction, details: bool = False) -> str:
+    """Return what a terminal shows: the verdict, a table of stages, and with `details` each part's formula and basis."""
+    lines = [*_verdict(prediction), "", *_table(prediction), ""]
+    if not details:
+        utilisation, basis = prediction.machine.utilisation, prediction.basis["utilisation"]
+        return "\n".join(
+            [*lines, f"hours at {utilisation:g} of the device's peak ({basis}); --details shows every formula"]
+        )
+    lines += _machine(prediction)
     for stage in prediction.stages:
         lines += ["", *_details(stage)]
-    return "\n".join([*lines, "", *_verdict(prediction)])
+    return "\n".join(lines)
 
 
 def _machine(prediction: Prediction) -> Iterator[str]:
     machine, basis = prediction.machine, prediction.basis
-    yield f"  device         {machine.device.name}, {machine.device.memory / GIB:.1f} GiB  ({basis['device']})"
-    yield f"  host memory    {machine.host_memory / GIB:.1f} GiB a machine  ({basis['host_memory']})"
-    yield f"  disk           {machine.disk / GIB:.1f} GiB  ({basis['disk']})"
-    yield f"  utilisation    {machine.utilisation:g} of the device's peak  ({basis['utilisation']})"
+    yield f"device         {machine.device.name}, {machine.device.memory / GIB:.1f} GiB  ({basis['device']})"
+    yield f"host memory    {machine.host_memory / GIB:.1f} GiB a machine  ({basis['host_memory']})"
+    yield f"disk           {machine.disk / GIB:.1f} GiB  ({basis['disk']})"
+    yield f"utilisation    {machine.utilisation:g} of the device's peak  ({basis['utilisation']})"
 
 
 def _table(prediction: Prediction) -> Iterator[str]:
@@ -127,6 +136,13 @@ def _items(title: str, items: Sequence[Item]) -> Iterator[str]:
 
 def _verdict(prediction: Prediction) -> Iterator[str]:
     failed = [one for one in prediction.checks if not one.fits]
+    machine, verdict = prediction.machine, "cannot run" if prediction.lacks else "does not fit"
+    gpu = f"{prediction.devices} x {machine.device.name} of {machine.device.memory / GIB:.1f} GiB, "
+    yield (
+        f"VERDICT: {prediction.name} {'fits' if prediction.fits else verdict}: {gpu if machine.device.gpu else ''}"
+        f"{machine.host_memory / GIB:.1f} GiB of host memory, {machine.disk / GIB:.1f} GiB of disk"
+    )
+    yield from prediction.lacks
     for one in failed:
         yield f"does not fit: {one}"
     if failed and not prediction.options:
@@ -135,11 +151,6 @@ def _verdict(prediction: Prediction) -> Iterator[str]:
         changes = ", ".join(f"{key}: {_value(value)}" for key, value in option.changes.items())
         sizes = ", ".join(f"{what} {size / GIB:.1f} GiB" for what, size in option.needed.items())
         yield f"it would fit ({number}) with {changes}  [{sizes}]{f'  {option.note}' if option.note else ''}"
-    yield (
-        "VERDICT: fits"
-        if prediction.fits
-        else f"VERDICT: does not fit ({len(failed)} of {len(prediction.checks)} checks)"
-    )
 
 
 def _value(value: Any) -> str:
@@ -155,7 +166,7 @@ def _fact(value: Any) -> str:
         return ", ".join(f"{number:,} {name}" for name, number in value.items())
     if isinstance(value, int):
         return f"{value:,}" if value < 10**13 else f"{value:.4g}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else "not known" if value is None else str(value)
 
 
 def _gib(size: int) -> str:

@@ -16,6 +16,8 @@ from vlm_vqa.preflight.texts import RECORDS, read_texts
 
 BANDWIDTH = 20.0
 """MB/s of downloads, assumed."""
+DTYPES = ("vision.compute_dtype", "train.compute_dtype", "train.weights_dtype")
+"""Keys that ask for a type of the device's products."""
 OUTPUTS = ("data/records", "data/features", "models/trained", "models/export", "checkpoints")
 """What the stages write; those that are there take no further room."""
 
@@ -61,13 +63,17 @@ def preflight(
     compared = checks(stages, machine)
     failed = [one for one in compared if not one.fits]
     options = advise(params, texts, machine, launches, failed) if failed else []
-    return Prediction(params, str(path), machine, basis, launch.processes, price, stages, compared, options)
+    wanted = [key for key in DTYPES if params.flat()[key] == "bfloat16"]
+    if launch_shape(params.vision.launch, launches).on_cpu:
+        wanted = [key for key in wanted if not key.startswith("vision.")]
+    lacks = tuple(found.lacks(wanted))
+    return Prediction(params, str(path), machine, basis, launch.processes, price, stages, compared, options, lacks)
 
 
 def _check_options(options: Mapping[str, float | None]) -> None:
     for name, value in options.items():
-        if value is not None and not value > 0:
-            raise UserError(f"{name} is {value}; it must be above 0.")
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} is {value}; it must be a number above 0.")
     if (options["--utilisation"] or 0) > 1:
         raise UserError(f"--utilisation is {options['--utilisation']}; it is a share of the device's peak, at most 1.")
 

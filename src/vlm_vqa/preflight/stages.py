@@ -202,7 +202,7 @@ def _train(
         **_facts_of(passes),
         "flop": flops,
         "flop_recomputed": again,
-        "step_seconds": hours * 3600 / passes.steps,
+        "step_seconds": None if hours is None else hours * 3600 / passes.steps,
     }
     if launch.on_cpu and train.optimizer is Optimizer.ADAMW_BNB_8BIT:
         facts["note"] = "without the update of 8-bit states, 79 ms a million elements and thread on a CPU"
@@ -367,9 +367,11 @@ def _on_gpu(name: str, items: list[Item] | tuple[Item, ...], processes: int) -> 
     )  # fmt: skip
 
 
-def _hours(flops: int, machine: Machine, dtype: Dtype, processes: int) -> tuple[float, str]:
+def _hours(flops: int, machine: Machine, dtype: Dtype, processes: int) -> tuple[float | None, str]:
     """Return the hours of so many FLOPs over all processes, and the formula; a CPU's processes share its rate."""
     rate, count = machine.device.rate(dtype), processes if machine.device.gpu else 1
+    if rate is None:
+        return None, ""
     hours = flops / (rate * machine.utilisation * count) / 3600
     of_all = f" x {count} devices" if count > 1 else ""
     return hours, f"{flops:.3g} FLOP / ({rate:.3g} FLOP/s {dtype.value} x {machine.utilisation:g} utilisation{of_all})"

@@ -49,6 +49,8 @@ _DATA_SHEETS = (
     (Peak(125, 62.5, 31.2), ("A10",)),
     # AWS's own variant, in its data sheet: more float32 than the A10, less of the tensor cores.
     (Peak(70, 35, 35), ("A10G",)),
+    # An eighth of HGX B200.
+    (Peak(2250, 1125, 75), ("B200",)),
     # White paper "NVIDIA H100 Tensor Core GPU architecture" for the SXM5 board.
     (Peak(989.4, 494.7, 66.9), ("H100 80GB HBM3", "H200")),
     (Peak(756.5, 378, 51), ("H100 PCIe",)),
@@ -56,6 +58,7 @@ _DATA_SHEETS = (
     (Peak(121, 60, 30.3), ("L4",)),
     (Peak(181.05, 90.5, 90.5), ("L40",)),
     (Peak(362.05, 183, 91.6), ("L40S",)),
+    (Peak(364.2, 182.1, 91.1), ("RTX 6000 Ada Generation",)),
     # White papers "NVIDIA Ampere GA102", "Ada" and "RTX Blackwell GPU architecture": accumulated in float32, which
     # GeForce boards do at half the speed.
     (Peak(154.8, 77.4, 38.7), ("RTX A6000",)),
@@ -66,6 +69,8 @@ _DATA_SHEETS = (
     (Peak(None, None, 8.1), ("Tesla T4",)),
     (Peak(None, None, 15.7), ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB")),
     (Peak(None, None, 14), ("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB")),
+    (Peak(None, None, 10.6), ("Tesla P100-SXM2-16GB",)),
+    (Peak(None, None, 9.3), ("Tesla P100-PCIE-16GB",)),
 )
 PEAKS = {name: peak for peak, names in _DATA_SHEETS for name in names}
 """By the device's whole name, less a leading NVIDIA: a Ti, a laptop's chip or a slice of a GPU is another device."""
