@@ -3,9 +3,11 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Of helm-web's page.
+PORT ?= 8000
 READY := $(VENV)/.ready
 
-.PHONY: repro test bench setup ui lock clean
+.PHONY: repro test bench setup ui helm-web lock clean
 
 repro: setup  ## run the five stages that params.yaml, the code or the data ask for
 	source $(BIN)/activate && dvc repro
@@ -18,6 +20,9 @@ bench: setup  ## measure speed and memory side by side: close everything else fi
 
 ui: setup  ## compare runs in the browser
 	source $(BIN)/activate && mlflow ui
+
+helm-web: setup  ## HELM's page of the last evaluation, with its pictures, in the browser
+	source $(BIN)/activate && vlm-vqa helm-web --port $(PORT)
 
 setup: $(READY)
 
@@ -35,4 +40,4 @@ lock: setup  ## rewrite constraints.txt from what is installed
 	   $(BIN)/python -m pip list --format=freeze --exclude vlm-vqa --exclude pip; } > constraints.txt
 
 clean:  ## remove what runs have made; .venv and the MLflow store stay
-	rm -rf data/records data/features data/features.parts models checkpoints benchmark_output
+	rm -rf data/records data/features data/features.parts models checkpoints benchmark_output helm-web
