@@ -38,8 +38,8 @@ def write_page(folders: HelmFolders, page: Path = PAGE) -> str:
     # The last that helm-summarize writes.
     if len(runs) != 1 or not (folders.suite / "costs.json").is_file() or not folders.scenario.is_dir():
         raise UserError(
-            f"{folders.suite}: no finished HELM evaluation in this folder. Run `dvc repro`, in the project's folder; where it "
-            "finds nothing to do (after `dvc pull`, or with HELM's output removed): `dvc repro --single-item --force helm-eval`."
+            f"{folders.suite}: no finished HELM evaluation here. Run `dvc repro` in the project's folder; where it finds "
+            "nothing to do (after `dvc pull`, or HELM's output was removed): `dvc repro --single-item --force helm-eval`."
         )
     new = page.with_name(f"{page.name}.new")
     shutil.rmtree(new, ignore_errors=True)
