@@ -163,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command("gallery", _gallery, "Draw test questions with the model's answers, right and wrong ones.")
 
-    sub = command("helm-web", _helm_web, "Show HELM's own page of the last evaluation, with its pictures, to this machine.")
+    sub = command(
+        "helm-web", _helm_web, "Show HELM's own page of the last evaluation, with its pictures, to this machine."
+    )
     sub.add_argument("--port", type=int, default=8000, help="0 for any free one (default: %(default)s)")
     sub.add_argument("--no-serve", action="store_true", help="only write helm-web/, for a web server of yours")
 

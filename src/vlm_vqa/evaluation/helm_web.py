@@ -92,8 +92,10 @@ class _Handler(SimpleHTTPRequestHandler):
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
-    def log_request(self, *_: object) -> None:
-        """Say nothing of what went well; failures are printed by `log_error`."""
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Print what failed, and nothing of what went well."""
+        if int(code) >= 400:
+            super().log_request(code, size)
 
 
 class _Server(ThreadingHTTPServer):
