@@ -12,8 +12,10 @@ WHEELS ?= $(or $(shell cat $(READY) 2>/dev/null),cuda)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 # Arguments for pytest, such as TESTS='-m "not slow"'.
 TESTS ?=
+# Of helm-web's page.
+PORT ?= 8000
 
-.PHONY: help repro test bench setup ui experiments lock clean
+.PHONY: help repro test bench setup ui experiments helm-web lock clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -29,6 +31,9 @@ bench: setup  ## measure speed and memory side by side: close everything else fi
 
 ui: setup  ## compare runs in the browser
 	source $(BIN)/activate && mlflow ui
+
+helm-web: setup  ## HELM's page of the last evaluation, with its pictures, in the browser
+	source $(BIN)/activate && vlm-vqa helm-web --port $(PORT)
 
 experiments: setup  ## compare DVC's experiments in the terminal: learning rate, accuracy, bleu_1
 	source $(BIN)/activate && dvc exp show --no-pager --drop '.*' --keep 'Experiment|State|train.learning_rate|accuracy$$|bleu_1'
@@ -60,4 +65,4 @@ lock: setup  ## rewrite constraints.txt from what is installed
 	   $(BIN)/python -m pip list --format=freeze --exclude vlm-vqa --exclude pip; } > constraints.txt
 
 clean:  ## remove what runs have made; .venv and the MLflow store stay
-	rm -rf data/records data/features data/features.parts models checkpoints benchmark_output
+	rm -rf data/records data/features data/features.parts models checkpoints benchmark_output helm-web

@@ -85,6 +85,18 @@ def _gallery(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _helm_web(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.evaluation.helm_run import HelmFolders
+    from vlm_vqa.evaluation.helm_web import PAGE, serve, write_page
+
+    first = write_page(HelmFolders())
+    if arguments.no_serve:
+        print(f"wrote {PAGE}: any web server can show it")
+    else:
+        serve(PAGE, first, arguments.port)
+    return 0
+
+
 def _easy_vqa(arguments: argparse.Namespace) -> int:
     from vlm_vqa.data.sources.easy_vqa import write_official_layout
 
@@ -159,6 +171,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, metavar="FILE", default=Path("evaluation/helm/images/gallery.png"),
                      help="PNG to write (default: %(default)s)")  # fmt: skip
     sub.add_argument("--seed", type=int, default=0, help="another one draws other questions (default: %(default)s)")
+
+    sub = command(
+        "helm-web", _helm_web, "Show HELM's own page of the last evaluation, with its pictures, to this machine."
+    )
+    sub.add_argument("--port", type=int, default=8000, help="0 for any free one (default: %(default)s)")
+    sub.add_argument("--no-serve", action="store_true", help="only write helm-web/, for a web server of yours")
+
     sub = command(
         "preflight",
         _preflight,

@@ -18,6 +18,9 @@ from vlm_vqa.params import StoreDtype
 
 ROOT = Path(__file__).parents[2]
 
+MARKUP = 'is <b>it</b> red & "so"? ![](http://127.0.0.1:9/a.png) <img src="http://127.0.0.1:9/b.png">'
+"""A question that a web page must show as it is, and not as the page's own parts."""
+
 FAKE_ANSWERER = f'''
 import json
 import os
@@ -71,7 +74,7 @@ def question_rows(images: int, first_id: int) -> list[dict]:
     rows = []
     for image in range(images):
         colour = "red" if image % 2 == 0 else "blue"
-        for number, (kind, question) in enumerate((("other", "what colour?"), ("yes/no", "is it red?"))):
+        for number, (kind, question) in enumerate((("other", "what colour?"), ("yes/no", MARKUP))):
             answer = colour if kind == "other" else ("yes" if colour == "red" else "no")
             answers = [answer] * 10 if number == 0 else [answer] * 6 + [colour] * 4
             rows.append(

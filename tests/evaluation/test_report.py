@@ -3,6 +3,10 @@
 import dataclasses
 import importlib
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests import chromium
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
@@ -19,6 +24,8 @@ from vlm_vqa.evaluation.helm_files import SCORES, HelmResults, helm_order, pick_
 from vlm_vqa.evaluation.helm_run import HelmFolders
 from vlm_vqa.evaluation.report import Folders, _choose, answer_questions, evaluate
 from vlm_vqa.params import Params, load_params
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -144,8 +151,8 @@ def test_answers_come_in_the_questions_order_and_images_stay_together(project, r
 
 
 @pytest.mark.slow
-def test_with_helm_itself_twice_the_same_bytes(project, records, features, params, load):
-    """The real HELM over ten instances, and again; its web view has the BLEU column and finds its images."""
+def test_with_helm_itself_twice_the_same_bytes(project, records, features, params, load, subtests):
+    """The real HELM over ten instances, and again; its web view has the BLEU column and shows its images."""
 
     def run():
         evaluation = evaluate(with_evaluation(params, helm_instances=10), Folders(), load)
@@ -172,3 +179,37 @@ def test_with_helm_itself_twice_the_same_bytes(project, records, features, param
     assert list((project / "evaluation" / "helm").glob("cache/*")) == []
 
     assert run() == first
+    with subtests.test("HELM's page in a browser"):
+        look_at_helms_page(project, json.loads(instances.read_text()))
+
+
+def look_at_helms_page(project, instances):
+    """Show HELM's page as a user does and look at it: its pictures are there, and nothing is asked of other machines."""
+    if chromium.find() is None:
+        pytest.skip(f"no browser to look at HELM's page with: none of {', '.join(chromium.NAMES)} is installed")
+    # A shell's background job, as tests may be run in, ignores Ctrl-C.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from vlm_vqa.cli import main; sys.exit(main(['helm-web', '--port', '0']))"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    try:
+        address, place = re.match(r"(http://127\.0\.0\.1:\d+/)(#/runs/\S+) ", server.stdout.readline()).groups()
+        pages = {
+            place: "Instance id: id9", "#/leaderboard": "BLEU-1", "#/models": "VLM-VQA (DINOv2 + Gemma 2)",
+            "#/scenarios": "short-answer question answering", "#/runs": "vqa:model=",
+        }  # fmt: skip
+        seen, asked = chromium.look(project / "helm-web", address, pages, project)
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=60)
+    assert server.returncode == 0 and errors == ""
+    assert not [page for page, text in pages.items() if text not in seen[page]["shown"]]
+    pictures = {path: width for path, width in seen[place]["images"] if "/scenarios/" in path}
+    objects = [instance["input"]["multimedia_content"]["media_objects"] for instance in instances]
+    assert pictures == {f"/{picture['location']}": 16 for picture, _ in objects}
+    assert all(question["text"] in seen[place]["shown"] for _, question in objects)
+    assert len(asked) > 10 and [url for url in asked if not url.startswith((address, "data:"))] == []

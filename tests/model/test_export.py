@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from transformers import Dinov2Model
 
@@ -17,7 +19,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import write_json
 from vlm_vqa.model.answering import FACTS_FILE, Answerer
 from vlm_vqa.model.encoder import Encoder
-from vlm_vqa.model.export import join, read_training, write_export
+from vlm_vqa.model.export import PACKAGES, card, join, read_training, write_export
 from vlm_vqa.model.layout import Row, visible
 from vlm_vqa.model.vlm import hash_weights, save_trained, text_hidden, text_logits, trained_state
 from vlm_vqa.params import Mask, load_params
@@ -68,32 +70,45 @@ def snippet(folder):
 
 
 SCRIPT = """
-import json, sys, torch
-folder, path, questions = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+import json, runpy, sys, torch
 answers, logits = [], []
-for question in questions:
-{code}
-    answers.append(answer)
+for file in sys.argv[1:]:
+    names = runpy.run_path(file)
+    answers.append(names["answer"])
     with torch.no_grad():
-        logits.append(model(**inputs).logits[0, -1].tolist())
+        logits.append(names["model"](**names["inputs"]).logits[0, -1].tolist())
 assert "vlm_vqa" not in sys.modules
 print(json.dumps([answers, logits]))
 """
 
 
+def pasted(folder, path, question):
+    """Return the card's code as a user has it in his file: pasted, with his own values in its first three lines."""
+    first, second, third, *rest = snippet(folder).splitlines()
+    assert [line.split(" = ")[0] for line in (first, second, third)] == ["folder", "path", "question"]
+    mine = [f"folder = {str(folder)!r}", f"path = {str(path)!r}", f"question = {question!r}"]
+    return "\n".join([*mine, *rest])
+
+
 def by_the_card(folder, path):
-    """Run the card's code in a fresh interpreter that sees neither the project nor its environment variables."""
-    code = "".join(f"    {line}\n" for line in snippet(folder).splitlines())
+    """Run the card's code from files in a fresh interpreter that sees neither the project nor its environment variables."""
+    files = [path.with_name(f"{number}.py") for number in range(len(QUESTIONS))]
+    for file, question in zip(files, QUESTIONS, strict=True):
+        file.write_text(pasted(folder, path, question))
     done = subprocess.run(
-        [sys.executable, "-I", "-c", SCRIPT.format(code=code), str(folder), str(path), json.dumps(QUESTIONS)],
-        cwd=folder, capture_output=True, text=True, timeout=300, env={"HOME": os.environ["HOME"], "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-I", "-c", SCRIPT, *files],
+        cwd=path.parent, capture_output=True, text=True, timeout=300,
+        env={"HOME": os.environ["HOME"], "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    *printed, last = done.stdout.splitlines()
+    answers, logits = json.loads(last)
+    assert printed == answers
+    return answers, logits
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", ["image-prefix", "prefix-lm"])
+@pytest.mark.parametrize("mask", [mask.value for mask in Mask])
 def test_plain_transformers_gives_the_trained_models_logits_and_answers(tiny, trained, mask, tmp_path):
     folder = tmp_path / "export"
     export(tiny, trained, mask, folder)
@@ -120,6 +135,32 @@ def test_only_image_prefix_sets_the_token_types(tiny, trained, tmp_path):
     for mask, expected in (("image-prefix", 1), ("prefix-lm", 0)):
         export(tiny, trained, mask, tmp_path / mask)
         assert snippet(tmp_path / mask).count('inputs["token_type_ids"] =') == expected
+
+
+def test_the_card_pins_what_is_installed_and_is_the_same_in_every_wheel_of_a_version(trained, monkeypatch):
+    _, _, params = trained("image-prefix")
+    text = card(params, {}, {}, DATA)
+    assert f"pip install {' '.join(f'{name}=={metadata.version(name)}' for name in PACKAGES)}\n" in text
+    least = re.search(r'require_version\("transformers>=(.*)"\)', text)[1]
+    assert f"**transformers {least} is the oldest" in text
+    # 5.22 opens the export and leaves out the soft cap of the logits; here the parity test above would fail.
+    assert Version(least) <= Version(metadata.version("transformers"))
+
+    real = metadata.version
+    monkeypatch.setattr("vlm_vqa.model.export.version", lambda name: f"{real(name)}+cpu")
+    assert card(params, {}, {}, DATA) == text
+
+
+def test_the_card_says_where_the_weights_come_from(trained):
+    _, _, params = trained("prefix-lm")
+    text = card(params, {}, {}, DATA)
+    assert "Gemma 2, from random weights too," in text and "drawn pictures with labels for shape and colour." in text
+    assert "data above alone" not in text
+    vision = dataclasses.replace(params.vision, model="facebook/dinov2-base")
+    language = dataclasses.replace(params.language, model="google/gemma-2-2b-it")
+    text = card(dataclasses.replace(params, vision=vision, language=language), {}, {}, DATA)
+    assert "Gemma 2, from its authors' weights," in text and "`facebook/dinov2-base` as its authors" in text
+    assert "drawn pictures" not in text and "random weights too" not in text
 
 
 def test_an_export_is_the_same_bytes_twice(tiny, trained, tmp_path):

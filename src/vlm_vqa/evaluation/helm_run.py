@@ -83,11 +83,7 @@ def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Ma
         _run_child(run, folders.output / "helm-run.log", environment, bar)
     log.info("HELM has scored %d answers; now its web view", instances)
     _run_child(summarise, folders.output / "helm-summarize.log", environment)
-    # Its server listens on all interfaces; a static copy behind Python's own need not.
-    log.info(
-        "look at it with: helm-server --output-path %s --suite %s --export-path helm-web && "
-        "python -m http.server --bind 127.0.0.1 --directory helm-web", folders.output, SUITE
-    )  # fmt: skip
+    log.info("look at HELM's page, pictures included, with: make helm-web")
 
 
 class HelmError(RuntimeError):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,6 +20,8 @@ from vlm_vqa.params import Params
 
 CARD = "README.md"
 TRAINED_BY = ("seed", "vision.", "language.", "prompt.", "train.")
+PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "pillow")
+"""What the card's code needs; the card names their versions, which are the same on every machine (constraints.txt)."""
 RETRAIN = "Train again: `dvc repro --force train`."
 
 # The line that differs: the stock processor marks a whole prompt as one bidirectional block, which is prefix-lm.
@@ -89,7 +93,16 @@ def card(params: Params, training: dict[str, str], results: dict[str, Any], data
         f"- {name}: {counts['questions']:,} questions on {counts['images']:,} images"
         for name, counts in data["splits"].items()
     )
+    # A wheel's own suffix, such as +cpu, tells machines apart and cannot be installed by that name.
+    pins = " ".join(f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES)
+    tower = f"`{params.vision.model}` as its authors pretrained it"
+    if params.vision.model == "small":
+        tower = "the project's small one, pretrained on drawn pictures with labels for shape and colour"
     return template.substitute(
+        python="{}.{}".format(*sys.version_info),
+        packages=pins,
+        tower=tower,
+        language_start="random weights too" if params.language.model == "random" else "its authors' weights",
         vision=params.vision.model,
         vision_revision=params.vision.revision or "none: local",
         language=params.language.model,
