@@ -151,7 +151,7 @@ is it?"
 6.png,ten?
 """
 PROBLEMS = {
-    3: "photos/gone.png: cannot be read (No such file or directory)", 4: "photos/page.jpg: not a readable image: it is a web",
+    3: "photos/gone.png: cannot be read (No such file or directory)", 4: "photos/page.jpg: not a readable image: it is",
     5: "the question is empty", 6: "the picture's name is empty", 7: "3 fields under 2 columns", 9: "too long to be asked",
 }  # fmt: skip
 

@@ -65,7 +65,7 @@ def test_track_without_outputs_says_what_to_do(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    ["--help", "ask --help", "check", "check missing.yaml", "compare --base HEAD", "preflight --device cpu", "gallery",
+    ["--help", "ask --help", "check", "check missing.yaml", "compare --base HEAD", "preflight --device H100", "gallery",
      "ask missing.jpg what?", "track"],
 )  # fmt: skip
 def test_a_command_says_nothing_but_its_own(command, tmp_path):
