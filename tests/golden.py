@@ -22,9 +22,11 @@ _MASKS = [
     (r"(sqlite:///)?/[\w.+~/-]*/(?=mlflow\.db)", "PLACE/"),
     (r"[\w.-]+\.json(?= \(\d)", "FILE.json"),
     (r"\b[0-9a-f]{12,}\b", "HASH"),
-    (r"(?<![A-Za-z_])[-+]?\d[\d,.]*\d*(e[-+]?\d+)?", "N"),
+    (r"(?<![A-Za-z_])[-+]?\d+([.,]\d+)*(e[-+]?\d+)?", "N"),
+    (r"(?<=^\tgit add ).*", "FILES"),
 ]
-_PROGRESS = re.compile(r"\d+%\||\d+(\.\d+)?[a-z ]*(it|images?|questions?|rows?|B)?/s[\],]|\b0it \[|s/it[\],]")
+# As tqdm writes it, with and without a known end: " 7/14 [00:09<00:10, ", "74image [00:00, ".
+_PROGRESS = re.compile(r"\d+%\||\[[\d:]+[<,] ?")
 
 
 def masked(text: str) -> list[str]:
@@ -32,16 +34,23 @@ def masked(text: str) -> list[str]:
 
     File names of the data, paths, hashes and numbers are masked, so that the tiny run and the small one read alike.
     """
-    lines: list[str] = []
-    for line in re.split(r"[\r\n]+", text):
-        if _PROGRESS.search(line) or not line.strip():
-            continue
-        for pattern, mask in _MASKS:
-            line = re.sub(pattern, mask, line)
-        line = line.strip()
-        if (lines or line.startswith(("Running stage", "Stage '"))) and line not in lines[-1:]:
-            lines.append(line)
-    return lines
+    lines = _lines(text)
+    first = next(
+        (place for place, line in enumerate(lines) if line.startswith(("Running stage", "Stage '"))), len(lines)
+    )
+    return [line for place, line in enumerate(lines) if place >= first and line not in lines[place - 1 : place]]
+
+
+def foreign(text: str, stage: str) -> list[str]:
+    """Return the lines of one stage that are neither ours, nor progress, nor the Trainer's losses."""
+    return [line for line in _lines(text) if not line.startswith((f"{stage}: ", "{'loss': ", "{'train_runtime': "))]
+
+
+def _lines(text: str) -> list[str]:
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip() and not _PROGRESS.search(line)]
+    for pattern, mask in _MASKS:
+        lines = [re.sub(pattern, mask, line) for line in lines]
+    return [line.strip() for line in lines]
 
 
 def difference(text: str, golden: str) -> str:
