@@ -28,8 +28,9 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from benchmarks import measure, vqav2
 from benchmarks.measure import Claim
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore, FeatureStoreWriter, Layout
-from vlm_vqa.data.records import ImageRecord, open_image
+from vlm_vqa.data.records import ImageRecord
 from vlm_vqa.errors import UserError
 from vlm_vqa.model import extraction
 from vlm_vqa.model.encoder import Encoder

@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 
 from vlm_vqa import cores, stage, tracking
 from vlm_vqa.data import records
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.model.answering import Answerer
 from vlm_vqa.model.encoder import load_encoder
@@ -47,7 +48,7 @@ def compare(features: FeatureStore, max_pixels: int) -> float:
     """
     answerer = Answerer.from_export(EXPORT, device="cpu")
     images = list(itertools.islice(records.iter_images(RECORDS), CHECKED_IMAGES))
-    pixels = [records.open_image(image.data, image.file_name, max_pixels) for image in images]
+    pixels = [open_image(image.data, image.file_name, max_pixels) for image in images]
     stored = features.batch([image.image_id for image in images]).float()
     difference = (answerer.encode(pixels) - stored).abs().max().item()
     # Stored coarsely, a feature is off by its rounding; anything larger means another encoder or processor.

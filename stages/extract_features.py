@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from vlm_vqa import cores, stage
-from vlm_vqa.data import feature_store, records
+from vlm_vqa.data import decoding, feature_store, records
 from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
 from vlm_vqa.hashing import sha256_file
 from vlm_vqa.model import crew, encoder, extraction
@@ -22,7 +22,7 @@ from vlm_vqa.params import VisionParams, load_params
 
 RECORDS = Path("data/records")
 FEATURES = Path("data/features")
-CODE = [Path(part.__file__) for part in (feature_store, records, encoder, extraction)] + [Path(__file__)]
+CODE = [Path(part.__file__) for part in (decoding, feature_store, records, encoder, extraction)] + [Path(__file__)]
 """What decides the features: shards that other code has made are not used."""
 
 logger = logging.getLogger(__name__)

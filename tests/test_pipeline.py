@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 
+from tests import golden
 from tests.pipeline import ROOT, Project, sample_params
 from vlm_vqa.hashing import CODE, code_hash
 
@@ -26,17 +27,20 @@ def test_checkpoints_are_keyed_by_the_code_that_the_train_stage_declares():
     assert before == code_hash(ROOT / "stages/train.py") != code_hash(ROOT / "stages/export.py")
 
 
-def stages_run(project, *options):
-    """Return the stages that `dvc repro` runs now."""
-    done = project.command(" ".join(["dvc repro", *options]))
-    assert done.returncode == 0, done.stderr[-4000:]
+def stages_run(project, *options, terminal=None):
+    """Return the stages that `dvc repro` runs now; all that a terminal would show is added to `terminal`."""
+    done = project.command(" ".join(["dvc repro", *options, "2>&1"]))
+    assert done.returncode == 0, done.stdout[-4000:]
+    if terminal is not None:
+        terminal.append(done.stdout)
     return [name for name in STAGES if f"Running stage '{name}'" in done.stdout]
 
 
 @pytest.mark.slow
 def test_real_pictures_through_all_stages(tmp_path, shared_data):
     project = Project(tmp_path, sample_params(shared_data))
-    assert stages_run(project) == STAGES
+    terminal = []
+    assert stages_run(project, terminal=terminal) == STAGES
     report = json.loads((tmp_path / "reports/evaluation.json").read_text())
     assert set(report["helm"]) == {
         "bleu_1", "bleu_4", "exact_match", "quasi_exact_match", "quasi_prefix_exact_match", "f1_score", "rouge_l",
@@ -55,6 +59,9 @@ def test_real_pictures_through_all_stages(tmp_path, shared_data):
     ]
     assert len(outputs) > 15
     assert not [path for path in outputs if str(tmp_path).encode() in path.read_bytes()]
+
+    # New lines are ours or they go: see tests/golden.py.
+    assert not (found := golden.check(*terminal)), found
 
     assert stages_run(project) == []
     project.set({"evaluation.batch_size": 7})

@@ -17,7 +17,7 @@ from helm.common.media_object import TEXT_TYPE
 from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, wrap_request_time
 from PIL import Image
 
-from vlm_vqa.data.records import open_image
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.batching import Asked, BatchWorker
 from vlm_vqa.evaluation.helm_run import ANSWERED, FAILED

@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlm_vqa.data import fetch as fetching
 from vlm_vqa.data import records
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.fetch import fetch
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import sha256_file
@@ -169,5 +170,5 @@ def test_the_real_sample_runs_through(shared_data, directory_params, tmp_path):
         assert counts["answer_types"] == {"yes/no": 36, "number": 37, "other": 36}
     for image in records.iter_images(tmp_path / "records"):
         assert image.data == (shared_data / "vqav2-sample" / "images" / image.file_name).read_bytes()
-        assert records.open_image(image.data, image.file_name, params.max_image_pixels).mode == "RGB"
+        assert open_image(image.data, image.file_name, params.max_image_pixels).mode == "RGB"
     assert records.count_images(tmp_path / "records") == 75

@@ -11,8 +11,9 @@ import torch
 import yaml
 from PIL import Image
 
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
-from vlm_vqa.data.records import IMAGE_FEATURES, QUESTION_FEATURES, iter_images, open_image
+from vlm_vqa.data.records import IMAGE_FEATURES, QUESTION_FEATURES, iter_images
 from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION
 from vlm_vqa.params import StoreDtype
 

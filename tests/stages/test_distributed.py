@@ -11,6 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests import golden
 from tests.pipeline import Project, sample_params
 from vlm_vqa.training.watchdog import DEAD_SECONDS, TICK_SECONDS
 
@@ -84,6 +85,7 @@ def test_two_machines_train_as_one_does_and_end_together(prepared):
     prepared.set({"train.launch": "cpu-ddp", "train.batch_size": 8})
     done = prepared.stage("train")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert golden.foreign(done.stdout + done.stderr, "train") == []
     one = trained(prepared)["weights_hash"]
 
     asked = yaml.safe_load((folder / "launch/cpu-ddp.yaml").read_text())

@@ -33,6 +33,7 @@ from transformers.image_utils import load_image
 from stages import extract_features
 from vlm_vqa.cores import Threads
 from vlm_vqa.data import records
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore, Layout
 from vlm_vqa.errors import UserError
 from vlm_vqa.model import crew, extraction
@@ -109,7 +110,7 @@ def noise(count: int) -> dict[int, bytes]:
 
 def live(images: dict[int, bytes]) -> torch.Tensor:
     encoder = load_encoder(load_params("presets/small.yaml").vision, "cpu")
-    opened = [records.open_image(data, str(image_id), 10**8) for image_id, data in sorted(images.items())]
+    opened = [open_image(data, str(image_id), 10**8) for image_id, data in sorted(images.items())]
     return torch.cat([encoder.encode(opened[start : start + BATCH]) for start in range(0, len(opened), BATCH)])
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
 from vlm_vqa.data.contract import Annotation, Kind, Question, Violations, pair
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.ordered import in_order
 from vlm_vqa.data.report import render_report
 from vlm_vqa.data.sources import open_source
@@ -308,7 +309,7 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
         where = place.files.where(place.name)
         try:
             data = place.files.read(place.name, _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES)
-            image = records.open_image(data, where, max_pixels)
+            image = open_image(data, where, max_pixels)
         except MissingImage:
             problems.append((Kind.MISSING_IMAGE, f"{where} (image_id {image_id})"))
         except (UserError, OSError) as error:

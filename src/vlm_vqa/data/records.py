@@ -10,7 +10,6 @@ is in there and is written last. The schema of each file carries its
 import json
 import sys
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
-from PIL import Image
 
 from vlm_vqa.errors import UserError
 
@@ -52,10 +50,6 @@ IMAGE_FEATURES = datasets.Features(
     }
 )
 
-# Decoders that are safe on strangers' bytes; Pillow has others that start programs (EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# Pillow clips more than 8 bits a channel to white without a word.
-_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _REMAKE = "Run `dvc repro fetch-vqav2` to make the records again."
 
 
@@ -132,41 +126,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise UserError(f"{path}: records of version {version}; this code reads version {SCHEMA_VERSION}. {_REMAKE}")
     return manifest
-
-
-def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """Decode an image file completely, as RGB with 8 bits a channel.
-
-    Greyscale, palette and CMYK become RGB. An EXIF orientation is not applied: DINOv2's `BitImageProcessor` looks at
-    the pixels as stored, and COCO's images are stored upright.
-
-    Args:
-        data: the file's bytes (JPEG, PNG, WebP, GIF or BMP; of an animation the first frame).
-        name: stands in error messages.
-        max_pixels: most pixels, width times height; checked before anything is decoded.
-
-    Raises:
-        UserError: not an image of these formats, larger than `max_pixels`, cut short or damaged.
-    """
-    try:
-        with Image.open(BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height <= max_pixels:
-                if image.mode in _DEEP_MODES:
-                    raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode}). Convert it to 8 bits.")
-                image.load()
-                return image if image.mode == "RGB" else image.convert("RGB")
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: more pixels than Pillow decodes at all ({error}). Make the image smaller.") from error
-    # On damaged bytes Pillow raises OSError, SyntaxError, struct.error and more.
-    except Exception as error:
-        raise UserError(f"{name}: not a readable image ({error}). Replace the file by an intact copy.") from error
-    raise UserError(
-        f"{name}: {width} x {height} is more than data.max_image_pixels ({max_pixels}). Make the image smaller, or "
-        "raise the bound if you trust the file."
-    )
 
 
 def _image_shards(folder: str | Path) -> list[Path]:

@@ -11,7 +11,7 @@ from io import BytesIO
 from typing import Any
 
 from vlm_vqa.data.contract import ANSWERS_PER_QUESTION
-from vlm_vqa.data.records import open_image
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.statistics import ImageStatistics, QuestionStatistics, mean, quantile
 
 _THUMBNAIL = (300, 220)
@@ -45,7 +45,7 @@ def render_report(manifest: Mapping[str, Any], splits: _Splits, images: ImageSta
         manifest: as `records.read_manifest` describes it, but for `files`.
         splits: what was counted, by split.
         images: what was counted over both splits, with the pictures of all examples.
-        max_pixels: bound on the pictures, as for `records.open_image`.
+        max_pixels: bound on the pictures, as for `decoding.open_image`.
     """
     body = [
         "<h1>The data of this run</h1>",

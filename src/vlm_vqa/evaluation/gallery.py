@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vlm_vqa.data.records import iter_images, open_image
+from vlm_vqa.data.decoding import open_image
+from vlm_vqa.data.records import iter_images
 from vlm_vqa.errors import UserError
 
 _COLUMNS = 4

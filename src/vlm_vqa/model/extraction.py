@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlm_vqa.data import records
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStoreWriter, Shard
 from vlm_vqa.data.ordered import in_order
 from vlm_vqa.data.records import ImageRecord
@@ -94,7 +94,7 @@ def preprocessed(batches: Iterable[Batch], encoder: Encoder, max_pixels: int) ->
     """
 
     def prepare(batch: Batch) -> Prepared:
-        decoded = (records.open_image(image.data, image.file_name, max_pixels) for image in batch.images)
+        decoded = (open_image(image.data, image.file_name, max_pixels) for image in batch.images)
         return Prepared(batch.shard, [image.image_id for image in batch.images], encoder.preprocess(decoded))
 
     threads = min(MOST_THREADS, torch.get_num_threads())

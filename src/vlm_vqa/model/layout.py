@@ -23,6 +23,7 @@ Shapes: B rows, T image tokens, S tokens of a row (image tokens included), D wid
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,11 @@ class TokenLayout:
         if answer is not None and len(tokens.answer) == 1:
             raise UserError(f"question {question!r} has an empty answer; mend the annotations file.")
         length = self.text_tokens(tokens)
+        if length > self.text_length and answer is None:
+            raise UserError(
+                f"the question {shorten(question, 80)!r} has {len(prompt)} tokens, and {self.text_length - len(self.prefix)}"
+                " fit beside the instruction. Ask in fewer or more usual words, or train with a larger prompt.text_length."
+            )
         if length > self.text_length:
             raise UserError(
                 f"question {question!r} with answer {answer!r} takes {length} text tokens; prompt.text_length is "

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -271,6 +270,9 @@ def freeze_embeddings(model: VlmForTraining) -> None:
 
 def add_adapters(model: VlmForTraining, lora: LoraParams) -> None:
     """Put low-rank adapters on Gemma 2's linear layers by peft; they and the projector are all that is trained then."""
+    # Here, for it takes two seconds to load, and few runs have adapters.
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"
     )
