@@ -17,6 +17,7 @@ import yaml
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
+from vlm_vqa.secrets import without_secrets
 
 
 class Source(Enum):
@@ -410,7 +411,8 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}. Mend the line it names.") from error
+        # Alone: the error quotes the line, in which a password may stand.
+        raise UserError(f"{path}: not valid YAML: {error}. Mend the line it names.") from None
     return parse_params(values, str(path))
 
 
@@ -464,6 +466,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def _check(params: Params) -> None:
+    _check_secrets(params)
     _check_ranges(params)
     _check_source(params.data)
     _check_models(params)
@@ -476,6 +479,17 @@ def _check(params: Params) -> None:
             f"train.questions_per_row is {params.train.questions_per_row}; prompt.mask prefix-lm lets the image see the "
             "question, so no two questions can share it. Set it to 1, or prompt.mask to image-prefix."
         )
+
+
+def _check_secrets(params: Params) -> None:
+    """Refuse addresses with a login or a query: this file, dvc.lock and MLflow are for all to read."""
+    for key, value in params.flat().items():
+        if isinstance(value, str) and key != "prompt.instruction" and without_secrets(value) != value:
+            raise UserError(
+                f"{key} holds a login or a query (?...). Such secrets do not belong here: DVC copies this file's values "
+                "into dvc.lock, which is committed. Write the address without them, and the login into ~/.netrc, which "
+                "downloads read: machine HOST login NAME password PASSWORD."
+            )
 
 
 def _check_ranges(params: Params) -> None:
