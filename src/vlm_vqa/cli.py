@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.secrets import mask_output, without_secrets
 
 # Everything else is imported by the command that needs it: torch and MLflow cost seconds, `--help` should not.
 
 
 def _track(arguments: argparse.Namespace) -> int:
-    from vlm_vqa.tracking import checkout_root, recreate_run, tracking_uri, without_credentials
+    from vlm_vqa.tracking import checkout_root, recreate_run, tracking_uri
 
     run_id, made = recreate_run()
-    store = without_credentials(tracking_uri(checkout_root()))
+    store = without_secrets(tracking_uri(checkout_root()))
     if made:
         print(f"recorded these outputs as MLflow run {run_id} in {store}; `mlflow ui` shows it")
     else:
@@ -225,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if more:
         # argparse gives the questions before an option only.
         arguments.questions += more
-    logging.basicConfig(level=logging.WARNING, format="vlm-vqa: %(message)s", stream=sys.stderr)
+    mask_output("vlm-vqa: %(message)s", logging.WARNING)
     try:
         return arguments.function(arguments)
     except UserError as error:

@@ -26,6 +26,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
+from vlm_vqa.secrets import without_secrets
 
 
 class Source(Enum):
@@ -436,7 +437,8 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text in UTF-8 ({error}). Save it as UTF-8.") from error
     except (YAMLError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}. Mend the line it names.") from error
+        # Alone: the error quotes the line, in which a password may stand.
+        raise UserError(f"{path}: not valid YAML: {error}. Mend the line it names.") from None
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply, or inside itself. Compare with presets/small.yaml.") from error
     return parse_params(values, str(path))
@@ -574,6 +576,7 @@ def _shown(value: Any) -> str:
 
 
 def _check(params: Params) -> None:
+    _check_secrets(params)
     _check_ranges(params)
     _check_source(params.data)
     _check_models(params)
@@ -586,6 +589,17 @@ def _check(params: Params) -> None:
             f"train.questions_per_row is {params.train.questions_per_row}; prompt.mask prefix-lm lets the image see the "
             "question, so no two questions can share it. Set it to 1, or prompt.mask to image-prefix."
         )
+
+
+def _check_secrets(params: Params) -> None:
+    """Refuse addresses with a login or a query: this file, dvc.lock and MLflow are for all to read."""
+    for key, value in params.flat().items():
+        if isinstance(value, str) and key != "prompt.instruction" and without_secrets(value) != value:
+            raise UserError(
+                f"{key} holds a login or a query (?...). Such secrets do not belong here: DVC copies this file's values "
+                "into dvc.lock, which is committed. Write the address without them, and the login into ~/.netrc, which "
+                "downloads read: machine HOST login NAME password PASSWORD."
+            )
 
 
 def _check_ranges(params: Params) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.secrets import mask_output
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
@@ -40,7 +41,7 @@ def run(name: str, main: Callable[[], None]) -> None:
     Exit codes: 0 done, 2 a mistake of the user's (`UserError`, or a disk that is full or read-only), 3 another process of
     the launch is gone, 130 Ctrl-C, 143 SIGTERM. Any other exception keeps its traceback and ends with 1.
     """
-    logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr, force=True)
+    mask_output(f"{name}: %(message)s", logging.INFO, force=True)
     # Libraries that log every request or every op would bury the stage's own lines.
     for noisy in ("httpx", "httpx2", "datasets", "alembic", "mlflow", "accelerate", "torch", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

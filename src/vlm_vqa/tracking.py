@@ -31,12 +31,12 @@ from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from vlm_vqa.cores import usable_cores
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import sha256_bytes, sha256_file
 from vlm_vqa.params import Params, load_params
+from vlm_vqa.secrets import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +102,6 @@ def tracking_uri(root: Path) -> str:
 def _sqlite_file(uri: str) -> Path | None:
     local = uri.startswith("sqlite:///") and "?" not in uri  # what stands behind "?" may be anything: MLflow's affair
     return Path(uri.removeprefix("sqlite:///")) if local else None
-
-
-def without_credentials(uri: str) -> str:
-    """`uri` without a user name and password, for messages."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 # --- the store, raising what MLflow raises ---------------------------------------------------------------------------
@@ -259,7 +253,7 @@ def view_url(uri: str, experiment_id: str) -> str:
     # `mlflow ui` reads the variable, too.
     server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
     where = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
-    return f"{without_credentials(server)}/{where}"
+    return f"{without_secrets(server)}/{where}"
 
 
 def _bound_mlflow() -> None:
@@ -397,7 +391,7 @@ def run_name(params: Params, experiment: str | None = None) -> str:
 
 def _param_text(value: Any) -> str:
     """A parameter as YAML writes it; cut and marked with its hash where MLflow would refuse it."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = without_secrets(value if isinstance(value, str) else json.dumps(value))
     if len(text) <= LONGEST_PARAM:
         return text
     note = f" ... [{len(text)} characters, sha256 {sha256_bytes(text.encode())}]"
@@ -593,13 +587,13 @@ def training_run(params: Params, *, key: str, tags: Mapping[str, str], source: s
         run = store.unfinished(key)
         if run is None:
             run_id = store.create(everything)
-            log.info("MLflow run %s (%s)", run_id, without_credentials(store.uri))
+            log.info("MLflow run %s (%s)", run_id, without_secrets(store.uri))
             return TrainingRun(store, run_id)
         run_id = run.info.run_id
         store.client.update_run(run_id, status="RUNNING")
         store.put_params(run_id, known=run.data.params)
         store.put_tags(run_id, everything)
-        log.info("continuing MLflow run %s (%s)", run_id, without_credentials(store.uri))
+        log.info("continuing MLflow run %s (%s)", run_id, without_secrets(store.uri))
         return TrainingRun(store, run_id, store.last_steps(run))
     except Exception as error:  # noqa: BLE001
         _warn(tracking_uri(root), error)
@@ -646,18 +640,18 @@ def _warn(uri: str, error: Exception) -> None:
     log.warning(
         "MLflow at %s does not take this run (%s); going on without it. Nothing is lost: make the store reachable and"
         " writable (MLFLOW_TRACKING_URI names it), then `vlm-vqa track` records the run from its outputs.",
-        without_credentials(uri),
-        _reason(uri, error),
+        without_secrets(uri),
+        _reason(error),
     )
 
 
-def _reason(uri: str, error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """One line. Clients wrap what the system said ("Connection refused") in pages of their own: dig it out."""
     cause: BaseException | None = error
     while cause is not None:
         error = cause if isinstance(cause, OSError) and cause.strerror else error
         cause = cause.__cause__ or cause.__context__
-    text = str(error).replace(uri, without_credentials(uri)).strip() or type(error).__name__
+    text = without_secrets(str(error)).strip() or type(error).__name__
     return text.splitlines()[0][:500]
 
 
@@ -691,7 +685,7 @@ def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
         raise
     except Exception as error:
         raise UserError(
-            f"MLflow at {without_credentials(uri)} does not take the run ({_reason(uri, error)}): make the store"
+            f"MLflow at {without_secrets(uri)} does not take the run ({_reason(error)}): make the store"
             " reachable and writable, or name another by MLFLOW_TRACKING_URI, then run `vlm-vqa track` again"
         ) from error
 

@@ -22,7 +22,8 @@ class FaultyServer:
     """Serves `files` by the last part of the path. Ranges and If-Range are known, as S3 knows them.
 
     `faults[name]` are what happens to the next GETs of a file, in turn: a status code; `drop` (the connection ends after
-    half of what was asked for), `stall` (nothing more comes after half for a minute), `wrong` (as many bytes, but others).
+    half of what was asked for), `stall` (nothing more comes after half for a minute), `wrong` (as many bytes, but others);
+    an address (a redirect to it).
     `always[name]` happens after those, for ever.
     """
 
@@ -32,6 +33,7 @@ class FaultyServer:
         self.always: dict[str, Any] = {}
         self.ranges, self.if_range, self.head = True, True, True
         self.requests: list[Request] = []
+        self.authorizations: set[str | None] = set()
         self.sent: Counter[str] = Counter()
         self.release = threading.Event()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -57,8 +59,9 @@ class FaultyServer:
                 pass
 
             def do_HEAD(self) -> None:
-                name = self.path.rsplit("/", 1)[-1]
+                name = self.path.partition("?")[0].rsplit("/", 1)[-1]
                 outer.requests.append(Request("HEAD", name, None))
+                outer.authorizations.add(self.headers.get("Authorization"))
                 if not outer.head:
                     return self._status(405)
                 if isinstance(outer.always.get(name), int):
@@ -66,7 +69,7 @@ class FaultyServer:
                 self._headers(200, outer.files[name], 0)
 
             def do_GET(self) -> None:
-                name = self.path.rsplit("/", 1)[-1]
+                name = self.path.partition("?")[0].rsplit("/", 1)[-1]
                 asked = self.headers.get("Range")
                 outer.requests.append(Request("GET", name, int(asked[6:-1]) if asked else None))
                 if len(outer.gets()) > _MOST_GETS:
@@ -74,6 +77,8 @@ class FaultyServer:
                 fault = outer.faults[name].pop(0) if outer.faults[name] else outer.always.get(name)
                 if isinstance(fault, int):
                     return self._status(fault)
+                if fault and "://" in fault:
+                    return self._status(302, fault)
                 data, start = outer.files[name], 0
                 if asked and outer.ranges and self._same(data):
                     start = int(asked[6:-1])
@@ -104,9 +109,11 @@ class FaultyServer:
                     outer.release.wait(60.0)
                 self.close_connection = fault is not None
 
-            def _status(self, status: int) -> None:
+            def _status(self, status: int, location: str | None = None) -> None:
                 self.send_response(status)
                 self.send_header("Content-Length", "0")
+                if location:
+                    self.send_header("Location", location)
                 self.send_header("Retry-After", "0")
                 self.end_headers()
 

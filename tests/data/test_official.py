@@ -1,5 +1,6 @@
 """Source `official`: from a server that misbehaves come the right records or a named error, and no byte twice."""
 
+import base64
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -331,6 +333,82 @@ def test_a_proxy_is_asked(server, official_params, target, monkeypatch):
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     assert fetch(official_params("http://vqa.invalid/files"), target)["images"] == 6
+
+
+# --- secrets: "sesame" is all of them -----------------------------------------------------------------------------------
+
+SECRET = "sesame"
+
+
+def with_login(url):
+    return url.replace("//", f"//me:{SECRET}@")
+
+
+def everything(caught, caplog, folder):
+    """Return all that a fetch has said and left: the error with its causes, log lines, files."""
+    said = "".join(traceback.format_exception(caught.value)) if caught else ""
+    left = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".zip")
+    return said + caplog.text + left.decode(errors="replace")
+
+
+@pytest.mark.parametrize("fault", [404, 503, "wrong", "drop", None])
+def test_a_password_in_the_address_is_shown_nowhere(fault, server, official_params, target, caplog):
+    """Parameter files are refused with one; who builds the parameters himself is no worse off."""
+    caplog.set_level("DEBUG")
+    server.faults[IMAGES] = ["drop"]
+    if fault is not None:
+        server.always[IMAGES] = fault
+        server.ranges = fault != "drop"
+    caught = None
+    if fault is None:
+        fetch(official_params(with_login(server.url)), target)
+    else:
+        with pytest.raises(UserError, match=f"{server.url}{IMAGES}") as caught:
+            fetch(official_params(with_login(server.url)), target)
+    shown = everything(caught, caplog, target.parent)
+    assert SECRET not in shown and IMAGES in shown
+    # It is sent, though.
+    assert server.authorizations == {f"Basic {base64.b64encode(f'me:{SECRET}'.encode()).decode()}"}
+
+
+def test_another_password_goes_on_with_the_same_part(server, official_params, target):
+    server.faults[IMAGES] = ["drop", 410]
+    with pytest.raises(UserError, match="410"):
+        fetch(official_params(with_login(server.url), downloads=1), target)
+    assert SECRET not in (target.parent / "archives" / f"{IMAGES}.part.json").read_text()
+    fetch(official_params(server.url), target)
+    assert server.gets(IMAGES)[-1].start == len(server.files[IMAGES]) // 2
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "vqa.invalid"])
+def test_the_signed_link_that_a_mirror_redirects_to_is_shown_nowhere(host, server, official_params, target, caplog):
+    server.always[IMAGES] = f"http://me:{SECRET}@{host}/{IMAGES}?X-Amz-Signature={SECRET}&sig={SECRET}"
+    with pytest.raises(UserError, match="failed 8 times in a row") as caught:
+        fetch(official_params(server.url), target)
+    assert SECRET not in everything(caught, caplog, target.parent)
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://me:sesame@127.0.0.1:9", "me:sesame@127.0.0.1:9", "me:sesame@proxy:port", "socks9://me:ses/ame@h"]
+)
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy", "HTTP_PROXY"])
+def test_a_proxy_s_password_is_shown_nowhere(variable, proxy, server, official_params, target, caplog, monkeypatch):
+    for name in ("http_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv(variable, proxy)
+    with pytest.raises(UserError) as caught:
+        fetch(official_params("http://vqa.invalid/files"), target)
+    shown = everything(caught, caplog, target.parent)
+    assert SECRET not in shown and "ses/ame" not in shown
+
+
+def test_a_login_is_read_from_netrc(server, official_params, target, tmp_path, monkeypatch):
+    """What a parameter file with a login is told to do instead."""
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login me password {SECRET}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert fetch(official_params(server.url), target)["images"] == 6
+    assert server.authorizations == {f"Basic {base64.b64encode(f'me:{SECRET}'.encode()).decode()}"}
 
 
 def symlink(name):

@@ -2,9 +2,13 @@
 
 import errno
 import json
+import os
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.training import checkpoints
@@ -118,3 +122,40 @@ def test_other_facts_other_folder():
     facts = {"params_hash": "1", "data_hash": "2", "code_hash": "3"}
     keys = {checkpoints.checkpoint_key({**facts, name: "other"}) for name in facts}
     assert len(keys | {checkpoints.checkpoint_key(facts)}) == 4
+
+
+class Stranger:
+    """What, unpickled without care, makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("switch", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"}])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_could_run_code_is_refused_unread(tmp_path, monkeypatch, zipped, switch):
+    for name, value in switch.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    path, made = tmp_path / "state.pt", tmp_path / "made"
+    torch.save({"step": 1, "state": Stranger(made)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="checkpoint-2: a pickle in it holds (io|_io).open .*was not read.*delete the folder"):
+        with checkpoints.nothing_but_tensors(tmp_path / "checkpoint-2"):
+            # As DeepSpeed asks.
+            torch.load(path, weights_only=False)
+    assert not made.exists() and os.environ == before
+    # The file does what it is for where nobody is careful.
+    monkeypatch.undo()
+    torch.load(path, weights_only=False)
+    assert made.exists()
+
+
+def test_what_deepspeed_writes_is_read(tmp_path):
+    states = {"scale": LossScaler(2.0), "stage": ZeroStageEnum.gradients, "place": fragment_address(3, 0), "step": torch.ones(1)}
+    torch.save(states, tmp_path / "state.pt")
+    with checkpoints.nothing_but_tensors(None):
+        found = torch.load(tmp_path / "state.pt", weights_only=False)
+    assert found["scale"].cur_scale == 2.0 and found["place"] == fragment_address(3, 0) and found["stage"] is ZeroStageEnum.gradients

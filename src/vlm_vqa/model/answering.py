@@ -62,7 +62,7 @@ class Answerer:
                 f"{folder}: no {FACTS_FILE} there. Run the export stage first: `dvc repro export`."
             ) from error
         model = PaliGemmaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
+            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
         )
         set_attention(model, Attention.EAGER)
         found = hash_weights(trained_state(model))
@@ -72,7 +72,9 @@ class Answerer:
                 "Run the export stage again: `dvc repro --force export`."
             )
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(chosen), AutoProcessor.from_pretrained(folder), facts, max_new_tokens)
+        return cls(
+            model.to(chosen), AutoProcessor.from_pretrained(folder, trust_remote_code=False), facts, max_new_tokens
+        )
 
     def answer(self, questions: Sequence[str], images: Sequence[Image.Image]) -> list[str]:
         """Answer each question about its image, from pixels."""

@@ -198,7 +198,7 @@ def _load_processor(vision: VisionParams, folder: Path) -> BitImageProcessor:
 def _load_model(vision: VisionParams, folder: Path) -> Dinov2Model:
     try:
         model, found = Dinov2Model.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
         raise _unreadable(vision, "model.safetensors", error) from error

@@ -289,7 +289,7 @@ def main() -> None:
         encoder.save_pretrained(arguments.output)
         small_processor().save_pretrained(arguments.output)
         return
-    encoder = Dinov2Model.from_pretrained(arguments.output, dtype=torch.float32).eval()
+    encoder = Dinov2Model.from_pretrained(arguments.output, dtype=torch.float32, trust_remote_code=False).eval()
     for what, percent in check_easy_vqa(encoder).items():
         print(f"easy-VQA {what}: {percent} %")
 

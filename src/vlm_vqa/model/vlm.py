@@ -446,4 +446,4 @@ def load_config(folder: str | Path) -> PaliGemmaConfig:
     """Read the configuration of a trained or exported folder."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no config.json there. Run the train or export stage first: `dvc repro`.")
-    return AutoConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -17,16 +17,18 @@ import fcntl
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, serialization
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json, sha256_file, write_json
@@ -181,6 +183,39 @@ def _damaged(path: Path) -> UserError:
         f"{path}: corrupt or missing (its hash is not the one that was written). Delete the folder {path.parent} to go on "
         "from the checkpoint before it, or from the start."
     )
+
+
+@contextmanager
+def nothing_but_tensors(checkpoint: Path | None) -> Iterator[None]:
+    """Let torch read no pickle that could run code, even where DeepSpeed, whose files are pickles, asks it to.
+
+    Tensors, plain values and three classes of DeepSpeed's own settings are read; at anything else reading stops before it.
+    So a checkpoint may come from anyone: it is data, like the other launches' safetensors.
+
+    Raises:
+        UserError: a file of `checkpoint` holds something else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    # torch's own switches. The first overrules what the caller of torch.load asks for; both at once are an error.
+    force, opposite = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name) for name in (force, opposite) if name in os.environ}
+    os.environ[force] = "1"
+    try:
+        with serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{checkpoint}: a pickle in it holds {found[1] if found else 'something'} beside tensors and settings, which could "
+            "run code; it was not read. This project did not write it so: delete the folder to go on from the checkpoint "
+            "before it, or from the start."
+        ) from error
+    finally:
+        del os.environ[force]
+        os.environ.update(before)
 
 
 def read_tensors(checkpoint: Path, rank: int, world: int) -> Any:

@@ -284,12 +284,13 @@ class VqaTrainer(Trainer):
         """Train, from the newest whole checkpoint if there is one, and wait for the last one to be written.
 
         Raises:
-            UserError: a checkpoint is damaged, of another model, or does not fit this launch.
+            UserError: a checkpoint is damaged, of another model, holds code, or does not fit this launch.
         """
         last = self._newest_checkpoint()
         if self.launch.main:
             log.info("going on from %s" if last else "from the start", *filter(None, [last]))
-        result = self.train(resume_from_checkpoint=str(last) if last else None)
+        with checkpoints.nothing_but_tensors(last):
+            result = self.train(resume_from_checkpoint=str(last) if last else None)
         self.writer.wait()
         return result
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import write_json
+from vlm_vqa.secrets import without_secrets
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -162,7 +163,8 @@ def _fetch(download: Download, advance: Callable[[int], None], stop: threading.E
             download.beside(".part.json").unlink()
             log.info("%s: complete, %s", download.path.name, found)
             return
-        log.warning("%s: thrown away, its checksum is %s and not %s", download.url, found, download.checksum)
+        url = without_secrets(download.url)
+        log.warning("%s: thrown away, its checksum is %s and not %s", url, found, download.checksum)
         advance(-part.size)
         part.path.unlink()
     raise UserError(
@@ -217,7 +219,7 @@ class _Part:
         self.path = download.beside(".part")
         self._start()
         server = _read_json(download.beside(".part.json"))
-        if self.path.is_file() and server is not None and server.get("url") == download.url:
+        if self.path.is_file() and server is not None and server.get("url") == without_secrets(download.url):
             self.server = server
             with open(self.path, "rb") as file:
                 while block := file.read(_BLOCK_BYTES):
@@ -253,7 +255,7 @@ class _Part:
             pass
         self._start()
         if response is not None:
-            self.server = {"url": self.download.url, "bytes": _length(response), **_told(response)}
+            self.server = {"url": without_secrets(self.download.url), "bytes": _length(response), **_told(response)}
         write_json(self.download.beside(".part.json"), self.server)
 
     def append(self, file: Any, block: bytes) -> None:
@@ -297,7 +299,8 @@ def _with_retries(
                     f"stopped, or correct {download.option}."
                 ) from error
             seconds = max(_FIRST_WAIT * 2 ** (failures - 1), getattr(error, "seconds", 0.0))
-            log.warning("%s: %s; again in %.0f s", download.url, reason, min(seconds, _LONGEST_WAIT))
+            told = without_secrets(f"{download.url}: {reason}")
+            log.warning("%s; again in %.0f s", told, min(seconds, _LONGEST_WAIT))
             if stop.wait(min(seconds, _LONGEST_WAIT)):
                 raise _Stopped from error
         except requests.RequestException as error:

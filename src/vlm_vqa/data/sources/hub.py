@@ -199,7 +199,12 @@ def _patterns(repository: Repository, base: str, card: DatasetCardData) -> dict[
 def _rows(repository: Repository, file: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of one file under VQAv2's names, images as their bytes."""
     stream = datasets.load_dataset(
-        "parquet", data_files={"rows": [file]}, split="rows", streaming=True, batch_size=_ROWS_AT_ONCE
+        "parquet",
+        data_files={"rows": [file]},
+        split="rows",
+        streaming=True,
+        batch_size=_ROWS_AT_ONCE,
+        trust_remote_code=False,
     )
     columns = _columns(repository, stream.features)
     if isinstance(stream.features[columns["image"]], datasets.Image):
