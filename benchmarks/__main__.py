@@ -24,7 +24,7 @@ from vlm_vqa.errors import UserError
 
 DEFAULT = ("training_step", "memory", "generation", "scorer", "extraction")
 """Speed and memory; the others are about what comes out."""
-KNOWN = (*DEFAULT, "features", "data_scale", "real_shape", "learning", "strategies", "kills", "threads")
+KNOWN = (*DEFAULT, "features", "data_scale", "real_shape", "learning", "strategies", "kills", "threads", "small_run")
 ROOT = Path(__file__).parents[1]
 
 

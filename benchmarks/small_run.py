@@ -1,8 +1,8 @@
 """The small run, from a clone of what is committed to its scores: what README and documents say of it.
 
-`python -m benchmarks.small_run` clones the commit at HEAD into a temporary folder, runs the five stages of presets/small.yaml
-there one by one and notes each one's seconds, the largest process and the scores. Whatever lies in reports/ here plays no part:
-scores move with the CPU, and the documents speak of the machine that the result names.
+`python -m benchmarks.small_run` clones the commit at HEAD into a temporary folder, runs the five stages of
+presets/small.yaml there one by one and notes each one's seconds, the largest process and the scores. Whatever lies in
+reports/ here plays no part: scores move with the CPU, and the documents speak of the machine that the result names.
 """
 
 import json
@@ -66,7 +66,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     accuracy = found["this model"][0]
     claim = measure.Claim("VQA accuracy of the small run", accuracy, accuracy, accuracy, target=LEAST_ACCURACY)
-    measure.write("small_run", [claim], {"scores": found, "seconds": seconds, "peak_gib": peak})
+    details = {"scores": found, "seconds": seconds, "peak_gib": peak}
+    measure.write("small_run", [claim], details, {"questions and pictures": "easy-vqa"})
 
 
 if __name__ == "__main__":

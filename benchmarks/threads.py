@@ -196,7 +196,10 @@ def main(seconds: float, results: Path) -> None:
         outcomes[case.name] = run(case, seconds)
         print(f"  {case.name}: {outcomes[case.name]}", flush=True)
     details: dict[str, Any] = {"seconds": seconds, "outcomes": {name: asdict(one) for name, one in outcomes.items()}}
-    measure.write("threads", claims(outcomes, measure.cores()), details, results)
+    measure.write(
+        "threads", claims(outcomes, measure.cores()), details,
+        {"questions and pictures": load_params().data.source.value}, results,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -208,7 +211,4 @@ if __name__ == "__main__":
     if options.worker:
         stage.run("threads", lambda: work(options.seconds, options.worker))
     else:
-        try:
-            main(options.seconds, options.results)
-        except UserError as error:
-            sys.exit(f"threads: error: {error}")
+        main(options.seconds, options.results)

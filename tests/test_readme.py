@@ -83,7 +83,9 @@ def test_the_small_run_is_what_was_measured():
         assert rows[name][:2] == [f"{accuracy:.4f}", f"{bleu:.3f}"], name
     minutes, rest = divmod(round(sum(seconds.values())), 60)
     text = README.replace("\n", " ")
-    assert f"The five stages took {minutes} min {rest} s after set-up, training {seconds['train']:.0f} s of them" in text
+    assert (
+        f"The five stages took {minutes} min {rest} s after set-up, training {seconds['train']:.0f} s of them" in text
+    )
     assert f"at most {found['peak_gib']:.1f} GiB in one process" in text
     assert f"{scores['wrong']} of the {scores['questions']:,} answers are wrong" in text
     assert f"HELM on the {scores['helm_instances']:,} of them" in text

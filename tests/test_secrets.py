@@ -8,7 +8,7 @@ import traceback
 import pytest
 import yaml
 
-from vlm_vqa import secrets, tracking
+from vlm_vqa import tracking
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import load_params, parse_params
 from vlm_vqa.secrets import without_secrets

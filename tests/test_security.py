@@ -11,7 +11,17 @@ FILES = sorted(path for part in ("src", "stages", "evaluation", "benchmarks") fo
 
 # Calls that would run, or whose default decides whether to run, what lies in a file or on the hub.
 FETCHING = {"from_pretrained", "load_dataset", "load_dataset_builder", "pipeline"}
-NEVER = {"eval", "exec", "pickle.load", "pickle.loads", "dill.load", "joblib.load", "yaml.load", "yaml.unsafe_load", "os.system"}
+NEVER = {
+    "eval",
+    "exec",
+    "pickle.load",
+    "pickle.loads",
+    "dill.load",
+    "joblib.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "os.system",
+}
 
 
 def calls(source):

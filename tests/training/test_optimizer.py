@@ -137,7 +137,9 @@ def test_rounding_repeats_itself_and_differs_by_step_and_parameter():
 
 def test_groups_are_by_decay_and_bits():
     model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4))
-    train = dataclasses.replace(load_params("presets/small.yaml").train, optimizer=Optimizer.ADAMW_BNB_8BIT, weight_decay=0.3)
+    train = dataclasses.replace(
+        load_params("presets/small.yaml").train, optimizer=Optimizer.ADAMW_BNB_8BIT, weight_decay=0.3
+    )
     optimizer = build_optimizer(train, model, {"0.weight", "1.weight"}, seed=0)
     groups = [(g["weight_decay"], g["optim_bits"], len(g["params"])) for g in optimizer.param_groups]
     assert groups == [(0.3, 8, 1), (0.3, 32, 1), (0.0, 8, 1)]
