@@ -459,7 +459,7 @@ export               4.72 MiB   1.11 GiB            -        -         -
 helm-eval            1.24 MiB   1.16 GiB            -     #.##         -
 all                  0.19 GiB                             #.##         -
 
-hours at 0.75 of the device's peak (benchmarks/results/training_step.json: 0.79); --details shows every formula
+utilisation 0.75 (benchmarks/results/training_step.json: 0.79); more by --details
 """
 
 
@@ -488,7 +488,7 @@ def test_json_has_the_keys_it_had(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "device", "lines"),
     [
-        ("vqav2-1gpu", "T4", ["Tesla T4 has no bfloat16, torch would emulate it slowly: name an A10 or a newer device, or "
+        ("vqav2-1gpu", "T4", ["Tesla T4 has no bfloat16, torch would emulate it slowly: name an A10 or newer, or "
                               "set vision.compute_dtype, train.compute_dtype, train.weights_dtype to float32, "
                               "train.rounding to nearest"]),
         ("vqav2-1gpu", "V100", ["the pinned PyTorch has no kernels for Tesla V100-SXM2-16GB: name a T4 or a newer device",

@@ -639,6 +639,23 @@ def test_track_refuses_outputs_of_other_parameters(outputs):
     assert tracking.recreate_run(outputs)[1]
 
 
+@pytest.mark.parametrize(
+    ("written", "changed"), [("1e-3", []), (".001", []), ("1.0e-3", []), ("2e-3", ["train.learning_rate"])]
+)
+def test_a_number_in_another_spelling_is_not_another_number(outputs, written, changed):
+    """DVC writes 0.001 into dvc.lock, and 1e-05 for 1e-5, which YAML 1.1 takes for two texts."""
+    text = (outputs / "params.yaml").read_text()
+    assert "learning_rate: 1.0e-3" in text
+    (outputs / "params.yaml").write_text(
+        text.replace("learning_rate: 1.0e-3", f"learning_rate: {written}").replace(
+            "weight_decay: 1.0e-4", "weight_decay: 1e-5"
+        )
+    )
+    lock = "stages: {train: {params: {params.yaml: {train.learning_rate: 0.001, train.weight_decay: 1e-05}}}}"
+    (outputs / "dvc.lock").write_text(lock)
+    assert tracking._changed_params(outputs) == changed
+
+
 def test_track_adds_the_scores_that_a_run_lacks(outputs, params):
     with tracking.training_run(params, key="k", tags=HASHES) as run:
         run.set_tags({"weights_hash": "w" * 64})

@@ -62,8 +62,7 @@ def _preflight(arguments: argparse.Namespace) -> int:
     names = ("device", "price", "host_memory", "disk", "utilisation", "bandwidth")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     prediction = preflight(arguments.params, **given)
-    text = as_text(prediction, arguments.details)
-    print(json.dumps(as_json(prediction), indent=2) if arguments.json else text)
+    print(json.dumps(as_json(prediction), indent=2) if arguments.json else as_text(prediction, arguments.details))
     return 0 if prediction.fits else 1
 
 
@@ -143,9 +142,7 @@ def _add_ask_options(sub: argparse.ArgumentParser) -> None:
 
 def _add_preflight_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("params", type=Path, nargs="?", default=Path("params.yaml"), help="default: %(default)s")
-    sub.add_argument(
-        "--device", metavar="NAME", help='such as H100, A100-80GB, "RTX 4090" or cpu; by default the one here'
-    )
+    sub.add_argument("--device", metavar="NAME", help='such as A100-80GB, "RTX 4090" or cpu; by default the one here')
     for option, unit, text in (
         ("--price", "PER_GPU_HOUR", "of one device, in any currency"),
         ("--host-memory", "GIB", "of each machine; by default this one's"),
@@ -154,9 +151,7 @@ def _add_preflight_options(sub: argparse.ArgumentParser) -> None:
         ("--bandwidth", "MB_PER_S", "of downloads; by default 20"),
     ):
         sub.add_argument(option, type=float, metavar=unit, help=text)
-    sub.add_argument(
-        "--details", action="store_true", help="print every part with its formula, and where figures come from"
-    )
+    sub.add_argument("--details", action="store_true", help="print every part's formula, and where figures come from")
     sub.add_argument("--json", action="store_true", help="print JSON; sizes in bytes")
 
 

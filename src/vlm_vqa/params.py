@@ -434,11 +434,9 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Run from the project's root folder.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text in UTF-8 ({error}). Save it as UTF-8.") from error
     except (YAMLError, ValueError, OverflowError) as error:
         # Alone: the error quotes the line, in which a password may stand.
-        raise UserError(f"{path}: not valid YAML: {error}. Mend the line it names.") from None
+        raise UserError(f"{path}: not valid YAML in UTF-8: {error}. Mend the place it names.") from None
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply, or inside itself. Compare with presets/small.yaml.") from error
     return parse_params(values, str(path))
@@ -464,24 +462,22 @@ def _read(node: Node, key: str, count: typing.Iterator[int]) -> Any:
 
 def _read_mapping(node: MappingNode, key: str, count: typing.Iterator[int]) -> dict[str, Any]:
     """Return a mapping whose keys are texts; what `<<` brings gives way to its own keys."""
-    lines: dict[str, int] = {}
-    merged: dict[str, Any] = {}
-    own: dict[str, Any] = {}
+    lines, merged, own = {}, {}, {}
     for name, value in node.value:
         line = name.start_mark.line + 1
         if not isinstance(name, ScalarNode):
             raise UserError(f"line {line}: a key of {key or 'the file'} is not a name.")
+        full = _join(key, name.value)
         if name.value in lines:
-            first = lines[name.value]
-            raise UserError(f"line {line}: {_join(key, name.value)} stands in line {first} already. Keep one of them.")
+            raise UserError(f"line {line}: {full} stands in line {lines[name.value]} already. Keep one of them.")
         lines[name.value] = line
-        found = _read(value, _join(key, name.value), count)
+        found = _read(value, full, count)
         if name.tag != _TAG + "merge":
             own[name.value] = found
             continue
         for part in reversed(found if isinstance(found, list) else [found]):
             if not isinstance(part, dict):
-                raise UserError(f"line {line}: {_join(key, '<<')} must be an alias of a mapping.")
+                raise UserError(f"line {line}: {full} must be an alias of a mapping.")
             merged |= part
     return merged | own
 

@@ -59,11 +59,8 @@ class Device:
         if any(old in self.name for old in _WITHOUT_KERNELS):
             yield f"the pinned PyTorch has no kernels for {self.name}: name a T4 or a newer device"
         if wanted and self.peak.bfloat16 is None:
-            rounding = ", train.rounding to nearest" if "train.weights_dtype" in wanted else ""
-            yield (
-                f"{self.name} has no bfloat16, torch would emulate it slowly: name an A10 or a newer device, or set "
-                f"{', '.join(wanted)} to float32{rounding}"
-            )
+            keys = ", ".join(wanted) + " to float32" + ", train.rounding to nearest" * ("train.weights_dtype" in wanted)
+            yield f"{self.name} has no bfloat16, torch would emulate it slowly: name an A10 or newer, or set {keys}"
 
 
 def find_device(name: str | None, *, on_cpu: bool, launch: str) -> Device:

@@ -79,14 +79,14 @@ def _items_json(items: Iterable[Item]) -> list[dict[str, Any]]:
 def as_text(prediction: Prediction, details: bool = False) -> str:
     """Return what a terminal shows: the verdict, a table of stages, and with `details` each part's formula and basis."""
     lines = [*_verdict(prediction), "", *_table(prediction), ""]
-    if not details:
-        utilisation, basis = prediction.machine.utilisation, prediction.basis["utilisation"]
-        return "\n".join(
-            [*lines, f"hours at {utilisation:g} of the device's peak ({basis}); --details shows every formula"]
+    if details:
+        lines += _machine(prediction)
+        for stage in prediction.stages:
+            lines += ["", *_details(stage)]
+    else:
+        lines.append(
+            f"utilisation {prediction.machine.utilisation:g} ({prediction.basis['utilisation']}); more by --details"
         )
-    lines += _machine(prediction)
-    for stage in prediction.stages:
-        lines += ["", *_details(stage)]
     return "\n".join(lines)
 
 

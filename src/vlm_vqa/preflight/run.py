@@ -16,8 +16,6 @@ from vlm_vqa.preflight.texts import RECORDS, read_texts
 
 BANDWIDTH = 20.0
 """MB/s of downloads, assumed."""
-DTYPES = ("vision.compute_dtype", "train.compute_dtype", "train.weights_dtype")
-"""Keys that ask for a type of the device's products."""
 OUTPUTS = ("data/records", "data/features", "models/trained", "models/export", "checkpoints")
 """What the stages write; those that are there take no further room."""
 
@@ -63,10 +61,10 @@ def preflight(
     compared = checks(stages, machine)
     failed = [one for one in compared if not one.fits]
     options = advise(params, texts, machine, launches, failed) if failed else []
-    wanted = [key for key in DTYPES if params.flat()[key] == "bfloat16"]
-    if launch_shape(params.vision.launch, launches).on_cpu:
-        wanted = [key for key in wanted if not key.startswith("vision.")]
-    lacks = tuple(found.lacks(wanted))
+    on_device = ["train.compute_dtype", "train.weights_dtype"]
+    if not launch_shape(params.vision.launch, launches).on_cpu:
+        on_device.insert(0, "vision.compute_dtype")
+    lacks = tuple(found.lacks([key for key in on_device if params.flat()[key] == "bfloat16"]))
     return Prediction(params, str(path), machine, basis, launch.processes, price, stages, compared, options, lacks)
 
 
