@@ -1,5 +1,7 @@
 """The threads benchmark without trainings: what it claims of what was measured."""
 
+import json
+
 import pytest
 
 from benchmarks.threads import CASES, Outcome, busy, claims, main
@@ -52,6 +54,18 @@ def test_busy_processes_end_with_the_case():
     with busy(2) as others:
         assert len(others) == 2 and all(other.poll() is None for other in others)
     assert all(other.returncode is not None for other in others)
+
+
+def test_every_case_is_run_and_written(tmp_path, monkeypatch):
+    for folder in ("data/records", "data/features"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("benchmarks.threads.run", lambda case, seconds: outcomes()[case.name])
+    monkeypatch.setattr("benchmarks.measure.cores", lambda: 2)
+    main(1.0, tmp_path)
+    written = json.loads((tmp_path / "threads.json").read_text())
+    assert list(written["details"]["outcomes"]) == [case.name for case in CASES]
+    assert len(written["claims"]) == len(CASES) + 1 and written["claims"][-1]["met"]
 
 
 def test_without_data_it_says_what_to_run(tmp_path, monkeypatch):
