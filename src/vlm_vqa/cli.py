@@ -1,7 +1,6 @@
 """The command `vlm-vqa`: what a user needs beside `dvc repro` and `mlflow ui`."""
 
 import argparse
-import gc
 import logging
 import os
 import sys
@@ -68,6 +67,7 @@ def _preflight(arguments: argparse.Namespace) -> int:
 
 def _ask(arguments: argparse.Namespace) -> int:
     from vlm_vqa.asking import Asked, answered, read_csv, show
+    from vlm_vqa.quick_start import quick_start
 
     image, questions = arguments.image, arguments.questions
     if arguments.csv is not None and image is not None:
@@ -77,17 +77,13 @@ def _ask(arguments: argparse.Namespace) -> int:
     asked = read_csv(arguments.csv) if image is None else [Asked(image, question, image) for question in questions]
 
     def load():
-        # Collections find nothing among what imports make, and would take a fifth of the start.
-        gc.disable()
-        try:
+        with quick_start():
             from transformers.utils.logging import disable_progress_bar
 
             from vlm_vqa.model.answering import Answerer
 
             disable_progress_bar()
             return Answerer.from_export(arguments.model)
-        finally:
-            gc.enable()
 
     lacking = show(asked, answered(asked, load, arguments.max_image_pixels), arguments.json)
     if lacking and arguments.csv is not None:

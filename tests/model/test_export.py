@@ -90,6 +90,15 @@ def pasted(folder, path, question):
     return "\n".join([*mine, *rest])
 
 
+ASK = """
+import sys
+from vlm_vqa.cli import main
+code = main()
+unused = {"bitsandbytes", "datasets", "deepspeed", "mlflow", "peft", "pyarrow", "torch._dynamo"} & set(sys.modules)
+assert code == 0 and not unused, unused
+"""
+
+
 def by_the_card(folder, path):
     """Run the card's code from files in a fresh interpreter that sees neither the project nor its environment variables."""
     files = [path.with_name(f"{number}.py") for number in range(len(QUESTIONS))]
@@ -114,6 +123,13 @@ def test_plain_transformers_gives_the_trained_models_logits_and_answers(tiny, tr
     export(tiny, trained, mask, folder)
     picture(tmp_path / "grey.png")
     answers, logits = by_the_card(folder, tmp_path / "grey.png")
+
+    # By our own command too, which loads the libraries in a way of its own and says nothing beside the answers.
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK, "ask", "--model", str(folder), str(tmp_path / "grey.png"), *QUESTIONS, "--json"],
+        env={**os.environ, "PYTHONPATH": "src"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert [json.loads(line)["answer"] for line in asked.stdout.splitlines()] == answers and asked.stderr == ""
 
     ours = Answerer.from_export(folder, device="cpu")
     image = Image.open(tmp_path / "grey.png")

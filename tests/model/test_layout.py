@@ -107,3 +107,12 @@ def test_questions_of_an_image_share_a_row_only_under_image_prefix(tiny):
     stream = [(1, tokens), (1, tokens), (2, tokens), (1, tokens)]
     assert [len(row.questions) for row in rows_of(stream, Mask.IMAGE_PREFIX)] == [2, 1, 1]
     assert [len(row.questions) for row in rows_of(stream, Mask.PREFIX_LM)] == [1, 1, 1, 1]
+
+
+def test_a_question_that_is_too_long_to_be_asked_is_told_how_much_fits(tiny):
+    layout = tiny.layout("image-prefix")
+    with pytest.raises(UserError, match=r"has \d+ tokens, and \d+ fit beside the instruction. Ask in fewer") as caught:
+        layout.tokenize("what color? " * 40)
+    assert "None" not in str(caught.value) and "too_long" not in str(caught.value)
+    has, fit = map(int, re.findall(r"\d+", str(caught.value)))
+    assert fit == layout.text_length - len(layout.prefix) < has

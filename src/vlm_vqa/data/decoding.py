@@ -18,27 +18,16 @@ _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # We bound the size ourselves, and below Pillow's own bound.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-_SIGNATURES = {
-    b"\xff\xd8\xff": "a JPEG that is cut short or damaged",
-    b"\x89PNG": "a PNG that is cut short or damaged",
-    b"GIF8": "a GIF that is cut short or damaged",
-    b"RIFF": "a WebP that is cut short or damaged, or a sound or film",
-    b"BM": "a BMP that is cut short or damaged",
+_CUT = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG", "PNG"), (b"GIF8", "GIF"), (b"RIFF", "WebP"), (b"BM", "BMP"))
+_OTHERS = {
     b"II*\0": "a TIFF",
     b"MM\0*": "a TIFF",
-    b"8BPS": "a Photoshop file",
-    b"\0\0\1\0": "an icon (ICO)",
-    b"\xff\x0a": "a JPEG XL",
-    b"\0\0\0\x0cJXL": "a JPEG XL",
-    b"\0\0\0\x0cjP": "a JPEG 2000",
     b"%PDF": "a PDF",
     b"%!PS": "a PostScript file (EPS)",
     b"PK\3\4": "a ZIP archive",
-    b"\x1f\x8b": "a gzip archive",
-    b"PAR1": "a Parquet file",
-    b"version https://git-lfs": "a Git LFS pointer, not the picture (`git lfs pull` gets it)",
-}
-"""First bytes of files that are met in a picture's place."""
+    b"version https://git-lfs": "a Git LFS pointer (`git lfs pull` gets the picture)",
+} | {signature: f"a {name} that is cut short or damaged" for signature, name in _CUT}
+"""What files are that are met in a picture's place, by their first bytes."""
 
 
 def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels") -> Image.Image:
@@ -83,14 +72,12 @@ def _what_it_is(data: bytes) -> str:
     """Say what a file is that could not be decoded, from its first bytes."""
     if not data.strip(b"\0"):
         return f"{len(data)} zero bytes" if data else "empty"
-    for signature, kind in _SIGNATURES.items():
+    for signature, kind in _OTHERS.items():
         if data.startswith(signature):
             return kind
     if data[4:8] == b"ftyp":
-        brand = data[8:12]
-        if brand.startswith((b"he", b"mif1", b"msf1")):
-            return "a HEIC photo, as phones take them"
-        return "an AVIF picture" if brand.startswith(b"avi") else "a film (MP4 or QuickTime)"
+        brands = {b"he": "a HEIC photo, as phones take them", b"mi": "a HEIC photo", b"av": "an AVIF picture"}
+        return brands.get(data[8:10], "a film (MP4 or QuickTime)")
     try:
         # Bit by bit, for a character may be cut where the first bytes end.
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:1000]).lower()
