@@ -142,7 +142,9 @@ def test_the_real_sample_is_read_where_it_lies(shared_data, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no gzip", packed("questions", QUESTIONS)[:-9], packed("other", []), gzip.compress(b"[]")]
+    "content",
+    [b"", b"no gzip", packed("questions", QUESTIONS)[:-9], packed("other", []), gzip.compress(b"[]")],
+    ids=["empty", "no gzip", "cut off", "other rows", "no rows"],
 )
 def test_damaged_texts_are_named_and_not_replaced_by_drawn_ones(monkeypatch, tmp_path, content):
     monkeypatch.setenv("VLM_VQA_SHARED_DATA", str(tmp_path))
