@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import vlm_vqa
-from vlm_vqa import cores
+from vlm_vqa import cores, orphans
 from vlm_vqa.errors import UserError
 
 HELM_INSTRUCTION = (
@@ -107,6 +107,8 @@ def _run_child(
         | dict(environment),
         # A group of its own: Ctrl-C reaches us alone, and we end it with all that it has started.
         start_new_session=True,
+        # Where this process is killed, nobody is left to end it.
+        preexec_fn=orphans.die_with_parent,
     )
     try:
         # Line by line, so that it can be watched.

@@ -1,0 +1,88 @@
+"""A process ends when the program that started it has gone.
+
+Otherwise a training whose `dvc repro` was killed goes on for hours, and DVC, which knows nothing of it, deletes its result.
+What it had done is not lost: the next `dvc repro` goes on from its last checkpoint.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import psutil
+
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_END = 7.0
+"""Between being asked to end and being ended: with the rest, less than ten."""
+_PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger(__name__)
+
+
+def started_by() -> list[psutil.Process]:
+    """Return this process's parent and what stands above it, up to the `dvc` or the launcher that a person has called.
+
+    None where a person has called the stage itself: what ends his shell is no reason to end his work.
+    """
+    wanted = {"dvc"} if "DVC_STAGE" in os.environ else {"accelerate", "torchrun"}
+    chain = []
+    for process in psutil.Process().parents():
+        chain.append(process)
+        if wanted & {Path(word).name for word in _words(process)}:
+            return chain
+    return []
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """Return the first words of a command line: `python -m dvc repro`, `/usr/bin/python /path/accelerate launch`."""
+    try:
+        return process.cmdline()[:3]
+    except psutil.Error:
+        return []
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended, its number given to another or not, waited for by its parent or not."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
+
+
+def end_with_parents(end: Callable[[], None], parents: Iterable[psutil.Process] | None = None) -> None:
+    """Call `end` from a thread of its own as soon as one of the programs that have started this process is gone.
+
+    Args:
+        end: asks this process to end; if it has not within `SECONDS_TO_END`, the process is ended.
+        parents: by default `started_by()`.
+    """
+    watched = started_by() if parents is None else list(parents)
+    if watched or _left_behind():
+        threading.Thread(target=_watch, args=(watched, end), daemon=True, name="parents").start()
+
+
+def _left_behind() -> bool:
+    """Whether DVC has started this process and was gone before it could look."""
+    return "DVC_STAGE" in os.environ and not started_by() and os.getppid() == 1
+
+
+def _watch(parents: list[psutil.Process], end: Callable[[], None]) -> None:
+    names = {process: " ".join(Path(word).name for word in _words(process)[-2:]) for process in parents}
+    while parents and not (lost := [process for process in parents if gone(process)]):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    who = f"{names[lost[0]]} (process {lost[0].pid})" if parents else "dvc"
+    log.error("%s, which started this, has gone: ending. Run `dvc repro` again to go on.", who)
+    end()
+    time.sleep(SECONDS_TO_END)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """For `subprocess.Popen(preexec_fn=...)`: let Linux end a child that is not our code when this process is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
