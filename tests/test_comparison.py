@@ -176,7 +176,9 @@ def test_who_may_write_runs_nothing_of_the_change(workflow):
         if "permissions" in job:
             assert job["permissions"] == {"pull-requests": "write"} and not checkouts, name
             scripts = "".join(step.get("run", "") for step in job["steps"])
-            assert ".ci/" not in scripts and set(re.findall(r"\b(gh|make|python|bash|sh|source|dvc)\b", scripts)) == {"gh"}
+            assert ".ci/" not in scripts and set(re.findall(r"\b(gh|make|python|bash|sh|source|dvc)\b", scripts)) == {
+                "gh"
+            }
         else:
             assert checkouts and "github.token" not in str(job) and "secrets." not in str(job), name
     # What a pull request's author can choose never becomes part of a script.

@@ -8,7 +8,7 @@ import traceback
 import pytest
 import yaml
 
-from vlm_vqa import secrets, tracking
+from vlm_vqa import tracking
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import load_params, parse_params
 from vlm_vqa.secrets import without_secrets
@@ -96,7 +96,8 @@ def test_nothing_that_a_stage_prints_shows_one(where):
 def official(**urls):
     values = yaml.safe_load(open("presets/small.yaml"))
     values["data"] |= {"source": "official", "official": {
-        "texts_url": "https://host/a", "images_url": "https://host/b", "keep_archives": True, "downloads": 1, **urls}}  # fmt: skip
+        "texts_url": "https://host/a", "images_url": "https://host/b", "keep_archives": True, "downloads": 1, **urls,
+    }}  # fmt: skip
     return values
 
 

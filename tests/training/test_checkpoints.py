@@ -134,7 +134,9 @@ class Stranger:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("switch", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"}])
+@pytest.mark.parametrize(
+    "switch", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"}]
+)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_could_run_code_is_refused_unread(tmp_path, monkeypatch, zipped, switch):
     for name, value in switch.items():
@@ -142,7 +144,9 @@ def test_a_pickle_that_could_run_code_is_refused_unread(tmp_path, monkeypatch, z
     before = dict(os.environ)
     path, made = tmp_path / "state.pt", tmp_path / "made"
     torch.save({"step": 1, "state": Stranger(made)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="checkpoint-2: a pickle in it holds (io|_io).open .*was not read.*delete the folder"):
+    with pytest.raises(
+        UserError, match="checkpoint-2: a pickle in it holds (io|_io).open .*was not read.*Delete the folder"
+    ):
         with checkpoints.nothing_but_tensors(tmp_path / "checkpoint-2"):
             # As DeepSpeed asks.
             torch.load(path, weights_only=False)
@@ -154,8 +158,17 @@ def test_a_pickle_that_could_run_code_is_refused_unread(tmp_path, monkeypatch, z
 
 
 def test_what_deepspeed_writes_is_read(tmp_path):
-    states = {"scale": LossScaler(2.0), "stage": ZeroStageEnum.gradients, "place": fragment_address(3, 0), "step": torch.ones(1)}
+    states = {
+        "scale": LossScaler(2.0),
+        "stage": ZeroStageEnum.gradients,
+        "place": fragment_address(3, 0),
+        "step": torch.ones(1),
+    }
     torch.save(states, tmp_path / "state.pt")
     with checkpoints.nothing_but_tensors(None):
         found = torch.load(tmp_path / "state.pt", weights_only=False)
-    assert found["scale"].cur_scale == 2.0 and found["place"] == fragment_address(3, 0) and found["stage"] is ZeroStageEnum.gradients
+    assert (
+        found["scale"].cur_scale == 2.0
+        and found["place"] == fragment_address(3, 0)
+        and found["stage"] is ZeroStageEnum.gradients
+    )
