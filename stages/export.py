@@ -34,15 +34,8 @@ def main() -> None:
     manifest = records.read_manifest(RECORDS)
     results = json.loads(Path("reports/train.json").read_text(encoding="utf-8"))
     model = join(TRAINED, encoder)
-    write_export(
-        EXPORT,
-        model,
-        AutoProcessor.from_pretrained(TRAINED, trust_remote_code=False),
-        params,
-        training,
-        results,
-        manifest,
-    )
+    processor = AutoProcessor.from_pretrained(TRAINED, trust_remote_code=False)
+    write_export(EXPORT, model, processor, params, training, results, manifest)
     difference = compare(FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash}), params.data.max_image_pixels)
     logging.info("%s: features from its pixels differ from the stored ones by at most %.1e", EXPORT, difference)
     tracking.log_export(params, weights_hash=training["weights_hash"], files=[EXPORT / CARD])

@@ -96,7 +96,8 @@ def test_nothing_that_a_stage_prints_shows_one(where):
 def official(**urls):
     values = yaml.safe_load(open("presets/small.yaml"))
     values["data"] |= {"source": "official", "official": {
-        "texts_url": "https://host/a", "images_url": "https://host/b", "keep_archives": True, "downloads": 1, **urls}}  # fmt: skip
+        "texts_url": "https://host/a", "images_url": "https://host/b", "keep_archives": True, "downloads": 1, **urls,
+    }}  # fmt: skip
     return values
 
 

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises of the code as a whole: no code of strangers is run, no pickle is read, the audit looks at all."""
+"""What SECURITY.md promises of the code as a whole: no code of strangers is run, no pickle is read."""
 
 import ast
 import re
@@ -11,17 +11,7 @@ FILES = sorted(path for part in ("src", "stages", "evaluation", "benchmarks") fo
 
 # Calls that would run, or whose default decides whether to run, what lies in a file or on the hub.
 FETCHING = {"from_pretrained", "load_dataset", "load_dataset_builder", "pipeline"}
-NEVER = {
-    "eval",
-    "exec",
-    "pickle.load",
-    "pickle.loads",
-    "dill.load",
-    "joblib.load",
-    "yaml.load",
-    "yaml.unsafe_load",
-    "os.system",
-}
+NEVER = set("eval exec os.system pickle.load pickle.loads dill.load joblib.load yaml.load yaml.unsafe_load".split())
 
 
 def calls(source):
@@ -53,7 +43,8 @@ def test_nothing_that_is_read_can_run(path):
     [
         "AutoModel.from_pretrained(folder)", "AutoModel.from_pretrained(folder, trust_remote_code=True)",
         "datasets.load_dataset('parquet')", "transformers.pipeline('x', trust_remote_code=given)", "torch.load(path)",
-        "torch.load(path, weights_only=False)", "pickle.loads(data)", "yaml.load(text)", "numpy.load(path, allow_pickle=True)",
+        "torch.load(path, weights_only=False)", "pickle.loads(data)", "yaml.load(text)",
+        "numpy.load(path, allow_pickle=True)",
     ],
 )  # fmt: skip
 def test_carelessness_is_seen(source):

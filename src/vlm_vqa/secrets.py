@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 import traceback
-from types import TracebackType
+from typing import Any
 
 _RULES = (
     # A user's name and password. After a colon that begins no port, all up to the word's last @ may be a password: people
@@ -52,10 +52,7 @@ class _Formatter(logging.Formatter):
 
 
 def mask_output(form: str, level: int, force: bool = False) -> None:
-    """Log to stderr as `form` says, from `level` on, and let neither log lines nor tracebacks show secrets.
-
-    Handlers that are there stay instead, but for `force`.
-    """
+    """As `logging.basicConfig` on stderr, but that neither log lines nor tracebacks show secrets."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(form))
     logging.basicConfig(level=level, handlers=[handler], force=force)
@@ -63,8 +60,7 @@ def mask_output(form: str, level: int, force: bool = False) -> None:
     threading.excepthook = lambda told: _show(*told[:3])
 
 
-def _show(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+def _show(*error: Any) -> None:
     # A thread may end by SystemExit, of which Python says nothing either.
-    if not issubclass(kind, SystemExit):
-        sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
-        sys.stderr.flush()
+    if not issubclass(error[0], SystemExit):
+        print(without_secrets("".join(traceback.format_exception(*error))), end="", file=sys.stderr, flush=True)

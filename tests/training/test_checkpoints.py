@@ -145,7 +145,7 @@ def test_a_pickle_that_could_run_code_is_refused_unread(tmp_path, monkeypatch, z
     path, made = tmp_path / "state.pt", tmp_path / "made"
     torch.save({"step": 1, "state": Stranger(made)}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(
-        UserError, match="checkpoint-2: a pickle in it holds (io|_io).open .*was not read.*delete the folder"
+        UserError, match="checkpoint-2: a pickle in it holds (io|_io).open .*was not read.*Delete the folder"
     ):
         with checkpoints.nothing_but_tensors(tmp_path / "checkpoint-2"):
             # As DeepSpeed asks.

@@ -189,11 +189,8 @@ def _damaged(path: Path) -> UserError:
 def nothing_but_tensors(checkpoint: Path | None) -> Iterator[None]:
     """Let torch read no pickle that could run code, even where DeepSpeed, whose files are pickles, asks it to.
 
-    Tensors, plain values and three classes of DeepSpeed's own settings are read; at anything else reading stops before it.
-    So a checkpoint may come from anyone: it is data, like the other launches' safetensors.
-
-    Raises:
-        UserError: a file of `checkpoint` holds something else.
+    Tensors, plain values and three classes of DeepSpeed's settings are read. At anything else reading stops with a
+    UserError, before it: a checkpoint is data, whoever wrote it.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -209,9 +206,8 @@ def nothing_but_tensors(checkpoint: Path | None) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
-            f"{checkpoint}: a pickle in it holds {found[1] if found else 'something'} beside tensors and settings, which could "
-            "run code; it was not read. This project did not write it so: delete the folder to go on from the checkpoint "
-            "before it, or from the start."
+            f"{checkpoint}: a pickle in it holds {found[1] if found else 'something'} beside tensors and settings, which "
+            "could run code; it was not read. Delete the folder to go on from the checkpoint before it, or from the start."
         ) from error
     finally:
         del os.environ[force]
