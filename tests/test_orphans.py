@@ -78,7 +78,8 @@ def test_what_a_person_has_started_goes_on_without_his_shell(started):
 def test_a_process_that_does_not_end_is_ended(monkeypatch):
     script = (
         "import psutil, sys, time\nfrom vlm_vqa import orphans\norphans.SECONDS_TO_END = 0.5\n"
-        "orphans.end_with_parents(lambda: None, [psutil.Process(int(sys.argv[1]))])\nprint('on', flush=True)\ntime.sleep(60)\n"
+        "orphans.end_with_parents(lambda: None, [psutil.Process(int(sys.argv[1]))])\nprint('on', flush=True)\n"
+        "time.sleep(60)\n"
     )
     parent = subprocess.Popen(["sleep", "60"])
     child = subprocess.Popen(
