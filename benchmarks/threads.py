@@ -186,6 +186,7 @@ def _kept(outcomes: Mapping[str, Outcome], name: str, quiet: str, machine_cores:
 
 
 def main(seconds: float, results: Path) -> None:
+    measure.check_writable(results)
     for folder in (RECORDS, FEATURES):
         if not folder.is_dir():
             raise UserError(

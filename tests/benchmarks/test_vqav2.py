@@ -166,7 +166,7 @@ def test_a_sample_without_pictures_is_named(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_result_says_what_it_is_of(name):
-    content = json.loads((measure.RESULTS / f"{name}.json").read_text())
+    content = json.loads((measure.COMMITTED / f"{name}.json").read_text())
     assert content["data"] and all(content["data"].values())
     origins = set(content["data"].values())
     for claim in content["claims"]:
