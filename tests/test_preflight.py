@@ -549,7 +549,7 @@ def test_every_peak_has_a_memory_and_is_found_by_the_name_that_the_driver_prints
 TYPED = {
     "H100 80GB HBM3": ["H100", "h100-sxm", "H100 SXM5 80GB", "NVIDIA H100 80GB HBM3"], "H100 PCIe": ["H100-PCIe"],
     "H100 NVL": ["H100 NVL 94GB"], "H200": ["h200", "H200 SXM 141GB"], "B200": ["B200"],
-    "A100-SXM4-40GB": ["A100", "A100 GPU"], "A100-SXM4-80GB": ["A100-80GB", "A100-SXM-80GB"],
+    "A100-SXM4-40GB": ["A100", "A100 GPU"], "A100-SXM4-80GB": ["A100-80GB", "A100-SXM-80GB", "a100sxm80gb"],
     "A100-PCIE-80GB": ["a100 pcie 80gb"], "A100 80GB PCIe": ["A100 80GB PCIe"], "Tesla T4": ["T4", "NVIDIA T4"],
     "Tesla V100-SXM2-16GB": ["V100"], "Tesla V100-SXM2-32GB": ["V100-32GB"], "Tesla P100-SXM2-16GB": ["P100"], "L4": ["l4"],
     "L40S": ["L40S"], "A10": ["A10", "A10 24GB"], "A10G": ["A10G"], "RTX A6000": ["A6000", "RTX A6000 48 GB"],
