@@ -64,7 +64,7 @@ def test_every_case_is_run_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.measure.cores", lambda: 2)
     main(1.0, tmp_path)
     written = json.loads((tmp_path / "threads.json").read_text())
-    assert list(written["details"]["outcomes"]) == [case.name for case in CASES]
+    assert set(written["details"]["outcomes"]) == {case.name for case in CASES}
     assert len(written["claims"]) == len(CASES) + 1 and written["claims"][-1]["met"]
 
 
