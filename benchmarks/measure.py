@@ -5,6 +5,7 @@ Absolute times say little on a shared machine, ratios of neighbouring runs say a
 
 import argparse
 import gc
+import os
 import platform
 import signal
 import statistics

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,8 +185,14 @@ def _kept(outcomes: Mapping[str, Outcome], name: str, quiet: str, machine_cores:
     return outcomes[name].rate / outcomes[quiet].rate / due
 
 
-def main(seconds: float, results: Path) -> None:
-    measure.check_writable(results)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train in every case and write `threads.json`; with `--worker` be the training of one of them."""
+    parser = measure.parser("threads", __doc__, seconds=25)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = measure.parse(parser, arguments)
+    if options.worker:
+        stage.run("threads", lambda: work(options.seconds, options.worker))
+        return
     for folder in (RECORDS, FEATURES):
         if not folder.is_dir():
             raise UserError(
@@ -194,22 +200,15 @@ def main(seconds: float, results: Path) -> None:
             )
     outcomes: dict[str, Outcome] = {}
     for case in CASES:
-        outcomes[case.name] = run(case, seconds)
+        outcomes[case.name] = run(case, options.seconds)
         print(f"  {case.name}: {outcomes[case.name]}", flush=True)
-    details: dict[str, Any] = {"seconds": seconds, "outcomes": {name: asdict(one) for name, one in outcomes.items()}}
-    measure.write(
-        "threads", claims(outcomes, measure.cores()), details,
-        {"questions and pictures": load_params().data.source.value}, results,
-    )  # fmt: skip
+    details: dict[str, Any] = {
+        "seconds": options.seconds,
+        "outcomes": {name: asdict(one) for name, one in outcomes.items()},
+    }
+    data = {"questions and pictures": load_params().data.source.value}
+    measure.write("threads", claims(outcomes, measure.cores()), details, data)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=25.0, help="of training, in each case")
-    parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder for threads.json")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        stage.run("threads", lambda: work(options.seconds, options.worker))
-    else:
-        main(options.seconds, options.results)
+    main()
