@@ -15,7 +15,7 @@ TESTS ?=
 # Of helm-web's page.
 PORT ?= 8000
 
-.PHONY: help repro test bench setup ui experiments helm-web lock clean
+.PHONY: help repro test bench setup ui experiments helm-web lock audit clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -63,6 +63,9 @@ lock: setup  ## rewrite constraints.txt from what is installed
 	@[ "$(WHEELS)" = cuda ] || { echo "$(VENV) has the CPU wheels: constraints.txt is written from an environment with all (WHEELS=cuda)." >&2; exit 2; }
 	@{ echo '# The exact versions of everything that is installed: `make lock` writes this file from .venv.'; \
 	   $(BIN)/python -m pip list --format=freeze --exclude vlm-vqa --exclude pip; } > constraints.txt
+
+audit:  ## ask PyPI's advisories about constraints.txt
+	PYTHON=$(PYTHON) scripts/audit
 
 clean:  ## remove what runs have made; .venv and the MLflow store stay
 	rm -rf data/records data/features data/features.parts models checkpoints benchmark_output helm-web

@@ -187,7 +187,7 @@ def test_who_may_write_runs_nothing_of_the_change(workflow):
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A copy of .ci/ beside a Makefile; `test`, `repro` and the run under FSDP2 end as TEST, REPRO and FSDP2 say."""
+    """A copy of .ci/ beside a Makefile; its parts end as CURRENT, TEST, REPRO, GATE and FSDP2 say."""
     ci = tmp_path / ".ci"
     ci.mkdir()
     for name in ("run", "helm-eval"):
@@ -195,11 +195,15 @@ def stubs(tmp_path):
         (ci / name).chmod(0o755)
     (ci / "fsdp2").write_text("#!/bin/sh\nexit $FSDP2\n")
     (ci / "fsdp2").chmod(0o755)
-    command = tmp_path / ".venv" / "bin" / "vlm-vqa"
-    command.parent.mkdir(parents=True)
-    command.write_text('#!/bin/sh\necho "gate $*"\nexit $GATE\n')
-    command.chmod(0o755)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    # With a browser there, none is installed.
+    stubs = {"vlm-vqa": 'echo "gate $*"\nexit $GATE\n', "python": "exit $CURRENT\n", "chromium": "exit 1\n"}
+    for name, script in stubs.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}")
+        (programs / name).chmod(0o755)
     (tmp_path / "Makefile").write_text(
+        "setup:\n"
         "test:\n\t@echo '===== 3 passed, 1 warning in 0.12s ====='; echo trailer; exit $(TEST)\n"
         "repro:\n\t@exit $(REPRO)\n"
     )
@@ -210,6 +214,7 @@ def stubs(tmp_path):
     ("codes", "failed"),
     [
         ({}, []),
+        ({"CURRENT": "1"}, [".ci/current.py"]),
         ({"TEST": "1"}, ["make test"]),
         ({"REPRO": "1"}, [".ci/helm-eval"]),
         ({"GATE": "1"}, [".ci/helm-eval"]),
@@ -218,7 +223,8 @@ def stubs(tmp_path):
     ],
 )
 def test_ci_run_fails_if_either_part_does_and_ends_with_pytests_line(stubs, codes, failed):
-    environment = os.environ | {"TEST": "0", "REPRO": "0", "GATE": "0", "FSDP2": "0"} | codes
+    environment = os.environ | dict.fromkeys(("CURRENT", "TEST", "REPRO", "GATE", "FSDP2"), "0") | codes
+    environment["PATH"] = f"{stubs / '.venv/bin'}{os.pathsep}{environment['PATH']}"
     done = subprocess.run([stubs / ".ci" / "run"], env=environment, capture_output=True, text=True, cwd="/")
     assert done.returncode == (1 if failed else 0), done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "===== 3 passed, 1 warning in 0.12s ====="
