@@ -1,5 +1,7 @@
 """The token layout: what a row holds, who sees whom, what is supervised, and text that looks like a token."""
 
+import re
+
 import pytest
 import torch
 
