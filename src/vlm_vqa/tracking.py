@@ -319,9 +319,12 @@ def _is_whole(database: Path) -> bool:
 
 
 def _holds_records(database: Path) -> bool:
+    """Whether there is a row besides MLflow's own: schema's version, default workspace, default experiment."""
+    own = ("alembic_version", "workspaces", "experiments")
     with _connected(database) as connection:
-        names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name != 'alembic_version'")
-        return any(connection.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for (name,) in names.fetchall())
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        rows = {table: connection.execute(f'SELECT 1 FROM "{table}" LIMIT 2').fetchall() for table in tables}
+    return any(len(found) > (table in own) for table, found in rows.items())
 
 
 def _connected(database: Path) -> Any:
