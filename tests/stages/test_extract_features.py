@@ -109,7 +109,7 @@ def noise(count: int) -> dict[int, bytes]:
 
 
 def live(images: dict[int, bytes]) -> torch.Tensor:
-    encoder = load_encoder(load_params("presets/small.yaml").vision, "cpu")
+    encoder = load_encoder(load_params("params.yaml").vision, "cpu")
     opened = [open_image(data, str(image_id), 10**8) for image_id, data in sorted(images.items())]
     return torch.cat([encoder.encode(opened[start : start + BATCH]) for start in range(0, len(opened), BATCH)])
 
@@ -178,7 +178,7 @@ def test_stored_features_are_the_live_encoders_bit_for_bit(run_folder, three_thr
     extract_features.main()
     store = FeatureStore.open("data/features")
     assert torch.equal(store.batch(sorted(images)), live(images))
-    encoder = load_encoder(load_params("presets/small.yaml").vision, "cpu")
+    encoder = load_encoder(load_params("params.yaml").vision, "cpu")
     expected = {"encoder_hash": encoder.hash, "data_hash": "d" * 64, "dtype": "float32", "num_tokens": 65, "width": 128}
     FeatureStore.open("data/features", expected)
     assert store.manifest["processor"]["image_processor_type"] == "BitImageProcessor"
