@@ -24,6 +24,7 @@ _MASKS = [
     (r"\b[0-9a-f]{12,}\b", "HASH"),
     (r"(?<![A-Za-z_])[-+]?\d+([.,]\d+)*(e[-+]?\d+)?", "N"),
     (r"(?<=^\tgit add ).*", "FILES"),
+    (r"(?<=threads N )\([^)]*\)", "(WHY)"),
 ]
 # As tqdm writes it, with and without a known end: " 7/14 [00:09<00:10, ", "74image [00:00, ".
 _PROGRESS = re.compile(r"\d+%\||\[[\d:]+[<,] ?")
