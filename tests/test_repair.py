@@ -1,5 +1,7 @@
 """One flipped bit in any output is found and mended by the command that is named, however DVC's cache is linked."""
 
+import shutil
+
 import pytest
 
 from tests.dvc_project import DvcProject, flip
@@ -116,6 +118,8 @@ def test_what_is_good_or_not_ours_stays(project, capfd):
     assert command(capfd, "repair")[0] == 0
     assert project.folder.joinpath("data/made/a").stat().st_ino == inode
     check_mended(project, capfd)
+    project.git("add", "report")
+    project.git("commit", "-qm", "report")
 
 
 @pytest.mark.parametrize("project", LINKS[:1], indirect=True)
@@ -123,8 +127,9 @@ def test_missing_files_unknown_stages_and_nothing_to_do(project, capfd):
     runs = project.runs()
     (project.folder / "data/made/c").unlink()
     (project.folder / "metrics.json").unlink()
+    shutil.rmtree(project.folder / "report")
     code, out = command(capfd, "verify")
-    assert code == 1 and out.count(": missing") == 2
+    assert code == 1 and out.count(": missing") == 4
     assert command(capfd, "repair")[0] == 0 and project.runs() == runs
     check_mended(project, capfd)
     assert main(["verify", "train"]) == 2 and "no stage train, but make, report" in capfd.readouterr().err

@@ -131,15 +131,15 @@ def _objects(out: Output) -> list[Path]:
 
 def _in_git(out: Output) -> dict[str, bytes]:
     """Return relative path -> content of an output's files as committed, nothing where DVC's cache keeps them."""
-    path = Path(out.fs_path)
     if out.use_cache:
         return {}
 
     def git(*words: str) -> bytes:
-        return subprocess.run(["git", *words], cwd=path.parent, capture_output=True, check=False).stdout
+        return subprocess.run(["git", *words], cwd=out.repo.root_dir, capture_output=True, check=False).stdout
 
-    names = git("ls-tree", "-rz", "--name-only", "HEAD", path.name).decode().split("\0")[:-1]
-    return {os.path.relpath(name, path.name): git("show", f"HEAD:./{name}") for name in names}
+    path = os.path.relpath(out.fs_path, out.repo.root_dir)
+    names = git("ls-tree", "-rz", "--name-only", "HEAD", path).decode().split("\0")[:-1]
+    return {os.path.relpath(name, path): git("show", f"HEAD:./{name}") for name in names}
 
 
 def _tree(hashes: dict[str, str | None]) -> Tree:

@@ -199,5 +199,5 @@ def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_pa
     export(tiny, trained, "image-prefix", tmp_path / "export")
     facts = tmp_path / "export" / FACTS_FILE
     facts.write_text(facts.read_text().replace('"weights_hash": "', '"weights_hash": "0'))
-    with pytest.raises(UserError, match="Run the export stage again"):
+    with pytest.raises(UserError, match="vlm-vqa repair export"):
         Answerer.from_export(tmp_path / "export")
