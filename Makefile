@@ -21,7 +21,7 @@ help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1\t\2/p' Makefile | expand -t 14
 
 repro: setup  ## run the five stages that params.yaml, the code or the data ask for
-	source $(BIN)/activate && dvc repro
+	source $(BIN)/activate && vlm-vqa unlock --quiet && dvc repro
 
 test: setup  ## cheap tests first, slow ones after them
 	source $(BIN)/activate && python -m pytest $(TESTS)

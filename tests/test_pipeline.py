@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
 
 from tests import golden
+from tests.dvc_project import flip
 from tests.pipeline import ROOT, Project, sample_params
 from vlm_vqa.hashing import CODE, code_hash
 
@@ -71,6 +73,22 @@ def test_real_pictures_through_all_stages(tmp_path, shared_data):
     project.set({"train.learning_rate": 1e-3})
     assert stages_run(project) == ["train", "export", "helm-eval"]
     compared_in_the_terminal(project)
+    damaged_and_repaired(project)
+
+
+def damaged_and_repaired(project):
+    """Damage that DVC does not see is found, and the command that is named makes what was there, whatever was made of it."""
+    lock = (project.folder / "dvc.lock").read_bytes()
+    vlm_vqa = f"{sys.executable} -m vlm_vqa.cli"
+    for name in ("data/features/*.safetensors", "reports/metrics.json"):
+        flip(next(project.folder.glob(name)), keep_time=True)
+    found = project.command(f"{vlm_vqa} verify")
+    assert found.returncode == 1 and "Run `vlm-vqa repair extract-features helm-eval`" in found.stdout
+    done = project.command(f"{vlm_vqa} repair extract-features helm-eval 2>&1")
+    ran = [name for name in STAGES if f"Running stage '{name}'" in done.stdout]
+    assert done.returncode == 0 and ran == ["extract-features"], done.stdout[-4000:]
+    assert project.command(f"{vlm_vqa} verify").returncode == 0
+    assert (project.folder / "dvc.lock").read_bytes() == lock
 
 
 def compared_in_the_terminal(project):

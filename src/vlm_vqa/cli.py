@@ -91,6 +91,37 @@ def _ask(arguments: argparse.Namespace) -> int:
     return 2 if lacking else 0
 
 
+def _unlock(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.unlock import project_of, unlock
+
+    for line in unlock(project_of(Path())) or ([] if arguments.quiet else ["no killed dvc has left anything here"]):
+        print(line)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.errors import make_again
+    from vlm_vqa.repair import recorded, verify
+    from vlm_vqa.unlock import project_of
+
+    with recorded(project_of(Path()), arguments.stages) as outs:
+        faults = verify(outs)
+    for fault in faults:
+        print(fault)
+    if not faults:
+        print(f"{len(outs)} outputs: every file is what dvc.lock records")
+        return 0
+    print(make_again(" ".join(sorted({fault.stage for fault in faults}))))
+    return 1
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.repair import repair
+    from vlm_vqa.unlock import project_of
+
+    return repair(project_of(Path()), arguments.stages, not arguments.no_run)
+
+
 def _gallery(arguments: argparse.Namespace) -> int:
     from vlm_vqa.evaluation.gallery import draw_gallery
 
@@ -204,12 +235,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_preflight_options(sub)
 
+    sub = command(
+        "repair",
+        _repair,
+        "Remove what is damaged of stages' outputs, from DVC's cache too, and let `dvc repro` make it again.",
+    )
+    sub.add_argument("stages", nargs="*", metavar="STAGE", help="as in dvc.yaml (default: all)")
+    sub.add_argument("--no-run", action="store_true", help="only remove, for a `dvc pull` or `dvc repro` of yours")
+
     command("track", _track, "Record the outputs here as an MLflow run, after `dvc pull` or when tracking had failed.")
+
+    sub = command("unlock", _unlock, "Mend the locks that a killed dvc has left, so that `dvc repro` works again.")
+    sub.add_argument("--quiet", action="store_true", help="say nothing where there is nothing to do")
+
+    sub = command(
+        "verify", _verify, "Read stages' outputs whole and compare them with dvc.lock; exit 1 if any differs."
+    )
+    sub.add_argument("stages", nargs="*", metavar="STAGE", help="as in dvc.yaml (default: all)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 scores dropped, 2 a mistake of the user's, 130 Ctrl-C."""
+    """Run one command and return its exit code: 0 done, 1 lower scores or damaged files, 2 a user's mistake, 130 Ctrl-C."""
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
     if more and not ("questions" in arguments and all(not word.startswith("-") for word in more)):

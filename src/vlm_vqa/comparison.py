@@ -98,7 +98,9 @@ def _score(report: Mapping[str, Any], name: str, whose: str) -> float:
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{whose} {REPORT} has no number {name} (but {value!r}): `dvc repro helm-eval` writes it anew")
+        raise UserError(
+            f"{whose} {REPORT} has no number {name} (but {value!r}): `vlm-vqa repair helm-eval` brings it back"
+        )
     return value
 
 
@@ -127,9 +129,9 @@ def _parse(text: str, name: str) -> dict[str, Any]:
     try:
         report = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{name} is not JSON ({error}): `dvc repro helm-eval` writes it anew") from error
+        raise UserError(f"{name} is not JSON ({error}): `vlm-vqa repair helm-eval` brings it back") from error
     if not isinstance(report, dict):
-        raise UserError(f"{name} is not a JSON object: `dvc repro helm-eval` writes it anew")
+        raise UserError(f"{name} is not a JSON object: `vlm-vqa repair helm-eval` brings it back")
     return report
 
 

@@ -16,3 +16,12 @@ class UserError(ValueError):
     def __init__(self, message: str):
         super().__init__(without_secrets(message))
         mask(sys.exception())
+
+
+def make_again(stages: str) -> str:
+    """Say which command mends damaged outputs of stages: `dvc repro --force` would link the damaged ones back."""
+    return f"Run `vlm-vqa repair {stages}`: it removes what is damaged and makes it again."
+
+
+GO_ON = "Run `dvc repro` again to go on; should it call its rwlock or dvc.lock damaged, `vlm-vqa unlock` before it."
+"""What to do after an interruption."""

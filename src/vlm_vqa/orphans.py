@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from vlm_vqa.errors import GO_ON
+
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_END = 7.0
 """Between being asked to end and being ended: with the rest, less than ten."""
@@ -76,7 +78,7 @@ def _watch(parents: list[psutil.Process], end: Callable[[], None]) -> None:
     while parents and not (lost := [process for process in parents if gone(process)]):
         time.sleep(SECONDS_BETWEEN_LOOKS)
     who = f"{names[lost[0]]} (process {lost[0].pid})" if parents else "dvc"
-    log.error("%s, which started this, has gone: ending. Run `dvc repro` again to go on.", who)
+    log.error("%s, which started this, has gone: ending. %s", who, GO_ON)
     end()
     time.sleep(SECONDS_TO_END)
     os.kill(os.getpid(), signal.SIGKILL)

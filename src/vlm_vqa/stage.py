@@ -14,8 +14,9 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from vlm_vqa import orphans
-from vlm_vqa.errors import UserError
+from vlm_vqa.errors import GO_ON, UserError
 from vlm_vqa.secrets import mask_output
+from vlm_vqa.unlock import keep_dvc_lock
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
@@ -50,12 +51,13 @@ def run(name: str, main: Callable[[], None]) -> None:
     transformers_logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, _terminate)
     orphans.end_with_parents(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    keep_dvc_lock()
     try:
         main()
     except UserError as error:
         _fail(name, str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        _fail(name, "interrupted. Run `dvc repro` again to go on.", EXIT_INTERRUPTED)
+        _fail(name, f"interrupted. {GO_ON}", EXIT_INTERRUPTED)
     except Exception as error:
         remedy = disk_remedy(error)
         if remedy is not None:

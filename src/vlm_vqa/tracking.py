@@ -728,7 +728,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: `dvc pull` or `dvc repro` brings it") from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): `dvc checkout {path}` or `dvc repro` brings it back") from error
+        raise UserError(f"{path} is not JSON ({error}): `vlm-vqa repair` brings it back") from error
 
 
 def _check_current(folder: Path) -> None:

@@ -113,7 +113,7 @@ def test_other_columns_are_refused(stored):
 
 def test_missing_records_say_which_stage_makes_them(tmp_path):
     for read_it in (records.read_manifest, records.count_images, lambda folder: records.load_questions(folder, "val")):
-        with pytest.raises(UserError, match="dvc repro fetch-vqav2"):
+        with pytest.raises(UserError, match="vlm-vqa repair fetch-vqav2"):
             read_it(tmp_path)
 
 

@@ -71,7 +71,7 @@ def test_the_command_writes_where_it_is_told(records, predictions, tmp_path, mon
 
 
 def test_missing_predictions_and_images_are_named(records, predictions, tmp_path):
-    with pytest.raises(UserError, match="dvc repro helm-eval"):
+    with pytest.raises(UserError, match="vlm-vqa repair helm-eval"):
         draw_gallery(records, tmp_path / "no.parquet", tmp_path / "a.png")
     table = pq.read_table(predictions)
     ids = pa.array([999] * len(table), pa.int64())

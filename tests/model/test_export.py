@@ -190,7 +190,7 @@ def test_an_export_is_the_same_bytes_twice(tiny, trained, tmp_path):
 def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_path):
     folder, encoder, _ = trained("image-prefix")
     (folder / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match="model.safetensors: missing or damaged.*dvc repro --force train"):
+    with pytest.raises(UserError, match="model.safetensors: missing or damaged.*vlm-vqa repair train"):
         join(folder, encoder)
     folder, encoder, _ = trained("prefix-lm")
     write_json(folder / "training.json", {"weights_hash": "0" * 64})
@@ -199,5 +199,5 @@ def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_pa
     export(tiny, trained, "image-prefix", tmp_path / "export")
     facts = tmp_path / "export" / FACTS_FILE
     facts.write_text(facts.read_text().replace('"weights_hash": "', '"weights_hash": "0'))
-    with pytest.raises(UserError, match="Run the export stage again"):
+    with pytest.raises(UserError, match="vlm-vqa repair export"):
         Answerer.from_export(tmp_path / "export")

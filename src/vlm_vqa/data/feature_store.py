@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm_vqa.errors import UserError
+from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.hashing import hash_json, sha256_file, write_json
 from vlm_vqa.params import StoreDtype
 
@@ -50,8 +50,8 @@ _SHARD_BYTES = 256 * 2**20
 _HEADER_BYTES = 512
 """More than safetensors' header of a shard takes."""
 _HASHING_THREADS = 8
-_REMAKE = "Run `dvc repro extract-features` to make the features again."
-_RECORDS = "Run `dvc repro fetch-vqav2` to make the records again."
+_REMAKE = make_again("extract-features")
+_RECORDS = make_again("fetch-vqav2")
 
 logger = logging.getLogger(__name__)
 
@@ -453,4 +453,6 @@ def _check_expected(folder: Path, manifest: dict[str, Any], expected: dict[str, 
             f"{EXPECTABLE[key]} differs: {key} is {manifest.get(key)!r}, expected {expected[key]!r}"
             for key in differing
         )
-        raise UserError(f"{folder}: these features do not belong to this run. {details}. {_REMAKE}")
+        raise UserError(
+            f"{folder}: these features do not belong to this run. {details}. Run `dvc repro extract-features`."
+        )

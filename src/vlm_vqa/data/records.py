@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
 
-from vlm_vqa.errors import UserError
+from vlm_vqa.errors import UserError, make_again
 
 SPLITS = ("train", "val")
 # Raised when the files change in a way that older readers would misunderstand.
@@ -50,7 +50,7 @@ IMAGE_FEATURES = datasets.Features(
     }
 )
 
-_REMAKE = "Run `dvc repro fetch-vqav2` to make the records again."
+_REMAKE = make_again("fetch-vqav2")
 
 
 class ImageRecord(NamedTuple):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.records import iter_images
-from vlm_vqa.errors import UserError
+from vlm_vqa.errors import UserError, make_again
 
 _COLUMNS = 4
 _COLOURS = {"right": "#1a7f37", "wrong": "#b42318"}
@@ -71,7 +71,7 @@ def _choose(path: Path, right: int, wrong: int, seed: int) -> list[dict[str, Any
     try:
         table = pq.read_table(path, columns=["image_id", "question", "answers", "prediction", "score"])
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Run `dvc repro helm-eval` first.") from error
+        raise UserError(f"{path}: cannot be read ({error}). {make_again('helm-eval')}") from error
     is_right, images = table["score"].to_numpy() >= _RIGHT, table["image_id"].to_numpy()
     order = np.random.RandomState(seed).permutation(len(table))
     # Image id -> row; wrong answers are rare in a good model, so they have the first choice of images.
@@ -95,7 +95,9 @@ def _images(records: Path, wanted: set[int], max_pixels: int) -> Mapping[int, Im
         if len(images) == len(wanted):
             return images
     missing = min(wanted - images.keys())
-    raise UserError(f"{records}: has no image {missing}, which a prediction is about. Run `dvc repro` again.")
+    raise UserError(
+        f"{records}: has no image {missing}, which a prediction is about. {make_again('fetch-vqav2 helm-eval')}"
+    )
 
 
 def _draw(axes: Any, row: Mapping[str, Any], image: Image.Image) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vlm_vqa.data.records import iter_images
-from vlm_vqa.errors import UserError
+from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.hashing import write_json
 
 SCORES = ("bleu_1", "bleu_4", "exact_match", "quasi_exact_match", "quasi_prefix_exact_match", "f1_score", "rouge_l")
@@ -128,7 +128,7 @@ def _write_images(folder: Path, wanted: set[int], records: Path) -> None:
     if missing:
         raise UserError(
             f"{records}: no image {min(missing)} ({len(missing)} missing), which a validation question is about. "
-            "Run `dvc repro fetch-vqav2` again."
+            f"{make_again('fetch-vqav2')}"
         )
 
 

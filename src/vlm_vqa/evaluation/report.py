@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions, read_manifest
-from vlm_vqa.errors import UserError
+from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.evaluation.baselines import PriorAnswerer, shuffled_images
 from vlm_vqa.evaluation.bleu import mean_bleu_1, prepare_punkt
 from vlm_vqa.evaluation.helm_files import (
@@ -228,8 +228,8 @@ def _check_agreement(from_pixels: Sequence[str], from_features: Sequence[str]) -
     if equal < LEAST_AGREEMENT:
         raise UserError(
             f"only {equal:.1%} of HELM's answers, given from pixels, equal those from stored features. The features "
-            "are not those of the exported model's encoder, or vision.store_dtype is too coarse. Run "
-            "`dvc repro --force extract-features`, or set vision.store_dtype and vision.compute_dtype to float32."
+            "are not those of the exported model's encoder, or vision.store_dtype is too coarse. "
+            f"{make_again('extract-features')} Or set vision.store_dtype and vision.compute_dtype to float32."
         )
     log.info("%.2f%% of HELM's answers equal those from stored features", 100 * equal)
     return equal

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
-from vlm_vqa.errors import UserError
+from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.model.encoder import middle
 from vlm_vqa.model.generation import generate
 from vlm_vqa.model.layout import TokenLayout
@@ -69,7 +69,7 @@ class Answerer:
         if found != facts["weights_hash"]:
             raise UserError(
                 f"{folder}: the weights have hash {found[:12]}, but {FACTS_FILE} names {facts['weights_hash'][:12]}. "
-                "Run the export stage again: `dvc repro --force export`."
+                f"{make_again('export')}"
             )
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
-from vlm_vqa.errors import UserError
+from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.hashing import write_json
 from vlm_vqa.model.answering import FACTS_FILE
 from vlm_vqa.model.encoder import Encoder
@@ -22,7 +22,7 @@ CARD = "README.md"
 TRAINED_BY = ("seed", "vision.", "language.", "prompt.", "train.")
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "pillow")
 """What the card's code needs; the card names their versions, which are the same on every machine (constraints.txt)."""
-RETRAIN = "Train again: `dvc repro --force train`."
+RETRAIN = make_again("train")
 
 # The line that differs: the stock processor marks a whole prompt as one bidirectional block, which is prefix-lm.
 TYPE_IDS_LINE = (

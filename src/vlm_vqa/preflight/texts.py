@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from vlm_vqa.data.records import MANIFEST, load_questions
-from vlm_vqa.errors import UserError
+from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.params import Params, Source
 
 RECORDS = Path("data/records")
@@ -111,7 +111,7 @@ def _manifest(folder: Path) -> dict:
     except OSError:
         return {}
     except ValueError as error:
-        raise UserError(f"{folder / MANIFEST}: not JSON ({error}). Run `dvc repro fetch-vqav2` again.") from error
+        raise UserError(f"{folder / MANIFEST}: not JSON ({error}). {make_again('fetch-vqav2')}") from error
 
 
 def _known(params: Params) -> Known:
