@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from vlm_vqa import cores, stage
+from vlm_vqa.checks import check_here
 from vlm_vqa.data import decoding, feature_store, records
 from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
 from vlm_vqa.hashing import sha256_file
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     params = load_params("params.yaml")
+    check_here(params)
     vision = params.vision
     running = crew.join(vision.launch)
     data_hash = records.read_manifest(RECORDS)["data_hash"]

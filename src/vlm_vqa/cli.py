@@ -45,9 +45,11 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.checks import check_here
     from vlm_vqa.params import load_params
 
     params = load_params(arguments.params)
+    check_here(params)
     print(f"{arguments.params}: {len(params.flat())} parameters, valid; params_hash {params.hash()}")
     return 0
 

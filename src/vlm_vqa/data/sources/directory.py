@@ -72,10 +72,10 @@ def directory_source(data: DataParams) -> Source:
     """Return the files that `data.directory`, `data.train` and `data.val` name.
 
     Raises:
-        UserError: there is no such folder, or an image name is no pattern.
+        UserError: there is no such folder.
     """
     folder = Path(data.directory)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(
             f"data.directory is {data.directory!r}, which is no folder. Put the VQAv2 files there as "
             "data/vqav2/README.md says, or set data.source: easy-vqa."
@@ -83,9 +83,8 @@ def directory_source(data: DataParams) -> Source:
     splits = []
     for split in SPLITS:
         files = getattr(data, split)
-        names = ImageNames(files.image_name, f"data.{split}.image_name")
         paths = (folder / files.questions, folder / files.annotations, folder / files.images)
-        splits.append(SplitPaths(split, *paths, names))
+        splits.append(SplitPaths(split, *paths, ImageNames(files.image_name)))
     return Source("directory", {}, tuple(splits))
 
 
@@ -97,7 +96,7 @@ def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
             folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json",
             folder / f"v2_mscoco_{split}2014_annotations.json",
             folder / f"{split}2014",
-            ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg", f"data.{split}.image_name"),
+            ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
         )
         for split in SPLITS
     )
