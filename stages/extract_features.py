@@ -4,6 +4,9 @@ Reads data/records; writes data/features, and before that data/features.parts, f
 Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/extract_features.py`.
 """
 
+import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import logging
 import time
 from pathlib import Path

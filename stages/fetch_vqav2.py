@@ -1,5 +1,8 @@
 """Stage fetch-vqav2: questions, answers and images from `data.source`, checked, as Parquet in data/records."""
 
+import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import logging
 
 from vlm_vqa.checks import check_machine, check_records

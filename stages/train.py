@@ -4,6 +4,9 @@ Reads data/records and data/features; writes models/trained, reports/train.json 
 Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/train.py`.
 """
 
+import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import shutil
 from pathlib import Path
 

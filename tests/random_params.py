@@ -10,8 +10,8 @@ NUMBERS = [0, -0.0, 1, -1, 2, 3, 7, 0.5, 1.5, -2.5, 1e-320, 1e-9, 19, 20, 21, 64
            float("nan"), float("inf"), float("-inf")]  # fmt: skip
 WORDS = ["", " ", "none", "true", "1e-5", "small", "random", "cpu", "cpu-ddp", "cpu-zero2", "installed", "float16",
          "bfloat16", "int8", "drawn", "drop", "prefix-lm", "flex_attention", "adamw_bnb_8bit", "linear", "stochastic",
-         "constant_with_warmup", "official", "hub", "directory", "easy-vqa", "a" * 5000, "a\0b", "\ud800", "../x", "/dev/zero",
-         "{image_id}", "{image_id.foo}", "{image_id:02000000000d}", "{image_id!r}", "{", "%s", "$x", "\n"]  # fmt: skip
+         "constant_with_warmup", "official", "hub", "directory", "easy-vqa", "a" * 5000, "a\0b", "\ud800", "../x",
+         "/dev/zero", "{image_id}", "{image_id.foo}", "{image_id:02000000000d}", "{image_id!r}", "{", "\n"]  # fmt: skip
 OTHERS = [None, True, False, [], [1], {}, {"a": 1}, [[]], ["q_proj"]]
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ["q_proj"]}
 

@@ -177,6 +177,14 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path):
         load_params(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir,
+                                  lambda path: path.write_bytes(bytes(2**20 + 1))])  # fmt: skip
+def test_what_is_no_file_of_parameters_is_not_read(make, tmp_path):
+    make(tmp_path / "params.yaml")
+    with pytest.raises(UserError, match="params.yaml: cannot be read"):
+        load_params(tmp_path / "params.yaml")
+
+
 # --- how values are written --------------------------------------------------------------------------------------------
 
 

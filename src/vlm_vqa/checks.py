@@ -37,7 +37,12 @@ def check_machine(params: Params, launches: Path = LAUNCHES) -> None:
     Raises:
         UserError: naming the parameter.
     """
-    read_launch(params.vision.launch, launches, "vision.launch")
+    extraction = read_launch(params.vision.launch, launches, "vision.launch")
+    if extraction["distributed_type"] not in ("NO", "MULTI_GPU") or extraction["num_machines"] != 1:
+        raise UserError(
+            f"vision.launch is {params.vision.launch!r}, which divides a model or spans machines; the frozen encoder is copied "
+            "to processes of one machine. Set vision.launch to cpu, cpu-ddp or ddp."
+        )
     training = read_launch(params.train.launch, launches)
     check_params(params.train, strategy_of(training, launches / f"{params.train.launch}.yaml"))
     for key, model in (("vision.model", params.vision.model), ("language.model", params.language.model)):

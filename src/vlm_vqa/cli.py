@@ -3,10 +3,12 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm_vqa import end_quietly
 from vlm_vqa.errors import UserError
 from vlm_vqa.secrets import mask_output, without_secrets
 
@@ -212,6 +214,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 scores dropped, 2 a mistake of the user's, 130 Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is end_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
     if more and not ("questions" in arguments and all(not word.startswith("-") for word in more)):

@@ -26,6 +26,7 @@ from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.files import check_regular
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.secrets import without_secrets
 
@@ -466,6 +467,8 @@ INTERPOLATED = ("data.directory", "vision.launch", "train.launch")
 """Texts that DVC fills into `dvc.yaml` as YAML reads them."""
 MOST_VALUES = 10_000
 """In a parameter file; the longest has a hundred. Aliases of aliases make millions out of ten lines."""
+MOST_BYTES = 2**20
+"""Of a parameter file; the longest has three thousand."""
 MOST_CHARACTERS = 1000
 """In a text; the longest has two hundred."""
 _TAG = "tag:yaml.org,2002:"
@@ -480,6 +483,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
             combination is impossible; the message holds the key's full name.
     """
     try:
+        check_regular(path, MOST_BYTES)
         node = YAML(typ="safe", pure=True).compose(Path(path).read_text(encoding="utf-8"))
         values = None if node is None else _read(node, "", itertools.count(1))
     except UserError as error:
