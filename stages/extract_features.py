@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     params = load_params("params.yaml")
-    check_here(params)
+    check_here(params, run=True)
     vision = params.vision
     running = crew.join(vision.launch)
     data_hash = records.read_manifest(RECORDS)["data_hash"]

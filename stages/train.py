@@ -48,7 +48,7 @@ RECORDS, FEATURES, TRAINED, REPORTS = (
 
 def main() -> None:
     params = load_params("params.yaml")
-    check_here(params)
+    check_here(params, run=True)
     running = launch.start(params.train)
     processes = running.processes
     with Watchdog(connect(processes), running.process, processes, params.train.stall_seconds) as watchdog:

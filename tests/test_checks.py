@@ -128,3 +128,10 @@ def test_a_blank_main_answer_is_refused_before_the_training(vqav2_folder, tmp_pa
     with pytest.raises(UserError, match="1 training questions have a blank multiple_choice_answer"):
         check_records(params, records)
     check_records(changed(params, train={"answers": Answers.DRAWN}), records)
+
+
+def test_a_check_for_another_machine_says_what_nltk_lacks(monkeypatch, caplog):
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: pytest.fail("a check downloads nothing"))
+    monkeypatch.setattr(nltk.data, "path", [])
+    check_here(changed(parse_params(SMALL), evaluation={"punkt_tab": Punkt.INSTALLED}), records=Path("none"))
+    assert "nltk's punkt_tab is not on this machine" in caplog.text

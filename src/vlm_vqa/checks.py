@@ -5,6 +5,7 @@ there are some (`check_records`). `vlm-vqa check`, preflight and the stages up t
 extraction or training is spent on what a later stage must refuse.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -16,23 +17,27 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.params import Answers, Params, Punkt, TooLong, is_local
 from vlm_vqa.training.launch_file import check_params, read_launch, strategy_of
 
+log = logging.getLogger(__name__)
+
 LAUNCHES = Path("launch")
 RECORDS = Path("data/records")
 
 
-def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORDS) -> None:
-    """Check this machine, and the records where there are some of this source.
+def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORDS, run: bool = False) -> None:
+    """Check this machine, and the records where there are some of this source; `run` as for `check_machine`.
 
     Raises:
         UserError: they do not allow the five stages.
     """
-    check_machine(params, launches)
+    check_machine(params, launches, run)
     if (records / MANIFEST).is_file() and read_manifest(records).get("source") == params.data.source.value:
         check_records(params, records)
 
 
-def check_machine(params: Params, launches: Path = LAUNCHES) -> None:
-    """Refuse launches, models and nltk data that are not here.
+def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -> None:
+    """Refuse launches and models that are not here, and nltk data that cannot be had where the stages `run`.
+
+    A prediction or a check may be about another machine: there, what nltk lacks is only said.
 
     Raises:
         UserError: naming the parameter.
@@ -40,7 +45,7 @@ def check_machine(params: Params, launches: Path = LAUNCHES) -> None:
     extraction = read_launch(params.vision.launch, launches, "vision.launch")
     if extraction["distributed_type"] not in ("NO", "MULTI_GPU") or extraction["num_machines"] != 1:
         raise UserError(
-            f"vision.launch is {params.vision.launch!r}, which divides a model or spans machines; the frozen encoder is copied "
+            f"vision.launch is {params.vision.launch!r}, which divides a model or spans machines; the encoder is copied "
             "to processes of one machine. Set vision.launch to cpu, cpu-ddp or ddp."
         )
     training = read_launch(params.train.launch, launches)
@@ -50,9 +55,14 @@ def check_machine(params: Params, launches: Path = LAUNCHES) -> None:
             raise UserError(f"{key} is {model!r}, but no model's config.json is there. Mend the path.")
     if params.evaluation.punkt_tab is Punkt.INSTALLED:
         # nltk is only loaded where it is asked for.
-        from vlm_vqa.evaluation.bleu import prepare_punkt
+        from vlm_vqa.evaluation.bleu import prepare_punkt, punkt_is_installed
 
-        prepare_punkt(Punkt.INSTALLED)
+        if run and os.environ.get("RANK", "0") == "0":
+            prepare_punkt(Punkt.INSTALLED)
+        elif not run and not punkt_is_installed():
+            log.warning(
+                "evaluation.punkt_tab is installed, but nltk's punkt_tab is not on this machine: needs a network"
+            )
 
 
 def check_records(params: Params, records: Path = RECORDS) -> None:
