@@ -177,6 +177,7 @@ def run_stage(folder: Path, url: str, checksums: Path) -> tuple[float, float]:
         "hub": None,
     }
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    (folder / "launch").symlink_to(ROOT / "launch")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", CHECKSUMS_VARIABLE: str(checksums)}
     start = time.perf_counter()
     command = [sys.executable, "-c", _STARTER, sys.executable, ROOT / "stages" / "fetch_vqav2.py"]

@@ -28,11 +28,10 @@ from transformers import BitImageProcessor, Dinov2Config, PaliGemmaProcessor
 from benchmarks import measure, workload
 from benchmarks.measure import Claim, Timing
 from benchmarks.workload import TOKENIZER_LIMIT, read_questions
-from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION
 from vlm_vqa.evaluation.report import answer_questions
 from vlm_vqa.model.answering import Answerer
 from vlm_vqa.model.vlm import VlmForTraining, build_processor, initial_model, train_tokenizer
-from vlm_vqa.params import LanguageConfig, LanguageParams, Mask, load_params
+from vlm_vqa.params import HELM_INSTRUCTION, LanguageConfig, LanguageParams, Mask, load_params
 
 PRESET = Path(__file__).parents[1] / "presets" / "small.yaml"
 NEW_TOKENS = 3

@@ -17,10 +17,9 @@ from transformers import BitImageProcessor, PaliGemmaProcessor
 
 from benchmarks import vqav2
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, rows_of
 from vlm_vqa.model.vlm import build_processor, train_tokenizer
-from vlm_vqa.params import Mask
+from vlm_vqa.params import HELM_INSTRUCTION, Mask
 from vlm_vqa.training.windows import WindowSampler, WindowShape
 
 TRAIN_QUESTIONS, TRAIN_IMAGES = 443_757, 82_783

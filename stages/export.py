@@ -3,6 +3,9 @@
 Reads models/trained, data/records and data/features; writes models/export.
 """
 
+import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import itertools
 import json
 import logging

@@ -4,6 +4,9 @@ Reads data/records; writes data/features, and before that data/features.parts, f
 Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/extract_features.py`.
 """
 
+import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import logging
 import time
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from vlm_vqa import cores, stage
+from vlm_vqa.checks import check_here
 from vlm_vqa.data import decoding, feature_store, records
 from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
 from vlm_vqa.hashing import sha256_file
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     params = load_params("params.yaml")
+    check_here(params, run=True)
     vision = params.vision
     running = crew.join(vision.launch)
     data_hash = records.read_manifest(RECORDS)["data_hash"]

@@ -1,7 +1,11 @@
 """Stage fetch-vqav2: questions, answers and images from `data.source`, checked, as Parquet in data/records."""
 
+import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import logging
 
+from vlm_vqa.checks import check_machine, check_records
 from vlm_vqa.data.fetch import fetch
 from vlm_vqa.data.records import REPORT
 from vlm_vqa.params import load_params
@@ -12,11 +16,14 @@ RECORDS = "data/records"
 
 def main() -> None:
     """Read `params.yaml`, write `data/records`."""
-    manifest = fetch(load_params("params.yaml").data, RECORDS)
+    params = load_params("params.yaml")
+    check_machine(params)
+    manifest = fetch(params.data, RECORDS)
     for split, counts in manifest["splits"].items():
         logging.info("%s: %d questions on %d images", split, counts["questions"], counts["images"])
     logging.info("%d images in %s, data hash %s", manifest["images"], RECORDS, manifest["data_hash"])
     logging.info("what they look like: %s/%s", RECORDS, REPORT)
+    check_records(params)
 
 
 if __name__ == "__main__":

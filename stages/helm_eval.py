@@ -1,5 +1,8 @@
 """Stage helm-eval: HELM's own `vqa` run, VQA accuracy and the baselines, over the exported model."""
 
+import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import logging
 
 import torch

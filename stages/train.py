@@ -4,6 +4,9 @@ Reads data/records and data/features; writes models/trained, reports/train.json 
 Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/train.py`.
 """
 
+import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
+
+# isort: split
 import shutil
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from transformers import PaliGemmaConfig
 
 from vlm_vqa import stage, tracking
+from vlm_vqa.checks import check_here
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions, read_manifest
 from vlm_vqa.hashing import code_hash, write_json
@@ -44,6 +48,7 @@ RECORDS, FEATURES, TRAINED, REPORTS = (
 
 def main() -> None:
     params = load_params("params.yaml")
+    check_here(params, run=True)
     running = launch.start(params.train)
     processes = running.processes
     with Watchdog(connect(processes), running.process, processes, params.train.stall_seconds) as watchdog:

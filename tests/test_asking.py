@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from vlm_vqa import asking
 from vlm_vqa.asking import AT_ONCE
 from vlm_vqa.cli import main
 from vlm_vqa.errors import UserError
@@ -114,6 +116,23 @@ def test_what_cannot_be_asked_is_one_line(answers, capsys, words, message):
     code, lines, errors = ask(capsys, *words)
     assert code == 2 and lines == [] and len(errors) == 1
     assert errors[0].startswith(f"vlm-vqa: error: {message}")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize("words", [["strange", "what?"], ["--csv", "strange"]])
+def test_what_has_no_end_is_not_read(make, words, answers, capsys):
+    make("strange")
+    code, _, errors = ask(capsys, *words)
+    assert code == 2 and errors == [
+        "vlm-vqa: error: strange: cannot be read (a pipe, socket or device, not a file). Name a file that is there."
+    ]
+
+
+def test_standard_input_has_an_end(answers, capsys, monkeypatch):
+    monkeypatch.setattr(asking, "MOST_BYTES", 10)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=open("/dev/zero", "rb")))
+    code, _, errors = ask(capsys, "-", "what?")
+    assert code == 2 and "-: cannot be read (more than 10 bytes)" in errors[0]
 
 
 def test_a_picture_on_standard_input(answers, capsys, monkeypatch, tmp_path):

@@ -102,6 +102,50 @@ def test_the_hash_names_all_but_the_tracking(values):
         ("data.val.image_name", "COCO_{id}.jpg", "data.val.image_name"),
         ("data.train", "train2014", "data.train must be a mapping"),
         ("seed", -1, "seed is -1"),
+        ("seed", 2**32, "seed is 4294967296; it must be at least 0 and at most 4,294,967,295"),
+        ("evaluation.max_new_tokens", 21, "evaluation.max_new_tokens is 21; it must be above 0 and at most 20"),
+        ("evaluation.vqa_questions", 999, "evaluation.vqa_questions is 999, below evaluation.helm_instances (1000)"),
+        ("prompt.instruction", "Answer.", "prompt.instruction is 'Answer.', but HELM's vqa run asks with"),
+        ("prompt.text_length", 20, "the instruction alone leaves room for no question below"),
+        ("language.config.num_key_value_heads", 3, "num_attention_heads is 4; it must be a multiple"),
+        ("language.config.head_dim", 31, "language.config.head_dim is 31; it must be even"),
+        ("language.config.hidden_size", -1, "language.config.hidden_size is -1; it must be above 0"),
+        (
+            "language.config",
+            dict(
+                hidden_size=2**20,
+                intermediate_size=2**20,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                num_key_value_heads=1,
+                head_dim=2,
+            ),
+            "language.config makes 3,299,080,142,848 weights",
+        ),  # fmt: skip
+        ("language.vocab_size", 259, "language.vocab_size is 259; bytes and special tokens alone are 260"),
+        ("vision.num_patches", 64, "vision.num_patches is 64, but 'small' makes 65"),
+        ("vision.visual_embed_dim", 0, "vision.visual_embed_dim is 0; it must be above 0"),
+        ("train.learning_rate", 1e300, "train.learning_rate is 1e+300; it must be above 0 and at most 1e+06"),
+        ("train.save_total_limit", 2**31, "train.save_total_limit is 2147483648"),
+        ("train.dataloader_workers", 257, "train.dataloader_workers is 257"),
+        ("train.percentile_clipping", 101, "train.percentile_clipping is 101"),
+        ("data.directory", "a\0b", "data.directory is 'a\\x00b'; it must be one line of at most 1,000"),
+        *(
+            ("data.val.image_name", pattern, "data.val.image_name is")
+            for pattern in (
+                "a.jpg",
+                "{image_id}{image_id}",
+                "{image_id:d}",
+                "x/{image_id}.jpg",
+                "{}.jpg",
+                "{image_id.foo}",
+                "{image_id.__class__}",
+                "{image_id!r}",
+                "{image_id[0]}",
+                "{image_id:02000000000d}",
+                "{image_id:0{image_id}d}",
+            )  # fmt: skip
+        ),
     ],
 )
 def test_refused_by_name(values, key, value, words):
@@ -131,6 +175,14 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path):
         load_params(path)
     with pytest.raises(UserError, match="cannot be read"):
         load_params(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir,
+                                  lambda path: path.write_bytes(bytes(2**20 + 1))])  # fmt: skip
+def test_what_is_no_file_of_parameters_is_not_read(make, tmp_path):
+    make(tmp_path / "params.yaml")
+    with pytest.raises(UserError, match="params.yaml: cannot be read"):
+        load_params(tmp_path / "params.yaml")
 
 
 # --- how values are written --------------------------------------------------------------------------------------------
@@ -168,7 +220,7 @@ def test_every_spelling_of_a_number_is_that_number(read, written, number):
 @pytest.mark.parametrize(
     ("written", "number"),
     [("64", 64), ("2.0", 2), ("1e3", 1000), ("1.5e1", 15), ("1_000", 1000), ("010", 10), ("+7", 7), ("'64'", 64),
-     ("0x10", 16), ("0o10", 8), ("0b11", 3), ("9223372036854775807", 2**63 - 1)],
+     ("0x10", 16), ("0o10", 8), ("0b11", 3), ("4294967295", 2**32 - 1)],
 )  # fmt: skip
 def test_whole_numbers_are_whole_however_they_are_written(read, written, number):
     found = read("seed", written)

@@ -1,14 +1,17 @@
 """How a stage ends: exit codes, one message, and what a failing disk needs."""
 
+import ast
 import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import vlm_vqa
 from vlm_vqa import hashing
 from vlm_vqa.stage import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER_ERROR, disk_remedy
 
@@ -68,6 +71,33 @@ def test_signals_unwind(stop, code):
     finally:
         print("unwound", file=sys.stderr)""", stop=stop)  # fmt: skip
     assert returncode == code and "unwound" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("name", ["train.py", "vlm-vqa", "notebook.py"])
+def test_ctrl_c_during_imports(name, tmp_path):
+    """Our programs end with a word; whoever else imports the package keeps Python's own way."""
+    (tmp_path / "slow.py").write_text("import time; print('ready'); time.sleep(60)")
+    (tmp_path / name).write_text("import vlm_vqa\nimport slow\n")
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": f"src:{tmp_path}", "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    if name == "notebook.py":
+        assert "KeyboardInterrupt" in errors
+    else:
+        assert (process.returncode, errors) == (EXIT_INTERRUPTED, "interrupted\n")
+
+
+@pytest.mark.parametrize("path", sorted(Path("stages").glob("*.py")), ids=lambda path: path.stem)
+def test_every_stage_imports_the_package_first(path):
+    imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert isinstance(imports[0], ast.Import) and imports[0].names[0].name == "vlm_vqa"
+    assert path.name in vlm_vqa._PROGRAMS
 
 
 def test_a_disks_error_is_found_inside_a_librarys_own():

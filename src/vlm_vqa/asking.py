@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
+from vlm_vqa.files import MOST_BYTES, check_regular
 
 if TYPE_CHECKING:
     from vlm_vqa.model.answering import Answerer
@@ -85,7 +86,13 @@ def _of_row(record: list[str], names: list[str], name: str, number: int) -> Aske
 
 def _read(path: str | Path) -> bytes:
     try:
-        return sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+        if path != STDIN:
+            check_regular(path)
+            return Path(path).read_bytes()
+        data = sys.stdin.buffer.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
+        return data
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason}). Name a file that is there.") from error

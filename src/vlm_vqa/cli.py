@@ -3,10 +3,12 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm_vqa import end_quietly
 from vlm_vqa.errors import UserError
 from vlm_vqa.secrets import mask_output, without_secrets
 
@@ -45,9 +47,11 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.checks import check_here
     from vlm_vqa.params import load_params
 
     params = load_params(arguments.params)
+    check_here(params)
     print(f"{arguments.params}: {len(params.flat())} parameters, valid; params_hash {params.hash()}")
     return 0
 
@@ -257,6 +261,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 lower scores or damaged files, 2 a user's mistake, 130 Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is end_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
     if more and not ("questions" in arguments and all(not word.startswith("-") for word in more)):

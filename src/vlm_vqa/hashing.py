@@ -29,7 +29,7 @@ def hash_files(paths: Iterable[str | Path], root: str | Path) -> str:
     return hash_json(sorted((Path(path).relative_to(root).as_posix(), sha256_file(path)) for path in paths))
 
 
-CODE = ("cores.py", "data", "hashing.py", "model", "params.py", "training")
+CODE = ("cores.py", "data", "files.py", "hashing.py", "model", "params.py", "training")
 """The parts of this package that decide trained weights; `dvc.yaml` names the same for the train stage."""
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from vlm_vqa import orphans
+from vlm_vqa import end_quietly, orphans
 from vlm_vqa.errors import GO_ON, UserError
 from vlm_vqa.secrets import mask_output
 from vlm_vqa.unlock import keep_dvc_lock
@@ -50,6 +50,8 @@ def run(name: str, main: Callable[[], None]) -> None:
     # The stages' own bars show what takes time; loading weights does not.
     transformers_logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is end_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     orphans.end_with_parents(lambda: os.kill(os.getpid(), signal.SIGTERM))
     keep_dvc_lock()
     try:

@@ -1,5 +1,6 @@
 """A server on loopback that hands out files from memory and misbehaves as it is told."""
 
+import contextlib
 import hashlib
 import http.server
 import threading
@@ -22,7 +23,8 @@ class FaultyServer:
     """Serves `files` by the last part of the path. Ranges and If-Range are known, as S3 knows them.
 
     `faults[name]` are what happens to the next GETs of a file, in turn: a status code; `drop` (the connection ends after
-    half of what was asked for), `stall` (nothing more comes after half for a minute), `wrong` (as many bytes, but others);
+    half of what was asked for), `drip` (a few bytes a second), `endless` (no length, and no end),
+    `stall` (nothing more comes after half for a minute), `wrong` (as many bytes, but others);
     an address (a redirect to it).
     `always[name]` happens after those, for ever.
     """
@@ -80,6 +82,14 @@ class FaultyServer:
                 if fault and "://" in fault:
                     return self._status(302, fault)
                 data, start = outer.files[name], 0
+                if fault == "endless":
+                    self.close_connection = True
+                    self.send_response(200)
+                    self.end_headers()
+                    with contextlib.suppress(OSError):
+                        while not outer.release.is_set():
+                            self.wfile.write(bytes(2**16))
+                    return None
                 if asked and outer.ranges and self._same(data):
                     start = int(asked[6:-1])
                     if start >= len(data):
@@ -101,6 +111,14 @@ class FaultyServer:
             def _body(self, name: str, data: bytes, fault: Any) -> None:
                 if fault == "wrong":
                     data = bytes(len(data))
+                if fault == "drip":
+                    with contextlib.suppress(OSError):
+                        for byte in data:
+                            self.wfile.write(bytes([byte]))
+                            self.wfile.flush()
+                            if outer.release.wait(0.02):
+                                break
+                    return
                 part = data if fault in (None, "wrong") else data[: len(data) // 2]
                 self.wfile.write(part)
                 self.wfile.flush()

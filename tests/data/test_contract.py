@@ -258,14 +258,8 @@ def test_damage_inside_an_archive_is_named(damage, expected, vqav2_folder, direc
         fetch(replace(params, train=train), tmp_path / "records")
 
 
-@pytest.mark.parametrize("pattern", ["a.jpg", "{image_id}{image_id}", "{image_id:d}", "x/{image_id}.jpg", "{}.jpg"])
-def test_a_name_pattern_has_one_image_id(pattern):
-    with pytest.raises(UserError, match="data.val.image_name is"):
-        ImageNames(pattern, "data.val.image_name")
-
-
 def test_a_name_pattern_makes_official_names():
-    names = ImageNames("COCO_val2014_{image_id:012d}.jpg", "data.val.image_name")
+    names = ImageNames("COCO_val2014_{image_id:012d}.jpg")
     assert names.name(42) == "COCO_val2014_000000000042.jpg"
     assert names.name(10**12 - 1) is not None and names.name(10**12) is None
-    assert ImageNames("{image_id}.png", "data.val.image_name").name(10**15) == "1000000000000000.png"
+    assert ImageNames("{image_id}.png").name(10**15) == "1000000000000000.png"

@@ -2,22 +2,31 @@
 
 import gzip
 import json
+import os
 import shutil
+import stat
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from vlm_vqa import files
 from vlm_vqa.data import fetch as fetching
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.fetch import fetch
+from vlm_vqa.data.sources import directory
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import sha256_file
 
 QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
 ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
 IMAGE = "train2014/COCO_train2014_000000000025.jpg"
+
+
+def a_socket(path):
+    os.mknod(path, stat.S_IFSOCK | 0o600)
 
 
 def contents(folder):
@@ -48,6 +57,40 @@ def test_two_runs_write_the_same_bytes(vqav2_folder, directory_params, tmp_path)
     for name in ("one", "two"):
         fetch(directory_params(vqav2_folder(f"source-{name}")), tmp_path / name)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_gzip_bomb_is_bounded_as_a_zip_is(vqav2_folder, directory_params, tmp_path, monkeypatch):
+    folder = vqav2_folder()
+    path = folder / "v2_mscoco_train2014_annotations.json"
+    path.write_bytes(gzip.compress(bytes(10**6)))
+    monkeypatch.setattr(directory, "MOST_BYTES", 10**5)
+    with pytest.raises(UserError, match="train2014_annotations.json: .*unpacks to more than 100,000 bytes"):
+        fetch(directory_params(folder), tmp_path / "records")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir, a_socket])
+@pytest.mark.parametrize("which", ["v2_OpenEnded_mscoco_train2014_questions.json", "train2014", "an image"])
+def test_what_is_no_file_is_not_read(make, which, vqav2_folder, directory_params, tmp_path):
+    folder = vqav2_folder()
+    path = next((folder / "train2014").iterdir()) if which == "an image" else folder / which
+    path.rename(folder / "away")
+    make(path)
+    with pytest.raises(UserError, match="no records were made"):
+        fetch(directory_params(folder), tmp_path / "records")
+
+
+def test_two_at_once_are_refused(vqav2_folder, directory_params, tmp_path, monkeypatch, caplog):
+    params, target = directory_params(vqav2_folder()), tmp_path / "records"
+    with files.claim(tmp_path / "records.lock", "held"):
+        with pytest.raises(UserError, match="records: another fetch-vqav2 is writing there"):
+            fetch(params, target)
+    before = fetch(params, target)
+
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    assert fetch(params, target) == before and "cannot be locked" in caplog.text
 
 
 def test_archives_and_gzip_give_the_same_data(vqav2_folder, directory_params, tmp_path):

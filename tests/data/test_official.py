@@ -469,11 +469,31 @@ def test_archives_cut_short_are_refused_by_name(keep, server, official_params, t
 def test_texts_that_unpack_to_too_much_are_not_unpacked(tmp_path, monkeypatch):
     path = tmp_path / QUESTIONS
     path.write_bytes(zipped([("questions.json", b'{"questions": [' + bytes(10_000) + b"]}")]))
-    monkeypatch.setattr(directory, "_MOST_UNPACKED_BYTES", 10_000)
+    monkeypatch.setattr(directory, "MOST_BYTES", 10_000)
     violations = Violations()
     assert directory.read_questions(path, violations) is None
     with pytest.raises(UserError, match="questions.json would unpack to 10017 bytes"):
         violations.raise_if_any()
+
+
+def test_a_mirror_that_sends_a_byte_now_and_then_is_given_up(server, official_params, target, monkeypatch):
+    """Every byte is progress, so without a least rate it would be asked for ever."""
+    monkeypatch.setattr(download, "_WINDOW", 0.1)
+    server.always[IMAGES] = "drip"
+    with pytest.raises(
+        UserError, match="train2014.zip: failed 8 times in a row .less than 1024 bytes a second over 0 s"
+    ):
+        fetch(official_params(server.url), target)
+    assert len(server.gets(IMAGES)) == 8
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_mirror_without_end_is_ended(told, server, official_params, target, monkeypatch):
+    monkeypatch.setattr(download, "_MOST_BYTES", 10**6)
+    server.head, server.always[IMAGES] = told, "endless"
+    with pytest.raises(UserError, match="train2014.zip: sends more than the 1,000,000 bytes that there should be"):
+        fetch(official_params(server.url), target)
+    assert len(server.gets(IMAGES)) == 1 and not list(target.parent.glob("archives/train2014.zip"))
 
 
 @pytest.mark.parametrize("name", [QUESTIONS, IMAGES])
@@ -509,6 +529,7 @@ class Stage:
         urls = {"texts_url": server.url, "images_url": server.url, "keep_archives": True, "downloads": 3}
         params["data"] |= {"source": "official", "official": urls}
         (folder / "params.yaml").write_text(yaml.safe_dump(params))
+        (folder / "launch").symlink_to(REPO / "launch")
 
     def start(self):
         command = [sys.executable, REPO / "stages" / "fetch_vqav2.py"]

@@ -14,8 +14,7 @@ from PIL import Image
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
 from vlm_vqa.data.records import IMAGE_FEATURES, QUESTION_FEATURES, iter_images
-from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION
-from vlm_vqa.params import StoreDtype
+from vlm_vqa.params import HELM_INSTRUCTION, StoreDtype
 
 ROOT = Path(__file__).parents[2]
 

@@ -33,6 +33,15 @@ def test_same_seed_same_bytes_and_another_seed_another_picture(records, predicti
     assert Image.open(first).width == 1100
 
 
+@pytest.mark.parametrize("text", ["$", "$5 or $6?", r"$\frac{$", r"a $\undefined$ b", r"\$1 $_$"])
+def test_dollars_are_dollars(text, records, predictions, tmp_path):
+    table = pq.read_table(predictions)
+    for name in ("question", "prediction"):
+        table = table.set_column(table.column_names.index(name), name, pa.array([text] * len(table)))
+    pq.write_table(table, predictions)
+    assert draw_gallery(records, predictions, tmp_path / "a.png", right=1, wrong=1).is_file()
+
+
 def test_right_and_wrong_ones_are_chosen_and_images_are_not_shown_twice(predictions):
     rows = _choose(predictions, right=3, wrong=2, seed=0)
     assert [row["score"] for row in rows] == [1.0, 1.0, 1.0, 0.0, 0.0]

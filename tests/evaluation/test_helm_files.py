@@ -17,7 +17,7 @@ from vlm_vqa.evaluation.helm_files import (
     write_extract,
     write_scenario,
 )
-from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION, HELM_MAX_TOKENS
+from vlm_vqa.params import HELM_INSTRUCTION, HELM_MAX_TOKENS
 
 
 @pytest.mark.parametrize(("count", "most"), [(50, 7), (9673, 1000), (7, 7), (5, 7)])

@@ -107,19 +107,6 @@ def test_a_number_of_questions_from_params_holds_helms_instances(params):
     assert everything == rows and at_helm == pick_instances(100, 7)
 
 
-def test_fewer_questions_than_helms_instances_are_refused(project, records, features, params, load, no_helm):
-    with pytest.raises(UserError, match="evaluation.vqa_questions is 5, below evaluation.helm_instances"):
-        evaluate(with_evaluation(params, vqa_questions=5), Folders(), load)
-
-
-def test_what_helm_could_not_measure_is_refused(project, records, features, params, load, no_helm):
-    other = dataclasses.replace(params, prompt=dataclasses.replace(params.prompt, instruction="Answer."))
-    with pytest.raises(UserError, match="prompt.instruction is 'Answer.'"):
-        evaluate(other, Folders(), load)
-    with pytest.raises(UserError, match="evaluation.max_new_tokens is 21"):
-        evaluate(with_evaluation(params, max_new_tokens=21), Folders(), load)
-
-
 def test_features_of_other_data_are_refused_before_helm_runs(project, records, features, params, load, monkeypatch):
     monkeypatch.setattr(module, "_ask_helm", lambda *_: pytest.fail("HELM was run"))
     (records / "manifest.json").write_text('{"schema_version": 1, "data_hash": "other"}')

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -201,3 +202,62 @@ def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_pa
     facts.write_text(facts.read_text().replace('"weights_hash": "', '"weights_hash": "0'))
     with pytest.raises(UserError, match="vlm-vqa repair export"):
         Answerer.from_export(tmp_path / "export")
+
+
+def damaged(name, change):
+    """Return a function that changes a JSON file, or any file's bytes."""
+
+    def apply(folder):
+        path = folder / name
+        data = path.read_bytes()
+        if change is None:
+            path.unlink()
+        elif isinstance(change, bytes):
+            path.write_bytes(change)
+        elif isinstance(change, float):
+            path.write_bytes(data[: int(change * len(data))])
+        else:
+            content = json.loads(data)
+            for key, value in change.items():
+                *path_to, last = key.split(".")
+                place = content
+                for step in path_to:
+                    place = place[step]
+                place[last] = value
+            path.write_text(json.dumps(content))
+
+    return apply
+
+
+WHOLE = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    FACTS_FILE,
+)
+WAYS = (None, b"", 0.5, bytes(range(256)) * 9, b"[1, 2]", b"null", b"{}", b"[" * 100_000)
+SHAPES = [
+    ("config.json", {"model_type": "gemma2"}), ("config.json", {"text_config": {}}), ("config.json", {"text_config": None}),
+    ("config.json", {"text_config.num_hidden_layers": 9}), ("config.json", {"text_config.hidden_size": 2304}),
+    ("config.json", {"text_config.num_key_value_heads": 0}), ("config.json", {"vision_config.patch_size": 7}),
+    ("processor_config.json", {"image_processor.size": {"height": 56, "width": 56}}), (FACTS_FILE, {"num_patches": 4}),
+    (FACTS_FILE, {"num_patches": "x"}), (FACTS_FILE, {"mask": "foo"}), (FACTS_FILE, {"instruction": 7}),
+    (FACTS_FILE, {"text_length": None}), (FACTS_FILE, {"weights_hash": 5}), ("tokenizer.json", {"model.vocab": {}}),
+    ("tokenizer.json", {"model.type": "X"}),
+]  # fmt: skip
+
+
+def test_a_damaged_export_is_one_named_error(tiny, trained, tmp_path, monkeypatch):
+    """Never a traceback, never another model in its place, and nothing is asked of the hub."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
+    export(tiny, trained, "image-prefix", tmp_path / "export")
+    Answerer.from_export(tmp_path / "export", device="cpu")
+    for at, (name, change) in enumerate([*((name, way) for name in WHOLE for way in WAYS), *SHAPES]):
+        folder = tmp_path / str(at)
+        shutil.copytree(tmp_path / "export", folder)
+        damaged(name, change)(folder)
+        with pytest.raises(UserError, match=rf"^{folder}: .*`dvc repro") as error:
+            Answerer.from_export(folder, device="cpu")
+        assert "\n" not in str(error.value), (name, change)

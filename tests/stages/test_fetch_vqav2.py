@@ -33,6 +33,7 @@ def run_stage(folder, directory):
         **{split: official_names(split) for split in records.SPLITS},
     }
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    (folder / "launch").symlink_to(REPO / "launch")
     command = [sys.executable, REPO / "stages" / "fetch_vqav2.py"]
     environment = {**os.environ, "PYTHONPATH": f"{REPO / 'src'}:{REPO}"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

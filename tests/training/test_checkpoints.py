@@ -10,6 +10,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from vlm_vqa import files
 from vlm_vqa.errors import UserError
 from vlm_vqa.training import checkpoints
 
@@ -104,7 +105,7 @@ def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capl
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(checkpoints.fcntl, "flock", no_locks)
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
     checkpoints.claim(tmp_path / "run").close()
     assert "cannot be locked" in caplog.text
 

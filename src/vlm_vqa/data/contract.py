@@ -4,7 +4,6 @@ Every violation is collected, so that one run shows all that is wrong, each with
 `UserError`. The remedy of each kind stands beside its name in `Kind`.
 """
 
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.params import IMAGE_NAME
 
 ANSWERS_PER_QUESTION = 10
 # Ids are stored as 64-bit integers.
@@ -199,24 +199,12 @@ def pair(questions: Entries, annotations: Entries, violations: Violations) -> It
 class ImageNames:
     """File names of images, as a format string of the image id makes them: `COCO_train2014_{image_id:012d}.jpg`."""
 
-    _PLACEHOLDER = re.compile(r"\{image_id(?::0(\d+)d)?\}")
-
-    def __init__(self, pattern: str, key: str):
-        """Read `pattern`; `key` is the parameter it stands in, for messages.
-
-        Raises:
-            UserError: it is not one `{image_id}` or `{image_id:0Nd}` in a plain file name.
-        """
-        found = self._PLACEHOLDER.findall(pattern)
-        rest = self._PLACEHOLDER.sub("", pattern)
-        if len(found) != 1 or any(mark in rest for mark in "{}/\\"):
-            raise UserError(
-                f"{key} is {pattern!r}; it must be a file name (no folder) with one {{image_id}} or {{image_id:012d}}, "
-                "such as COCO_train2014_{image_id:012d}.jpg."
-            )
+    def __init__(self, pattern: str):
+        """`pattern` matches `vlm_vqa.params.IMAGE_NAME`, as `load_params` has checked."""
+        digits = IMAGE_NAME.fullmatch(pattern)[1]
         self.pattern = pattern
         # Without a width any id fits.
-        self._digits = int(found[0]) if found[0] else sys.maxsize
+        self._digits = int(digits) if digits else sys.maxsize
 
     def name(self, image_id: int) -> str | None:
         """Return the image's file name, or None where the id has more digits than the pattern."""

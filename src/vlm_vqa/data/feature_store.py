@@ -10,7 +10,6 @@ Until all shards are there they lie beside the store, where DVC does not remove 
 Legend of shape suffixes: N images, T tokens an image, D width.
 """
 
-import fcntl
 import itertools
 import json
 import logging
@@ -29,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlm_vqa import files
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.hashing import hash_json, sha256_file, write_json
 from vlm_vqa.params import StoreDtype
@@ -258,13 +258,8 @@ class FeatureStoreWriter:
 
     def _lock(self) -> None:
         """Keep others out for as long as this process runs: a killed launch may have left one at work."""
-        self._lock_file = (self._root / "lock").open("a")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{self._root}: another extract-features is writing there. Wait for its end, or end it."
-            ) from error
+        busy = f"{self._root}: another extract-features is writing there. Wait for its end, or end it."
+        self._lock_file = files.claim(self._root / "lock", busy)
 
     def _seal(self, number: int) -> dict[str, Any]:
         return json.loads((self._parts / self.layout.name(number)).with_suffix(".json").read_text(encoding="utf-8"))

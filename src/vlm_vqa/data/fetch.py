@@ -39,6 +39,7 @@ from vlm_vqa.data.sources.directory import (
 )
 from vlm_vqa.data.statistics import ImageStatistics, QuestionStatistics
 from vlm_vqa.errors import UserError
+from vlm_vqa.files import claim
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file, write_json
 from vlm_vqa.params import DataParams
 
@@ -58,10 +59,16 @@ def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
     What stood in `folder` before is replaced only after everything has been checked and written, the manifest last.
 
     Raises:
-        UserError: the source is not there, or its data break the contract; every violation is named.
+        UserError: the source is not there, or its data break the contract; every violation is named. Or another process is
+            at work in `folder`.
     """
     folder = Path(folder)
     part = folder / ".part"
+    # Beside the folder, which DVC removes before the stage runs.
+    lock = claim(
+        folder.with_name(f"{folder.name}.lock"),
+        f"{folder}: another fetch-vqav2 is writing there. Wait for its end, or end it, then run `dvc repro` again.",
+    )
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -71,6 +78,7 @@ def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
             _replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        lock.close()
     return manifest
 
 

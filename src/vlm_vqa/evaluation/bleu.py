@@ -7,6 +7,7 @@ nltk splits text into sentences before words, for which it needs its `punkt_tab`
 """
 
 import os
+import socket
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -21,6 +22,7 @@ from vlm_vqa.params import Punkt
 
 BUNDLED_PUNKT = Path("evaluation/helm/nltk_data")
 """Our own `punkt_tab` without parameters; its README says what that changes."""
+_SECONDS = 15.0
 
 
 def prepare_punkt(mode: Punkt, bundled: Path = BUNDLED_PUNKT) -> dict[str, str]:
@@ -39,7 +41,12 @@ def prepare_punkt(mode: Punkt, bundled: Path = BUNDLED_PUNKT) -> dict[str, str]:
         # First, so that the result does not depend on what else the machine has.
         nltk.data.path[:] = [root, *(path for path in nltk.data.path if path != root)]
         return {"NLTK_DATA": os.pathsep.join(filter(None, [root, os.environ.get("NLTK_DATA")]))}
-    if not _is_installed() and not (nltk.download("punkt_tab", quiet=True) and _is_installed()):
+    waited = socket.getdefaulttimeout()
+    # nltk itself would wait for ever.
+    socket.setdefaulttimeout(_SECONDS)
+    there = punkt_is_installed() or (nltk.download("punkt_tab", quiet=True) and punkt_is_installed())
+    socket.setdefaulttimeout(waited)
+    if not there:
         raise UserError(
             "evaluation.punkt_tab is installed, but nltk's punkt_tab is not on this machine and cannot be downloaded. "
             "Run `python -m nltk.downloader punkt_tab` where there is a network, or set evaluation.punkt_tab: bundled."
@@ -47,7 +54,8 @@ def prepare_punkt(mode: Punkt, bundled: Path = BUNDLED_PUNKT) -> dict[str, str]:
     return {}
 
 
-def _is_installed() -> bool:
+def punkt_is_installed() -> bool:
+    """Whether nltk finds its own data."""
     try:
         nltk.data.find("tokenizers/punkt_tab/english/")
     except LookupError:

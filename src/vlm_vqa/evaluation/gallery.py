@@ -107,11 +107,11 @@ def _draw(axes: Any, row: Mapping[str, Any], image: Image.Image) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set(color=_COLOURS[verdict], linewidth=2)
-    axes.set_title("\n".join(textwrap.wrap(row["question"], 32)), fontsize=9)
+    # A dollar sign would start a formula.
+    axes.set_title("\n".join(textwrap.wrap(row["question"], 32)), fontsize=9, parse_math=False)
     humans = "" if verdict == "right" else f" (humans: {_most_common(row['answers'])})"
     answer = row["prediction"] + humans
-    # A dollar sign would start a formula.
-    axes.set_xlabel(f"{verdict}: {answer}".replace("$", r"\$"), fontsize=9, color=_COLOURS[verdict])
+    axes.set_xlabel(f"{verdict}: {answer}", fontsize=9, color=_COLOURS[verdict], parse_math=False)
 
 
 def _most_common(answers: Sequence[str]) -> str:

@@ -18,14 +18,6 @@ import vlm_vqa
 from vlm_vqa import cores, orphans
 from vlm_vqa.errors import UserError
 
-HELM_INSTRUCTION = (
-    'Answer the question using a single word or phrase. When the question asks "How many...", '
-    "respond with just a number (e.g., 3) and not the word corresponding to the number."
-)
-"""What HELM's `vqa` run tells every model."""
-HELM_MAX_TOKENS = 20
-"""Longest answer that HELM's `vqa` run asks for, in tokens."""
-
 # What the client writes into HELM's log for us to read.
 ANSWERED = "vlm-vqa client answered"
 FAILED = "vlm-vqa client failed:"

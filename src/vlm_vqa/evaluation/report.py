@@ -25,7 +25,7 @@ from vlm_vqa.evaluation.helm_files import (
     write_scenario,
     write_table,
 )
-from vlm_vqa.evaluation.helm_run import HELM_INSTRUCTION, HELM_MAX_TOKENS, HelmFolders, run_helm
+from vlm_vqa.evaluation.helm_run import HelmFolders, run_helm
 from vlm_vqa.evaluation.vqa_accuracy import VqaAccuracy, vqa_accuracy
 from vlm_vqa.hashing import write_json
 from vlm_vqa.model.answering import Answerer
@@ -86,7 +86,6 @@ def evaluate(
         UserError: something is missing or does not fit; as far as it can be known, before any inference.
     """
     environment = prepare_punkt(params.evaluation.punkt_tab, folders.helm.config / "nltk_data")
-    _check_helm_fits(params)
     validation = load_questions(folders.records, "val").to_list()
     questions, at_helm = _choose(validation, params.evaluation)
     prior = PriorAnswerer(_rows(load_questions(folders.records, "train")))
@@ -164,20 +163,6 @@ def answer_questions(
     return answers
 
 
-def _check_helm_fits(params: Params) -> None:
-    """Refuse what HELM's unmodified run could not measure."""
-    if params.prompt.instruction != HELM_INSTRUCTION:
-        raise UserError(
-            f"prompt.instruction is {params.prompt.instruction!r}, but HELM's vqa run asks with {HELM_INSTRUCTION!r}. "
-            "Set it to HELM's text and train again."
-        )
-    if params.evaluation.max_new_tokens > HELM_MAX_TOKENS:
-        raise UserError(
-            f"evaluation.max_new_tokens is {params.evaluation.max_new_tokens}; HELM allows {HELM_MAX_TOKENS}: "
-            "set it to that or less."
-        )
-
-
 def _choose(validation: Sequence[Row], evaluation: EvaluationParams) -> tuple[list[Row], list[int]]:
     """Choose the questions to answer, in file order, and the places of HELM's instances among them, in HELM's order.
 
@@ -187,11 +172,6 @@ def _choose(validation: Sequence[Row], evaluation: EvaluationParams) -> tuple[li
     most = evaluation.vqa_questions
     if most is None or most >= len(validation):
         return list(validation), picked
-    if most < len(picked):
-        raise UserError(
-            f"evaluation.vqa_questions is {most}, below evaluation.helm_instances ({evaluation.helm_instances}), which "
-            f"are among them. Set it to {evaluation.helm_instances} or more, or to null for the whole split."
-        )
     chosen = sorted(helm_order(len(validation))[:most].tolist())
     place = {position: at for at, position in enumerate(chosen)}
     return [validation[position] for position in chosen], [place[position] for position in picked]

@@ -1,13 +1,15 @@
 """Ask an exported model: what HELM's client, the evaluation and `vlm-vqa ask` use."""
 
 import json
+import os
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, PaliGemmaForConditionalGeneration
 
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.model.encoder import middle
@@ -52,18 +54,34 @@ class Answerer:
         """Load an exported folder and check that its weights are the ones it names.
 
         Raises:
-            UserError: there is no export, or its weights are not those that were trained.
+            UserError: there is no export, it is damaged or incomplete, or its weights are not those that were trained.
         """
         folder = Path(folder)
+        if not os.path.isfile(folder / FACTS_FILE):
+            raise UserError(f"{folder}: no {FACTS_FILE} there. Run the export stage first: `dvc repro export`.")
         try:
-            facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        except OSError as error:
+            return cls._load(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), max_new_tokens)
+        except (UserError, torch.OutOfMemoryError, MemoryError):
+            raise
+        # On damaged files the libraries raise whatever their code meets first.
+        except Exception as error:
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
             raise UserError(
-                f"{folder}: no {FACTS_FILE} there. Run the export stage first: `dvc repro export`."
+                f"{folder}: a file of the export is missing or damaged ({type(error).__name__}: {reason}). Run the export "
+                "stage again: `dvc repro --force export`."
             ) from error
-        model = PaliGemmaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
-        )
+
+    @classmethod
+    def _load(cls, folder: Path, device: str, max_new_tokens: int) -> "Answerer":
+        """Load a folder, asking no hub for what it lacks, and try its parts on each other."""
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        _check_size(folder)
+        model, found = PaliGemmaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, trust_remote_code=False,
+            local_files_only=True, output_loading_info=True,
+        )  # fmt: skip
+        lacking = sorted(set(found["missing_keys"]) - {"lm_head.weight"})
+        assert not lacking and not found["mismatched_keys"], f"weights that do not fit config.json: {lacking[:3]}"
         set_attention(model, Attention.EAGER)
         found = hash_weights(trained_state(model))
         if found != facts["weights_hash"]:
@@ -71,10 +89,15 @@ class Answerer:
                 f"{folder}: the weights have hash {found[:12]}, but {FACTS_FILE} names {facts['weights_hash'][:12]}. "
                 f"{make_again('export')}"
             )
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(
-            model.to(chosen), AutoProcessor.from_pretrained(folder, trust_remote_code=False), facts, max_new_tokens
-        )
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        answerer = cls(model.to(device), processor, facts, max_new_tokens)
+        seen, rows = answerer.encode([Image.new("RGB", (64, 64))]), len(model.get_input_embeddings().weight)
+        assert seen.shape[1] == facts["num_patches"], f"{FACTS_FILE} names {facts['num_patches']} tokens an image"
+        assert isfinite(seen.sum().item()), "the tower's weights are not finite"
+        assert len(processor.tokenizer) <= rows, f"a tokenizer of {len(processor.tokenizer)} for {rows} embeddings"
+        assert None not in (answerer.layout.pad_id, answerer.layout.bos_id, answerer.layout.eos_id), "no special tokens"
+        answerer.layout.tokenize("?")
+        return answerer
 
     def answer(self, questions: Sequence[str], images: Sequence[Image.Image]) -> list[str]:
         """Answer each question about its image, from pixels."""
@@ -104,3 +127,15 @@ class Answerer:
         places = range(len(questions)) if images is None else images
         answers = generate(self.model, self.layout, features, tokens, places, self.max_new_tokens)
         return [self.layout.decode(answer) for answer in answers]
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse a config.json that is not of these weights before gigabytes are made of it: what it lacks, transformers fills
+    in with a model of three billion weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    kinds = (config.model_type, config.text_config.model_type, config.vision_config.model_type)
+    assert kinds == ("paligemma", "gemma2", "dinov2"), f"config.json is of a {kinds}"
+    with torch.device("meta"):
+        named = sum(weight.numel() for weight in PaliGemmaForConditionalGeneration(config).parameters())
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4
+    assert 0.9 * named < stored < 1.1 * named + 2**20, f"config.json is of {named} weights, {stored} are there"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from vlm_vqa.checks import check_here
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import load_params
 from vlm_vqa.preflight.advice import advise, checks
@@ -37,6 +38,7 @@ def preflight(
     _check_options({"--price": price, "--host-memory": host_memory, "--disk": disk, "--utilisation": utilisation,
                     "--bandwidth": bandwidth})  # fmt: skip
     params = load_params(path)
+    check_here(params, launches, records)
     launch = launch_shape(params.train.launch, launches)
     found = find_device(device, on_cpu=launch.on_cpu, launch=params.train.launch)
     basis = {"device": found.basis, "host_memory": "--host-memory", "disk": "--disk", "utilisation": "--utilisation"}

@@ -17,7 +17,7 @@ from vlm_vqa.preflight.memory import GPU_BASE, HOST_BASE, NCCL_BASE, Item, Momen
 from vlm_vqa.preflight.passes import Pass, Passes, plan
 from vlm_vqa.preflight.shapes import Model, VisionShape, model_of, vision_of
 from vlm_vqa.preflight.texts import Texts
-from vlm_vqa.training.launch import Strategy, check_params, read_launch, strategy_of
+from vlm_vqa.training.launch_file import Strategy, check_params, read_launch, strategy_of
 
 CPU_UTILISATION = 0.75
 """Measured: 0.79 of the machine's rate in float32 with Gemma 2 2B's layers (benchmarks/results/training_step.json)."""

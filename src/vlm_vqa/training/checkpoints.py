@@ -13,7 +13,6 @@ written in a thread while training goes on, and one that was cut off at any poin
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, serialization
 
+from vlm_vqa import files
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json, sha256_file, write_json
 
@@ -131,19 +131,11 @@ def claim(folder: Path) -> IO[str]:
     Raises:
         UserError: another one, perhaps forgotten by its launcher, is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"{folder}: another process is training there. Wait for it or end it (`pgrep -f stages/train.py` finds it), "
-            "then run `dvc repro` again."
-        ) from error
-    except OSError as error:
-        # Some shared file systems know no locks; they must not keep anyone from training.
-        log.warning("%s cannot be locked (%s): do not start a second training of the same parameters", folder, error)
-    return file
+    return files.claim(
+        folder / "lock",
+        f"{folder}: another process is training there. Wait for it or end it (`pgrep -f stages/train.py` finds it), then "
+        "run `dvc repro` again.",
+    )
 
 
 def read_seal(checkpoint: Path, rank: int, world: int) -> dict[str, Any]:

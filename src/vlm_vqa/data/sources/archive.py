@@ -6,10 +6,13 @@ Nothing is unpacked to disk here, but whoever names an archive will unpack it so
 import re
 import stat
 import struct
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+
+from vlm_vqa.files import check_regular
 
 _LOCAL_HEADER_BYTES = 30
 _SHOWN = 5
@@ -25,6 +28,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
             twice; or entries share their bytes, as in archives that are made to overflow a disk. Entries are named.
         OSError: it cannot be read.
     """
+    check_regular(path, sys.maxsize)
     try:
         archive = zipfile.ZipFile(path)
     # What zipfile raises for directories of nonsense.

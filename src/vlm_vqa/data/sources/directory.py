@@ -1,7 +1,6 @@
 """Source `directory`: VQAv2's official file layout in a local folder. Every other source ends here too."""
 
 import gzip
-import io
 import json
 import logging
 import lzma
@@ -29,6 +28,7 @@ from vlm_vqa.data.contract import (
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.data.sources.archive import files, open_zip, shown
 from vlm_vqa.errors import UserError
+from vlm_vqa.files import MOST_BYTES, check_regular
 from vlm_vqa.params import DataParams
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,6 @@ _ENCRYPTED = 0x1
 """Of a zip member's flags (APPNOTE 4.4.4)."""
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
-# VQAv2's largest file of texts has 0.4 GB; a zip of a few MB can unpack to anything.
-_MOST_UNPACKED_BYTES = 4 * 2**30
 # What zipfile and its decompressors raise for damaged bytes, and (the last) for a method that Python lacks.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 
@@ -72,10 +70,10 @@ def directory_source(data: DataParams) -> Source:
     """Return the files that `data.directory`, `data.train` and `data.val` name.
 
     Raises:
-        UserError: there is no such folder, or an image name is no pattern.
+        UserError: there is no such folder.
     """
     folder = Path(data.directory)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(
             f"data.directory is {data.directory!r}, which is no folder. Put the VQAv2 files there as "
             "data/vqav2/README.md says, or set data.source: easy-vqa."
@@ -83,9 +81,8 @@ def directory_source(data: DataParams) -> Source:
     splits = []
     for split in SPLITS:
         files = getattr(data, split)
-        names = ImageNames(files.image_name, f"data.{split}.image_name")
         paths = (folder / files.questions, folder / files.annotations, folder / files.images)
-        splits.append(SplitPaths(split, *paths, names))
+        splits.append(SplitPaths(split, *paths, ImageNames(files.image_name)))
     return Source("directory", {}, tuple(splits))
 
 
@@ -97,7 +94,7 @@ def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
             folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json",
             folder / f"v2_mscoco_{split}2014_annotations.json",
             folder / f"{split}2014",
-            ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg", f"data.{split}.image_name"),
+            ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
         )
         for split in SPLITS
     )
@@ -128,7 +125,13 @@ def _read_entries(
     try:
         log.info("reading %s (%.0f MB)", path.name, path.stat().st_size / 1e6)
         with _open_text(path) as file:
-            content = json.load(io.TextIOWrapper(file, encoding="utf-8"), object_hook=compact)
+            # A few MB can unpack to anything.
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise OSError(f"it unpacks to more than {MOST_BYTES:,} bytes")
+        # One name for both: a split's annotations need not be held twice.
+        text = text.decode("utf-8")
+        content = json.loads(text, object_hook=compact)
     except FileNotFoundError:
         violations.add(Kind.MISSING_FILE, f"{path}")
         return None
@@ -147,6 +150,7 @@ def _read_entries(
 @contextmanager
 def _open_text(path: Path) -> Iterator[IO[bytes]]:
     """Open a file of JSON as it is, gzipped, or as the one JSON file of a zip archive."""
+    check_regular(path)
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != _ZIP_MAGIC:
@@ -160,7 +164,7 @@ def _open_text(path: Path) -> Iterator[IO[bytes]]:
             raise zipfile.BadZipFile(f"the archive holds {len(members)} files instead of one: {names}")
         if members[0].flag_bits & _ENCRYPTED:
             raise zipfile.BadZipFile(f"{members[0].filename} is encrypted")
-        if members[0].file_size > _MOST_UNPACKED_BYTES:
+        if members[0].file_size > MOST_BYTES:
             raise zipfile.BadZipFile(f"{members[0].filename} would unpack to {members[0].file_size} bytes")
         # No more than the declared size is ever unpacked.
         with archive.open(members[0]) as file:
@@ -218,6 +222,7 @@ class ImageFiles:
         if size > max_bytes:
             raise UserError(f"{where}: {size} bytes are too many for an image of data.max_image_pixels")
         if self._zip is None:
+            check_regular(self.path / name, max_bytes)
             return (self.path / name).read_bytes()
         member = self._members[name][0]
         # zipfile would raise a bare RuntimeError, which could be anything.

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 60.0
 # Seconds to connect, and seconds without a byte.
 _TIMEOUT = (20.0, 30.0)
+# Slower than this over a window, an attempt has failed: a byte a second would be progress for ever.
+_LEAST_RATE = 1024
+_WINDOW = 30.0
+# Where no server tells a size; VQAv2's largest archive has 13.5 GB.
+_MOST_BYTES = 20 * 2**30
 _BLOCK_BYTES = 2**20
 # Answers that may be others a minute later.
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -61,6 +67,10 @@ class _Transient(Exception):
     def __init__(self, reason: str, seconds: float = 0.0):
         super().__init__(reason)
         self.seconds = seconds
+
+
+class _Slow(_Transient):
+    """What has come is kept, but is no progress."""
 
 
 class _Stopped(Exception):
@@ -198,6 +208,7 @@ def _attempt(session: requests.Session, part: "_Part", advance: Callable[[int], 
             # The server sends the whole file: it knows no ranges, or the file has changed, or this is the start.
             advance(-part.size)
             part.restart(response)
+        begun, before, most = time.monotonic(), part.size, part.server.get("bytes") or _MOST_BYTES
         with open(part.path, "ab") as file:
             # `read1` hands over what has come; `iter_content` would lose up to a block when the connection ends.
             while block := response.raw.read1(_BLOCK_BYTES):
@@ -205,6 +216,17 @@ def _attempt(session: requests.Session, part: "_Part", advance: Callable[[int], 
                 advance(len(block))
                 if stop.is_set():
                     raise _Stopped
+                if part.size > most:
+                    advance(-part.size)
+                    part.restart(None)
+                    raise UserError(
+                        f"{part.download.url}: sends more than the {most:,} bytes that there should be. It is another file: "
+                        f"correct {part.download.option}."
+                    )
+                if (seconds := time.monotonic() - begun) > _WINDOW:
+                    if part.size - before < _LEAST_RATE * seconds:
+                        raise _Slow(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
+                    begun, before = time.monotonic(), part.size
     # Where no length was told, urllib3 still knows the end of a chunked answer from a broken connection.
     part.server["bytes"] = part.server.get("bytes") or part.size
     if not part.is_complete():
@@ -290,7 +312,8 @@ def _with_retries(
         except requests.exceptions.SSLError as error:
             raise UserError(f"{download.url}: {error}. Correct {download.option} or the certificates.") from error
         except (_Transient, requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
-            failures, reached = (0 if furthest() > reached else failures) + 1, furthest()
+            progress = furthest() > reached and not isinstance(error, _Slow)
+            failures, reached = (0 if progress else failures) + 1, furthest()
             # urllib3 repeats itself in its second argument.
             reason = error.args[0] if error.args else error
             if failures == _ATTEMPTS:

@@ -161,7 +161,7 @@ def _split_paths(folder: Path) -> tuple[SplitPaths, ...]:
             folder / _texts("Questions", split),
             folder / _texts("Annotations", split),
             folder / f"{split}2014.zip",
-            ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg", f"data.{split}.image_name"),
+            ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
         )
         for split in SPLITS
     )

@@ -1,0 +1,89 @@
+"""What must hold beside the parameter file itself, checked before anything is computed from it.
+
+`load_params` knows what a file alone can tell. Here stands the rest: this machine (`check_machine`) and the records, once
+there are some (`check_records`). `vlm-vqa check`, preflight and the stages up to the training call them, so that no hour of
+extraction or training is spent on what a later stage must refuse.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from vlm_vqa.data.records import MANIFEST, questions_file, read_manifest
+from vlm_vqa.errors import UserError
+from vlm_vqa.params import Answers, Params, Punkt, TooLong, is_local
+from vlm_vqa.training.launch_file import check_params, read_launch, strategy_of
+
+log = logging.getLogger(__name__)
+
+LAUNCHES = Path("launch")
+RECORDS = Path("data/records")
+
+
+def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORDS, run: bool = False) -> None:
+    """Check this machine, and the records where there are some of this source; `run` as for `check_machine`.
+
+    Raises:
+        UserError: they do not allow the five stages.
+    """
+    check_machine(params, launches, run)
+    if (records / MANIFEST).is_file() and read_manifest(records).get("source") == params.data.source.value:
+        check_records(params, records)
+
+
+def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -> None:
+    """Refuse launches and models that are not here, and nltk data that cannot be had where the stages `run`.
+
+    A prediction or a check may be about another machine: there, what nltk lacks is only said.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    extraction = read_launch(params.vision.launch, launches, "vision.launch")
+    if extraction["distributed_type"] not in ("NO", "MULTI_GPU") or extraction["num_machines"] != 1:
+        raise UserError(
+            f"vision.launch is {params.vision.launch!r}, which divides a model or spans machines; the encoder is copied "
+            "to processes of one machine. Set vision.launch to cpu, cpu-ddp or ddp."
+        )
+    training = read_launch(params.train.launch, launches)
+    check_params(params.train, strategy_of(training, launches / f"{params.train.launch}.yaml"))
+    for key, model in (("vision.model", params.vision.model), ("language.model", params.language.model)):
+        if is_local(model) and not os.path.isfile(os.path.join(os.path.expanduser(model), "config.json")):
+            raise UserError(f"{key} is {model!r}, but no model's config.json is there. Mend the path.")
+    if params.evaluation.punkt_tab is Punkt.INSTALLED:
+        # nltk is only loaded where it is asked for.
+        from vlm_vqa.evaluation.bleu import prepare_punkt, punkt_is_installed
+
+        if run and os.environ.get("RANK", "0") == "0":
+            prepare_punkt(Punkt.INSTALLED)
+        elif not run and not punkt_is_installed():
+            log.warning(
+                "evaluation.punkt_tab is installed, but nltk's punkt_tab is not on this machine: needs a network"
+            )
+
+
+def check_records(params: Params, records: Path = RECORDS) -> None:
+    """Refuse records that the training or the evaluation would refuse.
+
+    Raises:
+        UserError: naming the split.
+    """
+    blank = read_manifest(records)["splits"]["train"].get("empty_answers", 0)
+    if blank and params.train.answers is Answers.MAJORITY and params.prompt.too_long is TooLong.ERROR:
+        raise UserError(
+            f"{records}: {blank} training questions have a blank multiple_choice_answer, which cannot be taught. Mend the "
+            "annotations file, or set train.answers: drawn, which takes the answers that people gave."
+        )
+    images = pq.read_table(records / questions_file("val"), columns=["image_id"])["image_id"].to_numpy()
+    if params.evaluation.vqa_questions is not None:
+        from vlm_vqa.evaluation.helm_files import helm_order
+
+        images = images[helm_order(len(images))[: params.evaluation.vqa_questions]]
+    if len(np.unique(images)) < 2:
+        raise UserError(
+            f"{records}: the {len(images)} validation questions to evaluate are all about one image, so none can be shown "
+            "another (baselines.shuffled_images). Give data.val a second image, or raise evaluation.vqa_questions."
+        )

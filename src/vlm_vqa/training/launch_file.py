@@ -1,0 +1,127 @@
+"""`launch/NAME.yaml`, accelerate's own configuration: what it may ask for, and which parameters it cannot do.
+
+Apart from `vlm_vqa.training.launch`, so that a file is checked without loading torch.
+"""
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.params import Dtype, TrainParams
+
+TYPES = {"NO", "MULTI_GPU", "FSDP", "DEEPSPEED"}
+"""accelerate's distributed types that a launch file may ask for."""
+
+
+class Strategy(Enum):
+    """How the work is divided among processes."""
+
+    SINGLE = "one process"
+    DDP = "DDP"
+    FSDP2 = "FSDP2"
+    ZERO2 = "ZeRO-2"
+    ZERO3 = "ZeRO-3"
+
+    @property
+    def deepspeed(self) -> bool:
+        return self in (Strategy.ZERO2, Strategy.ZERO3)
+
+    @property
+    def sharded_weights(self) -> bool:
+        """Whether a process holds only a part of the weights."""
+        return self in (Strategy.FSDP2, Strategy.ZERO3)
+
+
+def read_launch(name: str, folder: str | Path = "launch", key: str = "train.launch") -> dict[str, Any]:
+    """Read `launch/NAME.yaml`; `key` is the parameter that names it, for messages.
+
+    Raises:
+        UserError: there is no such launch (the existing ones are named), or it asks for what training does not support.
+    """
+    path = Path(folder) / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in Path(folder).glob("*.yaml")))
+        raise UserError(f"{key} is {name!r}, but there is no {path}. Known launches: {known}.")
+    try:
+        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+        lacking = {"distributed_type", "num_processes", "num_machines", "use_cpu"} - asked.keys()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not an accelerate config: {error}. Compare with launch/cpu.yaml.") from error
+    if lacking:
+        raise UserError(f"{path}: without {', '.join(sorted(lacking))}. Compare with launch/cpu.yaml.")
+    strategy_of(asked, path)
+    return asked
+
+
+def strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
+    """Return what a launch file asks for.
+
+    Raises:
+        UserError: it asks for what training does not support.
+    """
+    kind = asked.get("distributed_type")
+    if kind not in TYPES:
+        raise UserError(f"{path}: distributed_type is {kind!r}; it must be one of {', '.join(sorted(TYPES))}.")
+    if (kind == "NO") != (asked["num_processes"] == 1):
+        raise UserError(
+            f"{path}: distributed_type {kind} with num_processes {asked['num_processes']}; NO is for one process, "
+            "the others for several."
+        )
+    if asked.get("mixed_precision", "no") != "no":
+        raise UserError(f"{path}: mixed_precision must be 'no': train.compute_dtype decides.")
+    if kind == "FSDP":
+        return _check_fsdp(asked.get("fsdp_config", {}), path)
+    if kind == "DEEPSPEED":
+        return _check_deepspeed(asked.get("deepspeed_config", {}), path)
+    return {"NO": Strategy.SINGLE, "MULTI_GPU": Strategy.DDP}[kind]
+
+
+def _check_fsdp(config: dict[str, Any], path: Path) -> Strategy:
+    wanted = {"fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": False, "fsdp_activation_checkpointing": False,
+              "fsdp_offload_params": False}  # fmt: skip
+    for key, value in wanted.items():
+        # accelerate's defaults are other ones for the version alone.
+        if config.get(key, 1 if key == "fsdp_version" else False) != value:
+            raise UserError(f"{path}: {key} is {config.get(key)}; it must be {value}.")
+    return Strategy.FSDP2
+
+
+def _check_deepspeed(config: dict[str, Any], path: Path) -> Strategy:
+    stages = {2: Strategy.ZERO2, 3: Strategy.ZERO3}
+    if config.get("zero_stage") not in stages:
+        raise UserError(f"{path}: zero_stage is {config.get('zero_stage')}; it must be 2 or 3.")
+    if config.get("zero3_init_flag"):
+        raise UserError(f"{path}: zero3_init_flag must be false: the model is built before it is divided.")
+    unknown = sorted(config.keys() - {"zero_stage", "zero3_init_flag"})
+    if unknown:
+        raise UserError(f"{path}: deepspeed_config has {', '.join(unknown)}; params.yaml decides everything else.")
+    return stages[config["zero_stage"]]
+
+
+def check_params(train: TrainParams, strategy: Strategy) -> None:
+    """Refuse parameters that a strategy would drop.
+
+    Raises:
+        UserError: naming both.
+    """
+    if not strategy.deepspeed:
+        return
+    if train.percentile_clipping not in (0, 100):
+        raise UserError(
+            f"train.percentile_clipping is {train.percentile_clipping}, but {strategy.value} (train.launch {train.launch}) "
+            "joins all parameters into flat pieces that hide each parameter's norm. Set it to 100 (off), or use DDP or "
+            "FSDP2."
+        )
+    if train.weights_dtype is not Dtype.FLOAT32:
+        raise UserError(
+            f"train.weights_dtype is {train.weights_dtype.value}, but {strategy.value} (train.launch {train.launch}) keeps "
+            "float32 weights of its own. Set it to float32, or use DDP or FSDP2."
+        )
+    if train.restart_optimizer:
+        raise UserError(
+            f"train.restart_optimizer is true, which {strategy.value} (train.launch {train.launch}) cannot do. Set it to "
+            "false, or delete the folder below checkpoints/ to start again."
+        )
