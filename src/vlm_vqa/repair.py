@@ -104,7 +104,9 @@ def verify(outs: Sequence[Output]) -> list[Fault]:
 
 def _files(out: Output) -> list[Path]:
     path = Path(out.fs_path)
-    return sorted(found for found in path.rglob("*") if not found.is_dir()) if path.is_dir() else [path]
+    if path.is_dir():
+        return sorted(found for found in path.rglob("*") if not found.is_dir())
+    return [path] if path.exists() else []
 
 
 def _object(out: Output, value: str) -> Path:
