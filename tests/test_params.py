@@ -108,6 +108,7 @@ def test_the_hash_names_all_but_the_tracking(values):
         ("prompt.instruction", "Answer.", "prompt.instruction is 'Answer.', but HELM's vqa run asks with"),
         ("prompt.text_length", 20, "the instruction alone leaves room for no question below"),
         ("language.config.num_key_value_heads", 3, "num_attention_heads is 4; it must be a multiple"),
+        ("language.config.num_attention_heads", 6, "divide hidden_size (128)"),
         ("language.config.head_dim", 31, "language.config.head_dim is 31; it must be even"),
         ("language.config.hidden_size", -1, "language.config.hidden_size is -1; it must be above 0"),
         (

@@ -93,6 +93,22 @@ def test_ctrl_c_during_imports(name, tmp_path):
         assert (process.returncode, errors) == (EXIT_INTERRUPTED, "interrupted\n")
 
 
+def test_after_the_imports_ctrl_c_unwinds_again(tmp_path):
+    (tmp_path / "train.py").write_text("""
+import signal
+import vlm_vqa
+assert signal.getsignal(signal.SIGINT) is vlm_vqa.end_quietly
+from vlm_vqa import stage
+def main():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+stage.run("train", main)
+""")
+    subprocess.run(
+        [sys.executable, tmp_path / "train.py"], check=True, timeout=60, env={**os.environ, "PYTHONPATH": "src"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("path", sorted(Path("stages").glob("*.py")), ids=lambda path: path.stem)
 def test_every_stage_imports_the_package_first(path):
     imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -744,9 +744,10 @@ def _check_shape(params: Params) -> None:
     if vocabulary < _LEAST_VOCABULARY:
         raise UserError(f"language.vocab_size is {vocabulary}; bytes and special tokens alone are {_LEAST_VOCABULARY}.")
     heads, shared = shape.num_attention_heads, shape.num_key_value_heads
-    if heads % shared:
+    if heads % shared or shape.hidden_size % heads:
         raise UserError(
-            f"language.config.num_attention_heads is {heads}; it must be a multiple of num_key_value_heads ({shared})."
+            f"language.config.num_attention_heads is {heads}; it must be a multiple of num_key_value_heads ({shared}) and "
+            f"divide hidden_size ({shape.hidden_size}), as transformers wants it."
         )
     if shape.head_dim % 2:
         raise UserError(f"language.config.head_dim is {shape.head_dim}; it must be even: positions rotate pairs.")
