@@ -136,6 +136,8 @@ def report(trainer: VqaTrainer, data: QuestionDataset) -> None:
     """Write what DVC tracks: only figures that a second run repeats exactly."""
     REPORTS.mkdir(exist_ok=True)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    # What stands there may be a hard link into DVC's cache: remove it, never write through it.
+    (REPORTS / "train.json").unlink(missing_ok=True)
     write_json(
         REPORTS / "train.json",
         {

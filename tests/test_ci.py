@@ -37,7 +37,7 @@ def current():
 
 def test_what_git_alone_does_not_hold_is_not_stale(current):
     committed = current.in_git(yaml.safe_load((ROOT / "dvc.yaml").read_text()))
-    assert {"reports/train.json", "reports/evaluation.json"} <= committed
+    assert {"reports/train_curve.csv", "reports/metrics.json", "reports/evaluation.json"} <= committed
     assert not committed & {"data/records", "data/features", "models/trained", "models/export"}
     assert list(current.stale(CLEAN, LOCK, committed)) == []
 
