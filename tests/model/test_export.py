@@ -249,6 +249,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_damaged_export_is_one_named_error(tiny, trained, tmp_path, monkeypatch):
     """Never a traceback, never another model in its place, and nothing is asked of the hub."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))

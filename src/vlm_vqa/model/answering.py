@@ -67,8 +67,8 @@ class Answerer:
         except Exception as error:
             reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
             raise UserError(
-                f"{folder}: a file of the export is missing or damaged ({type(error).__name__}: {reason}). Run the export "
-                "stage again: `dvc repro --force export`."
+                f"{folder}: a file of the export is missing or damaged ({type(error).__name__}: {reason}). "
+                + make_again("export")
             ) from error
 
     @classmethod
