@@ -695,7 +695,7 @@ def test_track_adds_the_scores_that_a_run_lacks(outputs, params):
 )
 def test_track_names_the_file_it_cannot_read(outputs, name, damage):
     damage(outputs / name)
-    with pytest.raises(UserError, match=f"{name} is.*dvc repro"):
+    with pytest.raises(UserError, match=f"{name} is.*(dvc repro|vlm-vqa repair)"):
         tracking.recreate_run(outputs)
     assert runs(outputs) == []
 

@@ -163,7 +163,7 @@ def _mend_dvc_lock(root: Path) -> list[str]:
 def _is_whole(text: bytes) -> bool:
     """Whether a `dvc.lock` is not cut off, be it between two lines: every stage has outputs, and they stand last."""
     try:
-        stages = yaml.load(text, yaml.CSafeLoader)["stages"].values()
+        stages = yaml.safe_load(text)["stages"].values()
         return text.endswith(b"\n") and all("cmd" in stage and stage["outs"][-1]["path"] for stage in stages)
     except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
         return False

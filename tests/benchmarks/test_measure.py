@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tm
 def test_before_make_repro_the_missing_stage_is_named(name, tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_bytes((ROOT / "presets/small.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="Run `dvc repro (fetch-vqav2|extract-features)"):
+    with pytest.raises(UserError, match="Run `vlm-vqa repair (fetch-vqav2|extract-features)`"):
         importlib.import_module(f"benchmarks.{name}").main([])
 
 
