@@ -89,3 +89,9 @@ def test_the_small_run_is_what_was_measured():
     assert f"at most {found['peak_gib']:.1f} GiB in one process" in text
     assert f"{scores['wrong']} of the {scores['questions']:,} answers are wrong" in text
     assert f"HELM on the {scores['helm_instances']:,} of them" in text
+
+
+def test_what_one_thread_is_worth_on_a_busy_machine_is_what_was_measured():
+    ratios = {claim["what"].split(":")[0]: claim["ratio"] for claim in results("threads")["claims"]}
+    one, two = ratios["beside 8, OMP_NUM_THREADS=1"], ratios["beside 8"]
+    assert f"{one:.2f} of the quiet rate instead of {two:.2f}" in README.replace("\n", " ")
