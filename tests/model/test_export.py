@@ -259,6 +259,6 @@ def test_a_damaged_export_is_one_named_error(tiny, trained, tmp_path, monkeypatc
         folder = tmp_path / str(at)
         shutil.copytree(tmp_path / "export", folder)
         damaged(name, change)(folder)
-        with pytest.raises(UserError, match=rf"^{folder}: .*`dvc repro") as error:
+        with pytest.raises(UserError, match=rf"^{folder}: .*`(vlm-vqa repair|dvc repro) export") as error:
             Answerer.from_export(folder, device="cpu")
         assert "\n" not in str(error.value), (name, change)

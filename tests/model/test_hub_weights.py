@@ -20,7 +20,8 @@ from vlm_vqa.model.encoder import SMALL_ENCODER, load_encoder
 from vlm_vqa.model.vlm import build_processor, initial_model, load_tokenizer, random_config, train_tokenizer
 from vlm_vqa.params import Dtype, LanguageParams, StoreDtype, VisionParams
 
-GEMMA, DINO = "google/gemma-2-2b-it", "facebook/dinov2-base"
+GEMMA, DINO = "google/gemma-2-2b-it", "facebook/dinov2-tiny"
+# Not the name of a published one: the model that is served under it is smaller.
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
 EVIL = "raise SystemExit('code of the repository has run')"
