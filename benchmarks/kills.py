@@ -18,7 +18,6 @@ About 10 minutes on 2 busy cores.
 import argparse
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -137,9 +136,9 @@ class Training:
         self.log = project.folder / "train.log"
         self.started = time.monotonic()
         with open(self.log, "wb") as log:
-            # `env` becomes the launcher: there is no shell between.
+            # The shell, which fills in the user's OMP_NUM_THREADS, and `env` become the launcher: nothing stands between.
             self.launcher = subprocess.Popen(
-                shlex.split(project.stage_command("train")), cwd=self.folder, env=project.environment(**ENVIRONMENT),
+                ["/bin/sh", "-c", f"exec {project.stage_command('train')}"], cwd=self.folder, env=project.environment(**ENVIRONMENT),
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 

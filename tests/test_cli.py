@@ -70,7 +70,7 @@ def test_track_without_outputs_says_what_to_do(tmp_path, capsys, monkeypatch):
 )  # fmt: skip
 def test_a_command_says_nothing_but_its_own(command, tmp_path):
     """Outputs are missing here: what a command then says is one line of ours; whatever libraries would say is seen."""
-    (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text((REPO / "presets/small.yaml").read_text())
     environment = {**os.environ, "PYTHONPATH": str(REPO / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "vlm_vqa.cli", *command.split()],

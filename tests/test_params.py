@@ -204,7 +204,7 @@ def read(tmp_path):
     return read
 
 
-COMMITTED = (ROOT / "params.yaml").read_text()
+COMMITTED = (ROOT / "presets/small.yaml").read_text()
 SPELLINGS = {"1e-5": 1e-5, "1.0e-5": 1e-5, "2e-05": 2e-5, "1E-5": 1e-5, ".00001": 1e-5, "+1e-5": 1e-5, "3e-4": 3e-4}
 
 
@@ -346,7 +346,7 @@ def test_what_dvc_writes_is_read_as_what_was_asked(tmp_path, spelling):
     params = load_params(path)
     assert params.train.learning_rate == float(spelling.strip('"'))
     assert (params.tracking.experiment, params.train.batch_size) == ("007", 128)
-    before = load_params(ROOT / "params.yaml")
+    before = load_params(ROOT / "presets/small.yaml")
     assert params.prompt == before.prompt and params.data == before.data
 
 
