@@ -138,7 +138,8 @@ class Training:
         with open(self.log, "wb") as log:
             # The shell, which fills in the user's OMP_NUM_THREADS, and `env` become the launcher: nothing stands between.
             self.launcher = subprocess.Popen(
-                ["/bin/sh", "-c", f"exec {project.stage_command('train')}"], cwd=self.folder, env=project.environment(**ENVIRONMENT),
+                ["/bin/sh", "-c", f"exec {project.stage_command('train')}"],
+                cwd=self.folder, env=project.environment(**ENVIRONMENT),
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
