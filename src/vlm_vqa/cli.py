@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vlm_vqa import end_quietly
@@ -186,9 +186,39 @@ def _add_preflight_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print JSON; sizes in bytes")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _add_compare_options(sub: argparse.ArgumentParser) -> None:
     from vlm_vqa.comparison import TOLERANCE
 
+    sub.add_argument(
+        "--base", required=True, metavar="REV", help="git revision to compare with, such as main or HEAD~1"
+    )
+    sub.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="drop of helm.bleu_1 that passes (default: %(default)s)"
+    )
+    sub.add_argument("--markdown", type=Path, metavar="FILE", help="write the comparison there too")
+    sub.add_argument("--allow-missing-base", action="store_true", help="pass where REV has no report yet")
+
+
+def _add_mending(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands for what DVC leaves locked or damaged."""
+    sub = command(
+        "repair",
+        _repair,
+        "Remove what is damaged of stages' outputs, from DVC's cache too, and let `dvc repro` make it again.",
+    )
+    sub.add_argument("stages", nargs="*", metavar="STAGE", help="as in dvc.yaml (default: all)")
+    sub.add_argument("--no-run", action="store_true", help="only remove, for a `dvc pull` or `dvc repro` of yours")
+
+    sub = command("unlock", _unlock, "Mend the locks that a killed dvc has left, so that `dvc repro` works again.")
+    sub.add_argument("--quiet", action="store_true", help="say nothing where there is nothing to do")
+
+    sub = command(
+        "verify", _verify, "Read stages' outputs whole and compare them with dvc.lock; exit 1 if any differs."
+    )
+    sub.add_argument("stages", nargs="*", metavar="STAGE", help="as in dvc.yaml (default: all)")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vlm-vqa", description="Beside `dvc repro` and `mlflow ui`. Run it in the project's folder."
     )
@@ -204,19 +234,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("check", _check, "Check a parameter file without running anything.")
     sub.add_argument("params", type=Path, nargs="?", default=Path("params.yaml"), help="default: %(default)s")
 
-    sub = command(
-        "compare",
-        _compare,
-        "Compare reports/evaluation.json with the one committed at a git revision; exit 1 if bleu_1 dropped.",
+    _add_compare_options(
+        command(
+            "compare",
+            _compare,
+            "Compare reports/evaluation.json with the one committed at a git revision; exit 1 if bleu_1 dropped.",
+        )
     )
-    sub.add_argument(
-        "--base", required=True, metavar="REV", help="git revision to compare with, such as main or HEAD~1"
-    )
-    sub.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="drop of helm.bleu_1 that passes (default: %(default)s)"
-    )
-    sub.add_argument("--markdown", type=Path, metavar="FILE", help="write the comparison there too")
-    sub.add_argument("--allow-missing-base", action="store_true", help="pass where REV has no report yet")
 
     sub = command("easy-vqa", _easy_vqa, "Write easy-VQA in VQAv2's official file layout.")
     sub.add_argument("folder", type=Path, help="new folder for questions, annotations and images")
@@ -239,23 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_preflight_options(sub)
 
-    sub = command(
-        "repair",
-        _repair,
-        "Remove what is damaged of stages' outputs, from DVC's cache too, and let `dvc repro` make it again.",
-    )
-    sub.add_argument("stages", nargs="*", metavar="STAGE", help="as in dvc.yaml (default: all)")
-    sub.add_argument("--no-run", action="store_true", help="only remove, for a `dvc pull` or `dvc repro` of yours")
-
     command("track", _track, "Record the outputs here as an MLflow run, after `dvc pull` or when tracking had failed.")
-
-    sub = command("unlock", _unlock, "Mend the locks that a killed dvc has left, so that `dvc repro` works again.")
-    sub.add_argument("--quiet", action="store_true", help="say nothing where there is nothing to do")
-
-    sub = command(
-        "verify", _verify, "Read stages' outputs whole and compare them with dvc.lock; exit 1 if any differs."
-    )
-    sub.add_argument("stages", nargs="*", metavar="STAGE", help="as in dvc.yaml (default: all)")
+    _add_mending(command)
     return parser
 
 

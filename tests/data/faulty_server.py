@@ -38,7 +38,7 @@ class FaultyServer:
         self.authorizations: set[str | None] = set()
         self.sent: Counter[str] = Counter()
         self.release = threading.Event()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"outer": self}))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
@@ -51,91 +51,90 @@ class FaultyServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def _handler(self) -> type:
-        outer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Answers one connection as its `FaultyServer` says."""
 
-            def log_message(self, *_: Any) -> None:
-                pass
+    outer: FaultyServer
+    protocol_version = "HTTP/1.1"
 
-            def do_HEAD(self) -> None:
-                name = self.path.partition("?")[0].rsplit("/", 1)[-1]
-                outer.requests.append(Request("HEAD", name, None))
-                outer.authorizations.add(self.headers.get("Authorization"))
-                if not outer.head:
-                    return self._status(405)
-                if isinstance(outer.always.get(name), int):
-                    return self._status(outer.always[name])
-                self._headers(200, outer.files[name], 0)
+    def log_message(self, *_: Any) -> None:
+        pass
 
-            def do_GET(self) -> None:
-                name = self.path.partition("?")[0].rsplit("/", 1)[-1]
-                asked = self.headers.get("Range")
-                outer.requests.append(Request("GET", name, int(asked[6:-1]) if asked else None))
-                if len(outer.gets()) > _MOST_GETS:
-                    return self._status(410)
-                fault = outer.faults[name].pop(0) if outer.faults[name] else outer.always.get(name)
-                if isinstance(fault, int):
-                    return self._status(fault)
-                if fault and "://" in fault:
-                    return self._status(302, fault)
-                data, start = outer.files[name], 0
-                if fault == "endless":
-                    self.close_connection = True
-                    self.send_response(200)
-                    self.end_headers()
-                    with contextlib.suppress(OSError):
-                        while not outer.release.is_set():
-                            self.wfile.write(bytes(2**16))
-                    return None
-                if asked and outer.ranges and self._same(data):
-                    start = int(asked[6:-1])
-                    if start >= len(data):
-                        return self._status(416)
-                self._headers(206 if start else 200, data, start)
-                self._body(name, data[start:], fault)
+    def do_HEAD(self) -> None:
+        name = self.path.partition("?")[0].rsplit("/", 1)[-1]
+        self.outer.requests.append(Request("HEAD", name, None))
+        self.outer.authorizations.add(self.headers.get("Authorization"))
+        if not self.outer.head:
+            return self._status(405)
+        if isinstance(self.outer.always.get(name), int):
+            return self._status(self.outer.always[name])
+        self._headers(200, self.outer.files[name], 0)
 
-            def _same(self, data: bytes) -> bool:
-                return not outer.if_range or self.headers.get("If-Range") in (None, etag(data))
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].rsplit("/", 1)[-1]
+        asked = self.headers.get("Range")
+        self.outer.requests.append(Request("GET", name, int(asked[6:-1]) if asked else None))
+        if len(self.outer.gets()) > _MOST_GETS:
+            return self._status(410)
+        fault = self.outer.faults[name].pop(0) if self.outer.faults[name] else self.outer.always.get(name)
+        if isinstance(fault, int):
+            return self._status(fault)
+        if fault and "://" in fault:
+            return self._status(302, fault)
+        data, start = self.outer.files[name], 0
+        if fault == "endless":
+            self.close_connection = True
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while not self.outer.release.is_set():
+                    self.wfile.write(bytes(2**16))
+            return None
+        if asked and self.outer.ranges and self._same(data):
+            start = int(asked[6:-1])
+            if start >= len(data):
+                return self._status(416)
+        self._headers(206 if start else 200, data, start)
+        self._body(name, data[start:], fault)
 
-            def _headers(self, status: int, data: bytes, start: int) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data) - start))
-                self.send_header("ETag", etag(data))
-                if status == 206:
-                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-                self.end_headers()
+    def _same(self, data: bytes) -> bool:
+        return not self.outer.if_range or self.headers.get("If-Range") in (None, etag(data))
 
-            def _body(self, name: str, data: bytes, fault: Any) -> None:
-                if fault == "wrong":
-                    data = bytes(len(data))
-                if fault == "drip":
-                    with contextlib.suppress(OSError):
-                        for byte in data:
-                            self.wfile.write(bytes([byte]))
-                            self.wfile.flush()
-                            if outer.release.wait(0.02):
-                                break
-                    return
-                part = data if fault in (None, "wrong") else data[: len(data) // 2]
-                self.wfile.write(part)
-                self.wfile.flush()
-                outer.sent[name] += len(part)
-                if fault == "stall":
-                    outer.release.wait(60.0)
-                self.close_connection = fault is not None
+    def _headers(self, status: int, data: bytes, start: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("ETag", etag(data))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
 
-            def _status(self, status: int, location: str | None = None) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", "0")
-                if location:
-                    self.send_header("Location", location)
-                self.send_header("Retry-After", "0")
-                self.end_headers()
+    def _body(self, name: str, data: bytes, fault: Any) -> None:
+        if fault == "wrong":
+            data = bytes(len(data))
+        if fault == "drip":
+            with contextlib.suppress(OSError):
+                for byte in data:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    if self.outer.release.wait(0.02):
+                        break
+            return
+        part = data if fault in (None, "wrong") else data[: len(data) // 2]
+        self.wfile.write(part)
+        self.wfile.flush()
+        self.outer.sent[name] += len(part)
+        if fault == "stall":
+            self.outer.release.wait(60.0)
+        self.close_connection = fault is not None
 
-        return Handler
+    def _status(self, status: int, location: str | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        if location:
+            self.send_header("Location", location)
+        self.send_header("Retry-After", "0")
+        self.end_headers()
 
 
 def etag(data: bytes) -> str:
