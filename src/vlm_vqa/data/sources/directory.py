@@ -37,8 +37,10 @@ _ENCRYPTED = 0x1
 """Of a zip member's flags (APPNOTE 4.4.4)."""
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
-# What zipfile and its decompressors raise for damaged bytes, and (the last) for a method that Python lacks.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
+# Of damaged bytes zipfile raises its own error, and its decompressors theirs (bz2's is an OSError, which readers expect
+# anyway); EOFError where a member's bytes end early; NotImplementedError for a method that Python lacks; ValueError for a name
+# that is not the UTF-8 that it says, or a place before the file's start.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ def _read_entries(
     except FileNotFoundError:
         violations.add(Kind.MISSING_FILE, f"{path}")
         return None
-    except (OSError, ValueError, RecursionError, *_DAMAGE) as error:
+    # JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError.
+    except (OSError, RecursionError, *_DAMAGE) as error:
         violations.add(Kind.BROKEN_FILE, f"{path}: not complete JSON ({error})")
         return None
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
