@@ -38,8 +38,8 @@ _ENCRYPTED = 0x1
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
 # Of damaged bytes zipfile raises its own error, and its decompressors theirs (bz2's is an OSError, which readers expect
-# anyway); EOFError where a member's bytes end early; NotImplementedError for a method that Python lacks; ValueError for a name
-# that is not the UTF-8 that it says, or a place before the file's start.
+# anyway); EOFError where a member's bytes end early; NotImplementedError for a method that Python lacks; ValueError for a
+# name that is not the UTF-8 that it says, or a place before the file's start.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
 
 
