@@ -529,9 +529,9 @@ def test_mistakes_are_named(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-def test_the_default_parameters_on_a_gpu_are_refused_in_one_line_that_helps(capsys, monkeypatch):
+def test_the_small_parameters_on_a_gpu_are_refused_in_one_line_that_helps(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert main(["preflight", "--device", "H100"]) == 2
+    assert main(["preflight", "presets/small.yaml", "--device", "H100"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "(train.launch: cpu)" in said
     advised = re.search("`vlm-vqa (.*)`", said)[1].split()
