@@ -18,6 +18,7 @@ from vlm_vqa import cores, stage, tracking
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.model.answering import Answerer
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.export import CARD, join, read_training, write_export
@@ -36,7 +37,7 @@ def main() -> None:
     training = read_training(TRAINED)
     manifest = records.read_manifest(RECORDS)
     results = json.loads(Path("reports/train.json").read_text(encoding="utf-8"))
-    model = join(TRAINED, encoder)
+    model = join(TRAINED, encoder, training["weights_hash"])
     processor = AutoProcessor.from_pretrained(TRAINED, trust_remote_code=False)
     write_export(EXPORT, model, processor, params, training, results, manifest)
     difference = compare(FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash}), params.data.max_image_pixels)
@@ -48,7 +49,7 @@ def compare(features: FeatureStore, max_pixels: int) -> float:
     """Load the export as a user would and return how far its tower's features are from the ones trained on.
 
     Raises:
-        UserError (by `Answerer.from_export`): what was written is not what was trained.
+        UserError: what was written is not what was trained.
     """
     answerer = Answerer.from_export(EXPORT, device="cpu")
     images = list(itertools.islice(records.iter_images(RECORDS), CHECKED_IMAGES))
@@ -57,7 +58,11 @@ def compare(features: FeatureStore, max_pixels: int) -> float:
     difference = (answerer.encode(pixels) - stored).abs().max().item()
     # Stored coarsely, a feature is off by its rounding; anything larger means another encoder or processor.
     tolerance = features.tolerance * stored.abs().max()
-    assert difference <= tolerance, f"the export's tower differs from the stored features by {difference}"
+    if not difference <= tolerance:
+        raise UserError(
+            f"{EXPORT}: its tower sees other features than {FEATURES} holds: they differ by {difference:.1e} where "
+            f"{tolerance:.1e} is rounding. {make_again('extract-features train')}"
+        )
     return difference
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PaliGemmaConfig
 
-from vlm_vqa import stage, tracking
+from vlm_vqa import sealed, stage, tracking
 from vlm_vqa.checks import check_here
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions, read_manifest
@@ -21,6 +21,7 @@ from vlm_vqa.hashing import code_hash, write_json
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import (
+    TRAINING_FILE,
     add_adapters,
     build_processor,
     freeze_embeddings,
@@ -88,8 +89,8 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         weights = trainer.whole_weights()
         if not running.main:
             return
-        made_of["weights_hash"] = save(model.config, weights, processor, made_of)
         report(trainer, data)
+        made_of["weights_hash"] = save(model.config, weights, processor, made_of)
         run.log_metrics({"train_loss": result.training_loss, "train_minutes": result.metrics["train_runtime"] / 60,
                          "train_questions_per_second": result.metrics["train_samples_per_second"],
                          "peak_memory_gib": peak_memory_gib(arguments.device)}, trainer.state.global_step)  # fmt: skip
@@ -128,7 +129,7 @@ def save(config: PaliGemmaConfig, weights: dict[str, Tensor], processor, made_of
     shutil.rmtree(TRAINED, ignore_errors=True)
     save_trained(config, weights, TRAINED)
     processor.save_pretrained(TRAINED)
-    write_json(TRAINED / "training.json", {**made_of, "weights_hash": weights_hash})
+    sealed.write_folder(TRAINED / TRAINING_FILE, {**made_of, "weights_hash": weights_hash}, [REPORTS / "train.json"])
     return weights_hash
 
 

@@ -10,7 +10,7 @@ import yaml
 from tests import golden
 from tests.dvc_project import flip
 from tests.pipeline import ROOT, Project, sample_params
-from vlm_vqa.hashing import CODE, code_hash
+from vlm_vqa.hashing import code_hash, imported
 
 STAGES = ["fetch-vqav2", "extract-features", "train", "export", "helm-eval"]
 
@@ -22,11 +22,31 @@ def test_the_five_stages_stand_in_order():
         assert f"stages/{name.replace('-', '_')}.py" in stage["deps"]
 
 
-def test_checkpoints_are_keyed_by_the_code_that_the_train_stage_declares():
-    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["deps"]
-    assert {path for path in declared if path.startswith("src/")} == {f"src/vlm_vqa/{name}" for name in CODE}
-    before = code_hash(ROOT / "stages/train.py")
-    assert before == code_hash(ROOT / "stages/train.py") != code_hash(ROOT / "stages/export.py")
+CARD, SMALL, CLIENT = "src/vlm_vqa/model/card.md", "src/vlm_vqa/model/small_encoder", "evaluation/helm/client.py"
+READ = {"fetch-vqav2": [], "extract-features": [SMALL], "train": [SMALL], "export": [CARD, SMALL], "helm-eval": []}
+"""What a stage reads of the package beside Python files."""
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_declares_what_it_imports_and_no_more(name):
+    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][name]["deps"]
+    sources = [f"stages/{name.replace('-', '_')}.py", *([CLIENT] if name == "helm-eval" else [])]
+    imports = {path.relative_to(ROOT).as_posix() for source in sources for path in imported(ROOT / source)}
+    assert {path for path in deps if path.startswith(("src/", "stages/")) or path == CLIENT} == {
+        *sources, *imports, *READ[name],
+    }  # fmt: skip
+
+
+def test_a_stages_code_is_what_it_imports_wherever_the_import_stands(tmp_path):
+    """Imports in functions count, those of imported modules too, rooms' docstrings and what decides nothing do not."""
+    stage = tmp_path / "stage.py"
+    stage.write_text("def main():\n    from vlm_vqa.data import ordered, records\n    import vlm_vqa.errors\n")
+    names = [path.name for path in imported(stage)]
+    assert "ordered.py" in names and "sealed.py" in names and not {"__init__.py", "errors.py", "fetch.py"} & {*names}
+    before = code_hash(stage)
+    assert before == code_hash(stage)
+    stage.write_text(stage.read_text() + "# A comment\n")
+    assert code_hash(stage) != before != code_hash(ROOT / "stages/export.py")
 
 
 def stages_run(project, *options, terminal=None):

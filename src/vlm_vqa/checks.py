@@ -10,9 +10,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from vlm_vqa.data.records import MANIFEST, questions_file, read_manifest
+from vlm_vqa.data.records import MANIFEST, load_questions, read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import Answers, Params, Punkt, TooLong, is_local
 from vlm_vqa.training.launch_file import check_params, read_launch, strategy_of
@@ -77,7 +76,7 @@ def check_records(params: Params, records: Path = RECORDS) -> None:
             f"{records}: {blank} training questions have a blank multiple_choice_answer, which cannot be taught. Mend the "
             "annotations file, or set train.answers: drawn, which takes the answers that people gave."
         )
-    images = pq.read_table(records / questions_file("val"), columns=["image_id"])["image_id"].to_numpy()
+    images = np.array(load_questions(records, "val", ["image_id"])["image_id"])
     if params.evaluation.vqa_questions is not None:
         from vlm_vqa.evaluation.helm_files import helm_order
 

@@ -1,8 +1,9 @@
 """Content hashes: how weights, data, parameters and code are named."""
 
+import ast
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,56 @@ def hash_files(paths: Iterable[str | Path], root: str | Path) -> str:
     return hash_json(sorted((Path(path).relative_to(root).as_posix(), sha256_file(path)) for path in paths))
 
 
-CODE = ("cores.py", "data", "files.py", "hashing.py", "model", "params.py", "training")
-"""The parts of this package that decide trained weights; `dvc.yaml` names the same for the train stage."""
+EXCEPTED = ("__init__", "checks", "errors", "orphans", "secrets", "stage", "tracking", "unlock")
+"""Modules of this package that a stage imports and that decide none of its bytes: they refuse, word, log and end."""
+
+
+def imported(file: str | Path) -> list[Path]:
+    """Return the files of this package that a Python file imports, directly or not, but for `EXCEPTED`; sorted.
+
+    Read from the sources, so imports inside functions count and nothing is run. `dvc.yaml` names the same for each stage.
+    """
+    found: set[Path] = set()
+    left = [Path(file)]
+    while left:
+        tree = ast.parse(left.pop().read_text(encoding="utf-8"))
+        for name in _imports(tree):
+            new = _module(name)
+            if new is not None and new not in found:
+                found.add(new)
+                left.append(new)
+    return sorted(found)
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the dotted names that may be modules of this package, their packages too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            yield from (".".join(parts[:count]) for count in range(2, len(parts) + 1) if parts[0] == _PACKAGE.name)
+
+
+def _module(name: str) -> Path | None:
+    """Return a module's file, None where there is none or it decides nothing: excepted, or a room's docstring alone."""
+    path = _PACKAGE.parent.joinpath(*name.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not file.is_file() or (file.parent == _PACKAGE and file.stem in EXCEPTED):
+        return None
+    return file if file.stem != "__init__" or len(ast.parse(file.read_text(encoding="utf-8")).body) > 1 else None
+
+
+_PACKAGE = Path(__file__).parent
 
 
 def code_hash(stage: str | Path) -> str:
-    """Return one hash over the code that decides trained weights: what `code` means in tags and checkpoint keys.
-
-    Evaluation and tracking change no weights, so they do not count.
-
-    Args:
-        stage: the stage's own file.
-    """
-    package = Path(__file__).parent
-    places = [package / name for name in CODE]
-    files = [file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])]
-    return hash_json([sha256_file(stage), hash_files(files, package)])
+    """Return one hash over a stage's file and the code that it imports: what `code` means in tags and checkpoint keys."""
+    return hash_json([sha256_file(stage), hash_files(imported(stage), _PACKAGE)])
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from vlm_vqa import end_quietly, orphans
 from vlm_vqa.errors import GO_ON, UserError
+from vlm_vqa.sealed import SWITCH, checks_blocks
 from vlm_vqa.secrets import mask_output
 from vlm_vqa.unlock import keep_dvc_lock
 
@@ -54,6 +55,8 @@ def run(name: str, main: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     orphans.end_with_parents(lambda: os.kill(os.getpid(), signal.SIGTERM))
     keep_dvc_lock()
+    if not checks_blocks() and os.environ.get("RANK", "0") == "0":
+        logging.warning("%s is off: damaged bytes of records and features are read as they are", SWITCH)
     try:
         main()
     except UserError as error:

@@ -17,6 +17,7 @@ from vlm_vqa.data import feature_store
 from vlm_vqa.data.feature_store import FeatureStore, FeatureStoreWriter, Layout
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import StoreDtype
+from vlm_vqa.sealed import SWITCH, read_sealed, write_sealed
 
 T, D = 5, 8
 IDS = [3, 7, 8, 20, 21, 400_000, 581_929]
@@ -146,7 +147,7 @@ def begun(folder):
 
 def test_a_killed_run_goes_on_with_the_missing_shard(folder, caplog):
     features, parts = begun(folder)
-    with pytest.raises(UserError, match="missing or unfinished"):
+    with pytest.raises(UserError, match="manifest.json: cannot be read"):
         FeatureStore.open(folder)
     # What DVC does before it runs the stage again.
     shutil.rmtree(folder)
@@ -276,7 +277,7 @@ def test_an_image_that_comes_twice_is_named(folder):
         store.write(made)
     with pytest.raises(UserError, match="image 8 follows image 8"):
         store.publish()
-    with pytest.raises(UserError, match="missing or unfinished"):
+    with pytest.raises(UserError, match="manifest.json: cannot be read"):
         FeatureStore.open(folder)
 
 
@@ -321,6 +322,7 @@ def test_a_shard_with_another_ones_images_is_refused(folder):
     path = folder / NAMES[1]
     tensors = load_file(path)
     tensors = {"features": tensors["features"].clone(), "image_ids": torch.tensor([20, 3, 400_000])}
+    tensors["checksums"] = torch.zeros(3, dtype=torch.int64)
     save_file(tensors, path)
     with pytest.raises(UserError, match="00001-of-00003.safetensors: image 3 is in the store twice"):
         FeatureStore.open(folder)
@@ -331,7 +333,11 @@ def test_a_shard_with_another_ones_images_is_refused(folder):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not a manifest of features"), ("[]", "not a manifest of features"), ('{"schema_version": 0}', "version 0")],
+    [
+        ("{", "not a manifest of features"),
+        ("[]", "not a manifest of features"),
+        ('{"schema_version": 1}', "it has no seal"),
+    ],
 )
 def test_a_damaged_manifest_is_refused(folder, text, message):
     write(folder)
@@ -354,8 +360,8 @@ def test_manifest_says_what_made_the_store(folder):
 )
 def test_tolerance_is_that_of_the_coarser_of_both_types(folder, stored, computed, tolerance):
     write(folder, StoreDtype(stored))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "compute_dtype": computed}))
+    manifest = read_sealed(folder / "manifest.json", "", "")
+    write_sealed(folder / "manifest.json", {**manifest, "compute_dtype": computed})
     assert FeatureStore.open(folder).tolerance == tolerance
 
 
@@ -366,3 +372,37 @@ def test_features_are_mapped_not_read(folder):
     store = FeatureStore.open(folder)
     maps = Path("/proc/self/maps").read_text()
     assert all(str(path) in maps for path in folder.glob("*.safetensors")) and len(store) == 7
+
+
+@pytest.mark.parametrize("dtype", list(StoreDtype))
+def test_a_flipped_bit_is_named_when_its_image_is_read(folder, dtype, monkeypatch):
+    write(folder, dtype)
+    path, ids = folder / NAMES[1], IDS[3:6]
+    whole = path.read_bytes()
+    begins = 8 + int.from_bytes(whole[:8], "little")
+    healthy = FeatureStore.open(folder).batch(IDS)
+    for place in range(begins, len(whole)):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << place % 8
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="damaged at byte|no features of image|in the store twice") as error:
+            FeatureStore.open(folder).batch(ids)
+        assert str(folder) in str(error.value) and "vlm-vqa repair extract-features" in str(error.value)
+        if "twice" not in str(error.value):
+            assert torch.equal(FeatureStore.open(folder).batch(IDS[:3]), healthy[:3])
+    monkeypatch.setenv(SWITCH, "off")
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    FeatureStore.open(folder).batch(ids)
+
+
+def test_the_offset_is_that_of_the_image(folder):
+    write(folder)
+    path = folder / NAMES[1]
+    bits = bytearray(path.read_bytes())
+    begins = 8 + int.from_bytes(bits[:8], "little")
+    start = begins + json.loads(bits[8:begins])["features"]["data_offsets"][0]
+    row = FeatureStore.open(folder).layout.image_bytes
+    bits[start + row] ^= 1
+    path.write_bytes(bits)
+    with pytest.raises(UserError, match=f"{path.name}: damaged at byte {start + row:,} "):
+        FeatureStore.open(folder).batch(IDS[3:6])

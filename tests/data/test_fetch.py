@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from vlm_vqa.data.fetch import fetch
 from vlm_vqa.data.sources import directory
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import sha256_file
+from vlm_vqa.sealed import fingerprint
 
 QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
 ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
@@ -49,7 +51,7 @@ def test_the_manifest_counts_and_hashes_what_is_there(vqav2_folder, directory_pa
             "annotations": {"name": ANNOTATIONS, "sha256": sha256_file(source / ANNOTATIONS)},
         },
     }
-    files = {path.name: sha256_file(path) for path in (tmp_path / "records").glob("*.parquet")}
+    files = {path.name: fingerprint(path) for path in (tmp_path / "records").glob("*.parquet")}
     assert manifest["files"] == files and len(files) == 3
 
 
@@ -153,7 +155,7 @@ def test_a_failed_fetch_leaves_earlier_records_as_they_were(vqav2_folder, direct
         fetch(directory_params(folder), target)
     assert contents(target) == before
     (folder / IMAGE).write_bytes(image)
-    monkeypatch.setattr(fetching, "write_json", interrupt)
+    monkeypatch.setattr(fetching, "write_sealed", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch(directory_params(folder), target)
     assert contents(target) == before
@@ -163,7 +165,7 @@ def test_records_half_moved_do_not_count_as_records(vqav2_folder, directory_para
     folder, target = vqav2_folder(), tmp_path / "records"
     fetch(directory_params(folder), target)
     with monkeypatch.context() as patch:
-        patch.setattr(fetching.os, "replace", interrupt)
+        patch.setattr(fetching, "_replace", partial(move_one, fetching._replace, patch))
         with pytest.raises(KeyboardInterrupt):
             fetch(directory_params(folder), target)
     with pytest.raises(UserError, match="manifest.json"):
@@ -174,6 +176,12 @@ def test_records_half_moved_do_not_count_as_records(vqav2_folder, directory_para
 
 def interrupt(*_):
     raise KeyboardInterrupt
+
+
+def move_one(replace, patch, *folders):
+    """Be interrupted at the first file that is moved into place."""
+    patch.setattr(fetching.os, "replace", interrupt)
+    replace(*folders)
 
 
 def test_files_of_an_earlier_run_do_not_stay(vqav2_folder, directory_params, tmp_path, monkeypatch):

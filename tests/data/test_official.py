@@ -180,7 +180,7 @@ def test_archives_stay_when_no_records_were_made(server, official_params, target
 
 
 def test_archives_stay_until_the_manifest_is_written(server, official_params, target, monkeypatch):
-    monkeypatch.setattr(fetching, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(fetching, "write_sealed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         fetch(official_params(server.url, keep_archives=False), target)
     assert (target.parent / "archives" / IMAGES).is_file()

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.sealing import seal_records
 from vlm_vqa.data import fetch as fetching
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
@@ -107,6 +108,7 @@ def test_damaged_parquet_is_named(stored, name):
 def test_other_columns_are_refused(stored):
     _, folder = stored
     pq.write_table(pa.table({"question_id": [1]}), folder / "questions-val.parquet")
+    seal_records(folder)
     with pytest.raises(UserError, match="questions-val.parquet: columns are not those of the records"):
         records.load_questions(folder, "val")
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.sealing import seal_records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
 from vlm_vqa.data.records import IMAGE_FEATURES, QUESTION_FEATURES, iter_images
@@ -112,7 +113,7 @@ def records(tmp_path) -> Path:
         for image_id, red in ids
     ]  # fmt: skip
     datasets.Dataset.from_list(rows, features=IMAGE_FEATURES).to_parquet(folder / "images-00000-of-00001.parquet")
-    (folder / "manifest.json").write_text('{"schema_version": 1, "data_hash": "d"}')
+    seal_records(folder, data_hash="d")
     return folder
 
 

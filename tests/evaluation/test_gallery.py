@@ -9,6 +9,7 @@ from vlm_vqa.cli import main
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.gallery import _choose, draw_gallery
+from vlm_vqa.evaluation.helm_files import write_table
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def predictions(records, tmp_path):
     columns["prediction"] = ["costs $5 or $6" if at % 3 == 0 else row["answers"][0] for at, row in enumerate(rows)]
     columns["score"] = [0.0 if at % 3 == 0 else 1.0 for at in range(len(rows))]
     path = tmp_path / "predictions.parquet"
-    pq.write_table(pa.table(columns), path)
+    write_table(pa.table(columns), path)
     return path
 
 
@@ -38,7 +39,7 @@ def test_dollars_are_dollars(text, records, predictions, tmp_path):
     table = pq.read_table(predictions)
     for name in ("question", "prediction"):
         table = table.set_column(table.column_names.index(name), name, pa.array([text] * len(table)))
-    pq.write_table(table, predictions)
+    write_table(table, predictions)
     assert draw_gallery(records, predictions, tmp_path / "a.png", right=1, wrong=1).is_file()
 
 
@@ -84,6 +85,6 @@ def test_missing_predictions_and_images_are_named(records, predictions, tmp_path
         draw_gallery(records, tmp_path / "no.parquet", tmp_path / "a.png")
     table = pq.read_table(predictions)
     ids = pa.array([999] * len(table), pa.int64())
-    pq.write_table(table.set_column(0, "image_id", ids), predictions)
+    write_table(table.set_column(0, "image_id", ids), predictions)
     with pytest.raises(UserError, match="no image 999"):
         draw_gallery(records, predictions, tmp_path / "a.png")

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import chromium
+from tests.sealing import seal_records
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
@@ -109,7 +110,7 @@ def test_a_number_of_questions_from_params_holds_helms_instances(params):
 
 def test_features_of_other_data_are_refused_before_helm_runs(project, records, features, params, load, monkeypatch):
     monkeypatch.setattr(module, "_ask_helm", lambda *_: pytest.fail("HELM was run"))
-    (records / "manifest.json").write_text('{"schema_version": 1, "data_hash": "other"}')
+    seal_records(records, data_hash="other")
     with pytest.raises(UserError, match="data_hash"):
         evaluate(params, Folders(), load)
 

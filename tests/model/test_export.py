@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 
 import numpy as np
@@ -17,13 +18,13 @@ from PIL import Image
 from transformers import Dinov2Model
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.hashing import write_json
 from vlm_vqa.model.answering import FACTS_FILE, Answerer
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.export import PACKAGES, card, join, read_training, write_export
 from vlm_vqa.model.layout import Row, visible
 from vlm_vqa.model.vlm import hash_weights, save_trained, text_hidden, text_logits, trained_state
 from vlm_vqa.params import Mask, load_params
+from vlm_vqa.sealed import write_folder
 
 QUESTIONS = ["What color is the shape?", "Is there a dog?", "How many red dogs are there?"]
 DATA = {"source": "directory", "notes": ["a note"], "splits": {"train": {"questions": 3, "images": 2}}}
@@ -37,7 +38,7 @@ def trained(tiny, tmp_path):
         folder = tmp_path / f"trained-{mask}"
         save_trained(tiny.training.config, trained_state(tiny.training), folder)
         tiny.processor.save_pretrained(folder)
-        write_json(folder / "training.json", {"weights_hash": hash_weights(trained_state(tiny.training))})
+        write_folder(folder / "training.json", {"weights_hash": hash_weights(trained_state(tiny.training))})
         tower = Dinov2Model(tiny.encoder_config)
         prefix = "model.vision_tower."
         state = tiny.stock.state_dict()
@@ -55,8 +56,9 @@ def trained(tiny, tmp_path):
 
 def export(tiny, trained, mask, target):
     folder, encoder, params = trained(mask)
-    model = join(folder, encoder)
-    write_export(target, model, tiny.processor, params, read_training(folder), {"steps": 1}, DATA)
+    training = read_training(folder)
+    model = join(folder, encoder, training["weights_hash"])
+    write_export(target, model, tiny.processor, params, training, {"steps": 1}, DATA)
 
 
 def picture(path):
@@ -190,13 +192,13 @@ def test_an_export_is_the_same_bytes_twice(tiny, trained, tmp_path):
 
 def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_path):
     folder, encoder, _ = trained("image-prefix")
-    (folder / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match="model.safetensors: missing or damaged.*vlm-vqa repair train"):
-        join(folder, encoder)
-    folder, encoder, _ = trained("prefix-lm")
-    write_json(folder / "training.json", {"weights_hash": "0" * 64})
     with pytest.raises(UserError, match="training wrote 000000000000"):
-        join(folder, encoder)
+        join(folder, encoder, "0" * 64)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="model.safetensors: damaged.*vlm-vqa repair train"):
+        read_training(folder)
+    with pytest.raises(UserError, match="model.safetensors: missing or damaged.*vlm-vqa repair train"):
+        join(folder, encoder, "0" * 64)
     export(tiny, trained, "image-prefix", tmp_path / "export")
     facts = tmp_path / "export" / FACTS_FILE
     facts.write_text(facts.read_text().replace('"weights_hash": "', '"weights_hash": "0'))
@@ -259,6 +261,31 @@ def test_a_damaged_export_is_one_named_error(tiny, trained, tmp_path, monkeypatc
         folder = tmp_path / str(at)
         shutil.copytree(tmp_path / "export", folder)
         damaged(name, change)(folder)
-        with pytest.raises(UserError, match=rf"^{folder}: .*`(vlm-vqa repair|dvc repro) export") as error:
+        seal_again(folder)
+        with pytest.raises(
+            UserError, match=rf"^{folder}(: |/{FACTS_FILE}: ).*`(vlm-vqa repair|dvc repro) export"
+        ) as error:
             Answerer.from_export(folder, device="cpu")
         assert "\n" not in str(error.value), (name, change)
+
+
+def seal_again(folder):
+    """As if it had been exported so: what the seal cannot find must be found by what is read."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        facts = json.loads((folder / FACTS_FILE).read_text())
+        write_folder(folder / FACTS_FILE, {name: facts[name] for name in facts if name not in ("seal", "files")})
+
+
+def test_one_bit_in_any_file_is_named_before_it_is_read(tiny, trained, tmp_path, monkeypatch):
+    export(tiny, trained, "image-prefix", tmp_path / "export")
+    monkeypatch.setattr(
+        "transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("read before it was checked")
+    )
+    for path in sorted((tmp_path / "export").rglob("*")):
+        whole = path.read_bytes()
+        broken = bytearray(whole)
+        broken[len(whole) // 2] ^= 4
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=rf"^{path}: .*vlm-vqa repair export"):
+            Answerer.from_export(tmp_path / "export", device="cpu")
+        path.write_bytes(whole)

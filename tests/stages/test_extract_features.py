@@ -7,7 +7,6 @@ import csv
 import functools
 import io
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -31,6 +30,7 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.image_utils import load_image
 
 from stages import extract_features
+from tests.sealing import seal_records
 from vlm_vqa.cores import Threads
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
@@ -77,8 +77,7 @@ def write_records(images: dict[int, bytes]) -> None:
         rows.append({**row, "image": {"bytes": data, "path": None}})
     table = datasets.Dataset.from_list(rows, features=records.IMAGE_FEATURES).data.table
     pq.write_table(table, folder / "images-00000-of-00001.parquet", row_group_size=3)
-    manifest = {"schema_version": records.SCHEMA_VERSION, "data_hash": "d" * 64}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    seal_records(folder, data_hash="d" * 64)
 
 
 @pytest.fixture
@@ -387,7 +386,7 @@ def test_a_bad_image_is_named_and_leaves_no_store(run_folder):
     write_records(images)
     with pytest.raises(UserError, match="81.jpg"):
         extract_features.main()
-    with pytest.raises(UserError, match="data/features.*missing or unfinished"):
+    with pytest.raises(UserError, match="data/features/manifest.json: cannot be read"):
         FeatureStore.open("data/features")
 
 

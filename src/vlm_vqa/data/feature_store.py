@@ -2,8 +2,9 @@
 
 `features-NNNNN-of-NNNNN.safetensors` hold `image_ids` int64 [images], ascending, and `features` [images, T, D] in the
 store's type. With `int8` there are also `scales` float32 [images, T]: a feature is its int8 times its token's scale, which
-is the token's largest magnitude / 127, so it is off by at most half a scale. `manifest.json` says what made them and is
-written last, so a store that was not finished does not open.
+is the token's largest magnitude / 127, so it is off by at most half a scale. `checksums` int64 [images] are compared
+whenever an image's features are read. `manifest.json` says what made them and is sealed and written last, so a store that
+was not finished does not open.
 
 Until all shards are there they lie beside the store, where DVC does not remove them before it runs the stage again.
 
@@ -16,7 +17,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,10 +31,11 @@ from torch import Tensor
 
 from vlm_vqa import files
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.hashing import hash_json, sha256_file, write_json
+from vlm_vqa.hashing import hash_json, sha256_file
 from vlm_vqa.params import StoreDtype
+from vlm_vqa.sealed import checks_blocks, checksum, damaged, flush, read_sealed, write_sealed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 # What `FeatureStore.open` can be told to expect, with what error messages call it.
 EXPECTABLE = {
@@ -99,7 +101,7 @@ class Layout:
 
     def disk_bytes(self, number: int) -> int:
         """Return the most bytes that a shard's file takes."""
-        return len(self.places(number)) * (self.image_bytes + 8) + _HEADER_BYTES
+        return len(self.places(number)) * (self.image_bytes + 16) + _HEADER_BYTES
 
     def shard(self, number: int) -> "Shard":
         """Return a shard to be filled."""
@@ -142,6 +144,23 @@ class Shard:
                     "vision.store_dtype and vision.compute_dtype to float32 or bfloat16."
                 )
             self.image_ids.append(image_id)
+
+    def index(self) -> dict[str, Tensor]:
+        """Return what its file holds beside the features: ids and checksums of its images, int64 [images]."""
+        arrays = {name: _as_array(tensor) for name, tensor in self.tensors.items()}
+        sums = [_checksum(arrays, row, image_id) for row, image_id in enumerate(self.image_ids)]
+        return {
+            "image_ids": torch.tensor(self.image_ids),
+            "checksums": torch.from_numpy(np.array(sums, np.uint64).view(np.int64)),
+        }
+
+
+def _checksum(tensors: Mapping[str, np.ndarray], row: int, image_id: int) -> int:
+    """Return the checksum of all that a shard holds of an image, its id included."""
+    value = image_id % 2**64
+    for name in sorted(tensors):
+        value = checksum(tensors[name][row].data, seed=value)
+    return value
 
 
 def _stored(features_NTD: Tensor, dtype: StoreDtype) -> dict[str, Tensor]:
@@ -216,7 +235,7 @@ class FeatureStoreWriter:
             raise UserError(f"shard {shard.number}: {found} images came where the records count {expected}. {_RECORDS}")
         part = self._parts / self.layout.name(shard.number)
         torn = part.with_suffix(f".{os.getpid()}.tmp")
-        save_file({**shard.tensors, "image_ids": torch.tensor(shard.image_ids, dtype=torch.int64)}, torn)
+        save_file({**shard.tensors, **shard.index()}, torn)
         torn.chmod(0o644)  # safetensors makes files that only their owner can read
         seal = {
             "bytes": torn.stat().st_size,
@@ -224,9 +243,9 @@ class FeatureStoreWriter:
             "first": shard.image_ids[0],
             "last": shard.image_ids[-1],
         }
+        flush(torn)
         torn.replace(part)
-        write_json(torn, seal)
-        torn.replace(part.with_suffix(".json"))
+        write_sealed(part.with_suffix(".json"), seal)
 
     def publish(self) -> None:
         """Make the store of all shards, then remove them beside it.
@@ -249,11 +268,16 @@ class FeatureStoreWriter:
             "width": self.layout.width,
             "dtype": self.layout.dtype.value,
             "shards": [
-                {"file": name, "images": len(self.layout.places(number)), "bytes": seals[number]["bytes"]}
+                {
+                    "file": name,
+                    "images": len(self.layout.places(number)),
+                    "bytes": seals[number]["bytes"],
+                    "sha256": seals[number]["sha256"],
+                }
                 for number, name in enumerate(names)
             ],
         }
-        write_json(self._folder / MANIFEST, manifest)
+        write_sealed(self._folder / MANIFEST, manifest)
         shutil.rmtree(self._root)
 
     def _lock(self) -> None:
@@ -262,7 +286,7 @@ class FeatureStoreWriter:
         self._lock_file = files.claim(self._root / "lock", busy)
 
     def _seal(self, number: int) -> dict[str, Any]:
-        return json.loads((self._parts / self.layout.name(number)).with_suffix(".json").read_text(encoding="utf-8"))
+        return read_sealed((self._parts / self.layout.name(number)).with_suffix(".json"), "a shard's seal", _REMAKE)
 
     def _is_whole(self, number: int) -> bool:
         """Whether a shard is there as it was sealed; what is left of one that is not goes."""
@@ -271,7 +295,7 @@ class FeatureStoreWriter:
             seal = self._seal(number)
             if part.stat().st_size == seal["bytes"] and sha256_file(part) == seal["sha256"]:
                 return True
-        except (OSError, ValueError, KeyError):
+        except (OSError, UserError):
             pass
         if part.exists():
             logger.info("%s: not whole; it is made again", part)
@@ -323,8 +347,10 @@ class FeatureStore:
         self.num_tokens: int = self.manifest["num_tokens"]
         self.width: int = self.manifest["width"]
         self.layout = Layout(self.manifest["images"], self.num_tokens, self.width, StoreDtype(self.manifest["dtype"]))
-        # Each shard's tensors, by name.
+        # Each shard's tensors, by name, and the checksums of its images.
         self._shards: list[dict[str, np.ndarray]] = []
+        self._checksums: list[np.ndarray] = []
+        self._checked = checks_blocks()
         # Where an image lies: shard and row.
         self._places: dict[int, tuple[int, int]] = {}
         for entry in self.manifest["shards"]:
@@ -377,7 +403,7 @@ class FeatureStore:
         """[N, T, D] in `dtype`, a copy, in the order asked for; an id may be asked for more than once.
 
         Raises:
-            UserError: there is no such image.
+            UserError: there is no such image, or its features are not those that were written.
         """
         features_NTD = torch.empty(len(image_ids), self.num_tokens, self.width, dtype=self.dtype)
         # numpy copies where torch would start a team of threads for every image, and wait for it on a busy machine.
@@ -387,9 +413,12 @@ class FeatureStore:
                 shard, row = self._places[int(image_id)]
             except KeyError:
                 raise UserError(f"{self._folder}: has no features of image {image_id}. {_REMAKE}") from None
-            target_TD[:] = self._shards[shard]["features"][row]
-            if "scales" in self._shards[shard]:
-                target_TD *= self._shards[shard]["scales"][row][:, None]
+            tensors = self._shards[shard]
+            if self._checked and _checksum(tensors, row, int(image_id)) != int(self._checksums[shard][row]) % 2**64:
+                raise self._damaged(shard, row)
+            target_TD[:] = tensors["features"][row]
+            if "scales" in tensors:
+                target_TD *= tensors["scales"][row][:, None]
         return features_NTD
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -406,16 +435,24 @@ class FeatureStore:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error}). {_REMAKE}") from error
-        image_ids = tensors.pop("image_ids", torch.empty(0))
+        image_ids, checksums = (tensors.pop(name, torch.empty(0)) for name in ("image_ids", "checksums"))
         wanted = {name: (kind, (entry["images"], *shape)) for name, (kind, shape) in self.layout.tensors.items()}
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        if found != wanted or image_ids.shape != (entry["images"],):
+        if found != wanted or {image_ids.shape, checksums.shape} != {(entry["images"],)}:
             raise UserError(f"{path}: its tensors are not those that the manifest names. {_REMAKE}")
         for row, image_id in enumerate(image_ids.tolist()):
             if image_id in self._places:
                 raise UserError(f"{path}: image {image_id} is in the store twice. {_REMAKE}")
             self._places[image_id] = (len(self._shards), row)
         self._shards.append({name: _as_array(tensor) for name, tensor in tensors.items()})
+        self._checksums.append(checksums.numpy())
+
+    def _damaged(self, shard: int, row: int) -> UserError:
+        path = self._folder / self.manifest["shards"][shard]["file"]
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            start = json.loads(file.read(header))["features"]["data_offsets"][0]
+        return damaged(path, 8 + header + start + row * self._shards[shard]["features"][row].nbytes, _REMAKE)
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:
@@ -425,16 +462,8 @@ def _as_array(tensor: Tensor) -> np.ndarray:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["schema_version"]
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); the store is missing or unfinished. {_REMAKE}"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest of features ({error!r}). {_REMAKE}") from error
-    if version != SCHEMA_VERSION:
+    manifest = read_sealed(path, "a manifest of features", _REMAKE)
+    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
         raise UserError(f"{path}: features of version {version}; this code reads version {SCHEMA_VERSION}. {_REMAKE}")
     return manifest
 

@@ -40,9 +40,12 @@ from vlm_vqa.data.sources.directory import (
 from vlm_vqa.data.statistics import ImageStatistics, QuestionStatistics
 from vlm_vqa.errors import UserError
 from vlm_vqa.files import claim
-from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file, write_json
+from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
 from vlm_vqa.params import DataParams
+from vlm_vqa.sealed import fingerprint, write_sealed
 
+_HASHED_VERSION = 1
+"""Of what `data_hash` is made of: raised when records mean something else, not when they are written in another way."""
 _QUESTIONS_PER_GROUP = 10_000
 # Small groups, so that images can be streamed; few large files, because DVC is slow with many.
 _IMAGES_PER_GROUP = 100
@@ -74,7 +77,7 @@ def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
     try:
         with open_source(data, folder) as source:
             manifest = _store(source, data, part)
-            write_json(part / records.MANIFEST, manifest)
+            write_sealed(part / records.MANIFEST, manifest)
             _replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -100,10 +103,10 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
         "origin": source.origin,
         "notes": list(source.notes),
         "allow_split_overlap": data.allow_split_overlap,
-        "data_hash": hash_json({"schema_version": records.SCHEMA_VERSION, "images": images_digest, **content}),
+        "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images_digest, **content}),
         "images": len(images),
         "splits": {text.paths.split: text.summary() for text in texts},
-        "files": {path.name: sha256_file(path) for path in sorted(part.iterdir())},
+        "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
     }
     page = render_report(manifest, {text.paths.split: text.statistics for text in texts}, seen, data.max_image_pixels)
     (part / records.REPORT).write_text(page, encoding="utf-8")

@@ -3,11 +3,11 @@
 `questions-SPLIT.parquet` holds one row per question in the order of the split's questions file (HELM joins by that
 position); `images-NNNNN-of-NNNNN.parquet` hold every image of both splits once, by ascending image id, in row groups
 small enough to stream; `report.html` shows a person what they hold (see `vlm_vqa.data.report`); `manifest.json` says what
-is in there and is written last. The schema of each file carries its
+is in there and is written last. Every block of a Parquet file is compared with its checksum in the sealed manifest when it
+is read. The schema of each file carries its
 `datasets.Features`, so `datasets.load_dataset("parquet", data_files=...)` reads them as they are.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
 
 from vlm_vqa.errors import UserError, make_again
+from vlm_vqa.sealed import open_checked, read_sealed
 
 SPLITS = ("train", "val")
 # Raised when the files change in a way that older readers would misunderstand.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 REPORT = "report.html"
 
@@ -68,8 +69,8 @@ def questions_file(split: str) -> str:
     return f"questions-{split}.parquet"
 
 
-def load_questions(folder: str | Path, split: str) -> datasets.Dataset:
-    """Return a split's questions in memory, in the order of its questions file; columns are `QUESTION_FEATURES`.
+def load_questions(folder: str | Path, split: str, columns: list[str] | None = None) -> datasets.Dataset:
+    """Return a split's questions in memory, in the order of its questions file; columns are `QUESTION_FEATURES`, or some.
 
     Nothing is copied into a cache of `datasets`.
 
@@ -77,9 +78,9 @@ def load_questions(folder: str | Path, split: str) -> datasets.Dataset:
         UserError: the file is missing, damaged or of another schema.
     """
     path = Path(folder) / questions_file(split)
-    with _open_parquet(path, QUESTION_FEATURES) as file:
+    with _open_parquet(path, QUESTION_FEATURES, _files(folder)) as file:
         try:
-            table = file.read()
+            table = file.read(columns)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: cannot be read ({_in_a_line(error)}). {_REMAKE}") from error
     return datasets.Dataset(InMemoryTable(table), split=datasets.NamedSplit(split))
@@ -97,8 +98,9 @@ def iter_images(folder: str | Path) -> Iterator[ImageRecord]:
 def count_images(folder: str | Path) -> int:
     """Return the number of images that `iter_images` yields, from the shards' footers alone."""
     total = 0
+    files = _files(folder)
     for path in _image_shards(folder):
-        with _open_parquet(path, IMAGE_FEATURES) as file:
+        with _open_parquet(path, IMAGE_FEATURES, files) as file:
             total += file.metadata.num_rows
     return total
 
@@ -109,23 +111,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Keys: `schema_version`; `data_hash`, a hash of all records and image bytes that does not depend on file names,
     shards or time; `source` and `origin`, where they came from; `splits`, per split the counts `questions`, `images`,
     `answer_types` (by type) and `empty_answers` (questions whose main answer is blank) and `inputs` (name and hash of
-    the files read); `images`, the number of images of both splits; `files`, the SHA-256 of each Parquet file;
+    the files read); `images`, the number of images of both splits; `files`, the `sealed.fingerprint` of each Parquet file;
     `allow_split_overlap`; `notes`, what was changed on the way.
 
     Raises:
         UserError: it is missing, damaged, or of another version.
     """
     path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["schema_version"]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {_REMAKE}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest of records ({error!r}). {_REMAKE}") from error
-    if version != SCHEMA_VERSION:
+    manifest = read_sealed(path, "a manifest of records", _REMAKE)
+    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
         raise UserError(f"{path}: records of version {version}; this code reads version {SCHEMA_VERSION}. {_REMAKE}")
     return manifest
+
+
+def _files(folder: str | Path) -> dict[str, Any]:
+    return read_manifest(folder)["files"]
 
 
 def _image_shards(folder: str | Path) -> list[Path]:
@@ -148,9 +148,11 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _open_parquet(path: Path, features: datasets.Features) -> pq.ParquetFile:
+def _open_parquet(path: Path, features: datasets.Features, files: dict[str, Any]) -> pq.ParquetFile:
+    if path.name not in files:
+        raise UserError(f"{path}: not among the files that {MANIFEST} names. {_REMAKE}")
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(open_checked(path, files[path.name], _REMAKE))
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing. {_REMAKE}") from error
     except (OSError, pa.ArrowException) as error:
@@ -169,11 +171,11 @@ def images_between(folder: str | Path, start: int, stop: int) -> Iterator[ImageR
     Raises:
         UserError: a shard is missing, damaged or of another schema.
     """
-    first = 0
+    first, files = 0, _files(folder)
     for path in _image_shards(folder):
         if first >= stop:
             return
-        with _open_parquet(path, IMAGE_FEATURES) as file:
+        with _open_parquet(path, IMAGE_FEATURES, files) as file:
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 wanted = range(max(start - first, 0), min(stop - first, rows))

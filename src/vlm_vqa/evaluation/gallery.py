@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from PIL import Image
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.records import iter_images
 from vlm_vqa.errors import UserError, make_again
+from vlm_vqa.evaluation.helm_files import read_table
 
 _COLUMNS = 4
 _COLOURS = {"right": "#1a7f37", "wrong": "#b42318"}
@@ -68,10 +68,7 @@ def draw_gallery(
 
 def _choose(path: Path, right: int, wrong: int, seed: int) -> list[dict[str, Any]]:
     """Return rows of the predictions, right ones first, no image twice."""
-    try:
-        table = pq.read_table(path, columns=["image_id", "question", "answers", "prediction", "score"])
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). {make_again('helm-eval')}") from error
+    table = read_table(path)
     is_right, images = table["score"].to_numpy() >= _RIGHT, table["image_id"].to_numpy()
     order = np.random.RandomState(seed).permutation(len(table))
     # Image id -> row; wrong answers are rare in a good model, so they have the first choice of images.

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from vlm_vqa.data.records import iter_images
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.hashing import write_json
+from vlm_vqa.hashing import hash_json, write_json
+from vlm_vqa.sealed import SEAL
 
 SCORES = ("bleu_1", "bleu_4", "exact_match", "quasi_exact_match", "quasi_prefix_exact_match", "f1_score", "rouge_l")
 """What the report holds of HELM's scores. Its cider is left out: here it is 0.0 whatever the answers."""
@@ -102,10 +103,26 @@ def write_extract(folder: Path, results: HelmResults, questions: Sequence[Mappin
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write Parquet, equal tables as equal bytes. What stands there may be a hard link into DVC's cache: it is removed,
-    never written through."""
+    """Write Parquet, equal tables as equal bytes, with a hash of the content for `read_table`. What stands there may be a
+    hard link into DVC's cache: it is removed, never written through."""
     path.unlink(missing_ok=True)
-    pq.write_table(table, path)
+    pq.write_table(table.replace_schema_metadata({SEAL: hash_json(table.to_pydict())}), path)
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read what `write_table` wrote.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        table = pq.read_table(path)
+        intact = table.schema.metadata[SEAL.encode()].decode() == hash_json(table.to_pydict())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). {make_again('helm-eval')}") from error
+    if not intact:
+        raise UserError(f"{path}: damaged: its content is not what was sealed. {make_again('helm-eval')}")
+    return table
 
 
 def _question(row: Mapping[str, Any]) -> dict[str, Any]:

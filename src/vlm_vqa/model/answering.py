@@ -1,6 +1,5 @@
 """Ask an exported model: what HELM's client, the evaluation and `vlm-vqa ask` use."""
 
-import json
 import os
 from collections.abc import Sequence
 from math import isfinite
@@ -15,11 +14,13 @@ from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.model.encoder import middle
 from vlm_vqa.model.generation import generate
 from vlm_vqa.model.layout import TokenLayout
-from vlm_vqa.model.vlm import hash_weights, set_attention, trained_state
+from vlm_vqa.model.vlm import set_attention
 from vlm_vqa.params import Attention, Mask
+from vlm_vqa.sealed import read_folder
 
 FACTS_FILE = "vlm_vqa.json"
-"""Beside an export's stock files: mask, instruction, text_length, num_patches and the hash of the trained weights."""
+"""Beside an export's stock files: mask, instruction, text_length, num_patches, the hash of the trained weights, and the
+SHA-256 of every other file."""
 
 
 class Answerer:
@@ -51,7 +52,7 @@ class Answerer:
     def from_export(
         cls, folder: str | Path = "models/export", device: str | None = None, max_new_tokens: int = 10
     ) -> "Answerer":
-        """Load an exported folder and check that its weights are the ones it names.
+        """Load an exported folder, every file as it was exported.
 
         Raises:
             UserError: there is no export, it is damaged or incomplete, or its weights are not those that were trained.
@@ -74,7 +75,7 @@ class Answerer:
     @classmethod
     def _load(cls, folder: Path, device: str, max_new_tokens: int) -> "Answerer":
         """Load a folder, asking no hub for what it lacks, and try its parts on each other."""
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        facts = read_folder(folder / FACTS_FILE, "the seal of an export", make_again("export"))
         _check_size(folder)
         model, found = PaliGemmaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, trust_remote_code=False,
@@ -83,12 +84,6 @@ class Answerer:
         lacking = sorted(set(found["missing_keys"]) - {"lm_head.weight"})
         assert not lacking and not found["mismatched_keys"], f"weights that do not fit config.json: {lacking[:3]}"
         set_attention(model, Attention.EAGER)
-        found = hash_weights(trained_state(model))
-        if found != facts["weights_hash"]:
-            raise UserError(
-                f"{folder}: the weights have hash {found[:12]}, but {FACTS_FILE} names {facts['weights_hash'][:12]}. "
-                f"{make_again('export')}"
-            )
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         answerer = cls(model.to(device), processor, facts, max_new_tokens)
         seen, rows = answerer.encode([Image.new("RGB", (64, 64))]), len(model.get_input_embeddings().weight)

@@ -1,6 +1,5 @@
 """The exported folder: a stock model and processor that plain transformers opens, with a card that says how."""
 
-import json
 import shutil
 import sys
 from importlib.metadata import version
@@ -12,11 +11,11 @@ import torch
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.hashing import write_json
 from vlm_vqa.model.answering import FACTS_FILE
 from vlm_vqa.model.encoder import Encoder
-from vlm_vqa.model.vlm import hash_weights, load_config, load_trained, trained_state
+from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_config, load_trained, trained_state
 from vlm_vqa.params import Params
+from vlm_vqa.sealed import read_folder, write_folder
 
 CARD = "README.md"
 TRAINED_BY = ("seed", "vision.", "language.", "prompt.", "train.")
@@ -31,30 +30,29 @@ TYPE_IDS_LINE = (
 )
 
 
-def join(folder: str | Path, encoder: Encoder) -> PaliGemmaForConditionalGeneration:
+def join(folder: str | Path, encoder: Encoder, weights_hash: str) -> PaliGemmaForConditionalGeneration:
     """Join the trained weights of `folder` and the frozen tower into one stock model, float32, in evaluation mode.
 
     Raises:
-        UserError: the folder is missing, its weights are damaged, or they are not the ones that training named.
+        UserError: the folder is missing, its weights are damaged, or they do not have the hash that training named.
     """
     model = PaliGemmaForConditionalGeneration._from_config(
         load_config(folder), attn_implementation="eager", dtype=torch.float32
     )
     load_trained(model, folder, RETRAIN)
     model.model.vision_tower.load_state_dict({name: v.float() for name, v in encoder.model.state_dict().items()})
-    found, expected = hash_weights(trained_state(model)), read_training(folder)["weights_hash"]
-    if found != expected:
-        raise UserError(f"{folder}: the weights have hash {found[:12]}, training wrote {expected[:12]}. {RETRAIN}")
+    if (found := hash_weights(trained_state(model))) != weights_hash:
+        raise UserError(f"{folder}: the weights have hash {found[:12]}, training wrote {weights_hash[:12]}. {RETRAIN}")
     return model.eval()
 
 
 def read_training(folder: str | Path) -> dict[str, str]:
-    """Read `training.json`: the hashes of weights, parameters, data, encoder and code."""
-    path = Path(folder) / "training.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}). {RETRAIN}") from error
+    """Return the hashes of weights, parameters, data, encoder and code, every file of the folder found as it was written.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    return read_folder(Path(folder) / TRAINING_FILE, "the seal of a training", RETRAIN)
 
 
 def write_export(
@@ -82,8 +80,8 @@ def write_export(
         "text_length": params.prompt.text_length,
         "weights_hash": training["weights_hash"],
     }
-    write_json(folder / FACTS_FILE, facts)
     (folder / CARD).write_text(card(params, training, results, data), encoding="utf-8")
+    write_folder(folder / FACTS_FILE, facts)
 
 
 def card(params: Params, training: dict[str, str], results: dict[str, Any], data: dict[str, Any]) -> str:

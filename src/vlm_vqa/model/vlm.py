@@ -37,6 +37,8 @@ from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, LoraParams
 
 WEIGHTS_FILE = "model.safetensors"
+TRAINING_FILE = "training.json"
+"""Seals a folder of trained weights and says what they were made of."""
 VISION_PREFIX = "model.vision_tower."
 """Names of the tower's weights in the stock model begin so."""
 

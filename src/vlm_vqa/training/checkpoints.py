@@ -13,7 +13,6 @@ written in a thread while training goes on, and one that was cut off at any poin
 """
 
 import errno
-import json
 import logging
 import os
 import pickle
@@ -31,11 +30,13 @@ from torch import Tensor, serialization
 
 from vlm_vqa import files
 from vlm_vqa.errors import UserError
-from vlm_vqa.hashing import hash_json, sha256_file, write_json
+from vlm_vqa.hashing import hash_json, sha256_file
+from vlm_vqa.sealed import flush, read_folder, read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
 ROOT = Path("checkpoints")
+_KIND = "the seal of a process's part of a checkpoint"
 SEAL = re.compile(r"rank-(\d+)-of-(\d+)\.json")
 
 
@@ -62,23 +63,9 @@ def seal_file(rank: int, world: int) -> str:
 def seal(checkpoint: Path, rank: int, world: int, files: Iterable[str], facts: Mapping[str, Any]) -> None:
     """Mark a process's part of a checkpoint as whole: name its files with their hashes, add `facts`, and flush to disk."""
     for name in files:
-        _flush(checkpoint / name)
+        flush(checkpoint / name)
     content = {"files": {name: sha256_file(checkpoint / name) for name in sorted(files)}, "facts": dict(facts)}
-    path = checkpoint / seal_file(rank, world)
-    scratch = path.with_suffix(".tmp")
-    write_json(scratch, content | {"hash": hash_json(content)})
-    _flush(scratch)
-    os.replace(scratch, path)
-    _flush(checkpoint)
-
-
-def _flush(path: Path) -> None:
-    """Force a file or a folder's entries to the disk: who loses power must not keep the seal and lose the rest."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_sealed(checkpoint / seal_file(rank, world), content)
 
 
 def world_of(checkpoint: Path) -> int | None:
@@ -144,7 +131,8 @@ def read_seal(checkpoint: Path, rank: int, world: int) -> dict[str, Any]:
     Raises:
         UserError: its seal is damaged or missing.
     """
-    return _read_seal(checkpoint / seal_file(rank, world))["facts"]
+    path = checkpoint / seal_file(rank, world)
+    return read_sealed(path, _KIND, _remedy(path))["facts"]
 
 
 def verify(checkpoint: Path, rank: int, world: int) -> None:
@@ -153,28 +141,12 @@ def verify(checkpoint: Path, rank: int, world: int) -> None:
     Raises:
         UserError: one is damaged or missing.
     """
-    for name, expected in _read_seal(checkpoint / seal_file(rank, world))["files"].items():
-        file = checkpoint / name
-        if not file.is_file() or sha256_file(file) != expected:
-            raise _damaged(file)
+    path = checkpoint / seal_file(rank, world)
+    read_folder(path, _KIND, _remedy(path))
 
 
-def _read_seal(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        intact = content.pop("hash") == hash_json(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
-        raise _damaged(path)
-    return content
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(
-        f"{path}: corrupt or missing (its hash is not the one that was written). Delete the folder {path.parent} to go on "
-        "from the checkpoint before it, or from the start."
-    )
+def _remedy(path: Path) -> str:
+    return f"Delete the folder {path.parent} to go on from the checkpoint before it, or from the start."
 
 
 @contextmanager

@@ -1,0 +1,180 @@
+"""Stored bytes are checked before they are used: sealed JSON, files by SHA-256, large ones by checksums of their blocks.
+
+A seal is a hash of the JSON's own content, so it finds damage, not forgery: who can write a file can seal it, too.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.files import check_regular
+from vlm_vqa.hashing import hash_json, sha256_file, write_json
+
+SWITCH = "VLM_VQA_BLOCK_CHECKS"
+SEAL = "seal"
+BLOCK_BYTES = 2**20
+_DIGITS = 16
+"""Of a block's checksum: 64 bits in hex."""
+_THREADS = 8
+
+
+def checks_blocks() -> bool:
+    """Whether records and features are compared with their checksums as they are read; `off` in the variable ends it."""
+    return os.environ.get(SWITCH, "").lower() not in ("off", "0", "false", "no")
+
+
+def checksum(data: Any, seed: int = 0) -> int:
+    """Return the XXH3 of bytes, 64 bits: as fast as memory, and no two of a billion damaged blocks pass."""
+    return xxhash.xxh3_64_intdigest(data, seed)
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with a seal, written aside and renamed; what stood there is replaced, never written through."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write_json(scratch, {**content, SEAL: hash_json(content)})
+    flush(scratch)
+    os.replace(scratch, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Force a file or a folder's entries to the disk: who loses power must not keep the seal and lose the rest."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
+    """Return what `write_sealed` was given.
+
+    Args:
+        what: the file holds, for the message.
+        remedy: the next step, a sentence.
+
+    Raises:
+        UserError: it is missing, damaged, or has no seal, as those of earlier versions.
+    """
+    try:
+        check_regular(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        seal = content.pop(SEAL)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = "it has no seal" if isinstance(error, KeyError) else repr(error)
+        raise UserError(f"{path}: not {what} of this version ({reason}). {remedy}") from error
+    if seal != hash_json(content):
+        raise UserError(f"{path}: damaged: its content is not what was sealed. {remedy}")
+    return content
+
+
+def write_folder(path: Path, content: Mapping[str, Any], more: Iterable[Path] = ()) -> None:
+    """Seal `content` together with the SHA-256 of every file beside and below `path`, and of `more`."""
+    files = [file for file in (*path.parent.rglob("*"), *more) if file.is_file() and file != path]
+    hashes = {Path(os.path.relpath(file, path.parent)).as_posix(): sha256_file(file) for file in files}
+    write_sealed(path, {**content, "files": dict(sorted(hashes.items()))})
+
+
+def read_folder(path: Path, what: str, remedy: str) -> dict[str, Any]:
+    """Return what `write_folder` was given, once every file has been read and found as it was sealed.
+
+    Raises:
+        UserError: one is missing or damaged; it is named.
+    """
+    content = read_sealed(path, what, remedy)
+    hashes = content.pop("files")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(lambda name: _hash_of(path.parent / name), hashes))
+    for (name, expected), value in zip(hashes.items(), found, strict=True):
+        if value != expected:
+            state = "missing" if value is None else "damaged: its SHA-256 is not the one that was sealed"
+            raise UserError(f"{os.path.normpath(path.parent / name)}: {state}. {remedy}")
+    return content
+
+
+def _hash_of(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return a file's `bytes`, its `sha256`, and `blocks`: the checksums of its MiBs, one after another."""
+    with open(path, "rb") as file:
+        blocks = [f"{checksum(block):0{_DIGITS}x}" for block in iter(lambda: file.read(BLOCK_BYTES), b"")]
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path), "blocks": "".join(blocks)}
+
+
+def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> BinaryIO:
+    """Open a file of which every block is compared with its checksum when it is read.
+
+    Args:
+        made: the file's `fingerprint` when it was written.
+
+    Raises:
+        UserError: the file has another size; on reading, a block is damaged.
+        OSError: it cannot be opened.
+    """
+    found = path.stat().st_size
+    if found != made["bytes"]:
+        raise UserError(f"{path}: has {found} bytes where {made['bytes']} were written. {remedy}")
+    return _CheckedFile(path, made["blocks"], remedy) if checks_blocks() else open(path, "rb")
+
+
+class _CheckedFile(io.RawIOBase):
+    def __init__(self, path: Path, blocks: str, remedy: str):
+        super().__init__()
+        self._path, self._blocks, self._remedy = path, blocks, remedy
+        self._file = open(path, "rb", buffering=0)
+        self._size, self._at = path.stat().st_size, 0
+        # Number and content of the block that was read last: small reads stand side by side.
+        self._last = (-1, b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        done = 0
+        with memoryview(target).cast("B") as view:
+            while done < len(view) and self._at < self._size:
+                number, within = divmod(self._at, BLOCK_BYTES)
+                piece = self._block(number)[within : within + len(view) - done]
+                view[done : done + len(piece)] = piece
+                done += len(piece)
+                self._at += len(piece)
+        return done
+
+    def _block(self, number: int) -> bytes:
+        if self._last[0] != number:
+            block = os.pread(self._file.fileno(), BLOCK_BYTES, number * BLOCK_BYTES)
+            if f"{checksum(block):0{_DIGITS}x}" != self._blocks[number * _DIGITS : (number + 1) * _DIGITS]:
+                raise damaged(self._path, number * BLOCK_BYTES, self._remedy)
+            self._last = (number, block)
+        return self._last[1]
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def damaged(path: Path, offset: int, remedy: str) -> UserError:
+    """Return the error for bytes at `offset` that are not those that were written."""
+    return UserError(f"{path}: damaged at byte {offset:,} or after it: its checksum is another. {remedy}")
