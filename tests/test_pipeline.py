@@ -7,9 +7,9 @@ import sys
 import pytest
 import yaml
 
+from proofs.project import ROOT, Project, sample_params
 from tests import golden
 from tests.dvc_project import flip
-from tests.pipeline import ROOT, Project, sample_params
 from vlm_vqa.hashing import CODE, code_hash
 
 STAGES = ["fetch-vqav2", "extract-features", "train", "export", "helm-eval"]
