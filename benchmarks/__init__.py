@@ -1,4 +1,7 @@
-"""What is claimed, as programs: `python -m benchmarks`, or `python -m benchmarks.NAME` for one of them."""
+"""What is claimed about speed and memory, as programs: `python -m benchmarks`, or `python -m benchmarks.NAME` for one.
+
+What is claimed about exactness, interruptions and damage is proved in `proofs`, which ends as these do.
+"""
 
 import os
 import signal
@@ -14,7 +17,8 @@ def end(kind: type[BaseException], error: BaseException, traceback: TracebackTyp
     Exit codes are those of the stages: 2 a mistake of the user's (a `UserError`, a disk that is full or read-only, too
     little memory, a package that is not installed), 130 Ctrl-C; 1 with a traceback.
     """
-    name = os.path.basename(sys.argv[0]).removesuffix(".py").replace("__main__", "benchmarks")
+    folder, name = os.path.split(sys.argv[0].removesuffix(".py"))
+    name = os.path.basename(folder) if name == "__main__" else name
     message, code = _message(error)
     if message is None:
         sys.__excepthook__(kind, error, traceback)
@@ -34,7 +38,7 @@ def _message(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, ModuleNotFoundError):
         return f"error: {error}. Activate the environment of `make setup`: source .venv/bin/activate", 2
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
-        return f"error: memory ran out ({error}). The benchmark's first lines say how much it takes.", 2
+        return f"error: memory ran out ({error}). The first lines of the program say how much it takes.", 2
     # Only now: these take seconds to import, and Ctrl-C may come meanwhile.
     from vlm_vqa.errors import UserError
     from vlm_vqa.stage import disk_remedy
@@ -42,7 +46,7 @@ def _message(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, UserError):
         return f"error: {error}", 2
     if disk_remedy(error) is not None:
-        return f"error: {error}. Make it writable or free some space, then run the benchmark again.", 2
+        return f"error: {error}. Make it writable or free some space, then run it again.", 2
     return None, 1
 
 

@@ -23,8 +23,8 @@ from benchmarks.measure import Claim, ended
 from vlm_vqa.errors import UserError
 
 DEFAULT = ("training_step", "memory", "generation", "scorer", "extraction")
-"""Speed and memory; the others are about what comes out."""
-KNOWN = (*DEFAULT, "features", "data_scale", "real_shape", "learning", "strategies", "kills", "threads", "small_run")
+"""What README shows; the others take longer or need what `make repro` writes."""
+KNOWN = (*DEFAULT, "features", "threads", "small_run")
 ROOT = Path(__file__).parents[1]
 
 
@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in KNOWN]
     if unknown:
-        parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(KNOWN)}.")
+        parser.error(
+            f"no benchmark is called {', '.join(unknown)}; there are {', '.join(KNOWN)}, and more by `python -m proofs`."
+        )
     if options.draw and options.names:
         parser.error("--draw runs nothing and draws all results; leave the names out.")
     measure.check_writable(results)
@@ -61,10 +63,10 @@ def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS
     return int(bool(missed or failed))
 
 
-def run(name: str) -> str:
-    """Run one benchmark; its output goes to the terminal. Return why it failed, or nothing."""
+def run(name: str, package: str = "benchmarks") -> str:
+    """Run one program of a package; its output goes to the terminal. Return why it failed, or nothing."""
     print(f"== {name}", flush=True)
-    command, said = [sys.executable, "-m", f"benchmarks.{name}"], ""
+    command, said = [sys.executable, "-m", f"{package}.{name}"], ""
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, bufsize=0) as process:
         try:
             while piece := process.stderr.read(65536):
@@ -84,22 +86,20 @@ def run(name: str) -> str:
     return next((line for line in lines[::-1] if line.strip()), f"it {ended(process.returncode)}.")
 
 
-def read(results: Path) -> dict[str, dict[str, Any]]:
-    """Return what `measure.write` wrote, by benchmark, in the order of `KNOWN`.
+def read(results: Path, names: Sequence[str] = KNOWN, package: str = "benchmarks") -> dict[str, dict[str, Any]]:
+    """Return what `measure.write` wrote, by the names of programs, in their order.
 
     Raises:
         UserError: a file is damaged.
     """
     found = {}
-    for path in (results / f"{name}.json" for name in KNOWN):
+    for path in (results / f"{name}.json" for name in names):
         try:
             if path.is_file():
                 found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
                 found[path.stem]["machine"], claims(found[path.stem])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: damaged ({error}). Run python -m benchmarks {path.stem}, or remove it."
-            ) from error
+            raise UserError(f"{path}: damaged ({error}). Run python -m {package} {path.stem}, or remove it.") from error
     return found
 
 

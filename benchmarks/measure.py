@@ -141,9 +141,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def parser(name: str, doc: str, **counts: int) -> argparse.ArgumentParser:
-    """Return the parser of `python -m benchmarks.NAME`; each count becomes an option, a whole number from 1."""
-    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.splitlines()[0])
+def parser(name: str, doc: str, package: str = "benchmarks", **counts: int) -> argparse.ArgumentParser:
+    """Return the parser of `python -m PACKAGE.NAME`; each count becomes an option, a whole number from 1."""
+    made = argparse.ArgumentParser(prog=f"python -m {package}.{name}", description=doc.splitlines()[0])
     for option, default in counts.items():
         made.add_argument(f"--{option.replace('_', '-')}", type=positive, default=default, metavar="N")
     return made

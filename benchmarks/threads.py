@@ -25,7 +25,6 @@ from transformers import TrainerCallback
 
 from benchmarks import measure
 from benchmarks.measure import Claim
-from stages.train import FEATURES, RECORDS, prepare
 from vlm_vqa import cores, stage
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError
@@ -34,6 +33,7 @@ from vlm_vqa.model.vlm import initial_model
 from vlm_vqa.params import load_params
 from vlm_vqa.training import launch
 from vlm_vqa.training.dataset import Collator
+from vlm_vqa.training.prepare import FEATURES, RECORDS, prepare
 from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments
 
 WARM_UP = 3

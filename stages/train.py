@@ -16,35 +16,19 @@ from transformers import PaliGemmaConfig
 from vlm_vqa import sealed, stage, tracking
 from vlm_vqa.checks import check_here
 from vlm_vqa.data.feature_store import FeatureStore
-from vlm_vqa.data.records import load_questions, read_manifest
+from vlm_vqa.data.records import read_manifest
 from vlm_vqa.hashing import code_hash, write_json
 from vlm_vqa.model.encoder import load_encoder
-from vlm_vqa.model.layout import TokenLayout
-from vlm_vqa.model.vlm import (
-    TRAINING_FILE,
-    add_adapters,
-    build_processor,
-    freeze_embeddings,
-    hash_weights,
-    initial_model,
-    load_tokenizer,
-    save_trained,
-    set_attention,
-    set_dropout,
-)
-from vlm_vqa.params import Answers, Params, load_params
+from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, save_trained
+from vlm_vqa.params import Params, load_params
 from vlm_vqa.training import checkpoints, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
+from vlm_vqa.training.prepare import FEATURES, RECORDS, model_to_train, prepare
 from vlm_vqa.training.throughput import peak_memory_gib
 from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments, write_curve
 from vlm_vqa.training.watchdog import Watchdog, connect
 
-RECORDS, FEATURES, TRAINED, REPORTS = (
-    Path("data/records"),
-    Path("data/features"),
-    Path("models/trained"),
-    Path("reports"),
-)
+TRAINED, REPORTS = Path("models/trained"), Path("reports")
 
 
 def main() -> None:
@@ -71,13 +55,7 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
     folder = checkpoints.ROOT / key
 
     data, layout, processor = prepare(params, encoder)
-    model = initial_model(params.language, encoder.model.config, processor, params.seed)
-    set_dropout(model, params.train.dropout)
-    set_attention(model, params.train.attention)
-    if params.train.freeze_embeddings:
-        freeze_embeddings(model)
-    if params.train.lora is not None:
-        add_adapters(model, params.train.lora)
+    model = model_to_train(params, encoder, processor)
 
     with tracking.training_run(params, key=key, tags=made_of) as run:
         watchdog.on_end = run.fail
@@ -98,28 +76,6 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         run.log_artifact(REPORTS / "train.json", "reports")
         run.log_artifact(REPORTS / "train_curve.csv", "reports")
     checkpoints.remove_all(folder)
-
-
-def prepare(params: Params, encoder) -> tuple[QuestionDataset, TokenLayout, object]:
-    """Load the training questions, and build tokenizer, processor and layout for them."""
-    records = load_questions(RECORDS, "train")
-    taught = records["multiple_choice_answer"]
-    if params.train.answers is Answers.DRAWN:
-        taught = [answer for answers in records["answers"] for answer in answers]
-    texts = [params.prompt.instruction, *records["question"], *taught]
-    processor = build_processor(
-        encoder.processor_for_export(), load_tokenizer(params.language, texts), params.vision.num_patches
-    )
-    layout = TokenLayout(
-        processor.tokenizer,
-        mask=params.prompt.mask,
-        instruction=params.prompt.instruction,
-        num_patches=params.vision.num_patches,
-        text_length=params.prompt.text_length,
-        image_token_id=processor.image_token_id,
-    )
-    data = QuestionDataset(records, layout, params.prompt.too_long, params.train.answers, params.seed)
-    return data, layout, processor
 
 
 def save(config: PaliGemmaConfig, weights: dict[str, Tensor], processor, made_of: dict[str, str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline import ROOT, Project
+from proofs.project import ROOT, Project
 from vlm_vqa import cores
 from vlm_vqa.cores import LEAST_SHARE, WANTED_SECONDS, Crowd, Threads, threads, usable_cores
 from vlm_vqa.errors import UserError

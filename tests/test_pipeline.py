@@ -7,9 +7,9 @@ import sys
 import pytest
 import yaml
 
+from proofs.project import ROOT, Project, sample_params
 from tests import golden
 from tests.dvc_project import flip
-from tests.pipeline import ROOT, Project, sample_params
 from vlm_vqa.hashing import code_hash, imported
 
 STAGES = ["fetch-vqav2", "extract-features", "train", "export", "helm-eval"]
@@ -22,8 +22,12 @@ def test_the_five_stages_stand_in_order():
         assert f"stages/{name.replace('-', '_')}.py" in stage["deps"]
 
 
-CARD, SMALL, CLIENT = "src/vlm_vqa/model/card.md", "src/vlm_vqa/model/small_encoder", "evaluation/helm/client.py"
-READ = {"fetch-vqav2": [], "extract-features": [SMALL], "train": [SMALL], "export": [CARD, SMALL], "helm-eval": []}
+CARD, CLIENT = "src/vlm_vqa/model/card.md", "evaluation/helm/client.py"
+SMALL = [
+    f"src/vlm_vqa/model/small_encoder/{name}"
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json")
+]
+READ = {"fetch-vqav2": [], "extract-features": SMALL, "train": SMALL, "export": [CARD, *SMALL], "helm-eval": []}
 """What a stage reads of the package beside Python files."""
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for part in ("src", "stages", "evaluation", "benchmarks") for path in (ROOT / part).rglob("*.py"))
+FILES = sorted(
+    path for part in ("src", "stages", "evaluation", "benchmarks", "proofs") for path in (ROOT / part).rglob("*.py")
+)
 
 # Calls that would run, or whose default decides whether to run, what lies in a file or on the hub.
 FETCHING = {"from_pretrained", "load_dataset", "load_dataset_builder", "pipeline"}

@@ -76,13 +76,13 @@ def test_a_target_is_judged_by_its_numbers_not_by_what_the_file_says(no_runs, re
     assert command.main(["--draw"], folder) == 1
 
 
-def test_learning_is_known_but_not_run_by_default(no_runs, results):
+def test_features_are_known_but_not_run_by_default(no_runs, results):
     folder = results(memory=[MET])
     assert command.main([], folder) == 0
-    assert no_runs == list(command.DEFAULT) and "learning" not in no_runs
+    assert no_runs == list(command.DEFAULT) and "features" not in no_runs
     no_runs.clear()
-    assert command.main(["learning", "memory"], folder) == 0
-    assert no_runs == ["learning", "memory"]
+    assert command.main(["features", "memory"], folder) == 0
+    assert no_runs == ["features", "memory"]
 
 
 def test_a_failing_benchmark_does_not_hide_the_others(monkeypatch, results, capsys):
@@ -95,16 +95,16 @@ def test_a_failing_benchmark_does_not_hide_the_others(monkeypatch, results, caps
 def test_a_benchmark_is_a_process_of_its_own(monkeypatch, tmp_path, capfd):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "memory.py").write_text("raise SystemExit(3)")
-    (tmp_path / "benchmarks" / "kills.py").write_text("import os; os.kill(os.getpid(), 9)")
+    (tmp_path / "benchmarks" / "threads.py").write_text("import os; os.kill(os.getpid(), 9)")
     (tmp_path / "benchmarks" / "features.py").write_text("raise SystemExit('features: error: this.\\nand so on')")
-    (tmp_path / "benchmarks" / "learning.py").write_text("raise ValueError('a fault')")
+    (tmp_path / "benchmarks" / "small_run.py").write_text("raise ValueError('a fault')")
     (tmp_path / "benchmarks" / "scorer.py").write_text("print('ran')")
     monkeypatch.setattr(command, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert command.run("memory") == "it ended with 3."
-    assert command.run("kills") == "it was killed by SIGKILL (mostly for want of memory)."
+    assert command.run("threads") == "it was killed by SIGKILL (mostly for want of memory)."
     assert command.run("features") == "this."
-    assert command.run("learning") == "ValueError: a fault"
+    assert command.run("small_run") == "ValueError: a fault"
     assert command.run("scorer") == ""
     assert "ValueError: a fault" in capfd.readouterr().err
 

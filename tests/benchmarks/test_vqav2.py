@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import extraction, features, measure, real_shape, scorer, vqav2
+from benchmarks import extraction, features, measure, scorer, vqav2
 from benchmarks.__main__ import KNOWN
 from benchmarks.workload import data, draw_step, read_questions
-from tests.pipeline import ROOT, sample_params
+from proofs import real_shape
+from proofs.project import ROOT, sample_params
 from vlm_vqa.data.fetch import fetch
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation import vqa_accuracy as ours

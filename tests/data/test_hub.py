@@ -12,6 +12,7 @@ import datasets
 import huggingface_hub
 import pytest
 
+from proofs.project import Project
 from tests.fake_hub import (
     ANSWERS,
     CARD,
@@ -27,7 +28,6 @@ from tests.fake_hub import (
     serve,
     write_repository,
 )
-from tests.pipeline import Project
 from vlm_vqa.data import records
 from vlm_vqa.data.fetch import fetch
 from vlm_vqa.data.sources import hub as source

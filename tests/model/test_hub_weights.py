@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
+from proofs.project import Project
 from tests.fake_hub import STRANGER, TOKEN, Hosted, environment, lead_to, rows_of, serve, write_repository
-from tests.pipeline import Project
 from tests.tiny_model import TEXTS
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.encoder import SMALL_ENCODER, load_encoder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline import Project
+from proofs.project import Project
 
 pytestmark = pytest.mark.slow
 

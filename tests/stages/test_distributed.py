@@ -11,8 +11,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from proofs.project import Project, sample_params
 from tests import golden
-from tests.pipeline import Project, sample_params
 from vlm_vqa.training.watchdog import DEAD_SECONDS, TICK_SECONDS
 
 pytestmark = pytest.mark.slow

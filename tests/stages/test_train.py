@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.kills import Training, clear, outcome, step_of
-from stages.train import prepare
-from tests.pipeline import Project, sample_params
+from proofs.kills import Training, clear, outcome, step_of
+from proofs.project import Project, sample_params
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model, trained_state
 from vlm_vqa.params import load_params
+from vlm_vqa.training.prepare import prepare
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +69,7 @@ def test_features_of_another_encoder_are_refused(prepared):
         manifest.write_text(text)
 
 
-# --- several processes: benchmarks/kills.py does the same at random, for all launches and optimizers ------------------
+# --- several processes: proofs/kills.py does the same at random, for all launches and optimizers ------------------
 
 
 @pytest.fixture

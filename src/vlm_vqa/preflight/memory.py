@@ -1,6 +1,6 @@
 """Bytes that an optimizer step takes on a rank, part by part, and the moments at which most of them are there at once.
 
-What is measured: one process on a CPU (benchmarks/real_shape.py within 7 %; benchmarks/memory.py, float32, within 4 %).
+What is measured: one process on a CPU (proofs/real_shape.py within 7 %; benchmarks/memory.py, float32, within 4 %).
 DDP, FSDP2 and ZeRO, and what a GPU takes beside tensors, are read in the sources of torch 2.14, accelerate 1.15 and
 DeepSpeed 0.19.8 or assumed, and say so.
 

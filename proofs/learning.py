@@ -1,6 +1,6 @@
 """Does packed training learn as well as one row per question? The small run both ways, over several seeds.
 
-`python -m benchmarks.learning` needs what the first two stages write (`make repro`). Both ways see the same number of
+`python -m proofs.learning` needs what the first two stages write (`make repro`). Both ways see the same number of
 questions in the same number of optimizer steps: packed, questions of an image in one row and in one step; plain, one row
 per question, drawn in random order (`train.questions_per_row: 1`). Accuracy is counted on all validation questions.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure
-from stages.train import FEATURES, RECORDS, prepare
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.evaluation.report import answer_questions
@@ -27,6 +26,7 @@ from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model
 from vlm_vqa.params import Params, load_params
 from vlm_vqa.training.dataset import Collator
+from vlm_vqa.training.prepare import FEATURES, RECORDS, prepare
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments
 
 WAYS = ("packed", "one row per question")
@@ -64,7 +64,7 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train all, or what is left, and write `learning.json`."""
     params = load_params()
-    parser = measure.parser("learning", __doc__, seeds=3, epochs=params.train.num_train_epochs)
+    parser = measure.parser("learning", __doc__, "proofs", seeds=3, epochs=params.train.num_train_epochs)
     options = measure.parse(parser, arguments)
     seeds, epochs = options.seeds, options.epochs
     torch.set_num_threads(measure.cores())

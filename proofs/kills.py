@@ -1,6 +1,6 @@
 """A training that is killed, at any moment, one process or all, ends with the bytes of one that was left alone.
 
-    python -m benchmarks.kills [--kills 20] [--launches cpu cpu-ddp cpu-fsdp2] [--seed 0]
+    python -m proofs.kills [--kills 20] [--launches cpu cpu-ddp cpu-fsdp2] [--seed 0]
 
 For each launch and optimizer the train stage runs undisturbed, in a temporary copy of the project, on the sample of VQAv2,
 real or drawn (see `benchmarks.vqav2`). Then it is started, killed by SIGKILL, started again, killed again, and at last left
@@ -34,7 +34,7 @@ import psutil
 
 from benchmarks import measure, vqav2
 from benchmarks.measure import Claim
-from tests.pipeline import Project, sample_params
+from proofs.project import Project, sample_params
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import sha256_file
 from vlm_vqa.params import load_params
@@ -299,7 +299,7 @@ def step_of(checkpoint: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Kill, compare, and write `kills.json`."""
-    parser = measure.parser("kills", __doc__, kills=20)
+    parser = measure.parser("kills", __doc__, "proofs", kills=20)
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=LAUNCHES)
     parser.add_argument("--seed", type=int, default=0)
     options = measure.parse(parser, arguments)

@@ -1,6 +1,6 @@
 """The real model's shape on a CPU: training steps, save and reload, and the memory they take against `vlm-vqa preflight`.
 
-    python -m benchmarks.real_shape [--layers 26] [--questions 8] [--steps 4]
+    python -m proofs.real_shape [--layers 26] [--questions 8] [--steps 4]
 
 DINOv2-base and Gemma 2 2B with 257,153 tokens, both from random weights: the encoder sees the 75 pictures of the VQAv2
 sample, real or drawn (see `benchmarks.vqav2`), and `VqaTrainer` takes optimizer steps on the same few of its questions under
@@ -75,7 +75,7 @@ STEP_MOMENTS = ("loss", "backward, last layer", "backward, first layer", "update
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `real_shape.json`."""
-    parser = measure.parser("real_shape", __doc__, layers=GEMMA_2_2B.num_hidden_layers, questions=8, steps=4)
+    parser = measure.parser("real_shape", __doc__, "proofs", layers=GEMMA_2_2B.num_hidden_layers, questions=8, steps=4)
     parser.add_argument("--folder", type=Path, help="for features, checkpoint and weights; all are removed")
     options = measure.parse(parser, arguments)
     if options.questions % 2:

@@ -1,4 +1,4 @@
-"""Distributed training is the same training: `benchmarks.strategies` on the real sample, and what it would notice."""
+"""Distributed training is the same training: `proofs.strategies` on the real sample, and what it would notice."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from benchmarks.strategies import CASES, claims, table
-from tests.pipeline import ROOT, Project, sample_params
+from proofs.project import ROOT, Project, sample_params
+from proofs.strategies import CASES, claims, table
 
 CHOSEN = [
     "shared rows",
@@ -41,7 +41,7 @@ def test_every_launch_trains_as_one_process_does(tmp_path, shared_data):
         assert done.returncode == 0, done.stderr
     results = tmp_path / "results"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.strategies", "--steps", "30", "--results", str(results), "--cases", *CHOSEN],
+        [sys.executable, "-m", "proofs.strategies", "--steps", "30", "--results", str(results), "--cases", *CHOSEN],
         cwd=project.folder, capture_output=True, text=True, timeout=800,
         env=project.environment(PYTHONPATH=os.pathsep.join([str(ROOT / "src"), str(ROOT)])),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Is distributed training the same training? Every launch against one process: loss curves and final weights.
 
-`python -m benchmarks.strategies` needs what the first two stages write (`make repro`). The same questions in the same steps
+`python -m proofs.strategies` needs what the first two stages write (`make repro`). The same questions in the same steps
 are trained under each launch of this machine's kind, several ways (`CASES`). A row of the table says how far the final
 weights are from those of one process, relative to how far training moved them: |a - b| / |a - start|. Dropout is 0, since
 every launch would draw other numbers.
@@ -29,7 +29,6 @@ from torch import Tensor, distributed
 
 from benchmarks import measure
 from benchmarks.measure import Claim
-from stages.train import FEATURES, RECORDS, prepare
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import read_manifest
 from vlm_vqa.errors import UserError
@@ -39,6 +38,7 @@ from vlm_vqa.params import Mask, Optimizer, Params, load_params
 from vlm_vqa.training import launch, snapshot
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.optimizer import local, state_types
+from vlm_vqa.training.prepare import FEATURES, RECORDS, prepare
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments
 
 ONE = "cpu"
@@ -165,7 +165,7 @@ def start(name: str, folder: Path, steps: int, cases: Sequence[Case]) -> None:
         UserError: it failed; what it said is shown.
     """
     command = ["accelerate", "launch", "--quiet", "--config_file", str(folder / f"{name}.yaml"), "-m",
-               "benchmarks.strategies", "--worker", name, "--folder", str(folder), "--steps", str(steps), "--cases",
+               "proofs.strategies", "--worker", name, "--folder", str(folder), "--steps", str(steps), "--cases",
                *(case.name for case in cases)]  # fmt: skip
     here = Path(__file__).parents[1]
     paths = os.pathsep.join(map(str, (here / "src", here)))
@@ -289,7 +289,7 @@ def compare(names: Sequence[str], steps: int, cases: Sequence[Case], results: Pa
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare what is asked for; a process of a launch does its part."""
-    parser = measure.parser("strategies", __doc__, steps=32)
+    parser = measure.parser("strategies", __doc__, "proofs", steps=32)
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     parser.add_argument(
         "--cases", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES]

@@ -4,8 +4,9 @@ import argparse
 import itertools
 import random
 
-from benchmarks import kills, measure
-from benchmarks.kills import Kill, Moment, Result, Training
+from benchmarks import measure
+from proofs import kills
+from proofs.kills import Kill, Moment, Result, Training
 
 PAIRS = len(kills.LAUNCHES) * len(kills.OPTIMIZERS)
 

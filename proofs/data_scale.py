@@ -1,6 +1,6 @@
 """VQAv2's real counts through source `official`: how long the stage takes and how much memory.
 
-    python -m benchmarks.data_scale
+    python -m proofs.data_scale
 
 443,757 + 214,354 questions with ten answers each, under the official names and in the official layout, are made up by
 seed; the 82,783 + 40,504 images are a few tiny JPEGs again and again, so decoding photographs and moving 20 GB are not in
@@ -207,7 +207,7 @@ def our_picks(folder: Path, instances: int) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write `data_scale.json`."""
-    measure.parse(measure.parser("data_scale", __doc__), arguments)
+    measure.parse(measure.parser("data_scale", __doc__, "proofs"), arguments)
     with tempfile.TemporaryDirectory(prefix="vlm-vqa-data-scale-") as name:
         folder = Path(name)
         archives, work = folder / "server", folder / "work"

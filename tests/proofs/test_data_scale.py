@@ -1,10 +1,10 @@
-"""The benchmark of the data path, on a handful of questions: its archives are in order, and it runs the real stage."""
+"""The proof of the data path, on a handful of questions: its archives are in order, and it runs the real stage."""
 
 import zipfile
 
 import pytest
 
-from benchmarks import data_scale
+from proofs import data_scale
 from vlm_vqa.data import records
 from vlm_vqa.hashing import write_json
 

@@ -1,0 +1,58 @@
+"""What a training starts from: questions as examples, the processor made for them, the model before its first step."""
+
+from pathlib import Path
+
+from transformers import PaliGemmaProcessor
+
+from vlm_vqa.data.records import load_questions
+from vlm_vqa.model.encoder import Encoder
+from vlm_vqa.model.layout import TokenLayout
+from vlm_vqa.model.vlm import (
+    VlmForTraining,
+    add_adapters,
+    build_processor,
+    freeze_embeddings,
+    initial_model,
+    load_tokenizer,
+    set_attention,
+    set_dropout,
+)
+from vlm_vqa.params import Answers, Params
+from vlm_vqa.training.dataset import QuestionDataset
+
+RECORDS, FEATURES = Path("data/records"), Path("data/features")
+"""Where the two stages before have written, from the project's folder."""
+
+
+def prepare(params: Params, encoder: Encoder) -> tuple[QuestionDataset, TokenLayout, PaliGemmaProcessor]:
+    """Load the training questions, and build tokenizer, processor and layout for them."""
+    records = load_questions(RECORDS, "train")
+    taught = records["multiple_choice_answer"]
+    if params.train.answers is Answers.DRAWN:
+        taught = [answer for answers in records["answers"] for answer in answers]
+    texts = [params.prompt.instruction, *records["question"], *taught]
+    processor = build_processor(
+        encoder.processor_for_export(), load_tokenizer(params.language, texts), params.vision.num_patches
+    )
+    layout = TokenLayout(
+        processor.tokenizer,
+        mask=params.prompt.mask,
+        instruction=params.prompt.instruction,
+        num_patches=params.vision.num_patches,
+        text_length=params.prompt.text_length,
+        image_token_id=processor.image_token_id,
+    )
+    data = QuestionDataset(records, layout, params.prompt.too_long, params.train.answers, params.seed)
+    return data, layout, processor
+
+
+def model_to_train(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:
+    """Return the model that the parameters describe: weights before the first step, and what of it is trained."""
+    model = initial_model(params.language, encoder.model.config, processor, params.seed)
+    set_dropout(model, params.train.dropout)
+    set_attention(model, params.train.attention)
+    if params.train.freeze_embeddings:
+        freeze_embeddings(model)
+    if params.train.lora is not None:
+        add_adapters(model, params.train.lora)
+    return model
