@@ -41,7 +41,7 @@ def _message(error: BaseException) -> tuple[str | None, int]:
         return f"error: memory ran out ({error}). The first lines of the program say how much it takes.", 2
     # Only now: these take seconds to import, and Ctrl-C may come meanwhile.
     from vlm_vqa.errors import UserError
-    from vlm_vqa.stage import disk_remedy
+    from vlm_vqa.pipeline.entrypoint import disk_remedy
 
     if isinstance(error, UserError):
         return f"error: {error}", 2

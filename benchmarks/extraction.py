@@ -32,7 +32,7 @@ from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore, FeatureStoreWriter, Layout
 from vlm_vqa.data.records import ImageRecord
 from vlm_vqa.errors import UserError
-from vlm_vqa.model import extraction
+from vlm_vqa.features import extract
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.flops import vision_flops, vision_linear_maps
 from vlm_vqa.params import StoreDtype
@@ -50,7 +50,7 @@ FORMULA = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all and write `extraction.json`."""
+    """Measure all and write `extract.json`."""
     parser = measure.parser("extraction", __doc__, images=24, batch_size=8, rounds=3)
     options = measure.parse(parser, arguments)
     if options.images % options.batch_size:
@@ -157,7 +157,7 @@ def ahead(encoder: Encoder, images: Sequence[ImageRecord], writer: FeatureStoreW
     """As the stage does it."""
     layout = writer.layout
     take = lambda places: images[places.start : places.stop]  # noqa: E731
-    extraction.extract(range(layout.shards), take, encoder, writer, batch_size, MAX_PIXELS, lambda more: None)
+    extract.extract(range(layout.shards), take, encoder, writer, batch_size, MAX_PIXELS, lambda more: None)
 
 
 def in_turn(encoder: Encoder, images: Sequence[ImageRecord], writer: FeatureStoreWriter, batch_size: int) -> None:

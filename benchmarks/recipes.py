@@ -30,7 +30,7 @@ from benchmarks.workload import Workload
 from vlm_vqa.model.layout import IGNORED, QuestionTokens, Row, TokenLayout
 from vlm_vqa.model.vlm import VlmForTraining, initial_model, text_logits
 from vlm_vqa.params import LanguageConfig, LanguageParams
-from vlm_vqa.training.windows import divide
+from vlm_vqa.training.sampler import divide
 
 MICRO_BATCH = 6
 """Questions; ten micro-batches are a step of the reference recipe."""

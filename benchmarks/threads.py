@@ -25,12 +25,13 @@ from transformers import TrainerCallback
 
 from benchmarks import measure
 from benchmarks.measure import Claim
-from vlm_vqa import cores, stage
+from vlm_vqa import cores
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model
 from vlm_vqa.params import load_params
+from vlm_vqa.pipeline import entrypoint
 from vlm_vqa.training import launch
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.prepare import FEATURES, RECORDS, prepare
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = measure.parse(parser, arguments)
     if options.worker:
-        stage.run("threads", lambda: work(options.seconds, options.worker))
+        entrypoint.run("threads", lambda: work(options.seconds, options.worker))
         return
     for folder in (RECORDS, FEATURES):
         if not folder.is_dir():

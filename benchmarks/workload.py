@@ -20,7 +20,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, rows_of
 from vlm_vqa.model.vlm import build_processor, train_tokenizer
 from vlm_vqa.params import HELM_INSTRUCTION, Mask
-from vlm_vqa.training.windows import WindowSampler, WindowShape
+from vlm_vqa.training.sampler import WindowSampler, WindowShape
 
 TRAIN_QUESTIONS, TRAIN_IMAGES = 443_757, 82_783
 """Of VQAv2's train split: 5.36 questions an image."""

@@ -33,9 +33,9 @@ from PIL import Image
 
 from benchmarks import measure
 from vlm_vqa.data import records
-from vlm_vqa.data.sources.official import CHECKSUMS_VARIABLE
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.helm_files import pick_instances
+from vlm_vqa.evaluation.helm.files import pick_instances
+from vlm_vqa.fetch.sources.official_archives import CHECKSUMS_VARIABLE
 from vlm_vqa.hashing import sha256_file, write_json
 
 ROOT = Path(__file__).parents[1]

@@ -38,7 +38,7 @@ from proofs.project import Project, sample_params
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import sha256_file
 from vlm_vqa.params import load_params
-from vlm_vqa.training import checkpoints
+from vlm_vqa.training import checkpoint_files
 from vlm_vqa.training.launch import read_launch
 
 LAUNCHES = ("cpu", "cpu-ddp", "cpu-fsdp2")
@@ -200,12 +200,12 @@ class Training:
 
     def torn(self) -> list[Path]:
         """Return the checkpoints that are being written, the oldest first."""
-        found = [path for path in self.folder.glob("checkpoints/*/checkpoint-*") if not checkpoints.world_of(path)]
+        found = [path for path in self.folder.glob("checkpoints/*/checkpoint-*") if not checkpoint_files.world_of(path)]
         return sorted(found, key=step_of)
 
     def whole(self) -> list[Path]:
         """Return the whole checkpoints, the newest first."""
-        found = [path for path in self.folder.glob("checkpoints/*/checkpoint-*") if checkpoints.world_of(path)]
+        found = [path for path in self.folder.glob("checkpoints/*/checkpoint-*") if checkpoint_files.world_of(path)]
         return sorted(found, key=step_of, reverse=True)
 
     def freeze_in_checkpoint(self, step: int, rank: int | None) -> Path:
@@ -218,7 +218,9 @@ class Training:
             self.signal(signal.SIGSTOP, list(ranks.values()))
             for path in self.torn():
                 missing = [
-                    one for one in range(self.world) if not (path / checkpoints.seal_file(one, self.world)).exists()
+                    one
+                    for one in range(self.world)
+                    if not (path / checkpoint_files.seal_file(one, self.world)).exists()
                 ]
                 if (
                     len(ranks) == self.world

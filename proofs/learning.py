@@ -18,10 +18,10 @@ import torch
 from benchmarks import measure
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
-from vlm_vqa.evaluation.report import answer_questions
+from vlm_vqa.evaluation.evaluate import answer_questions
 from vlm_vqa.evaluation.vqa_accuracy import vqa_accuracy
 from vlm_vqa.hashing import write_json
-from vlm_vqa.model.answering import Answerer
+from vlm_vqa.inference.predictor import Answerer
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model
 from vlm_vqa.params import Params, load_params

@@ -35,7 +35,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model
 from vlm_vqa.params import Mask, Optimizer, Params, load_params
-from vlm_vqa.training import launch, snapshot
+from vlm_vqa.training import checkpoint_state, launch
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.optimizer import local, state_types
 from vlm_vqa.training.prepare import FEATURES, RECORDS, prepare
@@ -122,7 +122,7 @@ def _trainer(
     model = initial_model(params.language, encoder.model.config, processor, params.seed)
     start = folder / "start.safetensors"
     if name == ONE and not start.exists():
-        save_file({key: value.detach() for key, value in snapshot.named_parameters(model).items()}, start)
+        save_file({key: value.detach() for key, value in checkpoint_state.named_parameters(model).items()}, start)
     misled = case.spoilt and running.process == running.processes - 1
     collator = Collator(layout, Misleading(features) if misled else features)
     arguments = training_arguments(train, params.seed, folder / "unused", running)
@@ -146,8 +146,8 @@ def _check_saved(trainer: VqaTrainer, path: Path) -> None:
     if trainer.launch.strategy.deepspeed:
         return
     saved = load_file(path)
-    for name, parameter in snapshot.named_parameters(trainer.model).items():
-        rows = snapshot.rows_held(parameter)
+    for name, parameter in checkpoint_state.named_parameters(trainer.model).items():
+        rows = checkpoint_state.rows_held(parameter)
         assert torch.equal(saved[name][rows.start : rows.stop], local(parameter)), f"{name} is not what was saved"
 
 

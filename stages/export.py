@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor
 
-from vlm_vqa import cores, stage, tracking
+from vlm_vqa import cores, tracking
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.model.answering import Answerer
+from vlm_vqa.inference.export import CARD, join, read_training, write_export
+from vlm_vqa.inference.predictor import Answerer
 from vlm_vqa.model.encoder import load_encoder
-from vlm_vqa.model.export import CARD, join, read_training, write_export
 from vlm_vqa.params import load_params
+from vlm_vqa.pipeline import entrypoint
 
 RECORDS, FEATURES, TRAINED, EXPORT = (
     Path("data/records"), Path("data/features"), Path("models/trained"), Path("models/export"),
@@ -67,4 +68,4 @@ def compare(features: FeatureStore, max_pixels: int) -> float:
 
 
 if __name__ == "__main__":
-    stage.run("export", main)
+    entrypoint.run("export", main)

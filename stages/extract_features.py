@@ -14,19 +14,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vlm_vqa import cores, stage
+from vlm_vqa import cores
 from vlm_vqa.checks import check_here
 from vlm_vqa.data import decoding, feature_store, records
 from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
+from vlm_vqa.features import extract, workers
+from vlm_vqa.features.workers import POLL_SECONDS, Crew
 from vlm_vqa.hashing import sha256_file
-from vlm_vqa.model import crew, encoder, extraction
-from vlm_vqa.model.crew import POLL_SECONDS, Crew
+from vlm_vqa.model import encoder
 from vlm_vqa.model.encoder import Encoder, load_encoder
 from vlm_vqa.params import VisionParams, load_params
+from vlm_vqa.pipeline import entrypoint
 
 RECORDS = Path("data/records")
 FEATURES = Path("data/features")
-CODE = [Path(part.__file__) for part in (decoding, feature_store, records, encoder, extraction)] + [Path(__file__)]
+CODE = [Path(part.__file__) for part in (decoding, feature_store, records, encoder, extract)] + [Path(__file__)]
 """What decides the features: shards that other code has made are not used."""
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def main() -> None:
     params = load_params("params.yaml")
     check_here(params, run=True)
     vision = params.vision
-    running = crew.join(vision.launch)
+    running = workers.join(vision.launch)
     data_hash = records.read_manifest(RECORDS)["data_hash"]
     loaded = load_encoder(vision, running.device)
     layout = Layout(records.count_images(RECORDS), loaded.num_tokens, loaded.width, vision.store_dtype)
@@ -82,7 +84,7 @@ def make(
             if running.main and (busy := crowd.notice(cores.waits())):
                 logger.warning(busy)
 
-        extraction.extract(
+        extract.extract(
             running.share(missing),
             lambda places: records.images_between(RECORDS, places.start, places.stop),
             loaded,
@@ -99,4 +101,4 @@ def make(
 
 
 if __name__ == "__main__":
-    stage.run("extract-features", main)
+    entrypoint.run("extract-features", main)

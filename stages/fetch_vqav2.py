@@ -6,10 +6,10 @@ import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceba
 import logging
 
 from vlm_vqa.checks import check_machine
-from vlm_vqa.data.fetch import fetch
 from vlm_vqa.data.records import REPORT
+from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import load_params
-from vlm_vqa.stage import run
+from vlm_vqa.pipeline.entrypoint import run
 
 RECORDS = "data/records"
 

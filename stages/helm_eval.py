@@ -7,9 +7,10 @@ import logging
 
 import torch
 
-from vlm_vqa import cores, stage, tracking
-from vlm_vqa.evaluation.report import Folders, evaluate
+from vlm_vqa import cores, tracking
+from vlm_vqa.evaluation.evaluate import Folders, evaluate
 from vlm_vqa.params import load_params
+from vlm_vqa.pipeline import entrypoint
 
 log = logging.getLogger(__name__)
 
@@ -27,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    stage.run("helm-eval", main)
+    entrypoint.run("helm-eval", main)

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PaliGemmaConfig
 
-from vlm_vqa import sealed, stage, tracking
+from vlm_vqa import sealed, tracking
 from vlm_vqa.checks import check_here
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import read_manifest
@@ -21,7 +21,8 @@ from vlm_vqa.hashing import code_hash, write_json
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, save_trained
 from vlm_vqa.params import Params, load_params
-from vlm_vqa.training import checkpoints, launch
+from vlm_vqa.pipeline import entrypoint
+from vlm_vqa.training import checkpoint_files, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.prepare import FEATURES, RECORDS, model_to_train, prepare
 from vlm_vqa.training.throughput import peak_memory_gib
@@ -51,8 +52,8 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         "encoder_hash": encoder.hash,
         "code_hash": code_hash(__file__),
     }
-    key = checkpoints.checkpoint_key(made_of | {"training_params_hash": params.recipe_hash(running.processes)})
-    folder = checkpoints.ROOT / key
+    key = checkpoint_files.checkpoint_key(made_of | {"training_params_hash": params.recipe_hash(running.processes)})
+    folder = checkpoint_files.ROOT / key
 
     data, layout, processor = prepare(params, encoder)
     model = model_to_train(params, encoder, processor)
@@ -75,7 +76,7 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         run.log_weights(TRAINED, made_of["weights_hash"])
         run.log_artifact(REPORTS / "train.json", "reports")
         run.log_artifact(REPORTS / "train_curve.csv", "reports")
-    checkpoints.remove_all(folder)
+    checkpoint_files.remove_all(folder)
 
 
 def save(config: PaliGemmaConfig, weights: dict[str, Tensor], processor, made_of: dict[str, str]) -> str:
@@ -109,4 +110,4 @@ def report(trainer: VqaTrainer, data: QuestionDataset) -> None:
 
 
 if __name__ == "__main__":
-    stage.run("train", main)
+    entrypoint.run("train", main)

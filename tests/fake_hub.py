@@ -19,7 +19,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from vlm_vqa.data.sources.directory import official_paths
+from vlm_vqa.fetch.sources.official_layout import official_paths
 
 TOKEN = "secret-hf_0123456789abcdefTOKEN"
 """The one token that may read gated and private repositories."""

@@ -13,8 +13,8 @@ from transformers import Gemma2Config
 from tests.random_params import draw
 from vlm_vqa.checks import check_here, check_machine, check_records
 from vlm_vqa.cli import main
-from vlm_vqa.data.fetch import fetch
 from vlm_vqa.errors import UserError
+from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import Answers, Params, Punkt, load_params, parse_params
 
 ROOT = Path(__file__).parents[1]

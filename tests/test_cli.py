@@ -44,7 +44,7 @@ def test_check_names_a_misspelt_key(tmp_path, capsys):
 
 def test_easy_vqa_is_written_where_asked(tmp_path, capsys, monkeypatch):
     written = []
-    monkeypatch.setattr("vlm_vqa.data.sources.easy_vqa.write_official_layout", written.append)
+    monkeypatch.setattr("vlm_vqa.fetch.sources.easy_vqa.write_official_layout", written.append)
     assert main(["easy-vqa", str(tmp_path / "copy")]) == 0
     assert written == [tmp_path / "copy"]
 

@@ -328,7 +328,7 @@ def test_the_known_counts_are_vqav2s_and_its_sample_is_like_it():
 
 
 def test_records_of_the_source_count_and_others_do_not(tmp_path, vqav2_folder):
-    from vlm_vqa.data.fetch import fetch
+    from vlm_vqa.fetch.write_records import fetch
 
     params = preset("small", **{"data.source": "directory", "data.directory": str(vqav2_folder())})
     params = changed(params, {"data.train.questions": "v2_OpenEnded_mscoco_train2014_questions.json"})

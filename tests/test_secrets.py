@@ -8,10 +8,10 @@ import traceback
 import pytest
 import yaml
 
-from vlm_vqa import tracking
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import load_params, parse_params
 from vlm_vqa.secrets import without_secrets
+from vlm_vqa.tracking import describe
 
 MASKED = {
     "http://me:sesame@host:5000/x": "http://host:5000/x",
@@ -68,7 +68,7 @@ def test_nothing_that_a_stage_prints_shows_one(where):
     """What libraries say of addresses is not ours to write."""
     program = """
         import logging, threading, sys
-        from vlm_vqa import stage
+        from vlm_vqa.pipeline import entrypoint
 
         def main():
             try:
@@ -83,7 +83,7 @@ def test_nothing_that_a_stage_prints_shows_one(where):
                 else:
                     raise RuntimeError("http://me:sesame@host/b?sig=sesame")
 
-        stage.run("it", main)
+        entrypoint.run("it", main)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), where], capture_output=True, text=True, check=False
@@ -120,5 +120,5 @@ def test_parameter_files_that_cannot_be_read_show_none(text, tmp_path):
 
 
 def test_mlflow_is_told_none():
-    assert tracking._param_text("http://me:sesame@host/?sig=sesame") == "http://host/?***"
-    assert tracking._param_text(["http://me:sesame@host/"]) == '["http://host/"]'
+    assert describe.param_text("http://me:sesame@host/?sig=sesame") == "http://host/?***"
+    assert describe.param_text(["http://me:sesame@host/"]) == '["http://host/"]'

@@ -26,6 +26,7 @@ from sqlalchemy import Engine, event
 from vlm_vqa import tracking
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import load_params
+from vlm_vqa.tracking import describe, recreate, store
 
 REPO = Path(__file__).parents[1]
 HASHES = {"data_hash": "d" * 64, "code_hash": "c" * 64}
@@ -101,7 +102,7 @@ def test_a_run_has_parameters_curves_hashes_versions_and_files(checkout, params,
     tags = found.data.tags
     assert tags["params_hash"] == params.hash() and tags["data_hash"] == HASHES["data_hash"]
     assert tags["checkpoint_key"] == "k1" and tags["dvc_experiment"] == "molal-coir"
-    assert [name for name in tracking.PACKAGES if tags[f"version.{name}"] == "not installed"] == []
+    assert [name for name in describe.PACKAGES if tags[f"version.{name}"] == "not installed"] == []
     assert int(tags["machine.cores"]) >= 1 and tags["machine.cpu"]
     train = params.train
     shape = f"batch {train.batch_size}, {train.num_train_epochs} epochs, image-prefix"
@@ -168,7 +169,7 @@ def test_a_long_parameter_is_cut_and_marked(checkout, params):
     with tracking.training_run(dataclasses.replace(params, prompt=prompt), key="k", tags=HASHES):
         pass
     text = runs(checkout)[0].data.params["prompt.instruction"]
-    assert len(text) == tracking.LONGEST_PARAM and "9000 characters, sha256" in text
+    assert len(text) == describe.LONGEST_PARAM and "9000 characters, sha256" in text
 
 
 def test_large_weights_are_kept_by_reference(checkout, params):
@@ -411,7 +412,7 @@ def test_a_slow_store_is_waited_for_as_long_as_it_advances(checkout, params, qui
     (checkout / "mlflow.db").unlink()
     quick += [lambda path: time.sleep(0.2), Path.touch] * 20
     started = time.monotonic()
-    tracking._Store(params, checkout, wait=1.5)
+    store.Store(params, checkout, wait=1.5)
     assert time.monotonic() - started > 4
     record(params)
     assert len(runs(checkout)) == 1 and names(checkout) == {"mlflow.db"}
@@ -422,7 +423,7 @@ def test_a_store_given_up_is_whole_when_its_thread_ends(checkout, params, quick)
     goes_on = threading.Event()
     quick.append(lambda path: goes_on.wait(60))
     with pytest.raises(TimeoutError):
-        tracking._Store(params, checkout, wait=0.5)
+        store.Store(params, checkout, wait=0.5)
     assert "mlflow.db" not in names(checkout)
     goes_on.set()
     record(params)  # waits for the thread, which holds the lock
@@ -568,16 +569,16 @@ def test_an_unwritable_store_costs_one_warning(checkout, params, caplog):
 
 
 def test_a_store_that_does_not_answer_is_waited_for_no_longer_than_told(checkout, params, monkeypatch):
-    monkeypatch.setattr(tracking._Store, "_open", lambda store: time.sleep(30))
+    monkeypatch.setattr(store.Store, "_open", lambda store: time.sleep(30))
     with pytest.raises(TimeoutError):
-        tracking._Store(params, checkout, wait=0.1)
+        store.Store(params, checkout, wait=0.1)
 
 
 def test_metrics_that_a_server_missed_for_a_while_arrive_in_the_end(checkout, params, caplog, monkeypatch):
     with tracking.training_run(params, key="k", tags=HASHES) as run:
         run.log_metrics({"loss": 3.0}, 1)
         with monkeypatch.context() as away:
-            away.setattr(tracking._Store, "put_metrics", lambda *_: (_ for _ in ()).throw(ConnectionError("away")))
+            away.setattr(store.Store, "put_metrics", lambda *_: (_ for _ in ()).throw(ConnectionError("away")))
             run.log_metrics({"loss": 2.0}, 2)
             run.log_metrics({"loss": 1.0}, 3)
     assert history(checkout, runs(checkout)[0], "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
@@ -672,7 +673,7 @@ def test_a_number_in_another_spelling_is_not_another_number(outputs, written, ch
     )
     lock = "stages: {train: {params: {params.yaml: {train.learning_rate: 0.001, train.weight_decay: 1e-05}}}}"
     (outputs / "dvc.lock").write_text(lock)
-    assert tracking._changed_params(outputs) == changed
+    assert recreate.changed_params(outputs) == changed
 
 
 def test_track_adds_the_scores_that_a_run_lacks(outputs, params):

@@ -13,8 +13,8 @@ import numpy as np
 
 from vlm_vqa.data.records import MANIFEST, load_questions, read_manifest
 from vlm_vqa.errors import UserError
+from vlm_vqa.launch_file import check_params, read_launch, strategy_of
 from vlm_vqa.params import Answers, Params, Punkt, TooLong, is_local
-from vlm_vqa.training.launch_file import check_params, read_launch, strategy_of
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def check_records(params: Params, records: Path = RECORDS) -> None:
         )
     images = np.array(load_questions(records, "val", ["image_id"])["image_id"])
     if params.evaluation.vqa_questions is not None:
-        from vlm_vqa.evaluation.helm_files import helm_order
+        from vlm_vqa.evaluation.helm.files import helm_order
 
         images = images[helm_order(len(images))[: params.evaluation.vqa_questions]]
     if len(np.unique(images)) < 2:

@@ -28,7 +28,7 @@ def _track(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from vlm_vqa.comparison import REPORT, compare_reports, metrics_diff, report_at, report_here, summary
+    from vlm_vqa.evaluation.compare import REPORT, compare_reports, metrics_diff, report_at, report_here, summary
 
     new = report_here()
     base = report_at(arguments.base)
@@ -70,7 +70,7 @@ def _preflight(arguments: argparse.Namespace) -> int:
 
 
 def _ask(arguments: argparse.Namespace) -> int:
-    from vlm_vqa.asking import Asked, answered, read_csv, show
+    from vlm_vqa.inference.asking import Asked, answered, read_csv, show
     from vlm_vqa.quick_start import quick_start
 
     image, questions = arguments.image, arguments.questions
@@ -84,7 +84,7 @@ def _ask(arguments: argparse.Namespace) -> int:
         with quick_start():
             from transformers.utils.logging import disable_progress_bar
 
-            from vlm_vqa.model.answering import Answerer
+            from vlm_vqa.inference.predictor import Answerer
 
             disable_progress_bar()
             return Answerer.from_export(arguments.model)
@@ -96,7 +96,7 @@ def _ask(arguments: argparse.Namespace) -> int:
 
 
 def _unlock(arguments: argparse.Namespace) -> int:
-    from vlm_vqa.unlock import project_of, unlock
+    from vlm_vqa.pipeline.unlock import project_of, unlock
 
     for line in unlock(project_of(Path())) or ([] if arguments.quiet else ["no killed dvc has left anything here"]):
         print(line)
@@ -105,8 +105,8 @@ def _unlock(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from vlm_vqa.errors import make_again
-    from vlm_vqa.repair import recorded, verify
-    from vlm_vqa.unlock import project_of
+    from vlm_vqa.pipeline.repair import recorded, verify
+    from vlm_vqa.pipeline.unlock import project_of
 
     with recorded(project_of(Path()), arguments.stages) as outs:
         faults = verify(outs)
@@ -120,8 +120,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    from vlm_vqa.repair import repair
-    from vlm_vqa.unlock import project_of
+    from vlm_vqa.pipeline.repair import repair
+    from vlm_vqa.pipeline.unlock import project_of
 
     return repair(project_of(Path()), arguments.stages, not arguments.no_run)
 
@@ -134,8 +134,8 @@ def _gallery(arguments: argparse.Namespace) -> int:
 
 
 def _helm_web(arguments: argparse.Namespace) -> int:
-    from vlm_vqa.evaluation.helm_run import HelmFolders
-    from vlm_vqa.evaluation.helm_web import PAGE, serve, write_page
+    from vlm_vqa.evaluation.helm.run import HelmFolders
+    from vlm_vqa.evaluation.helm.web import PAGE, serve, write_page
 
     first = write_page(HelmFolders())
     if arguments.no_serve:
@@ -146,7 +146,7 @@ def _helm_web(arguments: argparse.Namespace) -> int:
 
 
 def _easy_vqa(arguments: argparse.Namespace) -> int:
-    from vlm_vqa.data.sources.easy_vqa import write_official_layout
+    from vlm_vqa.fetch.sources.easy_vqa import write_official_layout
 
     write_official_layout(arguments.folder)
     print(f"wrote easy-VQA in VQAv2's layout to {arguments.folder}")
@@ -187,7 +187,7 @@ def _add_preflight_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_compare_options(sub: argparse.ArgumentParser) -> None:
-    from vlm_vqa.comparison import TOLERANCE
+    from vlm_vqa.evaluation.compare import TOLERANCE
 
     sub.add_argument(
         "--base", required=True, metavar="REV", help="git revision to compare with, such as main or HEAD~1"

@@ -30,8 +30,8 @@ def hash_files(paths: Iterable[str | Path], root: str | Path) -> str:
     return hash_json(sorted((Path(path).relative_to(root).as_posix(), sha256_file(path)) for path in paths))
 
 
-EXCEPTED = ("__init__", "checks", "errors", "orphans", "secrets", "stage", "tracking", "unlock")
-"""Modules of this package that a stage imports and that decide none of its bytes: they refuse, word, log and end."""
+EXCEPTED = ("__init__", "checks", "errors", "pipeline", "secrets", "tracking")
+"""What a stage imports of this package and what decides none of its bytes: it refuses, words, logs and ends."""
 
 
 def imported(file: str | Path) -> list[Path]:
@@ -69,7 +69,7 @@ def _module(name: str) -> Path | None:
     """Return a module's file, None where there is none or it decides nothing: excepted, or a room's docstring alone."""
     path = _PACKAGE.parent.joinpath(*name.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    if not file.is_file() or (file.parent == _PACKAGE and file.stem in EXCEPTED):
+    if not file.is_file() or file.relative_to(_PACKAGE).parts[0].removesuffix(".py") in EXCEPTED:
         return None
     return file if file.stem != "__init__" or len(ast.parse(file.read_text(encoding="utf-8")).body) > 1 else None
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import generation
 from benchmarks.generation import Features, Shape
-from vlm_vqa.model.answering import Answerer
+from vlm_vqa.inference.predictor import Answerer
 from vlm_vqa.params import LanguageConfig, Mask
 
 TINY = Shape(

@@ -13,9 +13,9 @@ from benchmarks.__main__ import KNOWN
 from benchmarks.workload import data, draw_step, read_questions
 from proofs import real_shape
 from proofs.project import ROOT, sample_params
-from vlm_vqa.data.fetch import fetch
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation import vqa_accuracy as ours
+from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import load_params
 from vlm_vqa.preflight.advice import changed
 

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.sealing import seal_records
-from vlm_vqa.data import fetch as fetching
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
+from vlm_vqa.fetch import write_records as fetching
 
 PIXELS = 1_000_000
 

@@ -11,8 +11,8 @@ from helm.common.cache import BlackHoleCacheConfig, SqliteCacheConfig
 from helm.common.media_object import MediaObject, MultimediaObject
 from helm.common.request import Request
 
-from evaluation.helm.client import LoadedModel, VlmVqaClient
-from vlm_vqa.evaluation.helm_run import FAILED
+from vlm_vqa.evaluation.helm.client import LoadedModel, VlmVqaClient
+from vlm_vqa.evaluation.helm.run import FAILED
 from vlm_vqa.params import HELM_INSTRUCTION
 
 

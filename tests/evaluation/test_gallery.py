@@ -9,7 +9,7 @@ from vlm_vqa.cli import main
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.gallery import _choose, draw_gallery
-from vlm_vqa.evaluation.helm_files import write_table
+from vlm_vqa.evaluation.helm.files import write_table
 
 
 @pytest.fixture

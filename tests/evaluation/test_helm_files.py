@@ -8,7 +8,7 @@ import pytest
 
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.helm_files import (
+from vlm_vqa.evaluation.helm.files import (
     SCORES,
     _mean_scores,
     helm_order,

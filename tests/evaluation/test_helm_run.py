@@ -16,8 +16,8 @@ from tqdm import tqdm
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.bleu import prepare_punkt
-from vlm_vqa.evaluation.helm_files import write_scenario
-from vlm_vqa.evaluation.helm_run import ANSWERED, SUITE, HelmError, HelmFolders, _run_child, run_helm
+from vlm_vqa.evaluation.helm.files import write_scenario
+from vlm_vqa.evaluation.helm.run import ANSWERED, SUITE, HelmError, HelmFolders, _run_child, run_helm
 from vlm_vqa.params import Punkt
 
 ROOT = Path(__file__).parents[2]
@@ -68,10 +68,10 @@ def test_signals_end_the_child_and_all_that_it_started(tmp_path, number):
     program = textwrap.dedent("""
         import signal
         from pathlib import Path
-        from vlm_vqa import stage
-        from vlm_vqa.evaluation.helm_run import _run_child
+        from vlm_vqa.pipeline import entrypoint
+        from vlm_vqa.evaluation.helm.run import _run_child
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        stage.run("stage", lambda: _run_child(["endless"], Path("log"), {}))
+        entrypoint.run("stage", lambda: _run_child(["endless"], Path("log"), {}))
     """)
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
@@ -129,7 +129,7 @@ def test_committed_files_are_what_helm_reads_and_name_this_projects_client():
     (model,) = yaml.safe_load((config / "model_metadata.yaml").read_text())["models"]
     assert deployment["model_name"] == model["name"] == deployment["name"]
     assert set(deployment) == {"name", "model_name", "client_spec"}  # no tokenizer and no lengths
-    assert deployment["client_spec"]["class_name"] == "evaluation.helm.client.VlmVqaClient"
+    assert deployment["client_spec"]["class_name"] == "vlm_vqa.evaluation.helm.client.VlmVqaClient"
     assert f"vqa:model={model['name']}" in (config / "run_entries.conf").read_text()
     assert not (config / "__init__.py").exists()  # it would shadow the package `helm`
     assert SUITE in str(HelmFolders().suite)

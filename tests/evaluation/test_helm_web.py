@@ -9,8 +9,8 @@ import pytest
 
 from vlm_vqa.cli import main
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.helm_run import HelmFolders
-from vlm_vqa.evaluation.helm_web import _Handler, _Server, serve, write_page
+from vlm_vqa.evaluation.helm.run import HelmFolders
+from vlm_vqa.evaluation.helm.web import _Handler, _Server, serve, write_page
 
 RUN = "vqa:model=a_b,groups=vqa_base"
 
@@ -83,7 +83,7 @@ def test_serve_listens_on_loopback(tmp_path, monkeypatch):
         bound.append(address)
         raise OSError("enough seen")
 
-    monkeypatch.setattr("vlm_vqa.evaluation.helm_web._Server", refuse)
+    monkeypatch.setattr("vlm_vqa.evaluation.helm.web._Server", refuse)
     with pytest.raises(UserError, match="enough seen"):
         serve(tmp_path, "", 8000)
     assert bound == [("127.0.0.1", 8000)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_vqa.model.generation import generate
+from vlm_vqa.inference.generation import generate
 from vlm_vqa.model.layout import IGNORED, Row, visible
 from vlm_vqa.model.vlm import text_hidden, text_logits
 

@@ -36,7 +36,7 @@ from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore, Layout
 from vlm_vqa.errors import UserError
-from vlm_vqa.model import crew, extraction
+from vlm_vqa.features import extract, workers
 from vlm_vqa.model.encoder import SMALL_ENCODER, Encoder, load_encoder
 from vlm_vqa.params import load_params
 
@@ -47,12 +47,12 @@ ONE = Threads(1, "1 core / 1 process")
 SMALL_SHARDS = """
 import functools, sys, time
 from stages import extract_features as it
-from vlm_vqa import stage
+from vlm_vqa.pipeline import entrypoint
 images, seconds = int(sys.argv[1]), float(sys.argv[2])
 it.Layout = functools.partial(it.Layout, shard_bytes=images * 65 * 128 * 4)
 write = it.FeatureStoreWriter.write
 it.FeatureStoreWriter.write = lambda *given: (time.sleep(seconds), write(*given))
-stage.run("extract-features", it.main)
+entrypoint.run("extract-features", it.main)
 """
 """The stage with some images a shard, each of which takes some seconds more to write."""
 
@@ -161,10 +161,10 @@ def shades(count: int) -> Iterator[records.ImageRecord]:
         yield records.ImageRecord(shade, f"{shade}.png", file.getvalue())
 
 
-def batches_of(images: Iterable[records.ImageRecord]) -> Iterator[extraction.Batch]:
+def batches_of(images: Iterable[records.ImageRecord]) -> Iterator[extract.Batch]:
     images = iter(images)
     while batch := list(itertools.islice(images, BATCH)):
-        yield extraction.Batch(0, batch)
+        yield extract.Batch(0, batch)
 
 
 def decoding_threads() -> list[threading.Thread]:
@@ -345,12 +345,12 @@ def test_a_launch_that_is_not_the_one_asked_for_stops(run_folder, monkeypatch, l
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match=message):
-        crew.join(launch)
+        workers.join(launch)
 
 
 def test_processes_share_the_shards_among_them():
     store = torch.distributed.HashStore()
-    one, other = (crew.Crew(rank, 2, torch.device("cpu"), store, ONE).share([3, 4, 7, 8, 9]) for rank in (0, 1))
+    one, other = (workers.Crew(rank, 2, torch.device("cpu"), store, ONE).share([3, 4, 7, 8, 9]) for rank in (0, 1))
     taken = [next(one), next(other), next(other), next(one)]
     assert taken + list(one) + list(other) == [3, 4, 7, 8, 9]
 
@@ -373,11 +373,11 @@ def test_threads_are_the_user_s_and_the_stage_says_so(run_folder, monkeypatch, c
 
 
 def test_a_process_that_does_not_come_stops_the_others(run_folder, monkeypatch):
-    monkeypatch.setattr(crew, "JOIN_SECONDS", 0.5)
-    monkeypatch.setattr(crew, "_store", lambda size: torch.distributed.HashStore())
+    monkeypatch.setattr(workers, "JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "_store", lambda size: torch.distributed.HashStore())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="asks for num_processes 2, but 1 started"):
-        crew.join("cpu-ddp")
+        workers.join("cpu-ddp")
 
 
 def test_a_bad_image_is_named_and_leaves_no_store(run_folder):
@@ -400,7 +400,7 @@ def test_batches_come_in_order_when_later_ones_are_ready_first(three_threads):
         second_is_ready.set()
         return pixels
 
-    batches = list(extraction.preprocessed(batches_of(shades(10)), encoder_that(preprocess), 100))
+    batches = list(extract.preprocessed(batches_of(shades(10)), encoder_that(preprocess), 100))
     assert [image_ids for _, image_ids, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert all(image_ids == pixels.tolist() for _, image_ids, pixels in batches)
     assert not decoding_threads()
@@ -418,7 +418,7 @@ def test_the_next_batches_are_decoded_while_one_is_looked_at_and_no_more(three_t
         decoded.release()
         return first_pixels(images)
 
-    with closing(extraction.preprocessed(batches_of(stream()), encoder_that(preprocess), 100)) as batches:
+    with closing(extract.preprocessed(batches_of(stream()), encoder_that(preprocess), 100)) as batches:
         for number, _ in enumerate(batches, 1):
             # This batch, and as many as there are threads.
             assert len(taken) == min(200, (number + 3) * BATCH)
@@ -428,7 +428,7 @@ def test_the_next_batches_are_decoded_while_one_is_looked_at_and_no_more(three_t
 
 def test_threads_end_when_the_work_is_left_early(three_threads):
     with pytest.raises(KeyboardInterrupt):
-        with closing(extraction.preprocessed(batches_of(shades(200)), encoder_that(first_pixels), 100)) as batches:
+        with closing(extract.preprocessed(batches_of(shades(200)), encoder_that(first_pixels), 100)) as batches:
             next(batches)
             assert decoding_threads()
             raise KeyboardInterrupt
@@ -441,7 +441,7 @@ def test_a_bad_image_is_named_in_its_turn_and_the_threads_end(three_threads, pos
     images[position] = images[position]._replace(data=b"no image")
     seen = []
     with pytest.raises(UserError, match=f"^{position}.png: not a readable image"):
-        for _, image_ids, _ in extraction.preprocessed(batches_of(images), encoder_that(first_pixels), 100):
+        for _, image_ids, _ in extract.preprocessed(batches_of(images), encoder_that(first_pixels), 100):
             seen += image_ids
     assert seen == list(range(position // BATCH * BATCH))
     assert not decoding_threads()
@@ -457,7 +457,7 @@ def test_decoding_threads_take_one_core_and_leave_the_encoder_its_own():
         return first_pixels(images)
 
     try:
-        list(extraction.preprocessed(batches_of(shades(8)), encoder_that(preprocess), 100))
+        list(extract.preprocessed(batches_of(shades(8)), encoder_that(preprocess), 100))
         assert found == [1, 1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -6,7 +6,7 @@ import pytest
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import Answers, TooLong
 from vlm_vqa.training.dataset import QuestionDataset
-from vlm_vqa.training.windows import PlannedRow
+from vlm_vqa.training.sampler import PlannedRow
 
 
 def records(answer="yes"):

@@ -13,7 +13,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import add_adapters, freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
 from vlm_vqa.params import Attention, Dtype, LoraParams, Mask, Optimizer, Rounding, TooLong, load_params
-from vlm_vqa.training import checkpoints, launch
+from vlm_vqa.training import checkpoint_files, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments, write_curve
 
@@ -136,7 +136,7 @@ def test_an_interrupted_run_goes_on(make, tmp_path, stop, options):
     cut.writer.wait()
     # A process that is killed lets go of it.
     cut.lock.close()
-    assert checkpoints.latest(tmp_path / "cut").name == f"checkpoint-{stop - 1}"
+    assert checkpoint_files.latest(tmp_path / "cut").name == f"checkpoint-{stop - 1}"
     resumed = make("cut", **options)
     resumed.run()
     assert resumed.state.global_step == straight.state.global_step == 6

@@ -2,10 +2,9 @@
 
 `questions-SPLIT.parquet` holds one row per question in the order of the split's questions file (HELM joins by that
 position); `images-NNNNN-of-NNNNN.parquet` hold every image of both splits once, by ascending image id, in row groups
-small enough to stream; `report.html` shows a person what they hold (see `vlm_vqa.data.report`); `manifest.json` says what
-is in there and is written last. Every block of a Parquet file is compared with its checksum in the sealed manifest when it
-is read. The schema of each file carries its
-`datasets.Features`, so `datasets.load_dataset("parquet", data_files=...)` reads them as they are.
+small enough to stream; `report.html` shows a person what they hold; `manifest.json` says what is in there, is sealed and
+written last. Every block of a Parquet file is compared with its checksum in the manifest when it is read. The schema of
+each file carries its `datasets.Features`, so `datasets.load_dataset("parquet", data_files=...)` reads them as they are.
 """
 
 import sys

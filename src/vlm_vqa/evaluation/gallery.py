@@ -12,7 +12,7 @@ from PIL import Image
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.records import iter_images
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.evaluation.helm_files import read_table
+from vlm_vqa.evaluation.helm.files import read_table
 
 _COLUMNS = 4
 _COLOURS = {"right": "#1a7f37", "wrong": "#b42318"}

@@ -20,7 +20,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
-from vlm_vqa.model import hub
+from vlm_vqa.hf_hub import download_snapshot
 from vlm_vqa.params import VisionParams, is_local
 
 SMALL_ENCODER = Path(__file__).parent / "small_encoder"
@@ -162,7 +162,7 @@ def _folder(vision: VisionParams) -> Path:
             f"vision.revision is null; vision.model {vision.model!r} comes from the hub (no such local folder), and a "
             "hub model is pinned by its commit of 40 hex digits."
         )
-    return hub.downloaded("vision", vision.model, vision.revision)
+    return download_snapshot("vision", vision.model, vision.revision)
 
 
 def _load_config(vision: VisionParams, folder: Path) -> Dinov2Config:

@@ -11,7 +11,7 @@ from vlm_vqa.model.flops import Work, rows_work
 from vlm_vqa.model.layout import QuestionTokens, Row
 from vlm_vqa.params import Mask, Params
 from vlm_vqa.preflight.texts import Texts
-from vlm_vqa.training.windows import WindowSampler, WindowShape
+from vlm_vqa.training.sampler import WindowSampler, WindowShape
 
 WINDOWS = 40
 """Optimizer steps that are laid out."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.extraction import MOST_THREADS
+from vlm_vqa.features.extract import MOST_THREADS
+from vlm_vqa.launch_file import Strategy, check_params, read_launch, strategy_of
 from vlm_vqa.model.flops import Cost, Work, cost, lora_token_cost, vision_flops
 from vlm_vqa.params import Dtype, Mask, Optimizer, Params, Source, StoreDtype
 from vlm_vqa.preflight import memory
@@ -17,7 +18,6 @@ from vlm_vqa.preflight.memory import GPU_BASE, HOST_BASE, NCCL_BASE, Item, Momen
 from vlm_vqa.preflight.passes import Pass, Passes, plan
 from vlm_vqa.preflight.shapes import Model, VisionShape, model_of, vision_of
 from vlm_vqa.preflight.texts import Texts
-from vlm_vqa.training.launch_file import Strategy, check_params, read_launch, strategy_of
 
 CPU_UTILISATION = 0.75
 """Measured: 0.79 of the machine's rate in float32 with Gemma 2 2B's layers (benchmarks/results/training_step.json)."""

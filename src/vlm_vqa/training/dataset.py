@@ -15,7 +15,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout
 from vlm_vqa.params import Answers, TooLong
 from vlm_vqa.training.launch import on_main_process
-from vlm_vqa.training.windows import PlannedRow
+from vlm_vqa.training.sampler import PlannedRow
 
 log = logging.getLogger(__name__)
 

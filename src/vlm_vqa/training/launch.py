@@ -22,8 +22,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlm_vqa import cores
 from vlm_vqa.errors import UserError
+from vlm_vqa.launch_file import Strategy, check_params, read_launch, strategy_of
 from vlm_vqa.params import TrainParams
-from vlm_vqa.training.launch_file import Strategy, check_params, read_launch, strategy_of
 
 SLACK_SECONDS = 60
 """How much later than our own watch a collective gives up by itself."""

@@ -23,13 +23,13 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import model_cost
 from vlm_vqa.model.vlm import VlmForTraining, merge_adapters
 from vlm_vqa.params import Attention, Dtype, Optimizer, TrainParams
-from vlm_vqa.training import checkpoints, snapshot
+from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
 from vlm_vqa.training.optimizer import build_optimizer, has_8bit_work, state_types
+from vlm_vqa.training.sampler import WindowSampler, WindowShape
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
 from vlm_vqa.training.watchdog import Phase, Watchdog
-from vlm_vqa.training.windows import WindowSampler, WindowShape
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,10 @@ class VqaTrainer(Trainer):
         self.meter = Meter(args.device, computed)
         self.cost = model_cost(model.config, frozen_embeddings=not model.lm_head.weight.requires_grad)
         self.facts: dict[str, Any] = dict(launch.facts)
-        self.writer = checkpoints.Writer(Path(args.output_dir), launch.process, launch.processes, args.save_total_limit)
-        self.opened: snapshot.Checkpoint | None = None
+        self.writer = checkpoint_files.Writer(
+            Path(args.output_dir), launch.process, launch.processes, args.save_total_limit
+        )
+        self.opened: checkpoint_state.Checkpoint | None = None
         self.pass_losses: list[Tensor] = []
         if train.weights_dtype is Dtype.BFLOAT16:
             model.to(torch.bfloat16)
@@ -289,7 +291,7 @@ class VqaTrainer(Trainer):
         last = self._newest_checkpoint()
         if self.launch.main:
             log.info("going on from %s" if last else "from the start", *filter(None, [last]))
-        with checkpoints.nothing_but_tensors(last):
+        with checkpoint_files.nothing_but_tensors(last):
             result = self.train(resume_from_checkpoint=str(last) if last else None)
         self.writer.wait()
         return result
@@ -298,8 +300,8 @@ class VqaTrainer(Trainer):
         """Let process 0 choose a checkpoint, and verify this process's share of its files."""
         folder, launch = Path(self.args.output_dir), self.launch
         if launch.main:
-            self.lock = checkpoints.claim(folder)
-        choice = [checkpoints.latest(folder) if launch.main else None]
+            self.lock = checkpoint_files.claim(folder)
+        choice = [checkpoint_files.latest(folder) if launch.main else None]
         if launch.processes > 1:
             distributed.broadcast_object_list(choice)
         (last,) = choice
@@ -310,10 +312,10 @@ class VqaTrainer(Trainer):
                 f"{last}: process {launch.process} does not see it. The machines of a launch must share the "
                 "project's folder."
             )
-        world = checkpoints.world_of(last)
+        world = checkpoint_files.world_of(last)
         for writer in range(launch.process, world, launch.processes):
-            checkpoints.verify(last, writer, world)
-        kind = checkpoints.read_seal(last, 0, world)["kind"]
+            checkpoint_files.verify(last, writer, world)
+        kind = checkpoint_files.read_seal(last, 0, world)["kind"]
         if kind != self.kind or (self.launch.strategy.deepspeed and world != launch.processes):
             raise UserError(
                 f"{last} was written by {world} processes as {kind}; {launch.processes} processes with "
@@ -340,16 +342,16 @@ class VqaTrainer(Trainer):
         facts = {"kind": self.kind, "logging": {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}}
         if launch.strategy.deepspeed:
             others = self._save_deepspeed(step)
-            tensors, more = snapshot.take_random(self.lr_scheduler)
+            tensors, more = checkpoint_state.take_random(self.lr_scheduler)
             self.writer.save(step, tensors, facts | more, texts, others)
             return
-        tensors, more = snapshot.take(self.model, self.inner_optimizer, self.lr_scheduler, rank=launch.process)
+        tensors, more = checkpoint_state.take(self.model, self.inner_optimizer, self.lr_scheduler, rank=launch.process)
         self.writer.save(step, tensors, facts | more, texts)
 
     def _save_deepspeed(self, step: int) -> list[str]:
         """Let DeepSpeed write its own files; return those that process 0 is to seal."""
         self.writer.wait()
-        checkpoint = checkpoints.folder_of(Path(self.args.output_dir), step)
+        checkpoint = checkpoint_files.folder_of(Path(self.args.output_dir), step)
         self.model_wrapped.save_checkpoint(str(checkpoint))
         distributed.barrier()
         if not self.launch.main:
@@ -364,7 +366,7 @@ class VqaTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        self.opened = snapshot.Checkpoint(Path(checkpoint), self.launch.process, self.launch.processes)
+        self.opened = checkpoint_state.Checkpoint(Path(checkpoint), self.launch.process, self.launch.processes)
         if self.launch.strategy.deepspeed:
             # DeepSpeed has read its own files already.
             self.lr_scheduler.load_state_dict(self.opened.facts[0]["scheduler"])
@@ -390,7 +392,7 @@ class VqaTrainer(Trainer):
         """
         self.beat(Phase.WAITING)
         weights = {}
-        for name, parameter in snapshot.named_parameters(self.model).items():
+        for name, parameter in checkpoint_state.named_parameters(self.model).items():
             value = whole(parameter, self.launch.strategy).detach()
             if self.launch.main:
                 weights[name] = value.to("cpu", torch.float32)

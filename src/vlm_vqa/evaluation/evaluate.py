@@ -1,0 +1,260 @@
+"""The whole evaluation of an exported model: HELM's run, VQA accuracy, the baselines, and the report of them."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from tqdm import tqdm
+
+from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.records import load_questions, read_manifest
+from vlm_vqa.errors import UserError, make_again
+from vlm_vqa.evaluation.baselines import PriorAnswerer, shuffled_images
+from vlm_vqa.evaluation.bleu import mean_bleu_1, prepare_punkt
+from vlm_vqa.evaluation.helm.files import (
+    SCORES,
+    HelmResults,
+    helm_order,
+    pick_instances,
+    read_results,
+    write_extract,
+    write_scenario,
+    write_table,
+)
+from vlm_vqa.evaluation.helm.run import HelmFolders, run_helm
+from vlm_vqa.evaluation.vqa_accuracy import VqaAccuracy, vqa_accuracy
+from vlm_vqa.hashing import write_json
+from vlm_vqa.inference.predictor import Answerer
+from vlm_vqa.params import EvaluationParams, Params
+
+LEAST_AGREEMENT = 0.99
+"""HELM sees pixels, VQA accuracy is counted from stored features: fewer equal answers are a fault, not rounding."""
+
+_DIGITS = 6
+
+log = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the evaluation reads and writes, relative to the project's root."""
+
+    records: Path = Path("data/records")
+    features: Path = Path("data/features")
+    export: Path = Path("models/export")
+    reports: Path = Path("reports")
+    helm: HelmFolders = HelmFolders()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out, and the files that say so."""
+
+    report: dict[str, Any]
+    weights_hash: str
+    files: list[Path]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to the same questions, in their order."""
+
+    model: list[str]
+    shuffled: list[str]
+    """The model's when it sees another image."""
+    prior: list[str]
+
+
+def evaluate(
+    params: Params, folders: Folders, load_answerer: Callable[..., Answerer] = Answerer.from_export
+) -> Evaluation:
+    """Evaluate the exported model and write `evaluation.json`, `metrics.json` (a few of its figures, for DVC),
+    `predictions.parquet`, `helm/` and `helm_predictions.parquet` into the reports.
+
+    Args:
+        params: `evaluation`, `prompt.instruction` and `seed` count.
+        folders: see `Folders`.
+        load_answerer: (folder, max_new_tokens=) -> the model that answers from features; HELM's client loads its own.
+
+    Raises:
+        UserError: something is missing or does not fit; as far as it can be known, before any inference.
+    """
+    environment = prepare_punkt(params.evaluation.punkt_tab, folders.helm.config / "nltk_data")
+    validation = load_questions(folders.records, "val").to_list()
+    questions, at_helm = _choose(validation, params.evaluation)
+    prior = PriorAnswerer(_rows(load_questions(folders.records, "train")))
+    others = shuffled_images((row["image_id"] for row in questions), params.seed)
+    store = FeatureStore.open(folders.features, {"data_hash": read_manifest(folders.records)["data_hash"]})
+
+    helm = _ask_helm([questions[at] for at in at_helm], params.evaluation, folders, environment)
+    answerer = load_answerer(folders.export, max_new_tokens=params.evaluation.max_new_tokens)
+    size = params.evaluation.batch_size
+    answers = Answers(
+        model=answer_questions(answerer, store, questions, size, "questions"),
+        shuffled=answer_questions(answerer, store, questions, size, "questions with other images", others),
+        prior=[prior.answer(row["question"], row["question_type"]) for row in questions],
+    )
+    agreement = _check_agreement(helm.predictions, [answers.model[at] for at in at_helm])
+    accuracy = _accuracy(questions, answers.model)
+    report = {
+        "helm": {name: round(helm.scores[name], _DIGITS) for name in SCORES} | {"instances": len(at_helm)},
+        "vqa_accuracy": {
+            "overall": round(accuracy.overall, _DIGITS),
+            "per_answer_type": {name: round(value, _DIGITS) for name, value in accuracy.per_answer_type.items()},
+            "questions": len(questions),
+        },
+        "baselines": {
+            name: _score_baseline(questions, given, at_helm)
+            for name, given in (("prior", answers.prior), ("shuffled_images", answers.shuffled))
+        },
+        "model": {"mask": answerer.mask, "weights_hash": answerer.weights_hash},
+        "helm_equals_stored_features": round(agreement, _DIGITS),
+    }
+    files = _write(folders.reports, report, questions, answers, others, accuracy)
+    files += write_extract(folders.reports / "helm", helm, [questions[at] for at in at_helm])
+    return Evaluation(report, answerer.weights_hash, files)
+
+
+def answer_questions(
+    answerer: Answerer,
+    store: FeatureStore,
+    questions: Sequence[Row],
+    batch_size: int,
+    what: str,
+    image_of: Mapping[int, int] | None = None,
+) -> list[str]:
+    """Answer every question from stored features, in batches that keep an image's questions together.
+
+    Args:
+        answerer: the model.
+        store: its features.
+        questions: rows with `question_id`, `image_id`, `question`.
+        batch_size: questions answered at once.
+        what: stands beside the progress bar.
+        image_of: the image to show instead of a question's own, by image id.
+
+    Returns:
+        One answer a question, in the questions' order.
+    """
+    order = sorted(range(len(questions)), key=lambda at: (questions[at]["image_id"], questions[at]["question_id"]))
+    answers = [""] * len(questions)
+    with tqdm(total=len(questions), desc=what, unit="answer", mininterval=1) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            shown = [questions[at]["image_id"] for at in batch]
+            if image_of is not None:
+                shown = [image_of[image_id] for image_id in shown]
+            distinct = sorted(set(shown))
+            place = {image_id: at for at, image_id in enumerate(distinct)}
+            given = answerer.answer_features(
+                [questions[at]["question"] for at in batch],
+                store.batch(distinct),
+                [place[image_id] for image_id in shown],
+            )
+            for at, answer in zip(batch, given, strict=True):
+                answers[at] = answer
+            bar.update(len(batch))
+    return answers
+
+
+def _choose(validation: Sequence[Row], evaluation: EvaluationParams) -> tuple[list[Row], list[int]]:
+    """Choose the questions to answer, in file order, and the places of HELM's instances among them, in HELM's order.
+
+    `evaluation.vqa_questions` takes the first of HELM's own permutation, so that HELM's instances are among them.
+    """
+    picked = pick_instances(len(validation), evaluation.helm_instances)
+    most = evaluation.vqa_questions
+    if most is None or most >= len(validation):
+        return list(validation), picked
+    chosen = sorted(helm_order(len(validation))[:most].tolist())
+    place = {position: at for at, position in enumerate(chosen)}
+    return [validation[position] for position in chosen], [place[position] for position in picked]
+
+
+def _rows(questions: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """Yield rows without holding a split of half a million as Python objects."""
+    columns = questions.select_columns(["question", "question_type", "answers"])
+    for batch in columns.iter(batch_size=4096):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _ask_helm(
+    questions: Sequence[Row], evaluation: EvaluationParams, folders: Folders, environment: Mapping[str, str]
+) -> HelmResults:
+    folders.helm.clear()
+    write_scenario(folders.helm.scenario, questions, folders.records)
+    run_helm(folders.helm, len(questions), evaluation.helm_threads, environment)
+    results = read_results(folders.helm.suite, questions)
+    # The baselines' BLEU is ours: it must be HELM's measure.
+    ours = mean_bleu_1(results.predictions, [row["answers"] for row in questions])
+    if abs(ours - results.scores["bleu_1"]) > 1e-6:
+        raise UserError(
+            f"HELM's bleu_1 is {results.scores['bleu_1']:.6f}, ours of the same answers {ours:.6f}. The installed HELM "
+            "or nltk is not the pinned one: install the versions in constraints.txt."
+        )
+    return results
+
+
+def _check_agreement(from_pixels: Sequence[str], from_features: Sequence[str]) -> float:
+    """Return the share of equal answers, refusing less than rounding can explain."""
+    equal = sum(one == other for one, other in zip(from_pixels, from_features, strict=True)) / len(from_pixels)
+    if equal < LEAST_AGREEMENT:
+        raise UserError(
+            f"only {equal:.1%} of HELM's answers, given from pixels, equal those from stored features. The features "
+            "are not those of the exported model's encoder, or vision.store_dtype is too coarse. "
+            f"{make_again('extract-features')} Or set vision.store_dtype and vision.compute_dtype to float32."
+        )
+    log.info("%.2f%% of HELM's answers equal those from stored features", 100 * equal)
+    return equal
+
+
+def _accuracy(questions: Sequence[Row], answers: Sequence[str]) -> VqaAccuracy:
+    ids = [row["question_id"] for row in questions]
+    return vqa_accuracy(dict(zip(ids, answers, strict=True)), questions)
+
+
+def _score_baseline(questions: Sequence[Row], answers: Sequence[str], at_helm: Sequence[int]) -> dict[str, float]:
+    """VQA accuracy over all questions, BLEU-1 over HELM's instances: each as the model's own."""
+    bleu = mean_bleu_1([answers[at] for at in at_helm], [questions[at]["answers"] for at in at_helm])
+    return {
+        "vqa_accuracy": round(_accuracy(questions, answers).overall, _DIGITS),
+        "bleu_1": round(bleu, _DIGITS),
+    }
+
+
+def _write(
+    folder: Path,
+    report: Mapping[str, Any],
+    questions: Sequence[Row],
+    answers: Answers,
+    others: Mapping[int, int],
+    accuracy: VqaAccuracy,
+) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")
+    columns = {name: [row[name] for row in questions] for name in names}
+    columns |= {
+        "prediction": answers.model,
+        "score": [accuracy.per_question[row["question_id"]] for row in questions],
+        "shuffled_image_id": [others[row["image_id"]] for row in questions],
+        "prediction_shuffled": answers.shuffled,
+        "prediction_prior": answers.prior,
+    }
+    write_table(pa.table(columns), folder / "predictions.parquet")
+    write_json(folder / "evaluation.json", report)
+    # What DVC prints: few and short.
+    metrics = {
+        "accuracy": report["vqa_accuracy"]["overall"],
+        "accuracy_blind": report["baselines"]["prior"]["vqa_accuracy"],
+        "accuracy_shuffled": report["baselines"]["shuffled_images"]["vqa_accuracy"],
+        "bleu_1": report["helm"]["bleu_1"],
+    }
+    write_json(folder / "metrics.json", metrics)
+    return [folder / name for name in ("evaluation.json", "metrics.json", "predictions.parquet")]

@@ -1,0 +1,180 @@
+"""HELM's client for an exported model: requests come from many threads, one worker answers them in batches.
+
+HELM builds it from `model_deployments.yaml`, whose `args` are the constructor's. It speaks `vlm_vqa` as any user would.
+"""
+
+import pkgutil
+import threading
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from helm.clients.client import CachingClient
+from helm.common.cache import CacheConfig
+from helm.common.hierarchical_logger import hlog
+from helm.common.media_object import TEXT_TYPE
+from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, wrap_request_time
+from PIL import Image
+
+from vlm_vqa.data.decoding import open_image
+from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation.helm.batching import Asked, BatchWorker
+from vlm_vqa.evaluation.helm.run import ANSWERED, FAILED
+from vlm_vqa.hashing import sha256_bytes
+from vlm_vqa.params import Params, load_params
+
+
+class LoadedModel:
+    """The one model of this process and the worker that owns it.
+
+    HELM builds clients from its threads without a lock and so may build several; the model is loaded by the first and
+    shared by all (`shared`).
+    """
+
+    _loaded: dict[tuple[str, str, str], "LoadedModel | Exception"] = {}
+    _lock = threading.Lock()
+
+    def __init__(self, export: str, params: Params, answerer: str):
+        self.answerer = pkgutil.resolve_name(answerer)(export, max_new_tokens=params.evaluation.max_new_tokens)
+        self.max_image_pixels = params.data.max_image_pixels
+        self._answered = 0
+        # As many as HELM has threads, so that batches are full; the model gets them in pieces that fit it.
+        self._piece = params.evaluation.batch_size
+        self._worker = BatchWorker(self._answer, batch_size=params.evaluation.helm_threads)
+
+    @classmethod
+    def shared(cls, export: str, params: str, answerer: str) -> "LoadedModel":
+        """Return this process's model for these arguments, loading it on the first call.
+
+        What failed to load fails for all: HELM waits for every thread, and each would load it again.
+        """
+        key = (export, params, answerer)
+        with cls._lock:
+            if key not in cls._loaded:
+                try:
+                    cls._loaded[key] = cls(export, load_params(params), answerer)
+                except Exception as error:  # noqa: BLE001 - raised below
+                    cls._loaded[key] = error
+            loaded = cls._loaded[key]
+        if isinstance(loaded, Exception):
+            raise loaded
+        return loaded
+
+    def ask(self, question: str, image_key: str, image: Image.Image) -> str:
+        """Answer one question; blocks until its batch is done."""
+        return self._worker.ask(Asked(image_key, question), image)
+
+    def _answer(self, asked: Sequence[Asked], images: Sequence[Image.Image]) -> list[str]:
+        answers: list[str] = []
+        for start in range(0, len(asked), self._piece):
+            piece = slice(start, start + self._piece)
+            answers += self._answer_piece(asked[piece], images[piece])
+        self._answered += len(answers)
+        hlog(f"{ANSWERED} {self._answered}")
+        return answers
+
+    def _answer_piece(self, asked: Sequence[Asked], images: Sequence[Image.Image]) -> list[str]:
+        """Encode each image once, however many questions there are about it."""
+        distinct = {one.image_key: image for one, image in zip(asked, images, strict=True)}
+        row_of = {key: row for row, key in enumerate(distinct)}
+        features = self.answerer.encode(list(distinct.values()))
+        return self.answerer.answer_features(
+            [one.question for one in asked], features, [row_of[one.image_key] for one in asked]
+        )
+
+
+class VlmVqaClient(CachingClient):
+    """Answers HELM's `vqa` requests with an exported model.
+
+    Every error ends the run at once: a model on this machine that failed will fail again, and HELM would otherwise ask
+    for minutes.
+    """
+
+    def __init__(
+        self,
+        cache_config: CacheConfig,
+        export: str = "models/export",
+        params: str = "params.yaml",
+        answerer: str = "vlm_vqa.inference.predictor:Answerer.from_export",
+    ):
+        """Remember what to load; the first request loads it.
+
+        Args:
+            cache_config: HELM's own.
+            export: folder of the exported model.
+            params: the parameter file; `evaluation.*` and `data.max_image_pixels` count.
+            answerer: where to find the callable (folder, max_new_tokens=) that loads the model, as module:name.
+        """
+        super().__init__(cache_config=cache_config)
+        self._source = (export, params, answerer)
+
+    def make_request(self, request: Request) -> RequestResult:
+        """Answer one request; failures come back as a fatal result that HELM does not retry."""
+        try:
+            return self._answer(request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
+            message = str(error) if isinstance(error, UserError) else f"{error!r}\n{traceback.format_exc()}"
+            return RequestResult(
+                success=False,
+                cached=False,
+                completions=[],
+                embedding=[],
+                error=f"{FAILED} {message}",
+                error_flags=ErrorFlags(is_retriable=False, is_fatal=True),
+            )
+
+    def _answer(self, request: Request) -> RequestResult:
+        model = LoadedModel.shared(*self._source)
+        instruction, image_path, question = _read_prompt(request)
+        if instruction != model.answerer.instruction:
+            raise UserError(
+                f"HELM asks with the instruction {instruction!r}, but the exported model was trained with "
+                f"{model.answerer.instruction!r}. Set prompt.instruction to HELM's text and train again."
+            )
+        data = _read_image(image_path)
+        image_key = sha256_bytes(data)
+
+        def compute() -> dict[str, Any]:
+            return {"answer": model.ask(question, image_key, open_image(data, image_path, model.max_image_pixels))}
+
+        # HELM's usual keys are the model's name and the image's path; both stay the same when either is made anew.
+        key = {
+            "engine": request.model_engine,
+            "weights": model.answerer.weights_hash,
+            "instruction": instruction,
+            "question": question,
+            "image": image_key,
+        }
+        response, cached = self.cache.get(self.make_cache_key(key, request), wrap_request_time(compute))
+        return RequestResult(
+            success=True,
+            cached=cached,
+            request_time=response["request_time"],
+            request_datetime=response["request_datetime"],
+            completions=[GeneratedOutput(text=response["answer"], logprob=0, tokens=[])],
+            embedding=[],
+        )
+
+
+def _read_prompt(request: Request) -> tuple[str, str, str]:
+    """Take instruction, image path and question out of a request of HELM's `vqa`.
+
+    HELM's order is instruction, line break, image, question; the model's own layout puts the image first, which is done
+    where the model is asked.
+    """
+    objects = request.multimodal_prompt.media_objects if request.multimodal_prompt else []
+    kinds = ["text" if media.is_type(TEXT_TYPE) else "image" for media in objects]
+    if kinds.count("image") != 1 or kinds[-1] != "text":
+        raise UserError(f"HELM's request holds {kinds}, not instruction, one image and question. Use its `vqa` run.")
+    at = kinds.index("image")
+    before = "".join(media.text or "" for media in objects[:at])
+    question = "".join(media.text or "" for media in objects[at + 1 :])
+    return before.removesuffix("\n"), str(objects[at].location), question
+
+
+def _read_image(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Run the helm-eval stage again.") from error

@@ -1,0 +1,166 @@
+"""Run HELM itself: its own programs in child processes, with our client behind them."""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import vlm_vqa
+from vlm_vqa import cores
+from vlm_vqa.errors import UserError
+from vlm_vqa.pipeline import orphans
+
+# What the client writes into HELM's log for us to read.
+ANSWERED = "vlm-vqa client answered"
+FAILED = "vlm-vqa client failed:"
+
+SUITE = "vlm-vqa"
+_GRACE_SECONDS = 10
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HelmFolders:
+    """Where HELM reads and writes. Relative, as the images of its web view must be."""
+
+    config: Path = Path("evaluation/helm")
+    """Deployments, metadata, run entries and schema."""
+    output: Path = Path("benchmark_output")
+    """HELM's own output; the web view shows images only from a folder of this name."""
+
+    @property
+    def scenario(self) -> Path:
+        """The scenario's folder, filled by `write_scenario`."""
+        return self.output / "scenarios" / "vqa"
+
+    @property
+    def suite(self) -> Path:
+        """Where a run's results end up."""
+        return self.output / "runs" / SUITE
+
+    def clear(self) -> None:
+        """Remove what an earlier evaluation left, whole or not."""
+        for folder in (self.scenario, self.suite):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Mapping[str, str]) -> None:
+    """Run HELM's `vqa` over the scenario folder and summarise it for the web view.
+
+    Args:
+        folders: what to read, and where results go; results of an earlier run must be gone.
+        instances: number of questions in the scenario folder.
+        threads: threads that ask.
+        environment: added to this process's environment.
+
+    Raises:
+        UserError: the client refused, for instance an unreadable image or another instruction than the model's.
+        HelmError: HELM failed in another way.
+    """
+    common = ["--suite", SUITE, "--output-path", str(folders.output), "--local-path", str(folders.config)]
+    run = ["helm.benchmark.run", *common, "--conf-paths", str(folders.config / "run_entries.conf")]
+    # No cache: the weights' hash in the client's keys would keep it right, but every request would open its database.
+    run += ["-m", str(instances), "-n", str(threads), "--exit-on-error", "--disable-cache"]
+    summarise = ["helm.benchmark.presentation.summarize", *common, "--schema-path", str(folders.config / "schema.yaml")]
+    with tqdm(total=instances, desc="HELM: questions", unit="question", mininterval=1) as bar:
+        _run_child(run, folders.output / "helm-run.log", environment, bar)
+    log.info("HELM has scored %d answers; now its web view", instances)
+    _run_child(summarise, folders.output / "helm-summarize.log", environment)
+    log.info("look at HELM's page, pictures included, with: make helm-web")
+
+
+class HelmError(RuntimeError):
+    """HELM ended with an error that is not the user's."""
+
+
+def _run_child(
+    arguments: Sequence[str], log_path: Path, environment: Mapping[str, str], bar: tqdm | None = None
+) -> None:
+    """Run `python -m ARGUMENTS`, its output going to `log_path`; the child never outlives this call."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    child = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        env=os.environ
+        | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", cores.VARIABLE: str(cores.threads().count)}
+        | dict(environment),
+        # A group of its own: Ctrl-C reaches us alone, and we end it with all that it has started.
+        start_new_session=True,
+        # Where this process is killed, nobody is left to end it.
+        preexec_fn=orphans.die_with_parent,
+    )
+    try:
+        # Line by line, so that it can be watched.
+        with open(log_path, "w", encoding="utf-8", buffering=1) as file:
+            for line in child.stdout:
+                file.write(line)
+                if bar is not None and (found := re.search(rf"{ANSWERED} (\d+)", line)):
+                    answered = int(found[1])
+                    bar.update(answered - bar.n)
+                    # Not bar.n, which stands still where TQDM_DISABLE is set.
+                    if answered == bar.total:
+                        _keep_to_one_core(child.pid)
+        code = child.wait()
+    finally:
+        _end(child)
+    if code != 0:
+        _explain(log_path, arguments[0], code)
+
+
+def _keep_to_one_core(pid: int) -> None:
+    """Keep the main thread of `pid`, and the threads that it starts from now on, on one of its cores.
+
+    HELM computes its metrics in as many threads as have asked. nltk lets go of the GIL around each of some hundred small
+    regular expressions a text, so on several cores the threads do little but wake each other: HELM's log of the small run
+    names 121 s for the metrics of 1,000 instances on 2 cores, and 35 s on one. The GIL leaves no work for a second core.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    # It only saves time: a child that has just ended, or a sandbox that forbids it, must not end the evaluation.
+    with contextlib.suppress(OSError):
+        cores = sorted(os.sched_getaffinity(pid))
+        # Not always the first one: evaluations that run side by side should not meet on it.
+        os.sched_setaffinity(pid, {cores[pid % len(cores)]})
+
+
+def _python_path() -> str:
+    """This very package and the folder that holds `evaluation/`, before what else is on the path."""
+    first = [str(Path(vlm_vqa.__file__).parents[1]), str(Path.cwd())]
+    return os.pathsep.join([*first, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _end(child: subprocess.Popen) -> None:
+    if child.poll() is not None:
+        return
+    try:
+        os.killpg(child.pid, signal.SIGTERM)
+        child.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    except ProcessLookupError:
+        pass
+
+
+def _explain(log_path: Path, program: str, code: int) -> None:
+    """Raise what the log says: the client's own words where there are any, else its last lines."""
+    lines = log_path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        if FAILED in line and "Request(" not in line:
+            raise UserError(f"{line.split(FAILED, 1)[1].strip()} (HELM's whole log: {log_path})")
+    end = "\n".join(lines[-15:])
+    raise HelmError(f"{program} ended with code {code}. Its log is {log_path}; the end of it:\n{end}")

@@ -1,0 +1,106 @@
+"""Images to features: threads decode the next images while the encoder looks at these, and another writes the last shard.
+
+Legend of shape suffixes: N images, C channels, H and W pixels.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm_vqa.data.decoding import open_image
+from vlm_vqa.data.feature_store import FeatureStoreWriter, Shard
+from vlm_vqa.data.records import ImageRecord
+from vlm_vqa.model.encoder import Encoder
+from vlm_vqa.prefetch import in_order
+
+MOST_THREADS = 8
+"""That decode: each holds a batch of images' pixels, and some of the work holds Python's lock."""
+
+
+class Batch(NamedTuple):
+    """Images of one shard; the last batch of a shard may have fewer than the others."""
+
+    shard: int
+    images: list[ImageRecord]
+
+
+class Prepared(NamedTuple):
+    """What the model reads of a batch: float32 [N, C, H, W]."""
+
+    shard: int
+    image_ids: list[int]
+    pixels_NCHW: Tensor
+
+
+def extract(
+    numbers: Iterable[int],
+    images_of: Callable[[range], Iterable[ImageRecord]],
+    encoder: Encoder,
+    writer: FeatureStoreWriter,
+    batch_size: int,
+    max_pixels: int,
+    on_images: Callable[[int], object],
+) -> None:
+    """Make shards. A batch never reaches beyond a shard, so its composition depends on the data and `batch_size` alone.
+
+    Args:
+        numbers: which shards; the next one is asked for when its first image is to be decoded.
+        images_of: the images at some places of the data's order.
+        on_images: is told how many more images have been looked at.
+
+    Raises:
+        UserError: an image cannot be decoded or is larger than `max_pixels`; or as `Shard.add`.
+    """
+
+    def batches() -> Iterator[Batch]:
+        for number in numbers:
+            images = iter(images_of(writer.layout.places(number)))
+            while batch := list(itertools.islice(images, batch_size)):
+                yield Batch(number, batch)
+
+    def shards(prepared: Iterable[Prepared]) -> Iterator[Shard]:
+        for number, parts in itertools.groupby(prepared, lambda part: part.shard):
+            shard = writer.layout.shard(number)
+            for _, image_ids, pixels_NCHW in parts:
+                shard.add(image_ids, encoder.encode_pixels(pixels_NCHW))
+                on_images(len(image_ids))
+            yield shard
+
+    with (
+        closing(preprocessed(batches(), encoder, max_pixels)) as prepared,
+        ThreadPoolExecutor(1, "write") as pool,
+    ):
+        for _ in in_order(pool, writer.write, shards(prepared), window=2):
+            pass
+
+
+def preprocessed(batches: Iterable[Batch], encoder: Encoder, max_pixels: int) -> Iterator[Prepared]:
+    """Decode and preprocess images in threads, ahead of what is asked for.
+
+    There is one thread a core that torch uses, `MOST_THREADS` at most, and one batch more under way or waiting than
+    there are threads. A thread holds one decoded image at a time. Close the iterator when you leave it early: that ends
+    the threads.
+
+    Yields:
+        The batches in order; an error of a batch is raised in its turn.
+
+    Raises:
+        UserError: an image cannot be decoded or is larger than `max_pixels`.
+    """
+
+    def prepare(batch: Batch) -> Prepared:
+        decoded = (open_image(image.data, image.file_name, max_pixels) for image in batch.images)
+        return Prepared(batch.shard, [image.image_id for image in batch.images], encoder.preprocess(decoded))
+
+    threads = min(MOST_THREADS, torch.get_num_threads())
+    # torch's number of threads is each thread's own: without this every decoding one would start a team.
+    pool = ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,))
+    try:
+        yield from in_order(pool, prepare, batches, window=threads + 1)
+    finally:
+        pool.shutdown(cancel_futures=True)

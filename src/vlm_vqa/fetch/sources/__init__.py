@@ -1,0 +1,45 @@
+"""Where data come from. Every source ends as files in VQAv2's official layout, which `directory` reads.
+
+A new source is a value of `params.Source`, a module here that brings its files into a folder, and a case in
+`open_source`.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlm_vqa import params
+from vlm_vqa.fetch.sources.easy_vqa import easy_vqa_source
+from vlm_vqa.fetch.sources.hf_dataset import hub_source
+from vlm_vqa.fetch.sources.official_archives import official_source, remove_archives
+from vlm_vqa.fetch.sources.official_layout import Source, directory_source
+
+
+@contextmanager
+def open_source(data: params.DataParams, records: Path = Path("data/records")) -> Iterator[Source]:
+    """Yield the source that `data.source` names; files that it had to write are gone afterwards.
+
+    Archives that were downloaded stay, whatever goes wrong; only where `data.official.keep_archives` is false do they go
+    in the end.
+
+    Args:
+        data: what to open.
+        records: the folder that the records will be written to; archives are downloaded into `archives` beside it.
+
+    Raises:
+        UserError: the source is not there or not the one expected.
+    """
+    match data.source:
+        case params.Source.DIRECTORY:
+            yield directory_source(data)
+        case params.Source.EASY_VQA:
+            with tempfile.TemporaryDirectory(prefix="vlm-vqa-easy-vqa-") as folder:
+                yield easy_vqa_source(Path(folder))
+        case params.Source.OFFICIAL:
+            yield official_source(data.official, records)
+            if not data.official.keep_archives:
+                remove_archives(data.official, records)
+        case params.Source.HUB:
+            with hub_source(data.hub, records.parent / "hub") as source:
+                yield source

@@ -1,0 +1,139 @@
+"""Source `easy-vqa`: 4,000 + 1,000 drawn images with 48,248 questions (github.com/vzhou842/easy-VQA, MIT), from the
+PyPI package `easy-vqa`, written out in VQAv2's own file layout.
+
+What is changed on the way stands in `NOTES`, which the manifest repeats.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.fetch.contract import ANSWERS_PER_QUESTION
+from vlm_vqa.fetch.sources.official_layout import Source, SplitPaths, official_paths
+from vlm_vqa.hashing import hash_files
+
+PACKAGE = "easy-vqa"
+VERSION = "1.0"
+# hash_files over data/{train,test}/questions.json and all images of that version.
+DATA_HASH = "d9c0c884563e2a9445c694504c03e5996771197aee7d22118e760176e534ac78"
+
+# Our split, the package's, and what is added to the package's image ids, which start at 0 in both.
+_SPLITS = (("train", "train", 0), ("val", "test", 4000))
+# No image has more than 21 questions; VQAv2 too makes question ids of the image's id times 1000.
+_QUESTION_IDS_PER_IMAGE = 1000
+# Those of VQAv2's 65 question types that occur. VQAv2's rule is the longest leading phrase, so longest first.
+_QUESTION_TYPES = (
+    "what is the color of the",
+    "what color is the",
+    "what is the",
+    "is there a",
+    "is there",
+    "does the",
+    "what",
+    "is",
+)
+NOTES = (
+    "easy-VQA has one answer to a question; it is written 10 times, each with confidence yes.",
+    "val is easy-VQA's test split; 4000 is added to its image ids, because both splits start at 0.",
+    "question_id is image_id * 1000 + the question's place among the image's; question_type is the longest of VQAv2's "
+    "leading phrases that fits; answer_type is yes/no, number or other as in VQAv2.",
+    "Images are stored as JPEG (quality 95, no chroma subsampling) instead of PNG.",
+)
+
+
+def easy_vqa_source(folder: Path) -> Source:
+    """Write easy-VQA into `folder` and return it as a source; raises as `write_official_layout` does."""
+    write_official_layout(folder)
+    origin = {"package": PACKAGE, "version": VERSION, "data_hash": DATA_HASH}
+    return Source("easy-vqa", origin, official_paths(folder), NOTES)
+
+
+def write_official_layout(folder: str | Path) -> None:
+    """Write easy-VQA into `folder` in VQAv2's official layout: questions, annotations and JPEGs of both splits.
+
+    Raises:
+        UserError: the package is missing or its data are not those of version 1.0.
+    """
+    folder = Path(folder)
+    data = _package_data()
+    for paths, (_, package_split, offset) in zip(official_paths(folder), _SPLITS, strict=True):
+        paths.images.mkdir(parents=True, exist_ok=True)
+        entries = json.loads((data / package_split / "questions.json").read_text(encoding="utf-8"))
+        _write_texts(paths, list(_number(entries, offset)))
+        image_ids = sorted({image_id for _, _, image_id in entries})
+        for image_id in tqdm(image_ids, desc=f"easy-VQA {paths.split}", unit="image"):
+            with Image.open(data / package_split / "images" / f"{image_id}.png") as image:
+                target = paths.images / paths.names.name(image_id + offset)
+                image.convert("RGB").save(target, "JPEG", quality=95, subsampling=0)
+
+
+def question_type(question: str) -> str:
+    """Return VQAv2's question type: the longest of its leading phrases, or `none of the above`."""
+    words = question.lower()
+    return next((phrase for phrase in _QUESTION_TYPES if words.startswith(f"{phrase} ")), "none of the above")
+
+
+def answer_type(answer: str) -> str:
+    """Return VQAv2's answer type: `yes/no`, `number` or `other`."""
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "number" if answer.isdecimal() else "other"
+
+
+def _package_data() -> Path:
+    """Return the package's data folder, its content verified; the package itself is not run."""
+    spec = importlib.util.find_spec("easy_vqa")
+    if spec is None or spec.origin is None:
+        raise UserError(f"the package {PACKAGE} is not installed. Run `pip install {PACKAGE}=={VERSION}`.")
+    data = Path(spec.origin).parent / "data"
+    files = [data / split / "questions.json" for _, split, _ in _SPLITS]
+    files += [path for _, split, _ in _SPLITS for path in (data / split / "images").glob("*.png")]
+    found = hash_files((path for path in files if path.is_file()), data)
+    if found != DATA_HASH:
+        version = importlib.metadata.version(PACKAGE)
+        raise UserError(
+            f"{data}: easy-VQA's files have hash {found}, not {DATA_HASH}; {PACKAGE} {version} is installed. "
+            f"Run `pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`."
+        )
+    return data
+
+
+def _number(entries: list[list[Any]], offset: int) -> Iterator[tuple[int, int, str, str]]:
+    """Yield (question_id, image_id, question, answer) in file order."""
+    places: dict[int, int] = {}
+    for question, answer, package_image_id in entries:
+        image_id = package_image_id + offset
+        place = places.get(image_id, 0)
+        places[image_id] = place + 1
+        yield image_id * _QUESTION_IDS_PER_IMAGE + place, image_id, question, answer
+
+
+def _write_texts(paths: SplitPaths, rows: list[tuple[int, int, str, str]]) -> None:
+    envelope = {"info": {"description": "easy-VQA 1.0 in VQAv2's layout"}, "data_subtype": f"{paths.split}2014"}
+    questions = [
+        {"image_id": image_id, "question": question, "question_id": question_id}
+        for question_id, image_id, question, _ in rows
+    ]
+    annotations = [
+        {
+            "question_id": question_id,
+            "image_id": image_id,
+            "question_type": question_type(question),
+            "answer_type": answer_type(answer),
+            "multiple_choice_answer": answer,
+            "answers": [
+                {"answer": answer, "answer_confidence": "yes", "answer_id": number}
+                for number in range(1, ANSWERS_PER_QUESTION + 1)
+            ],
+        }
+        for question_id, image_id, question, answer in rows
+    ]
+    paths.questions.write_text(json.dumps({**envelope, "questions": questions}), encoding="utf-8")
+    paths.annotations.write_text(json.dumps({**envelope, "annotations": annotations}), encoding="utf-8")

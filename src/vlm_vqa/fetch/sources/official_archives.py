@@ -1,0 +1,167 @@
+"""Source `official`: VQAv2's six archives, downloaded into a folder of their own and read as they are.
+
+They lie in `archives` beside the records, which is neither an output nor a dependency of the stage: DVC removes outputs
+before it runs a stage, and a download must outlive a killed one.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_vqa.data.records import SPLITS
+from vlm_vqa.errors import UserError
+from vlm_vqa.fetch.contract import ImageNames
+from vlm_vqa.fetch.sources import download
+from vlm_vqa.fetch.sources.download import Download
+from vlm_vqa.fetch.sources.official_layout import Source, SplitPaths
+from vlm_vqa.fetch.sources.zip_archive import files, open_zip, shown
+from vlm_vqa.params import OfficialParams
+
+log = logging.getLogger(__name__)
+
+FOLDER = "archives"
+CHECKSUMS_VARIABLE = "VLM_VQA_TEST_CHECKSUMS"
+"""For tests alone: names a JSON file of the checksums of archives of the same names and layout but other content. The
+manifest and the report then say so."""
+
+# As ParlAI (texts) and LAVIS (images) pin them.
+_CHECKSUMS = {
+    "v2_Questions_Train_mscoco.zip": "sha256:05a64b6e2582d06d7585f5429674a9a33851878be1bff9f8668cdcf792df611e",
+    "v2_Questions_Val_mscoco.zip": "sha256:e71f6c5c3e97a51d050f28243e262b28cd0c48d11a6b4632d769d30d3f93222a",
+    "v2_Annotations_Train_mscoco.zip": "sha256:fb101bcefe91422c543c2bb6d70af11eb3119d0ff745ae283d09acdf66250853",
+    "v2_Annotations_Val_mscoco.zip": "sha256:0caae7c8d1dafd852727f5ac046bc1efca9b72026bd6ffa34fc489f3a7b3291e",
+    "train2014.zip": "md5:0da8c0bd3d6becc4dcb32757491aca88",
+    "val2014.zip": "md5:a3d79f5ed8d289b7a7554ce06a5782b3",
+}
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """One of the six."""
+
+    name: str
+    entries: str
+    """Regular expression of the names in it."""
+    option: str
+    """The key of `data.official` with its folder's URL."""
+
+
+def _texts(kind: str, split: str) -> str:
+    """Return the name of an archive of `Questions` or `Annotations`."""
+    return f"v2_{kind}_{split.capitalize()}_mscoco.zip"
+
+
+_ARCHIVES = tuple(
+    archive
+    for split in SPLITS
+    for archive in (
+        _Archive(_texts("Questions", split), rf"v2_OpenEnded_mscoco_{split}2014_questions\.json", "texts_url"),
+        _Archive(_texts("Annotations", split), rf"v2_mscoco_{split}2014_annotations\.json", "texts_url"),
+        _Archive(f"{split}2014.zip", rf"{split}2014/COCO_{split}2014_\d{{12}}\.jpg", "images_url"),
+    )
+)
+
+
+def official_source(params: OfficialParams, records: Path) -> Source:
+    """Download what is missing of the six archives and return them as a source.
+
+    Args:
+        params: where from, and how many at once.
+        records: folder that the records will be written to; the archives' folder lies beside it.
+
+    Raises:
+        UserError: an archive cannot be had with the right checksum, holds what it should not, or the disk is too small.
+    """
+    checksums, replaced = _checksums()
+    downloads = [_download(archive, params, records, checksums) for archive in _ARCHIVES]
+    missing: dict[Download, int | None] = {one: None for one in downloads if not download.is_verified(one)}
+    missing = {one: download.remote_size(one) for one in missing}
+    _check_room(downloads, missing, records)
+    if missing:
+        log.info("downloading %s", ", ".join(one.path.name for one in missing))
+        download.fetch_all(missing, params.downloads)
+    for archive, one in zip(_ARCHIVES, downloads, strict=True):
+        _check_entries(one.path, archive)
+    origin = {"archives": checksums, "checksums": f"replaced by {CHECKSUMS_VARIABLE}" if replaced else "official"}
+    notes = (f"NOT VQAv2: the checksums of other archives were given in {CHECKSUMS_VARIABLE}.",) if replaced else ()
+    return Source("official", origin, _split_paths(records.parent / FOLDER), notes)
+
+
+def remove_archives(params: OfficialParams, records: Path) -> None:
+    """Delete the archives: what `keep_archives: false` means when the records are complete."""
+    for archive in _ARCHIVES:
+        download.remove(_download(archive, params, records, _checksums()[0]))
+
+
+def _download(archive: _Archive, params: OfficialParams, records: Path, checksums: Mapping[str, str]) -> Download:
+    folder = getattr(params, archive.option).rstrip("/")
+    path = records.parent / FOLDER / archive.name
+    return Download(f"{folder}/{archive.name}", path, checksums[archive.name], f"data.official.{archive.option}")
+
+
+def _checksums() -> tuple[dict[str, str], bool]:
+    """Return the checksum of each archive by name, and whether a test has put its own there."""
+    path = os.environ.get(CHECKSUMS_VARIABLE)
+    if not path:
+        return dict(_CHECKSUMS), False
+    log.warning("%s is set: these archives are NOT VQAv2's", CHECKSUMS_VARIABLE)
+    try:
+        checksums = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{CHECKSUMS_VARIABLE}: {path} cannot be read ({error}). Unset it; it is for tests.") from error
+    if not isinstance(checksums, dict) or checksums.keys() != _CHECKSUMS.keys():
+        raise UserError(f"{CHECKSUMS_VARIABLE}: {path} does not name the six archives. Unset it; it is for tests.")
+    return checksums, True
+
+
+def _check_room(downloads: Sequence[Download], missing: Mapping[Download, int | None], records: Path) -> None:
+    """Refuse to begin what the disk cannot hold: the rest of the archives, and the records, which take as much again.
+
+    Records hold the images as they are in the archives, and compressed texts.
+    """
+    rest = sum(max(0, (size or 0) - download.bytes_here(one)) for one, size in missing.items())
+    total = sum(missing[one] or 0 if one in missing else one.path.stat().st_size for one in downloads)
+    place = records.parent
+    place.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(place).free
+    if rest + total > free:
+        raise UserError(
+            f"{place}: {(rest + total) / 1e9:.1f} GB are needed ({rest / 1e9:.1f} for {FOLDER}, {total / 1e9:.1f} for "
+            f"{records.name}), but {free / 1e9:.1f} GB are free. Free some space, then run `dvc repro` again."
+        )
+
+
+def _check_entries(path: Path, archive: _Archive) -> None:
+    """Refuse an archive that is damaged, that would write where it should not, or that holds other files."""
+    try:
+        with open_zip(path) as opened:
+            names = [info.filename for info in files(opened)]
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"{path}: not a usable zip archive ({error}). Correct data.official.{archive.option}."
+        ) from error
+    strange = [name for name in names if not re.fullmatch(archive.entries, name)]
+    if strange or not names:
+        raise UserError(
+            f"{path}: {f'holds {shown(strange)}' if strange else 'is empty'}; expected {archive.entries}. Correct "
+            f"data.official.{archive.option}."
+        )
+
+
+def _split_paths(folder: Path) -> tuple[SplitPaths, ...]:
+    return tuple(
+        SplitPaths(
+            split,
+            folder / _texts("Questions", split),
+            folder / _texts("Annotations", split),
+            folder / f"{split}2014.zip",
+            ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
+        )
+        for split in SPLITS
+    )

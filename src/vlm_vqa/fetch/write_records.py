@@ -1,0 +1,344 @@
+"""From a source to `data/records`: read, check the contract, store. The format stands in `vlm_vqa.data.records`.
+
+Texts go first, split by split, then every image once, decoded in threads and stored as the bytes it was. No more than a
+row group's images and the few that are being decoded are in memory. From the first violation on nothing more is stored,
+but all is still checked.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from vlm_vqa.cores import usable_cores
+from vlm_vqa.data import records
+from vlm_vqa.data.decoding import open_image
+from vlm_vqa.errors import UserError
+from vlm_vqa.fetch.contract import Annotation, Kind, Question, Violations, pair
+from vlm_vqa.fetch.data_report import render_report
+from vlm_vqa.fetch.sources import open_source
+from vlm_vqa.fetch.sources.official_layout import (
+    ImageFiles,
+    MissingImage,
+    Source,
+    SplitPaths,
+    read_annotations,
+    read_questions,
+)
+from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics
+from vlm_vqa.files import claim
+from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
+from vlm_vqa.params import DataParams
+from vlm_vqa.prefetch import in_order
+from vlm_vqa.sealed import fingerprint, write_sealed
+
+_HASHED_VERSION = 1
+"""Of what `data_hash` is made of: raised when records mean something else, not when they are written in another way."""
+_QUESTIONS_PER_GROUP = 10_000
+# Small groups, so that images can be streamed; few large files, because DVC is slow with many.
+_IMAGES_PER_GROUP = 100
+_BYTES_PER_GROUP = 64 * 2**20
+_BYTES_PER_SHARD = 512 * 2**20
+# An image file longer than this many bytes a pixel (and a margin for headers) is no honest image of that size.
+_FILE_BYTES_PER_PIXEL = 8
+_FILE_HEADER_BYTES = 2**20
+
+
+def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
+    """Read and check the data that `data` names, store them in `folder`, and return their manifest.
+
+    What stood in `folder` before is replaced only after everything has been checked and written, the manifest last.
+
+    Raises:
+        UserError: the source is not there, or its data break the contract; every violation is named. Or another process is
+            at work in `folder`.
+    """
+    folder = Path(folder)
+    part = folder / ".part"
+    # Beside the folder, which DVC removes before the stage runs.
+    lock = claim(
+        folder.with_name(f"{folder.name}.lock"),
+        f"{folder}: another fetch-vqav2 is writing there. Wait for its end, or end it, then run `dvc repro` again.",
+    )
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        with open_source(data, folder) as source:
+            manifest = _store(source, data, part)
+            write_sealed(part / records.MANIFEST, manifest)
+            _replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        lock.close()
+    return manifest
+
+
+def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
+    """Write all Parquet files and the report into `part` and return the manifest."""
+    violations = Violations()
+    texts = [_store_questions(paths, part, violations) for paths in source.splits]
+    if not data.allow_split_overlap:
+        _check_overlap(texts, violations)
+    seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
+    with ExitStack() as stack:
+        images = _wanted_images(texts, stack, violations)
+        images_digest = _store_images(images, data.max_image_pixels, part, seen, violations)
+    violations.raise_if_any()
+    content = {text.paths.split: text.digest.hexdigest() for text in texts}
+    manifest = {
+        "schema_version": records.SCHEMA_VERSION,
+        "source": source.name,
+        "origin": source.origin,
+        "notes": list(source.notes),
+        "allow_split_overlap": data.allow_split_overlap,
+        "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images_digest, **content}),
+        "images": len(images),
+        "splits": {text.paths.split: text.summary() for text in texts},
+        "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
+    }
+    page = render_report(manifest, {text.paths.split: text.statistics for text in texts}, seen, data.max_image_pixels)
+    (part / records.REPORT).write_text(page, encoding="utf-8")
+    return manifest
+
+
+def _replace(part: Path, folder: Path) -> None:
+    """Move finished files into place. Without its manifest, a folder does not count as records."""
+    (folder / records.MANIFEST).unlink(missing_ok=True)
+    for old in [*folder.glob("questions-*.parquet"), *folder.glob("images-*.parquet")]:
+        old.unlink()
+    for path in [*sorted(part.glob("*.parquet")), part / records.REPORT]:
+        os.replace(path, folder / path.name)
+    os.replace(part / records.MANIFEST, folder / records.MANIFEST)
+
+
+@dataclass
+class _Texts:
+    """What the text files of one split hold, as far as it is needed after they have been stored."""
+
+    paths: SplitPaths
+    question_ids: set[int] = field(default_factory=set)
+    images: dict[int, str] = field(default_factory=dict)
+    """File name by image id."""
+    statistics: QuestionStatistics = field(default_factory=QuestionStatistics)
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, row: dict[str, Any], image_name: str) -> None:
+        self.images[row["image_id"]] = image_name
+        self.question_ids.add(row["question_id"])
+        self.statistics.add(row)
+        self.digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+
+    def summary(self) -> dict[str, Any]:
+        """Return the split's entry in the manifest."""
+        files = {"questions": self.paths.questions, "annotations": self.paths.annotations}
+        return {
+            "questions": self.statistics.questions,
+            "images": len(self.images),
+            "answer_types": dict(self.statistics.answer_types),
+            "empty_answers": self.statistics.empty_answers,
+            "inputs": {key: {"name": path.name, "sha256": sha256_file(path)} for key, path in files.items()},
+        }
+
+
+def _store_questions(paths: SplitPaths, part: Path, violations: Violations) -> _Texts:
+    """Write a split's questions, in their file's order, and return what they are about."""
+    texts = _Texts(paths)
+    questions = read_questions(paths.questions, violations)
+    annotations = read_annotations(paths.annotations, violations)
+    if questions is not None and annotations is not None:
+        pairs = pair(questions, annotations, violations)
+        schema = records.QUESTION_FEATURES.arrow_schema
+        with (
+            tqdm(pairs, f"{paths.split} questions", len(questions.good), unit="question") as progress,
+            pq.ParquetWriter(part / records.questions_file(paths.split), schema, compression="zstd") as writer,
+        ):
+            for group in _groups(_with_images(progress, texts, violations), _QUESTIONS_PER_GROUP):
+                writer.write_table(pa.Table.from_pylist(group, schema))
+    texts.statistics.finish()
+    return texts
+
+
+def _with_images(
+    pairs: Iterable[tuple[Question, Annotation]], texts: _Texts, violations: Violations
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows whose image has a file name, noted in `texts`; the others are violations, once an image."""
+    names = texts.paths.names
+    misfits: set[int] = set()
+    for question, annotation in pairs:
+        name = names.name(question.image_id)
+        if name is not None:
+            row = _row(question, annotation)
+            texts.add(row, name)
+            yield row
+        elif question.image_id not in misfits:
+            misfits.add(question.image_id)
+            where = f"{texts.paths.questions}: question_id {question.question_id}"
+            violations.add(Kind.IMAGE_ID, f"{where} has image_id {question.image_id}, too long for {names.pattern}")
+
+
+def _row(question: Question, annotation: Annotation) -> dict[str, Any]:
+    return {**annotation._asdict(), **question._asdict()}
+
+
+def _check_overlap(texts: list[_Texts], violations: Violations) -> None:
+    """Note what stands in more than one split."""
+    first, second = texts
+    names = f"{first.paths.questions} and {second.paths.questions}"
+    for image_id in sorted(first.images.keys() & second.images.keys()):
+        violations.add(Kind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
+    for question_id in sorted(first.question_ids & second.question_ids):
+        violations.add(Kind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
+
+
+class _Place(NamedTuple):
+    """Where an image is."""
+
+    files: ImageFiles
+    name: str
+
+
+class _Checked(NamedTuple):
+    """An image's row of `IMAGE_FEATURES`, or what is wrong with it."""
+
+    row: dict[str, Any]
+    problems: list[tuple[Kind, str]]
+
+
+def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
+    """Return the places of every image by ascending id: one, or one a split; archives are closed with `stack`."""
+    opened: dict[Path, ImageFiles | None] = {}
+    places: dict[int, list[_Place]] = {}
+    for text in texts:
+        path = text.paths.images
+        if path not in opened:
+            opened[path] = _open_images(path, violations)
+            if opened[path] is not None:
+                stack.callback(opened[path].close)
+        if opened[path] is not None:
+            text.statistics.files_without_questions = opened[path].count() - len(text.images)
+        for image_id, name in text.images.items():
+            found = places.setdefault(image_id, [])
+            place = _Place(opened[path], name)
+            if opened[path] is not None and place not in found:
+                found.append(place)
+    return dict(sorted(places.items()))
+
+
+def _open_images(path: Path, violations: Violations) -> ImageFiles | None:
+    try:
+        return ImageFiles(path)
+    except FileNotFoundError:
+        violations.add(Kind.MISSING_FILE, f"{path}: neither a folder nor a zip archive of images")
+    except (OSError, zipfile.BadZipFile) as error:
+        violations.add(Kind.BROKEN_FILE, f"{path}: not a usable zip archive ({error})")
+    return None
+
+
+def _store_images(
+    images: dict[int, list[_Place]], max_pixels: int, part: Path, seen: ImageStatistics, violations: Violations
+) -> str:
+    """Check every image, count it and store it once; return a hash over ids and contents."""
+    digest = hashlib.sha256()
+    workers = usable_cores().count
+    with ThreadPoolExecutor(workers) as pool:
+        # Pillow decodes without holding the interpreter's lock, so threads are enough.
+        checked = in_order(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
+        with tqdm(checked, "images", len(images), unit="image") as progress:
+            _write_shards(_good_images(progress, digest, seen, violations), part)
+    return digest.hexdigest()
+
+
+def _good_images(
+    images: Iterable[_Checked], digest: Any, seen: ImageStatistics, violations: Violations
+) -> Iterator[dict[str, Any]]:
+    """Yield rows up to the first violation, and go on checking."""
+    for image in images:
+        for kind, text in image.problems:
+            violations.add(kind, text)
+        if not violations:
+            digest.update(f"{image.row['image_id']} {image.row['sha256']}\n".encode())
+            seen.add(image.row)
+            yield image.row
+
+
+def _write_shards(rows: Iterable[dict[str, Any]], part: Path) -> None:
+    """Write image rows into files of about `_BYTES_PER_SHARD`, named when their number is known."""
+    schema = records.IMAGE_FEATURES.arrow_schema
+    shards: list[Path] = []
+    room = 0
+    with ExitStack() as stack:
+        for group in _groups(rows, _IMAGES_PER_GROUP):
+            if room <= 0:
+                stack.close()
+                shards.append(part / f"{len(shards)}.parquet")
+                # The bytes are compressed already, and no two are equal.
+                writer = pq.ParquetWriter(shards[-1], schema, compression="none", use_dictionary=False)
+                stack.enter_context(writer)
+                room = _BYTES_PER_SHARD
+            writer.write_table(pa.Table.from_pylist(group, schema))
+            room -= sum(_image_bytes(row) for row in group)
+    for index, path in enumerate(shards):
+        path.rename(part / records.image_shard(index, len(shards)))
+
+
+def _groups(rows: Iterable[dict[str, Any]], most_rows: int) -> Iterator[list[dict[str, Any]]]:
+    """Cut rows into row groups of `most_rows`, or fewer where images are large."""
+    group: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += _image_bytes(row)
+        if len(group) == most_rows or size >= _BYTES_PER_GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _image_bytes(row: dict[str, Any]) -> int:
+    return len(row["image"]["bytes"]) if "image" in row else 0
+
+
+def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
+    """Read and decode an image at each of its places; the first one's bytes are the ones stored."""
+    image_id, places = item
+    rows: list[dict[str, Any]] = []
+    problems: list[tuple[Kind, str]] = []
+    for place in places:
+        where = place.files.where(place.name)
+        try:
+            data = place.files.read(place.name, _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES)
+            image = open_image(data, where, max_pixels)
+        except MissingImage:
+            problems.append((Kind.MISSING_IMAGE, f"{where} (image_id {image_id})"))
+        except (UserError, OSError) as error:
+            problems.append((Kind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
+        else:
+            rows.append(_image_row(image_id, place.name, data, image.size))
+    if len({row["sha256"] for row in rows}) > 1:
+        named = " and ".join(place.files.where(place.name) for place in places)
+        problems.append((Kind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
+    return _Checked(rows[0] if rows else {}, problems)
+
+
+def _image_row(image_id: int, name: str, data: bytes, size: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "image_id": image_id,
+        "file_name": name,
+        "width": size[0],
+        "height": size[1],
+        "sha256": sha256_bytes(data),
+        "image": {"bytes": data, "path": name},
+    }

@@ -1,0 +1,117 @@
+"""The exported folder: a stock model and processor that plain transformers opens, with a card that says how."""
+
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+
+from vlm_vqa.errors import UserError, make_again
+from vlm_vqa.inference.predictor import FACTS_FILE
+from vlm_vqa.model.encoder import Encoder
+from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_config, load_trained, trained_state
+from vlm_vqa.params import Params
+from vlm_vqa.sealed import read_folder, write_folder
+
+CARD = "README.md"
+TRAINED_BY = ("seed", "vision.", "language.", "prompt.", "train.")
+PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "pillow")
+"""What the card's code needs; the card names their versions, which are the same on every machine (constraints.txt)."""
+RETRAIN = make_again("train")
+
+# The line that differs: the stock processor marks a whole prompt as one bidirectional block, which is prefix-lm.
+TYPE_IDS_LINE = (
+    'inputs["token_type_ids"] = (inputs["input_ids"] != model.config.image_token_id).long()'
+    "  # image-prefix: text is causal\n"
+)
+
+
+def join(folder: str | Path, encoder: Encoder, weights_hash: str) -> PaliGemmaForConditionalGeneration:
+    """Join the trained weights of `folder` and the frozen tower into one stock model, float32, in evaluation mode.
+
+    Raises:
+        UserError: the folder is missing, its weights are damaged, or they do not have the hash that training named.
+    """
+    model = PaliGemmaForConditionalGeneration._from_config(
+        load_config(folder), attn_implementation="eager", dtype=torch.float32
+    )
+    load_trained(model, folder, RETRAIN)
+    model.model.vision_tower.load_state_dict({name: v.float() for name, v in encoder.model.state_dict().items()})
+    if (found := hash_weights(trained_state(model))) != weights_hash:
+        raise UserError(f"{folder}: the weights have hash {found[:12]}, training wrote {weights_hash[:12]}. {RETRAIN}")
+    return model.eval()
+
+
+def read_training(folder: str | Path) -> dict[str, str]:
+    """Return the hashes of weights, parameters, data, encoder and code, every file of the folder found as it was written.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    return read_folder(Path(folder) / TRAINING_FILE, "the seal of a training", RETRAIN)
+
+
+def write_export(
+    folder: Path, model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, params: Params,
+    training: dict[str, str], results: dict[str, Any], data: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write model, processor, facts and card.
+
+    Args:
+        training: as `read_training` gives it.
+        results: `reports/train.json`.
+        data: the manifest of `data/records`.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    model.generation_config.update(
+        max_new_tokens=params.evaluation.max_new_tokens, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id,
+        bos_token_id=processor.tokenizer.bos_token_id, eos_token_id=processor.tokenizer.eos_token_id,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    facts = {
+        "instruction": params.prompt.instruction,
+        "mask": params.prompt.mask.value,
+        "num_patches": params.vision.num_patches,
+        "text_length": params.prompt.text_length,
+        "weights_hash": training["weights_hash"],
+    }
+    (folder / CARD).write_text(card(params, training, results, data), encoding="utf-8")
+    write_folder(folder / FACTS_FILE, facts)
+
+
+def card(params: Params, training: dict[str, str], results: dict[str, Any], data: dict[str, Any]) -> str:
+    """Return the model card; evaluation comes later and is in `reports/` and MLflow."""
+    template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
+    splits = "\n".join(
+        f"- {name}: {counts['questions']:,} questions on {counts['images']:,} images"
+        for name, counts in data["splits"].items()
+    )
+    # A wheel's own suffix, such as +cpu, tells machines apart and cannot be installed by that name.
+    pins = " ".join(f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES)
+    tower = f"`{params.vision.model}` as its authors pretrained it"
+    if params.vision.model == "small":
+        tower = "the project's small one, pretrained on drawn pictures with labels for shape and colour"
+    return template.substitute(
+        python="{}.{}".format(*sys.version_info),
+        packages=pins,
+        tower=tower,
+        language_start="random weights too" if params.language.model == "random" else "its authors' weights",
+        vision=params.vision.model,
+        vision_revision=params.vision.revision or "none: local",
+        language=params.language.model,
+        language_revision=params.language.revision or "none: local",
+        source=data["source"],
+        splits=splits,
+        notes="\n".join(f"- {note}" for note in data["notes"]),
+        mask=params.prompt.mask.value,
+        instruction=repr(params.prompt.instruction),
+        type_ids=TYPE_IDS_LINE if params.prompt.mask.value == "image-prefix" else "",
+        hashes="\n".join(f"- {name}: `{value}`" for name, value in sorted(training.items())),
+        results="\n".join(f"- {name}: {value}" for name, value in sorted(results.items())),
+        params="\n".join(f"{name}: {value}" for name, value in params.flat().items() if name.startswith(TRAINED_BY)),
+    )

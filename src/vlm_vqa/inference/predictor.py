@@ -1,0 +1,136 @@
+"""Ask an exported model: what HELM's client, the evaluation and `vlm-vqa ask` use."""
+
+import os
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, PaliGemmaForConditionalGeneration
+
+from vlm_vqa.errors import UserError, make_again
+from vlm_vqa.inference.generation import generate
+from vlm_vqa.model.encoder import middle
+from vlm_vqa.model.layout import TokenLayout
+from vlm_vqa.model.vlm import set_attention
+from vlm_vqa.params import Attention, Mask
+from vlm_vqa.sealed import read_folder
+
+FACTS_FILE = "vlm_vqa.json"
+"""Beside an export's stock files: mask, instruction, text_length, num_patches, the hash of the trained weights, and the
+SHA-256 of every other file."""
+
+
+class Answerer:
+    """A model that answers questions about images, greedily.
+
+    Attributes:
+        weights_hash: hash of the trained weights, the name under which MLflow knows the run.
+        mask: "image-prefix" or "prefix-lm".
+        instruction: what the model reads before every question.
+    """
+
+    def __init__(self, model: PaliGemmaForConditionalGeneration, processor, facts: dict, max_new_tokens: int = 10):
+        self.model = model.eval()
+        self.processor = processor
+        self.max_new_tokens = max_new_tokens
+        self.weights_hash: str = facts["weights_hash"]
+        self.mask: str = facts["mask"]
+        self.instruction: str = facts["instruction"]
+        self.layout = TokenLayout(
+            processor.tokenizer,
+            mask=Mask(facts["mask"]),
+            instruction=facts["instruction"],
+            num_patches=facts["num_patches"],
+            text_length=facts["text_length"],
+            image_token_id=processor.image_token_id,
+        )
+
+    @classmethod
+    def from_export(
+        cls, folder: str | Path = "models/export", device: str | None = None, max_new_tokens: int = 10
+    ) -> "Answerer":
+        """Load an exported folder, every file as it was exported.
+
+        Raises:
+            UserError: there is no export, it is damaged or incomplete, or its weights are not those that were trained.
+        """
+        folder = Path(folder)
+        if not os.path.isfile(folder / FACTS_FILE):
+            raise UserError(f"{folder}: no {FACTS_FILE} there. Run the export stage first: `dvc repro export`.")
+        try:
+            return cls._load(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), max_new_tokens)
+        except (UserError, torch.OutOfMemoryError, MemoryError):
+            raise
+        # On damaged files the libraries raise whatever their code meets first.
+        except Exception as error:
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+            raise UserError(
+                f"{folder}: a file of the export is missing or damaged ({type(error).__name__}: {reason}). "
+                + make_again("export")
+            ) from error
+
+    @classmethod
+    def _load(cls, folder: Path, device: str, max_new_tokens: int) -> "Answerer":
+        """Load a folder, asking no hub for what it lacks, and try its parts on each other."""
+        facts = read_folder(folder / FACTS_FILE, "the seal of an export", make_again("export"))
+        _check_size(folder)
+        model, found = PaliGemmaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, trust_remote_code=False,
+            local_files_only=True, output_loading_info=True,
+        )  # fmt: skip
+        lacking = sorted(set(found["missing_keys"]) - {"lm_head.weight"})
+        assert not lacking and not found["mismatched_keys"], f"weights that do not fit config.json: {lacking[:3]}"
+        set_attention(model, Attention.EAGER)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        answerer = cls(model.to(device), processor, facts, max_new_tokens)
+        seen, rows = answerer.encode([Image.new("RGB", (64, 64))]), len(model.get_input_embeddings().weight)
+        assert seen.shape[1] == facts["num_patches"], f"{FACTS_FILE} names {facts['num_patches']} tokens an image"
+        assert isfinite(seen.sum().item()), "the tower's weights are not finite"
+        assert len(processor.tokenizer) <= rows, f"a tokenizer of {len(processor.tokenizer)} for {rows} embeddings"
+        assert None not in (answerer.layout.pad_id, answerer.layout.bos_id, answerer.layout.eos_id), "no special tokens"
+        answerer.layout.tokenize("?")
+        return answerer
+
+    def answer(self, questions: Sequence[str], images: Sequence[Image.Image]) -> list[str]:
+        """Answer each question about its image, from pixels."""
+        return self.answer_features(questions, self.encode(images))
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return what the tower makes of images: [B, T, E]."""
+        pixels = self.processor.image_processor(
+            images=[middle(image.convert("RGB"), self.processor.image_processor) for image in images],
+            return_tensors="pt",
+        ).pixel_values
+        return self.model.model.vision_tower(pixels.to(self.model.device)).last_hidden_state
+
+    def answer_features(
+        self, questions: Sequence[str], features: Tensor, images: Sequence[int] | None = None
+    ) -> list[str]:
+        """Answer Q questions as one batch; answers come without outer blanks.
+
+        Args:
+            features: [I, T, E], of the images that the questions are about.
+            images: which of the I images each question is about; by default each has its own, in order. Questions of one
+                image that stand together share its prefix under image-prefix.
+        """
+        tokens = [self.layout.tokenize(question) for question in questions]
+        features = features.to(self.model.device, torch.float32)
+        places = range(len(questions)) if images is None else images
+        answers = generate(self.model, self.layout, features, tokens, places, self.max_new_tokens)
+        return [self.layout.decode(answer) for answer in answers]
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse a config.json that is not of these weights before gigabytes are made of it: what it lacks, transformers fills
+    in with a model of three billion weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    kinds = (config.model_type, config.text_config.model_type, config.vision_config.model_type)
+    assert kinds == ("paligemma", "gemma2", "dinov2"), f"config.json is of a {kinds}"
+    with torch.device("meta"):
+        named = sum(weight.numel() for weight in PaliGemmaForConditionalGeneration(config).parameters())
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4
+    assert 0.9 * named < stored < 1.1 * named + 2**20, f"config.json is of {named} weights, {stored} are there"

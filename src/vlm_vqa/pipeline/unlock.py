@@ -1,0 +1,169 @@
+"""What a killed `dvc` leaves half-written is put right, so that the next one works.
+
+DVC 3.67 rewrites `.dvc/tmp/rwlock` (dvc/rwlock.py) and `dvc.lock` (dvc/utils/serialize) in place. Killed there, it leaves
+them empty or cut off, and every later call refuses them. Its other locks are the system's (flock), which end with it.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import yaml
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.pipeline.orphans import gone
+
+SECONDS_OF_CLOCK = 60
+"""By how much a file's time and a process's start may disagree."""
+SECONDS_TO_WAIT = 3.0
+_KEPT = Path(".dvc/tmp/dvc.lock.kept")
+
+
+def project_of(folder: Path) -> Path:
+    """Return the DVC project that `folder` lies in.
+
+    Raises:
+        UserError: it lies in none.
+    """
+    for root in (folder.resolve(), *folder.resolve().parents):
+        if (root / ".dvc").is_dir():
+            return root
+    raise UserError(f"{folder}: no .dvc here or above. Run this in the project's folder.")
+
+
+def unlock(root: Path) -> list[str]:
+    """Mend what a killed `dvc` has left in the project `root` and in its queue's copies; return what was done.
+
+    Raises:
+        UserError: a living `dvc` is at work there, or `dvc.lock` has git's marks of a conflict.
+    """
+    done = []
+    for project in (root, *sorted(path.parents[2] for path in root.glob(".dvc/tmp/exps/*/.dvc/tmp/rwlock"))):
+        done += _unlock_files(project)
+    return done + _mend_dvc_lock(root)
+
+
+def dvc_at_work(root: Path) -> list[psutil.Process]:
+    """Return the living processes of `dvc` that work in the project `root`, or where cannot be seen."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            program, *words = [Path(word).name for word in process.cmdline()[:4]]
+            # `dvc` itself, or `python /path/dvc`, `python -m dvc`; what it leaves for its statistics takes no lock.
+            if (program == "dvc" or program.startswith("python") and "dvc" in words) and "daemon" not in words:
+                try:
+                    here = project_of(Path(process.cwd())) == root.resolve()
+                except psutil.AccessDenied:
+                    here = True
+                if here and not gone(process):
+                    found.append(process)
+        except (psutil.Error, OSError, ValueError):
+            # It has ended meanwhile, is the kernel's, or its folder is no project's.
+            continue
+    return found
+
+
+def refuse_at_work(root: Path, why: str) -> None:
+    """Raise UserError when a living `dvc` works in the project `root`."""
+    for process in dvc_at_work(root):
+        raise UserError(
+            f"{why}, and process {process.pid} (`{' '.join(process.cmdline()[1:])}`) may be at work here: wait until it "
+            "has ended, or end it, then call this again."
+        )
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold one of DVC's locks, as `dvc` itself does (zc.lockfile), without writing into the file."""
+    if not path.exists():
+        yield
+        return
+    with path.open("r+b") as file:
+        until = time.monotonic() + SECONDS_TO_WAIT
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(f"{path}: a living dvc holds it. Wait until it has ended.") from None
+                time.sleep(0.1)
+        yield
+
+
+def _unlock_files(project: Path) -> list[str]:
+    path = project / ".dvc/tmp/rwlock"
+    if not path.exists():
+        return []
+    with _held(path.with_name("rwlock.lock")):
+        text = path.read_bytes()
+        try:
+            entries = json.loads(text)
+            holders = [*entries.get("write", {}).values(), *sum(entries.get("read", {}).values(), [])]
+            pids = sorted({int(holder["pid"]) for holder in holders})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            state = "empty" if not text.strip() else "half-written"
+            refuse_at_work(project, f"{path} is {state}")
+            with _held(project / ".dvc/tmp/lock"):
+                path.unlink()
+            return [f"{path}: removed; it was {state}, left so by a dvc that was killed"]
+        written = path.stat().st_mtime
+        if not pids or any(_lives(pid, written) for pid in pids):
+            # What some living process holds, DVC itself sorts out.
+            return []
+        path.unlink()
+        return [f"{path}: removed; process {', '.join(map(str, pids))}, which held it, was killed"]
+
+
+def _lives(pid: int, written: float) -> bool:
+    """Whether the process that has written its number at the time `written` lives; the number may be another's now."""
+    try:
+        process = psutil.Process(pid)
+        return not gone(process) and process.create_time() <= written + SECONDS_OF_CLOCK
+    except psutil.NoSuchProcess:
+        return False
+
+
+def keep_dvc_lock() -> None:
+    """Keep a copy of `dvc.lock` while a stage runs: DVC does not write it then, but may be killed when it does."""
+    path = Path("dvc.lock")
+    if path.is_file() and "DVC_STAGE" in os.environ and os.environ.get("RANK", "0") == "0" and _KEPT.parent.is_dir():
+        part = _KEPT.with_suffix(f".{os.getpid()}")
+        shutil.copyfile(path, part)
+        part.replace(_KEPT)
+
+
+def _mend_dvc_lock(root: Path) -> list[str]:
+    """Take the kept copy, or git's, for a `dvc.lock` cut off."""
+    path = root / "dvc.lock"
+    if not path.exists() or _is_whole(text := path.read_bytes()):
+        return []
+    if b"\n<<<<<<< " in b"\n" + text:
+        raise UserError(f"{path}: has git's marks of a conflict. `git checkout --theirs dvc.lock`, then `dvc repro`.")
+    refuse_at_work(root, f"{path} is half-written")
+    with _held(root / ".dvc/tmp/lock"):
+        aside = root / ".dvc/tmp/dvc.lock.damaged"
+        path.replace(aside)
+        kept = (root / _KEPT).read_bytes() if (root / _KEPT).is_file() else b""
+        shown = subprocess.run(["git", "show", "HEAD:./dvc.lock"], cwd=root, capture_output=True, check=False)
+        for source, copy in (("the copy kept when the last stage began", kept), ("git's", shown.stdout)):
+            if _is_whole(copy):
+                path.write_bytes(copy)
+                return [f"{path}: replaced by {source}; a dvc that was killed had left it half-written ({aside})"]
+    return [f"{path}: moved to {aside}; a dvc that was killed had left it half-written, and no copy of it was found"]
+
+
+def _is_whole(text: bytes) -> bool:
+    """Whether a `dvc.lock` is not cut off, be it between two lines: every stage has outputs, and they stand last."""
+    try:
+        stages = yaml.safe_load(text)["stages"].values()
+        return text.endswith(b"\n") and all("cmd" in stage and stage["outs"][-1]["path"] for stage in stages)
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
+        return False

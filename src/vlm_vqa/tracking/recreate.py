@@ -1,0 +1,123 @@
+"""A run made again from a training's outputs and reports alone, as after `dvc pull`; its whole purpose, so it raises."""
+
+import csv
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.params import load_params
+from vlm_vqa.secrets import without_secrets
+from vlm_vqa.tracking.describe import evaluation_metrics, identity, numbers, reason
+from vlm_vqa.tracking.store import Store, checkout_root, tracking_uri
+
+log = logging.getLogger(__name__)
+
+TRAINING_FILE = Path("models/trained/training.json")
+REPORTS = Path("reports")
+TRAIN_CURVE = REPORTS / "train_curve.csv"
+EVALUATION_REPORT = REPORTS / "evaluation.json"
+
+
+def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
+    """Records the model in `folder`'s outputs as an MLflow run, where no stage ran here or tracking had failed.
+
+    Returns the run's id and whether anything had to be recorded: an existing run of the same weights and parameters is
+    given the scores it lacks, and else left as it is. Raises UserError where outputs are missing or damaged, belong to
+    other parameters, or the store fails.
+    """
+    folder = Path(folder)
+    params = load_params(folder / "params.yaml")
+    training = _read_json(folder / TRAINING_FILE)
+    _check_current(folder)
+    scores = _read_json(folder / EVALUATION_REPORT) if (folder / EVALUATION_REPORT).exists() else None
+    uri = tracking_uri(checkout_root(folder))
+    try:
+        store = Store(params, checkout_root(folder))
+        run = store.find(training["weights_hash"], params.hash())
+        run_id = run.info.run_id if run else recreate(store, training["weights_hash"], folder)
+        lacks_scores = scores is not None and not (run and "evaluated" in run.data.tags)
+        if lacks_scores:
+            store.put_metrics(run_id, numbers(evaluation_metrics(scores), 0))
+            store.put_files(run_id, folder / REPORTS, REPORTS.name)
+            store.put_tags(run_id, {"evaluated": "true"})
+        return run_id, run is None or lacks_scores
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"MLflow at {without_secrets(uri)} does not take the run ({reason(error)}): make the store"
+            " reachable and writable, or name another by MLFLOW_TRACKING_URI, then run `vlm-vqa track` again"
+        ) from error
+
+
+def recreate(store: Store, weights_hash: str, folder: Path) -> str:
+    """A run with the training's parameters, hashes, curve, weights and reports, as far as the outputs tell them."""
+    training, curve = _read_json(folder / TRAINING_FILE), _curve(folder / TRAIN_CURVE)
+    hashes = {name: training[name] for name in ("data_hash", "code_hash") if name in training}
+    tags = identity(store.params) | hashes | {"weights_hash": weights_hash, "recreated": "true"}
+    tags["mlflow.source.name"] = "vlm-vqa track"
+    tags["mlflow.note.content"] = "Recorded from the outputs: throughput, memory and machine are not known."
+    run_id = store.create(tags)
+    store.put_metrics(run_id, curve)
+    store.put_files(run_id, folder / REPORTS, REPORTS.name)
+    store.put_files(run_id, (folder / TRAINING_FILE).parent, "weights")
+    store.client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def _curve(path: Path) -> list[tuple[str, float, int, int]]:
+    """The rows of `train_curve.csv`: a column `step` and one column a metric; empty cells are left out."""
+    try:
+        with path.open(newline="", encoding="utf-8") as lines:
+            table = list(csv.DictReader(lines))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: `git checkout {path}` or `dvc repro` brings it") from None
+    rows = []
+    for line in table:
+        values = {name: float(text) for name, text in line.items() if name != "step" and text not in ("", None)}
+        rows += numbers(values, int(line["step"]))
+    return rows
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: `dvc pull` or `dvc repro` brings it") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): `vlm-vqa repair` brings it back") from error
+
+
+def _check_current(folder: Path) -> None:
+    """Refuses to record outputs under parameters that did not make them."""
+    changed = changed_params(folder)
+    if changed:
+        raise UserError(
+            f"{folder / 'params.yaml'} is not what made these outputs ({', '.join(changed)} differ from dvc.lock):"
+            " `git checkout params.yaml` records them, `dvc repro` makes new ones"
+        )
+
+
+def changed_params(folder: Path) -> list[str]:
+    """Keys of `params.yaml` whose value differs from the one that `dvc.lock` notes for a stage."""
+    from ruamel.yaml import YAML
+
+    # As DVC reads both: to another parser 1e-5 here and 1e-05 there are two texts.
+    read = YAML(typ="safe", pure=True).load
+    lock = folder / "dvc.lock"
+    if not lock.is_file():
+        return ["all parameters"]
+    stages = (read(lock) or {}).get("stages", {})
+    now = read(folder / "params.yaml")
+    changed = set()
+    for stage in stages.values():
+        for key, value in stage.get("params", {}).get("params.yaml", {}).items():
+            current = now
+            for part in key.split("."):
+                current = current.get(part) if isinstance(current, Mapping) else None
+            if current != value:
+                changed.add(key)
+    return sorted(changed)

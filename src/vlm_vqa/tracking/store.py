@@ -1,0 +1,340 @@
+"""MLflow's store: where it is, how it is opened, and one experiment in it. Everything here raises what MLflow raises."""
+
+import base64
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import platform
+import shlex
+import sqlite3
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vlm_vqa.hashing import sha256_file
+from vlm_vqa.params import Params
+from vlm_vqa.secrets import without_secrets
+from vlm_vqa.tracking.describe import param_text, run_name
+
+log = logging.getLogger(__name__)
+
+ARTIFACTS = "mlartifacts"  # the folder beside a local store
+VIEW = "scores"
+VIEW_COLUMNS = [
+    *(f"metrics.`{name}`" for name in ("bleu_1", "vqa_accuracy", "loss", "questions_per_second", "peak_memory_gib")),
+    *(f"params.`train.{name}`" for name in ("batch_size", "learning_rate", "num_train_epochs", "optimizer")),
+]
+BATCH = 100  # MLflow's limit on parameters in one request
+SECONDS_TO_OPEN = 60.0  # without a sign of life: MLflow retries a silent database for minutes
+SECONDS_QUIET = 15.0  # a half-made store that nobody has written to for so long is not being made any more
+
+
+def checkout_root(start: str | Path | None = None) -> Path:
+    """The folder of the user's checkout that `start` (default: the working directory) belongs to.
+
+    DVC runs queued and `--temp` experiments in copies under `<root>/.dvc/tmp/exps/` and deletes them afterwards: inside
+    such a copy this is `<root>`, not the copy. The path decides, not DVC_ROOT: outside an experiment that variable may
+    be left over from another repository.
+    """
+    here = Path(start or ".").resolve()
+    checkout = next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), here)
+    for folder in checkout.parents:
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[2]
+    return checkout
+
+
+def tracking_uri(root: Path) -> str:
+    """MLFLOW_TRACKING_URI, or `sqlite:///<root>/mlflow.db`, which is what `mlflow ui` shows when typed in `root`.
+
+    A relative place in the variable is taken from `root`: from a DVC experiment's copy it would vanish with the copy.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
+    place = _sqlite_file(uri)
+    if place is not None:
+        return f"sqlite:///{root / place}"
+    return uri if "://" in uri or uri.startswith(("file:", "databricks")) else str(root / uri)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    local = uri.startswith("sqlite:///") and "?" not in uri  # what stands behind "?" may be anything: MLflow's affair
+    return Path(uri.removeprefix("sqlite:///")) if local else None
+
+
+class Store:
+    """One MLflow experiment. Every method raises on failure."""
+
+    def __init__(self, params: Params, root: Path, *, wait: float = SECONDS_TO_OPEN):
+        self.uri = tracking_uri(root)
+        self.root = root
+        self.params = params
+        self._largest = params.tracking.max_artifact_mib * 2**20
+        self._database = _sqlite_file(self.uri)
+        _bound_mlflow()
+        # Imports take long on a slow disk, but end: they are no part of the limit.
+        import_module("mlflow.store.tracking.sqlalchemy_store" if self._database else "mlflow")
+        self.client, self.experiment_id = _within(wait, self._open, lambda: _last_write(self._database))
+
+    def _open(self) -> tuple[Any, str]:
+        from mlflow import MlflowClient
+
+        # MLflow tells of making tables by a screenful of lines, urllib3 of each retry: our one warning says it all.
+        for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        database = self._database
+        if database is not None:
+            _make_whole(database)
+            with _connected(database) as connection:
+                connection.execute("BEGIN IMMEDIATE")  # fails at once where MLflow would retry for minutes
+        client = MlflowClient(tracking_uri=self.uri)
+        name = self.params.tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            # MLflow's own default is the working directory: in a DVC experiment, a copy that is deleted.
+            artifacts = (database.parent / ARTIFACTS).as_uri() if database is not None else None
+            return client, self._create_experiment(client, name, artifacts)
+        if experiment.lifecycle_stage != "active":
+            raise ValueError(f"experiment {name!r} (tracking.experiment) is deleted there: restore or rename it")
+        return client, experiment.experiment_id
+
+    @staticmethod
+    def _create_experiment(client: Any, name: str, artifacts: str | None) -> str:
+        try:
+            return client.create_experiment(name, artifact_location=artifacts, tags=_experiment_tags())
+        except Exception:
+            # Two experiments of a DVC queue may start at once: the other one was faster.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+            return experiment.experiment_id
+
+    def search(self, condition: str, limit: int = 50) -> list[Any]:
+        """Runs of this experiment, newest first."""
+        return list(
+            self.client.search_runs(
+                [self.experiment_id], condition, order_by=["attributes.start_time DESC"], max_results=limit
+            )
+        )
+
+    def find(self, weights_hash: str, params_hash: str) -> Any | None:
+        runs = self.search(f"tags.weights_hash = '{weights_hash}' and tags.params_hash = '{params_hash}'", limit=1)
+        return runs[0] if runs else None
+
+    def unfinished(self, key: str) -> Any | None:
+        """The newest run of `key` that did not finish.
+
+        One still marked as running counts only if it was this host's: on a shared server it may be alive elsewhere.
+        """
+        for run in self.search(f"tags.checkpoint_key = '{key}' and attributes.status != 'FINISHED'"):
+            if run.info.status != "RUNNING" or run.data.tags.get("machine.host") == platform.node():
+                return run
+        return None
+
+    def create(self, tags: Mapping[str, str]) -> str:
+        """A run with this store's parameters and `tags`; returns its id."""
+        name = run_name(self.params, tags.get("dvc_experiment"))
+        run_id = self.client.create_run(self.experiment_id, tags=dict(tags), run_name=name).info.run_id
+        self.put_params(run_id, known={})
+        return run_id
+
+    def put_params(self, run_id: str, known: Mapping[str, str]) -> None:
+        """Logs the parameters that are not `known` yet: MLflow refuses another value for a logged one."""
+        from mlflow.entities import Param
+
+        values = {key: param_text(value) for key, value in self.params.flat().items() if key not in known}
+        entries = [Param(key, value) for key, value in values.items()]
+        for start in range(0, len(entries), BATCH):
+            self.client.log_batch(run_id, params=entries[start : start + BATCH])
+
+    def put_metrics(self, run_id: str, rows: Iterable[tuple[str, float, int, int]]) -> None:
+        """Rows of (name, value, step, milliseconds since 1970)."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, when, step) for name, value, step, when in rows]
+        for start in range(0, len(metrics), 10 * BATCH):
+            self.client.log_batch(run_id, metrics=metrics[start : start + 10 * BATCH])
+
+    def put_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+    def put_files(self, run_id: str, path: str | Path, folder: str | None) -> None:
+        """`path` (a file, or a folder with all below it) as artifacts under `folder`.
+
+        A file above `tracking.max_artifact_mib` is not copied: `<name>.reference.json` with path, size and
+        sha256 stands for it.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        for file in sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]:
+            inner = file.relative_to(path).parent if path.is_dir() else Path(".")
+            target = (Path(folder or ".") / inner).as_posix()
+            target = None if target == "." else target
+            if file.stat().st_size <= self._largest:
+                self.client.log_artifact(run_id, str(file), target)
+            else:
+                self._put_reference(run_id, file, target)
+
+    def _put_reference(self, run_id: str, file: Path, target: str | None) -> None:
+        here = Path(".").resolve()
+        where = file.resolve().relative_to(here) if file.resolve().is_relative_to(here) else file
+        reference = {"path": where.as_posix(), "bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        with tempfile.TemporaryDirectory() as scratch:
+            note = Path(scratch) / f"{file.name}.reference.json"
+            note.write_text(json.dumps(reference, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            self.client.log_artifact(run_id, str(note), target)
+
+    def last_steps(self, run: Any) -> dict[str, int]:
+        """The last step logged of each metric of `run`."""
+        histories = {name: self.client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+        return {name: max(metric.step for metric in history) for name, history in histories.items() if history}
+
+
+def _experiment_tags() -> dict[str, str]:
+    """What makes MLflow's pages show training runs, and a saved view with the columns worth comparing.
+
+    By default the table of runs has no parameter and no score. A view is an experiment's tag; `view_url` opens this one.
+    """
+    state = base64.b64encode(zlib.compress(json.dumps({"selectedColumns": VIEW_COLUMNS}).encode())).decode()
+    view = {"name": "Parameters and scores", "createdAt": 0, "updatedAt": 0, "state": f"deflate;{state}"}
+    return {"mlflow.experimentKind": "custom_model_development", f"mlflow.sharedViewState.{VIEW}": json.dumps(view)}
+
+
+def view_url(uri: str, experiment_id: str) -> str:
+    """Where a browser shows the runs with parameters and scores: on the server, or on `mlflow ui` of a local store."""
+    # `mlflow ui` reads the variable, too.
+    server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
+    where = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+    return f"{without_secrets(server)}/{where}"
+
+
+def _bound_mlflow() -> None:
+    """Bound the wait for an unreachable server (MLflow's default: 4 minutes a request), unless the user has set it."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # usage statistics to a host that nobody here asked for
+
+
+def _make_whole(database: Path) -> None:
+    """Leaves an MLflow store with all its tables at `database`, or raises what stands against it.
+
+    MLflow makes the tables by some 70 migrations, and a store left in the middle of them never opens again. So they run
+    in a file of another name, which becomes the store when it is whole: this process may be killed, or this thread
+    frozen by the process's end, at any moment.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    making, lock = (database.with_name(f"{database.name}.{word}") for word in ("making", "lock"))
+    if _is_whole(database) and not making.exists() and not lock.exists():
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits for another process or thread; the system ends it with its holder
+        _remove(making)
+        while not _settled(database):
+            store = SqlAlchemyStore(f"sqlite:///{making}", (database.parent / ARTIFACTS).as_uri())
+            store.engine.dispose()
+            if not database.exists():  # else `mlflow ui` was started meanwhile
+                making.rename(database)
+            _remove(making)
+        lock.unlink(missing_ok=True)  # now that the store is whole, who waits for this lock has nothing left to do
+
+
+def _settled(database: Path) -> bool:
+    """Whether `database` is whole, once nobody else is making it; if not, it is removed where no record is in it."""
+    while not _is_whole(database):
+        if time.time() - _last_write(database) < SECONDS_QUIET:
+            time.sleep(0.2)
+            continue
+        if database.exists() and _holds_records(database):
+            path, uri = shlex.quote(str(database)), shlex.quote(f"sqlite:///{database}")
+            raise RuntimeError(
+                "its tables are half made, or another MLflow version's, and hold records: copy the file, then"
+                f" `mlflow db upgrade {uri}`; if that fails, `mv {path} {path}.half` makes room for a new one"
+            )
+        _remove(database)
+        return False
+    return True
+
+
+def _is_whole(database: Path) -> bool:
+    """Whether all migrations of the installed MLflow have run in `database`; False where there is no such file."""
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    if not database.exists():
+        return False
+    with _connected(database) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone():
+            return False
+        versions = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    return versions == [(_get_latest_schema_revision(),)]
+
+
+def _holds_records(database: Path) -> bool:
+    """Whether there is a row besides MLflow's own: schema's version, default workspace, default experiment."""
+    own = ("alembic_version", "workspaces", "experiments")
+    with _connected(database) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        rows = {table: connection.execute(f'SELECT 1 FROM "{table}" LIMIT 2').fetchall() for table in tables}
+    return any(len(found) > (table in own) for table, found in rows.items())
+
+
+def _connected(database: Path) -> Any:
+    """For `with`: a connection to an existing file. It rolls back what a killed process was writing."""
+    return contextlib.closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", timeout=20, uri=True))
+
+
+def _files(database: Path) -> list[Path]:
+    """`database` and what sqlite keeps beside it, which would spoil another file of this name."""
+    return [database.with_name(database.name + end) for end in ("", "-journal", "-wal", "-shm")]
+
+
+def _remove(database: Path) -> None:
+    for file in _files(database):
+        file.unlink(missing_ok=True)
+
+
+def _last_write(database: Path | None) -> float:
+    """When `database`, or the file that it is being made in, was last written to; seconds since 1970, 0 for never."""
+    times = [0.0]
+    for file in _files(database) + _files(database.with_name(f"{database.name}.making")) if database else []:
+        with contextlib.suppress(OSError):
+            times.append(file.stat().st_mtime)
+    return max(times)
+
+
+def _within(seconds: float, function: Callable[[], Any], sign_of_life: Callable[[], Any] = lambda: None) -> Any:
+    """`function()`, or TimeoutError where `sign_of_life()` stays the same for `seconds`.
+
+    Database drivers have waits that no setting of MLflow's bounds. `function` then goes on until the process ends, and
+    may be stopped anywhere by that.
+    """
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["value"] = function()
+        except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    sign, start = sign_of_life(), time.monotonic()
+    while thread.is_alive() and time.monotonic() - start < seconds:
+        thread.join(min(seconds, 0.5))
+        if sign != (sign := sign_of_life()):
+            start = time.monotonic()
+    if "error" in outcome:
+        raise outcome["error"]
+    if "value" not in outcome:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return outcome["value"]

@@ -1,0 +1,269 @@
+"""What a checkpoint holds of a training, and how a training takes it up again.
+
+Each process writes the rows of every parameter that it holds, and of the optimizer's states for them; with them the rows'
+places in the whole parameter. Reading asks for rows by place, so the same code resumes on as many processes as before, bit
+for bit, and on more or fewer of them. Under DDP all processes hold the same, and the first one writes it.
+
+The one thing that cannot always be divided anew is an 8-bit state whose blocks of 256 values run across the new borders.
+"""
+
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.training import checkpoint_files
+from vlm_vqa.training.optimizer import BLOCK, is_sharded, local
+
+log = logging.getLogger(__name__)
+
+CONSTANT_STATES = {"qmap1", "qmap2"}
+"""States of bitsandbytes that are the same for all parameters and are made anew."""
+BLOCK_STATES = {"absmax1", "absmax2"}
+"""One value for each block of 256 values of the rows."""
+WHOLE_STATES = {"gnorm_vec"}
+"""One for the whole parameter, the same on all processes."""
+
+
+class Rows(NamedTuple):
+    """A range of a tensor's first dimension; scalars count as one row."""
+
+    start: int
+    stop: int
+
+
+class Unfit(Exception):
+    """Stored optimizer states cannot be divided as this launch divides them."""
+
+
+def rows_held(parameter: Tensor) -> Rows:
+    """Return which rows of a whole parameter this process holds."""
+    if not is_sharded(parameter):
+        return Rows(0, _rows(parameter.shape))
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    start = min(offset[0], parameter.shape[0])
+    return Rows(start, start + shape[0])
+
+
+def first_rows(parameter: Tensor) -> set[int]:
+    """Return the first rows of all processes that hold any; FSDP2 divides as `torch.chunk` does."""
+    if not is_sharded(parameter):
+        return {0}
+    rows = parameter.shape[0]
+    return set(range(0, rows, -(-rows // parameter.device_mesh.size())))
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the model's parameters by the names of the unwrapped model, the tied head once."""
+    return {
+        name.removeprefix("module.").replace("._checkpoint_wrapped_module", ""): parameter
+        for name, parameter in model.named_parameters()
+    }
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def take(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, rank: int) -> tuple[dict, dict]:
+    """Return this process's tensors, copied to the CPU, and facts, for `checkpoint_files.Writer.save`."""
+    parameters = named_parameters(model)
+    tensors: dict[str, Tensor] = {}
+    states: dict[str, dict[str, Any]] = {}
+    held: dict[str, Rows] = {}
+    for name, parameter in parameters.items():
+        if rank > 0 and not is_sharded(parameter):
+            continue
+        held[name] = rows_held(parameter)
+        tensors[f"model/{name}"] = _copy(parameter)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and key not in CONSTANT_STATES:
+                tensors[f"optimizer/{name}/{key}"] = _copy(value)
+            elif not isinstance(value, Tensor):
+                states.setdefault(name, {})[key] = value
+    shapes = {name: {"shape": list(p.shape), "dtype": str(p.dtype)} for name, p in parameters.items()}
+    facts = {
+        "parameters": shapes,
+        "rows": held,
+        "states": states,
+        "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
+    }
+    more, general = take_random(scheduler)
+    return tensors | more, facts | general
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return the rows held here, on the CPU, independent of what training does to them next."""
+    return local(tensor.detach()).to("cpu", copy=True).contiguous()
+
+
+def take_random(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what belongs to a process and not to its parameters, as `take`: random generators and schedule."""
+    tensors = {"random/cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.random.get_rng_state()
+    kind, keys, *rest = numpy.random.get_state()
+    version, words, gauss = random.getstate()
+    generators = {"python": [version, list(words), gauss], "numpy": [kind, keys.tolist(), *rest]}
+    return tensors, {"random": generators, "scheduler": scheduler.state_dict()}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """A whole checkpoint, open for reading."""
+
+    def __init__(self, folder: Path, rank: int, world: int):
+        """Open it for process `rank` of `world`; its files have been verified."""
+        self.folder = folder
+        self.rank = rank
+        self.same_world = checkpoint_files.world_of(folder) == world
+        self.world = checkpoint_files.world_of(folder) or 0
+        self.facts = [checkpoint_files.read_seal(folder, writer, self.world) for writer in range(self.world)]
+        self._files = [checkpoint_files.read_tensors(folder, writer, self.world) for writer in range(self.world)]
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, restart: bool) -> None:
+        """Put weights, optimizer states and schedule back.
+
+        Raises:
+            UserError: the checkpoint is of another model, or its optimizer states do not fit and `restart` is false.
+        """
+        parameters = named_parameters(model)
+        self._check_parameters(parameters)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                local(parameter).copy_(self._read(f"model/{name}", name, rows_held(parameter)))
+        try:
+            states = {
+                parameter: dict(self._states(optimizer, name, parameter)) for name, parameter in parameters.items()
+            }
+        except Unfit as error:
+            self._restart(error, restart)
+        else:
+            for parameter, state in states.items():
+                if state:
+                    optimizer.state[parameter] = state
+        for group, stored in zip(optimizer.param_groups, self.facts[0]["groups"], strict=True):
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+        scheduler.load_state_dict(self.facts[0]["scheduler"])
+
+    def restore_random(self, seed: int) -> None:
+        """Put the generators back where they were; with another number of processes, seed them anew and say so."""
+        if not self.same_world:
+            log.warning(
+                "%s was written by another number of processes: dropout draws other numbers from here on", self.folder
+            )
+            torch.manual_seed(seed)
+            return
+        facts, file = self.facts[self.rank]["random"], self._files[self.rank]
+        version, words, gauss = facts["python"]
+        random.setstate((version, tuple(words), gauss))
+        kind, keys, *rest = facts["numpy"]
+        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+        torch.random.set_rng_state(file.get_tensor("random/cpu"))
+        if torch.cuda.is_available():
+            torch.cuda.random.set_rng_state(file.get_tensor("random/cuda"))
+
+    def _check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        stored = self.facts[0]["parameters"]
+        found = {name: {"shape": list(p.shape), "dtype": str(p.dtype)} for name, p in parameters.items()}
+        wrong = sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name))
+        if wrong:
+            raise UserError(
+                f"{self.folder}: belongs to another model; missing, unknown or of another shape: {wrong[:5]}. Delete "
+                f"the folder {self.folder}."
+            )
+
+    def _restart(self, error: Unfit, allowed: bool) -> None:
+        if not allowed:
+            raise UserError(
+                f"{self.folder}: {error}. Go on with {self.world} processes as before; or set train.restart_optimizer: true "
+                "to go on from the weights with fresh optimizer states; or delete the folder to start again."
+            )
+        log.warning("%s: %s; going on from its weights with fresh optimizer states", self.folder, error)
+
+    def _states(self, optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> Iterator[tuple[str, Any]]:
+        """Yield the states of the rows of `parameter` that this process holds."""
+        rows = rows_held(parameter)
+        keys = sorted({key for file in self._files for key in file.keys() if key.startswith(f"optimizer/{name}/")})
+        for key in keys:
+            state = key.rpartition("/")[2]
+            if state in WHOLE_STATES or state == "step":
+                value = next(file for file in self._files if key in file.keys()).get_tensor(key)
+            elif state in BLOCK_STATES:
+                value = self._read_blocks(key, name, parameter, rows)
+            else:
+                value = self._read(key, name, rows)
+            # torch keeps its step on the CPU.
+            yield state, _like(value, parameter, optimizer) if state != "step" else value
+        scalars = next((facts["states"][name] for facts in self.facts if name in facts["states"]), {})
+        yield from scalars.items()
+        if any(key.endswith("absmax1") for key in keys):
+            for state, kind in (("qmap1", "dynamic"), ("qmap2", "udynamic")):
+                yield state, optimizer.name2qmap[kind].to(local(parameter).device)
+
+    def _read(self, key: str, name: str, rows: Rows) -> Tensor:
+        """Read `rows` of a tensor from the processes that hold them."""
+        parts = []
+        for file, held in self._holders(name):
+            start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
+            if start < stop or (rows.start == rows.stop and not parts):
+                value = (
+                    file.get_tensor(key)
+                    if rows == held
+                    else file.get_slice(key)[start - held.start : stop - held.start]
+                )
+                parts.append(value)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _read_blocks(self, key: str, name: str, parameter: Tensor, rows: Rows) -> Tensor:
+        """Read what belongs to the blocks of `rows`.
+
+        Raises:
+            Unfit: a border runs through a block. All processes find the same: some with old states, some with fresh ones
+                would train no one model.
+        """
+        width = parameter.shape[1:].numel()
+        stored = {held.start for _, held in self._holders(name) if held.start < held.stop}
+        asked = first_rows(parameter)
+        if asked != stored and any(edge * width % BLOCK for edge in asked | stored):
+            raise Unfit(
+                f"the 8-bit optimizer states of {name} were divided among {self.world} processes in blocks of {BLOCK} "
+                "values that run across the new borders"
+            )
+        parts = []
+        for file, held in self._holders(name):
+            start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
+            if start < stop:
+                first, last = (start - held.start) * width // BLOCK, -(-(stop - held.start) * width // BLOCK)
+                parts.append(file.get_slice(key)[first:last])
+        # A process may hold no rows.
+        return torch.cat(parts) if parts else file.get_slice(key)[:0]
+
+    def _holders(self, name: str) -> Iterator[tuple[Any, Rows]]:
+        for file, facts in zip(self._files, self.facts, strict=True):
+            if name in facts["rows"]:
+                yield file, Rows(*facts["rows"][name])
+
+
+def _rows(shape: torch.Size) -> int:
+    return shape[0] if len(shape) else 1
+
+
+def _like(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Place a state where its parameter is; torch's own AdamW wants it sharded as the parameter is."""
+    value = value.to(local(parameter).device)
+    if isinstance(parameter, DTensor) and isinstance(optimizer, torch.optim.AdamW):
+        return DTensor.from_local(
+            value, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+            stride=parameter.stride(),
+        )  # fmt: skip
+    return value

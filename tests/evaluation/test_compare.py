@@ -1,0 +1,233 @@
+"""The gate of continuous integration: its verdicts, and that workflows and scripts call things that exist."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlm_vqa.cli import main
+from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation.compare import compare_reports, report_at, report_here
+
+REPO = Path(__file__).parents[1]
+REPORT = {
+    "helm": {"bleu_1": 0.99, "instances": 1000},
+    "vqa_accuracy": {"overall": 0.995, "questions": 9673},
+    "baselines": {
+        "prior": {"vqa_accuracy": 0.67, "bleu_1": 0.67},
+        "shuffled_images": {"vqa_accuracy": 0.59, "bleu_1": 0.58},
+    },
+}
+
+
+def changed(**values) -> dict:
+    """REPORT with `section__key=value` set."""
+    report = copy.deepcopy(REPORT)
+    for name, value in values.items():
+        section, key = name.split("__")
+        report[section][key] = value
+    return report
+
+
+@pytest.mark.parametrize(
+    ("bleu_1", "passed"),
+    [(0.99, True), (1.0, True), (0.981, True), (0.98, True), (0.9799, False), (0.5, False)],
+)
+def test_a_drop_beyond_the_tolerance_fails(bleu_1, passed):
+    comparison = compare_reports(REPORT, changed(helm__bleu_1=bleu_1), tolerance=0.01)
+    assert comparison.passed is passed
+    assert comparison.verdict().startswith("Passed" if passed else "FAILED")
+
+
+def test_only_bleu_1_decides_but_accuracy_is_shown():
+    comparison = compare_reports(REPORT, changed(vqa_accuracy__overall=0.5))
+    assert comparison.passed
+    assert "| vqa_accuracy.overall                   | 0.9950 | 0.5000 | -0.4950 |" in comparison.table()
+
+
+def test_another_number_of_instances_is_not_comparable():
+    with pytest.raises(UserError, match="helm.instances is 1000 at the base and 200 here"):
+        compare_reports(REPORT, changed(helm__instances=200))
+
+
+def test_accuracy_over_other_questions_is_shown_without_a_base():
+    rows = dict((name, base) for name, base, _ in compare_reports(REPORT, changed(vqa_accuracy__questions=10)).rows)
+    assert rows["vqa_accuracy.overall"] is None and rows["helm.bleu_1"] == 0.99
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, True, "0.99"])
+def test_a_score_that_is_no_number_is_refused_by_name(value):
+    with pytest.raises(UserError, match=r"this checkout's reports/evaluation\.json has no number helm\.bleu_1"):
+        compare_reports(REPORT, changed(helm__bleu_1=value))
+
+
+@pytest.mark.parametrize("tolerance", [-0.01, 1.5, float("nan")])
+def test_an_impossible_tolerance_is_refused(tolerance):
+    with pytest.raises(UserError, match="--tolerance"):
+        compare_reports(REPORT, REPORT, tolerance)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A git repository whose HEAD holds REPORT, and whose first commit holds none."""
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.chdir(tmp_path)
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", *arguments], check=True, capture_output=True)
+
+    git("init", "-q")
+    git("commit", "-qm", "empty", "--allow-empty")
+    (tmp_path / "reports").mkdir()
+    write(REPORT)
+    git("add", ".")
+    git("commit", "-qm", "report")
+    return tmp_path
+
+
+def write(report: dict) -> None:
+    Path("reports/evaluation.json").write_text(json.dumps(report))
+
+
+def test_reports_come_from_git_and_from_the_working_tree(checkout):
+    write(changed(helm__bleu_1=0.5))
+    assert report_at("HEAD") == REPORT
+    assert report_at("HEAD~1") is None
+    assert report_here()["helm"]["bleu_1"] == 0.5
+    with pytest.raises(UserError, match="no revision 'nowhere'"):
+        report_at("nowhere")
+    Path("reports/evaluation.json").unlink()
+    with pytest.raises(UserError, match="make repro"):
+        report_here()
+
+
+def test_the_command_ends_with_0_1_or_2(checkout, capsys, monkeypatch):
+    monkeypatch.setattr("vlm_vqa.evaluation.compare.metrics_diff", lambda revision: f"diff to {revision}")
+    assert main(["compare", "--base", "HEAD", "--markdown", "out/note.md"]) == 0
+    assert Path("out/note.md").read_text() in capsys.readouterr().out
+    assert "diff to HEAD" in Path("out/note.md").read_text()
+    write(changed(helm__bleu_1=0.97))
+    assert main(["compare", "--base", "HEAD"]) == 1
+    assert "FAILED: helm.bleu_1 dropped by 0.0200 (a drop of 0.01 is tolerated)" in capsys.readouterr().out
+    assert main(["compare", "--base", "HEAD", "--tolerance", "0.02"]) == 0
+    assert main(["compare", "--base", "HEAD~1"]) == 2
+    assert "--allow-missing-base" in capsys.readouterr().err
+    assert main(["compare", "--base", "HEAD~1", "--allow-missing-base"]) == 0
+    assert "the base has no reports/evaluation.json" in capsys.readouterr().out
+
+
+# --- workflows and scripts --------------------------------------------------------------------------------------------
+
+WORKFLOWS = sorted((REPO / ".github" / "workflows").glob("*.yml"))
+
+
+def steps(workflow: Path) -> list[dict]:
+    jobs = yaml.safe_load(workflow.read_text())["jobs"]
+    return [step for job in jobs.values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_call_scripts_that_exist_and_pinned_actions(workflow):
+    called = [match for step in steps(workflow) for match in re.findall(r"(?:^|\s)(\.ci/\S+)", step.get("run", ""))]
+    assert called, "the work is in scripts that run locally too"
+    for name in called:
+        assert os.access(REPO / name, os.X_OK), name
+    # A tag can be moved to other code, a commit cannot; the comment says which version it is.
+    actions = re.findall(r"uses: *(.*)", workflow.read_text())
+    assert len(actions) == len([step for step in steps(workflow) if "uses" in step]) > 0
+    for action in actions:
+        assert re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+
+
+def test_the_evaluation_runs_for_everything_that_can_change_scores():
+    # YAML 1.1 reads the key `on` as true.
+    triggers = yaml.safe_load((REPO / ".github/workflows/helm-eval.yml").read_text())[True]
+    assert "workflow_dispatch" in triggers
+    paths = triggers["pull_request"]["paths"]
+    for pattern in paths:
+        assert (REPO / pattern.removesuffix("/**")).exists(), pattern
+    covered = [pattern.removesuffix("/**") for pattern in paths]
+    stages = yaml.safe_load((REPO / "dvc.yaml").read_text())["stages"].values()
+    outputs = [next(iter(out)) if isinstance(out, dict) else out
+               for stage in stages for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]  # fmt: skip
+    sources = {dep for stage in stages for dep in stage["deps"]} - {*outputs, "${data.directory}"}
+    assert [dep for dep in sources if dep.split("/")[0] not in covered] == []
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_who_may_write_runs_nothing_of_the_change(workflow):
+    """Code of a pull request runs with a token that reads; the job that may comment has no code but the workflow's."""
+    content = yaml.safe_load(workflow.read_text())
+    # A fork's pull request runs with this repository's secrets under `pull_request_target`.
+    assert content[True].keys() <= {"push", "pull_request", "workflow_dispatch"}
+    assert content["permissions"] == {"contents": "read"}
+    for name, job in content["jobs"].items():
+        checkouts = [step for step in job["steps"] if "actions/checkout@" in step.get("uses", "")]
+        # Left alone, checkout writes the token into .git/config, where every script can read it.
+        assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+        if "permissions" in job:
+            assert job["permissions"] == {"pull-requests": "write"} and not checkouts, name
+            scripts = "".join(step.get("run", "") for step in job["steps"])
+            assert ".ci/" not in scripts and set(re.findall(r"\b(gh|make|python|bash|sh|source|dvc)\b", scripts)) == {
+                "gh"
+            }
+        else:
+            assert checkouts and "github.token" not in str(job) and "secrets." not in str(job), name
+    # What a pull request's author can choose never becomes part of a script.
+    assert not [step["run"] for step in steps(workflow) if "${{" in step.get("run", "")]
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """A copy of .ci/ beside a Makefile; its parts end as CURRENT, TEST, REPRO, GATE and FSDP2 say."""
+    ci = tmp_path / ".ci"
+    ci.mkdir()
+    for name in ("run", "helm-eval"):
+        (ci / name).write_text((REPO / ".ci" / name).read_text())
+        (ci / name).chmod(0o755)
+    (ci / "fsdp2").write_text("#!/bin/sh\nexit $FSDP2\n")
+    (ci / "fsdp2").chmod(0o755)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    # With a browser there, none is installed.
+    stubs = {"vlm-vqa": 'echo "gate $*"\nexit $GATE\n', "python": "exit $CURRENT\n", "chromium": "exit 1\n"}
+    for name, script in stubs.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}")
+        (programs / name).chmod(0o755)
+    (tmp_path / "Makefile").write_text(
+        "setup:\n"
+        "test:\n\t@echo '===== 3 passed, 1 warning in 0.12s ====='; echo trailer; exit $(TEST)\n"
+        "repro:\n\t@exit $(REPRO)\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("codes", "failed"),
+    [
+        ({}, []),
+        ({"CURRENT": "1"}, [".ci/current.py"]),
+        ({"TEST": "1"}, ["make test"]),
+        ({"REPRO": "1"}, [".ci/helm-eval"]),
+        ({"GATE": "1"}, [".ci/helm-eval"]),
+        ({"FSDP2": "1"}, [".ci/fsdp2"]),
+        ({"TEST": "1", "GATE": "1"}, ["make test", ".ci/helm-eval"]),
+    ],
+)
+def test_ci_run_fails_if_either_part_does_and_ends_with_pytests_line(stubs, codes, failed):
+    environment = os.environ | dict.fromkeys(("CURRENT", "TEST", "REPRO", "GATE", "FSDP2"), "0") | codes
+    environment["PATH"] = f"{stubs / '.venv/bin'}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run([stubs / ".ci" / "run"], env=environment, capture_output=True, text=True, cwd="/")
+    assert done.returncode == (1 if failed else 0), done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "===== 3 passed, 1 warning in 0.12s ====="
+    assert re.findall(r"^FAILED: (.*)$", done.stdout, re.M) == failed
+    if "REPRO" not in codes:
+        assert "gate compare --base HEAD --tolerance 0.01" in done.stdout

@@ -1,0 +1,203 @@
+"""The whole evaluation with a fake model: what is reported, over which questions, and what is refused beforehand."""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests import chromium
+from tests.sealing import seal_records
+from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.records import load_questions
+from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation import evaluate as module
+from vlm_vqa.evaluation.bleu import mean_bleu_1
+from vlm_vqa.evaluation.evaluate import Folders, _choose, answer_questions, evaluate
+from vlm_vqa.evaluation.helm.files import SCORES, HelmResults, helm_order, pick_instances
+from vlm_vqa.evaluation.helm.run import HelmFolders
+from vlm_vqa.params import Params, load_params
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def load(project):
+    """The fake answerer's loader, as this process sees it."""
+    sys.modules.pop("fake_answerer", None)
+    return importlib.import_module("fake_answerer").load
+
+
+def with_evaluation(params: Params, **values) -> Params:
+    return dataclasses.replace(params, evaluation=dataclasses.replace(params.evaluation, **values))
+
+
+@pytest.fixture
+def params(project) -> Params:
+    return with_evaluation(load_params(), helm_instances=6, batch_size=5, helm_threads=4)
+
+
+@pytest.fixture
+def no_helm(monkeypatch):
+    """HELM replaced by its answers: what the pixels say."""
+
+    def ask_helm(questions, *_):
+        predictions = ["red" if row["image_id"] % 2 == 0 else "blue" for row in questions]
+        bleu = mean_bleu_1(predictions, [row["answers"] for row in questions])
+        scores = dict.fromkeys(SCORES, 0.25) | {"bleu_1": bleu, "num_instances": len(questions)}
+        return HelmResults(scores, predictions, [{"bleu_1": 1.0}] * len(questions), {"name": "vqa"})
+
+    monkeypatch.setattr(module, "_ask_helm", ask_helm)
+
+
+def test_report_has_the_agreed_keys_and_figures(project, records, features, params, load, no_helm):
+    report = evaluate(params, Folders(), load).report
+    # Colours are right in full (10 of 10 and 4 of 10 humans say the colour); shuffled images are another colour or not.
+    assert report["vqa_accuracy"] == {
+        "overall": 1.0,
+        "per_answer_type": {"other": 1.0, "yes/no": 1.0},
+        "questions": 16,
+    }
+    assert set(report["helm"]) == {*SCORES, "instances"} and report["helm"]["instances"] == 6
+    assert set(report["baselines"]) == {"prior", "shuffled_images"}
+    for scores in report["baselines"].values():
+        assert set(scores) == {"vqa_accuracy", "bleu_1"}
+        assert scores["vqa_accuracy"] < 1.0
+    # From the question alone it says "blue" and "no", first of two equally common answers: right for half the images.
+    assert report["baselines"]["prior"]["vqa_accuracy"] == 0.5
+    assert report["model"] == {"mask": "image-prefix", "weights_hash": "w" * 64}
+    assert report["helm_equals_stored_features"] == 1.0
+    assert json.loads(Path("reports/evaluation.json").read_text()) == report
+    assert json.loads(Path("reports/metrics.json").read_text()) == {
+        "accuracy": 1.0,
+        "accuracy_blind": 0.5,
+        "accuracy_shuffled": report["baselines"]["shuffled_images"]["vqa_accuracy"],
+        "bleu_1": report["helm"]["bleu_1"],
+    }
+
+
+def test_predictions_are_kept_question_by_question(project, records, features, params, load, no_helm):
+    evaluate(params, Folders(), load)
+    rows = pq.read_table("reports/predictions.parquet").to_pylist()
+    questions = load_questions(records, "val").to_list()
+    assert [row["question_id"] for row in rows] == [row["question_id"] for row in questions]
+    for row, question in zip(rows, questions, strict=True):
+        assert row["answers"] == question["answers"] and row["answer_type"] == question["answer_type"]
+        assert row["prediction"] == ("red" if row["image_id"] % 2 == 0 else "blue")
+        assert row["prediction_shuffled"] == ("red" if row["shuffled_image_id"] % 2 == 0 else "blue")
+        assert row["shuffled_image_id"] != row["image_id"]
+        assert row["score"] == pytest.approx(1.0)
+        assert row["prediction_prior"] in ("blue", "no", "yes")
+
+
+def test_a_number_of_questions_from_params_holds_helms_instances(params):
+    rows = [{"question_id": at} for at in range(100)]
+    chosen, at_helm = _choose(rows, dataclasses.replace(params.evaluation, vqa_questions=20, helm_instances=7))
+    assert len(chosen) == 20
+    assert [row["question_id"] for row in chosen] == sorted(helm_order(100)[:20].tolist())
+    assert [chosen[at]["question_id"] for at in at_helm] == pick_instances(100, 7)
+    everything, at_helm = _choose(rows, dataclasses.replace(params.evaluation, vqa_questions=None, helm_instances=7))
+    assert everything == rows and at_helm == pick_instances(100, 7)
+
+
+def test_features_of_other_data_are_refused_before_helm_runs(project, records, features, params, load, monkeypatch):
+    monkeypatch.setattr(module, "_ask_helm", lambda *_: pytest.fail("HELM was run"))
+    seal_records(records, data_hash="other")
+    with pytest.raises(UserError, match="data_hash"):
+        evaluate(params, Folders(), load)
+
+
+def test_helm_that_answers_otherwise_than_the_stored_features_is_refused(
+    project, records, features, params, load, no_helm
+):
+    Path("models/export/model.json").write_text('{"red": "crimson"}')
+    with pytest.raises(UserError, match="of HELM's answers.*extract-features"):
+        evaluate(params, Folders(), load)
+    assert not Path("reports/evaluation.json").exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_answers_come_in_the_questions_order_and_images_stay_together(project, records, features, load, batch_size):
+    questions = load_questions(records, "val").to_list()[::-1]
+    answerer, store = load("models/export"), FeatureStore.open(features)
+    seen = []
+    given = store.batch
+    store.batch = lambda ids: seen.extend(ids) or given(ids)
+    answers = answer_questions(answerer, store, questions, batch_size, "questions")
+    assert answers == ["red" if row["image_id"] % 2 == 0 else "blue" for row in questions]
+    assert seen == sorted(seen)
+    swapped = {row["image_id"]: 501 for row in questions}
+    assert set(answer_questions(answerer, store, questions, batch_size, "other", swapped)) == {"blue"}
+
+
+@pytest.mark.slow
+def test_with_helm_itself_twice_the_same_bytes(project, records, features, params, load, subtests):
+    """The real HELM over ten instances, and again; its web view has the BLEU column and shows its images."""
+
+    def run():
+        evaluation = evaluate(with_evaluation(params, helm_instances=10), Folders(), load)
+        return {str(path): path.read_bytes() for path in evaluation.files}
+
+    first = run()
+    report = json.loads(first["reports/evaluation.json"])
+    assert report["helm"]["instances"] == 10
+    assert report["helm"]["exact_match"] == report["helm"]["bleu_1"] == 1.0
+    assert report["helm"]["bleu_4"] == 0.0
+    rows = pq.read_table(pa.BufferReader(first["reports/helm_predictions.parquet"])).to_pylist()
+    ids = [row["question_id"] for row in load_questions(records, "val").to_list()]
+    assert [row["question_id"] for row in rows] == [ids[at] for at in pick_instances(16, 10)]
+    assert all(set(SCORES) < set(row) and row["bleu_1"] == 1.0 for row in rows)
+
+    suite = HelmFolders().suite
+    table = json.loads((suite / "groups" / "vqa_base.json").read_text())[0]
+    assert [cell["value"] for cell in table["header"]][:2] == ["Model", "BLEU-1"]
+    assert table["rows"][0][1]["value"] == pytest.approx(report["helm"]["bleu_1"])
+    (instances,) = suite.glob("*/instances.json")
+    shown = json.loads(instances.read_text())[0]["input"]["multimedia_content"]["media_objects"][0]["location"]
+    assert shown.startswith("benchmark_output/") and Path(shown).is_file()
+    # HELM left nothing beside the committed files but its empty folder.
+    assert list((project / "evaluation" / "helm").glob("cache/*")) == []
+
+    assert run() == first
+    with subtests.test("HELM's page in a browser"):
+        look_at_helms_page(project, json.loads(instances.read_text()))
+
+
+def look_at_helms_page(project, instances):
+    """Show HELM's page as a user does and look at it: its pictures are there, and nothing is asked of other machines."""
+    if chromium.find() is None:
+        pytest.skip(f"no browser to look at HELM's page with: none of {', '.join(chromium.NAMES)} is installed")
+    # A shell's background job, as tests may be run in, ignores Ctrl-C.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from vlm_vqa.cli import main; sys.exit(main(['helm-web', '--port', '0']))"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    try:
+        address, place = re.match(r"(http://127\.0\.0\.1:\d+/)(#/runs/\S+) ", server.stdout.readline()).groups()
+        pages = {
+            place: "Instance id: id9", "#/leaderboard": "BLEU-1", "#/models": "VLM-VQA (DINOv2 + Gemma 2)",
+            "#/scenarios": "short-answer question answering", "#/runs": "vqa:model=",
+        }  # fmt: skip
+        seen, asked = chromium.look(project / "helm-web", address, pages, project)
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=60)
+    assert server.returncode == 0 and errors == ""
+    assert not [page for page, text in pages.items() if text not in seen[page]["shown"]]
+    pictures = {path: width for path, width in seen[place]["images"] if "/scenarios/" in path}
+    objects = [instance["input"]["multimedia_content"]["media_objects"] for instance in instances]
+    assert pictures == {f"/{picture['location']}": 16 for picture, _ in objects}
+    assert all(question["text"] in seen[place]["shown"] for _, question in objects)
+    assert len(asked) > 10 and [url for url in asked if not url.startswith((address, "data:"))] == []

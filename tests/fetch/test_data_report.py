@@ -1,0 +1,158 @@
+"""The page about the data: true counts, readable by itself, and the same bytes for the same data."""
+
+import base64
+import json
+import re
+import shutil
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from vlm_vqa.data import records
+from vlm_vqa.fetch.statistics import QuestionStatistics, mean, quantile
+from vlm_vqa.fetch.write_records import fetch
+
+QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
+ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
+VOID = {"meta", "img", "rect"}
+
+
+class Page(HTMLParser):
+    """Reads a page: its text, its links and whether its tags are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.rows, self.sources = [], {}, []
+        self._cells = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for key, value in attributes if key in ("src", "href")]
+        if tag not in VOID or tag == "rect":
+            self.open.append(tag)
+        if tag == "tr":
+            self._cells = []
+        if tag in ("td", "th"):
+            self._cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag == "tr" and self._cells:
+            self.rows.setdefault(self._cells[0], self._cells[1:])
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self._cells[-1] += data
+
+
+def page(folder):
+    return (folder / records.REPORT).read_text(encoding="utf-8")
+
+
+def change(path, key, edit):
+    content = json.loads(path.read_text())
+    edit(content[key])
+    path.write_text(json.dumps(content))
+
+
+def test_the_counts_are_those_of_the_data(vqav2_folder, directory_params, tmp_path):
+    folder = vqav2_folder()
+
+    def blank(annotations):
+        annotations[0]["multiple_choice_answer"] = ""
+        annotations[0]["answers"] = [{**answer, "answer": "" if n < 3 else str(n)} for n, answer in
+                                     enumerate(annotations[0]["answers"])]  # fmt: skip
+
+    change(folder / ANNOTATIONS, "annotations", blank)
+    change(folder / QUESTIONS, "questions", lambda questions: questions[1].update(question=questions[0]["question"]))
+    (folder / "train2014" / "COCO_train2014_000000000001.jpg").write_text("never asked about")
+    fetch(directory_params(folder), tmp_path / "records")
+    rows = Page(page(tmp_path / "records")).rows
+    assert rows["questions"] == ["12", "6"] and rows["images with questions"] == ["4", "2"]
+    assert rows["questions without a main answer"] == ["1 (8.33 %)", "0 (0.00 %)"]
+    assert rows["blank answers among the humans'"] == ["3 (2.50 %)", "0 (0.00 %)"]
+    assert rows["humans who agree on the main answer, mean"] == [f"{(11 * 9 + 3) / 12:.2f} of 10", "9.00 of 10"]
+    assert rows["asked in the same words of the same image before"] == ["1 (8.33 %)", "0 (0.00 %)"]
+    assert rows["files left out, having no question"] == ["1", "0"]
+    assert rows["number"][:2] == ["33.33 %", "33.33 %"]
+    assert rows["images of both splits"] == ["6"] and rows["most common sizes"] == ["32 x 24: 6 (100.00 %)"]
+
+
+def test_the_page_is_whole_and_stands_alone(vqav2_folder, directory_params, tmp_path):
+    fetch(directory_params(vqav2_folder(train_images=20, val_images=20, size=(640, 480))), tmp_path / "records")
+    text = page(tmp_path / "records")
+    read = Page(text)
+    assert not read.open and len(read.sources) == 12
+    for source in read.sources:
+        with Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))) as image:
+            assert image.format == "JPEG" and image.size == (293, 220)
+    assert not re.findall(r"https?://|<script|<link|@import|url\(", text) and len(text) < 200_000
+
+
+def test_equal_data_give_equal_pages(vqav2_folder, directory_params, tmp_path):
+    for name in ("one", "two"):
+        fetch(directory_params(vqav2_folder(f"source-{name}")), tmp_path / name / "records")
+    assert page(tmp_path / "one" / "records") == page(tmp_path / "two" / "records")
+    # Nor does it depend on how the images are kept.
+    folder = vqav2_folder("zipped")
+    shutil.make_archive(folder / "train", "zip", folder / "train2014")
+    params = directory_params(folder)
+    fetch(replace(params, train=replace(params.train, images="train.zip")), tmp_path / "three" / "records")
+    assert page(tmp_path / "one" / "records") == page(tmp_path / "three" / "records")
+
+
+def test_strangers_words_are_no_markup(vqav2_folder, directory_params, tmp_path):
+    folder, evil = vqav2_folder(train_images=1), "<script>alert('x')</script>&\"'"
+
+    def spoil(annotations):
+        for one in annotations:
+            one.update(question_type=evil, answer_type=evil, multiple_choice_answer=evil)
+            one["answers"] = [{**answer, "answer": evil, "answer_confidence": evil} for answer in one["answers"]]
+
+    change(folder / ANNOTATIONS, "annotations", spoil)
+    change(folder / QUESTIONS, "questions", lambda questions: [one.update(question=evil) for one in questions])
+    fetch(directory_params(folder), tmp_path / "records")
+    text = page(tmp_path / "records")
+    assert "<script" not in text and "&lt;script&gt;" in text and not Page(text).open
+
+
+def test_equal_images_are_counted(vqav2_folder, directory_params, tmp_path):
+    folder = vqav2_folder()
+    images = sorted((folder / "train2014").iterdir())
+    for image in images[1:]:
+        shutil.copy(images[0], image)
+    fetch(directory_params(folder), tmp_path / "records")
+    # The two of val may have that colour too.
+    twins = int(Page(page(tmp_path / "records")).rows["the bytes of an earlier image under another id"][0].split()[0])
+    assert twins == 6 - len({path.read_bytes() for path in folder.rglob("*.jpg")}) >= 3
+
+
+def row(number, kind):
+    return {
+        "question_id": number, "image_id": number // 2, "question": "Is it?", "question_type": "is it", "answer_type": kind,
+        "multiple_choice_answer": "yes", "answers": ("yes",) * 10, "answer_confidences": ("yes",) * 10,
+    }  # fmt: skip
+
+
+def test_examples_are_of_all_types_and_of_different_images():
+    counted = QuestionStatistics()
+    for number in range(1000):
+        counted.add(row(number, ("yes/no", "number", "other")[number % 3 if number < 30 else 0]))
+    examples = counted.examples()
+    assert len({one["image_id"] for one in examples}) == len(examples) == 6
+    assert Counter(one["answer_type"] for one in examples) == {"yes/no": 2, "number": 2, "other": 2}
+    reordered = QuestionStatistics()
+    for number in reversed(range(1000)):
+        reordered.add(row(number, ("yes/no", "number", "other")[number % 3 if number < 30 else 0]))
+    assert sorted(one["question_id"] for one in reordered.examples()) == sorted(one["question_id"] for one in examples)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 1), (0.25, 1), (0.26, 2), (0.75, 2), (0.76, 9), (1.0, 9)])
+def test_quantiles_and_means_are_of_what_was_counted(share, expected):
+    counts = Counter({9: 1, 1: 1, 2: 2})
+    assert quantile(counts, share) == expected and mean(counts) == 14 / 4

@@ -1,0 +1,121 @@
+"""Source `easy-vqa`: the package's data, whole, in VQAv2's layout."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image, JpegImagePlugin
+
+from vlm_vqa import params
+from vlm_vqa.errors import UserError
+from vlm_vqa.fetch.contract import Violations, pair
+from vlm_vqa.fetch.sources import easy_vqa, open_source
+from vlm_vqa.fetch.sources.official_layout import official_paths, read_annotations, read_questions
+
+PACKAGE_SPLITS = {"train": ("train", 0), "val": ("test", 4000)}
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    """{split: (its paths, [(question, annotation)])} of all of easy-VQA."""
+    folder = tmp_path_factory.mktemp("easy-vqa")
+    easy_vqa.write_official_layout(folder)
+    violations = Violations()
+    read = {}
+    for paths in official_paths(folder):
+        questions = read_questions(paths.questions, violations)
+        annotations = read_annotations(paths.annotations, violations)
+        read[paths.split] = paths, list(pair(questions, annotations, violations))
+    violations.raise_if_any()
+    return read
+
+
+@pytest.mark.parametrize(("split", "questions", "images"), [("train", 38_575, 4_000), ("val", 9_673, 1_000)])
+def test_every_question_is_there_with_its_answer_ten_times(layout, split, questions, images):
+    _, pairs = layout[split]
+    name, offset = PACKAGE_SPLITS[split]
+    original = json.loads((easy_vqa._package_data() / name / "questions.json").read_text())
+    assert [(q.question, a.multiple_choice_answer, q.image_id - offset) for q, a in pairs] == [
+        tuple(entry) for entry in original
+    ]
+    assert len(pairs) == questions and len({q.image_id for q, _ in pairs}) == images
+    assert all(a.answers == (a.multiple_choice_answer,) * 10 for _, a in pairs)
+    assert all(q.question_id // 1000 == q.image_id for q, _ in pairs)
+
+
+def test_no_id_is_in_both_splits(layout):
+    ids = [{q.question_id for q, _ in pairs} for _, pairs in layout.values()]
+    images = [{q.image_id for q, _ in pairs} for _, pairs in layout.values()]
+    assert not ids[0] & ids[1] and not images[0] & images[1]
+    assert [len(found) for found in ids] == [38_575, 9_673]
+
+
+def test_types_are_those_of_vqav2(layout):
+    assert Counter(a.answer_type for _, a in layout["train"][1]) == {"yes/no": 28_407, "other": 10_168}
+    types = {q.question: a.question_type for _, pairs in layout.values() for q, a in pairs}
+    assert types["what color is the shape?"] == "what color is the"
+    assert types["what is the color of the circle?"] == "what is the color of the"
+    assert types["what is the blue shape?"] == "what is the"
+    assert types["what shape is present?"] == "what"
+    assert types["is there a red shape?"] == "is there a"
+    assert types["is there not a red shape?"] == "is there"
+    assert types["is no circle present?"] == "is"
+    assert types["does the image not contain a circle?"] == "does the"
+    assert "none of the above" not in types.values()
+
+
+def test_types_follow_vqav2s_rule_on_real_questions(shared_data):
+    sample = shared_data / "vqav2-sample"
+    questions = json.loads((sample / "questions.json").read_text())["questions"]
+    annotations = json.loads((sample / "annotations.json").read_text())["annotations"]
+    compared = 0
+    for question, annotation in zip(questions, annotations, strict=True):
+        # Only the phrases that occur in easy-VQA are known here; more specific ones of VQAv2's list are not.
+        if annotation["question_type"] in ("what color is the", "is there a", "is there", "does the"):
+            assert easy_vqa.question_type(question["question"]) == annotation["question_type"]
+            compared += 1
+    assert compared > 5
+
+
+@pytest.mark.parametrize(("answer", "kind"), [("yes", "yes/no"), ("no", "yes/no"), ("12", "number"), ("red", "other")])
+def test_answer_types(answer, kind):
+    assert easy_vqa.answer_type(answer) == kind
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_are_jpegs_of_the_same_pictures(layout, split):
+    paths, _ = layout[split]
+    name, offset = PACKAGE_SPLITS[split]
+    assert len(list(paths.images.iterdir())) == (4_000 if split == "train" else 1_000)
+    for image_id in (0, 7, 999):
+        with Image.open(paths.images / paths.names.name(image_id + offset)) as image:
+            assert image.format == "JPEG" and image.size == (64, 64)
+            assert JpegImagePlugin.get_sampling(image) == 0  # 4:4:4: colour at every pixel
+            ours = np.asarray(image.convert("RGB"), dtype=int)
+        with Image.open(easy_vqa._package_data() / name / "images" / f"{image_id}.png") as image:
+            original = np.asarray(image.convert("RGB"), dtype=int)
+        assert np.abs(ours - original).mean() < 2
+
+
+def test_other_data_stop_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(easy_vqa, "DATA_HASH", "0" * 64)
+    with pytest.raises(UserError, match="easy-VQA's files have hash .*pip install --force-reinstall .*easy-vqa==1.0"):
+        easy_vqa.write_official_layout(tmp_path)
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(easy_vqa.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install easy-vqa==1.0"):
+        easy_vqa.write_official_layout(tmp_path)
+
+
+def test_the_source_is_identified_and_cleans_up(monkeypatch, directory_params):
+    # Writing is tested above; here only what stands around it.
+    monkeypatch.setattr(easy_vqa, "write_official_layout", lambda folder: None)
+    with open_source(directory_params(".", source=params.Source.EASY_VQA)) as source:
+        folder = source.splits[0].questions.parent
+        assert folder.is_dir()
+        assert source.name == "easy-vqa" and source.origin["version"] == "1.0" and len(source.origin["data_hash"]) == 64
+        assert any("10 times" in note for note in source.notes) and any("4000" in note for note in source.notes)
+    assert not folder.exists()

@@ -1,0 +1,291 @@
+"""The exported folder: plain transformers opens it and answers as the trained model, by the card's own words."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import metadata
+
+import numpy as np
+import pytest
+import torch
+from packaging.version import Version
+from PIL import Image
+from transformers import Dinov2Model
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.inference.export import PACKAGES, card, join, read_training, write_export
+from vlm_vqa.inference.predictor import FACTS_FILE, Answerer
+from vlm_vqa.model.encoder import Encoder
+from vlm_vqa.model.layout import Row, visible
+from vlm_vqa.model.vlm import hash_weights, save_trained, text_hidden, text_logits, trained_state
+from vlm_vqa.params import Mask, load_params
+from vlm_vqa.sealed import write_folder
+
+QUESTIONS = ["What color is the shape?", "Is there a dog?", "How many red dogs are there?"]
+DATA = {"source": "directory", "notes": ["a note"], "splits": {"train": {"questions": 3, "images": 2}}}
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+    """Return a function that writes a trained folder for a mask: (folder, encoder, params)."""
+
+    def write(mask):
+        folder = tmp_path / f"trained-{mask}"
+        save_trained(tiny.training.config, trained_state(tiny.training), folder)
+        tiny.processor.save_pretrained(folder)
+        write_folder(folder / "training.json", {"weights_hash": hash_weights(trained_state(tiny.training))})
+        tower = Dinov2Model(tiny.encoder_config)
+        prefix = "model.vision_tower."
+        state = tiny.stock.state_dict()
+        tower.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        encoder = Encoder(tower.eval(), tiny.processor.image_processor, "hash", tiny.num_patches)
+        params = load_params("presets/small.yaml")
+        prompt = dataclasses.replace(
+            params.prompt, mask=Mask(mask), instruction=tiny.layout(mask).instruction, text_length=64
+        )
+        vision = dataclasses.replace(params.vision, num_patches=tiny.num_patches)
+        return folder, encoder, dataclasses.replace(params, prompt=prompt, vision=vision)
+
+    return write
+
+
+def export(tiny, trained, mask, target):
+    folder, encoder, params = trained(mask)
+    training = read_training(folder)
+    model = join(folder, encoder, training["weights_hash"])
+    write_export(target, model, tiny.processor, params, training, {"steps": 1}, DATA)
+
+
+def picture(path):
+    values = np.random.default_rng(0).integers(0, 255, (31, 45), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+
+
+def snippet(folder):
+    """Return the card's own code."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    return code
+
+
+SCRIPT = """
+import json, runpy, sys, torch
+answers, logits = [], []
+for file in sys.argv[1:]:
+    names = runpy.run_path(file)
+    answers.append(names["answer"])
+    with torch.no_grad():
+        logits.append(names["model"](**names["inputs"]).logits[0, -1].tolist())
+assert "vlm_vqa" not in sys.modules
+print(json.dumps([answers, logits]))
+"""
+
+
+def pasted(folder, path, question):
+    """Return the card's code as a user has it in his file: pasted, with his own values in its first three lines."""
+    first, second, third, *rest = snippet(folder).splitlines()
+    assert [line.split(" = ")[0] for line in (first, second, third)] == ["folder", "path", "question"]
+    mine = [f"folder = {str(folder)!r}", f"path = {str(path)!r}", f"question = {question!r}"]
+    return "\n".join([*mine, *rest])
+
+
+ASK = """
+import sys
+from vlm_vqa.cli import main
+code = main()
+unused = {"bitsandbytes", "datasets", "deepspeed", "mlflow", "peft", "pyarrow", "torch._dynamo"} & set(sys.modules)
+assert code == 0 and not unused, unused
+"""
+
+
+def by_the_card(folder, path):
+    """Run the card's code from files in a fresh interpreter that sees neither the project nor its environment variables."""
+    files = [path.with_name(f"{number}.py") for number in range(len(QUESTIONS))]
+    for file, question in zip(files, QUESTIONS, strict=True):
+        file.write_text(pasted(folder, path, question))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", SCRIPT, *files],
+        cwd=path.parent, capture_output=True, text=True, timeout=300,
+        env={"HOME": os.environ["HOME"], "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *printed, last = done.stdout.splitlines()
+    answers, logits = json.loads(last)
+    assert printed == answers
+    return answers, logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [mask.value for mask in Mask])
+def test_plain_transformers_gives_the_trained_models_logits_and_answers(tiny, trained, mask, tmp_path):
+    folder = tmp_path / "export"
+    export(tiny, trained, mask, folder)
+    picture(tmp_path / "grey.png")
+    answers, logits = by_the_card(folder, tmp_path / "grey.png")
+
+    # By our own command too, which loads the libraries in a way of its own and says nothing beside the answers.
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK, "ask", "--model", str(folder), str(tmp_path / "grey.png"), *QUESTIONS, "--json"],
+        env={**os.environ, "PYTHONPATH": "src"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert [json.loads(line)["answer"] for line in asked.stdout.splitlines()] == answers and asked.stderr == ""
+
+    ours = Answerer.from_export(folder, device="cpu")
+    image = Image.open(tmp_path / "grey.png")
+    assert ours.answer(QUESTIONS, [image] * 3) == answers
+    assert len(set(answers)) > 1, "all answers alike: the test would see nothing"
+    layout = tiny.layout(mask)
+    features = ours.encode([image])
+    for question, expected in zip(QUESTIONS, logits, strict=True):
+        batch = layout.collate([Row(0, (layout.tokenize(question),))])
+        allowed = visible(batch["segment_ids"], batch["position_ids"], batch["bidirectional"])
+        tiny.training.eval()
+        with torch.no_grad():
+            hidden = text_hidden(tiny.training, features, batch["input_ids"], batch["position_ids"], allowed)
+            found = text_logits(tiny.training, hidden)[0, -1]
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_only_image_prefix_sets_the_token_types(tiny, trained, tmp_path):
+    for mask, expected in (("image-prefix", 1), ("prefix-lm", 0)):
+        export(tiny, trained, mask, tmp_path / mask)
+        assert snippet(tmp_path / mask).count('inputs["token_type_ids"] =') == expected
+
+
+def test_the_card_pins_what_is_installed_and_is_the_same_in_every_wheel_of_a_version(trained, monkeypatch):
+    _, _, params = trained("image-prefix")
+    text = card(params, {}, {}, DATA)
+    assert f"pip install {' '.join(f'{name}=={metadata.version(name)}' for name in PACKAGES)}\n" in text
+    least = re.search(r'require_version\("transformers>=(.*)"\)', text)[1]
+    assert f"**transformers {least} is the oldest" in text
+    # 5.22 opens the export and leaves out the soft cap of the logits; here the parity test above would fail.
+    assert Version(least) <= Version(metadata.version("transformers"))
+
+    real = metadata.version
+    monkeypatch.setattr("vlm_vqa.inference.export.version", lambda name: f"{real(name)}+cpu")
+    assert card(params, {}, {}, DATA) == text
+
+
+def test_the_card_says_where_the_weights_come_from(trained):
+    _, _, params = trained("prefix-lm")
+    text = card(params, {}, {}, DATA)
+    assert "Gemma 2, from random weights too," in text and "drawn pictures with labels for shape and colour." in text
+    assert "data above alone" not in text
+    vision = dataclasses.replace(params.vision, model="facebook/dinov2-base")
+    language = dataclasses.replace(params.language, model="google/gemma-2-2b-it")
+    text = card(dataclasses.replace(params, vision=vision, language=language), {}, {}, DATA)
+    assert "Gemma 2, from its authors' weights," in text and "`facebook/dinov2-base` as its authors" in text
+    assert "drawn pictures" not in text and "random weights too" not in text
+
+
+def test_an_export_is_the_same_bytes_twice(tiny, trained, tmp_path):
+    for name in ("one", "two"):
+        export(tiny, trained, "image-prefix", tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert {"README.md", FACTS_FILE, "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+
+
+def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_path):
+    folder, encoder, _ = trained("image-prefix")
+    with pytest.raises(UserError, match="training wrote 000000000000"):
+        join(folder, encoder, "0" * 64)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="model.safetensors: damaged.*vlm-vqa repair train"):
+        read_training(folder)
+    with pytest.raises(UserError, match="model.safetensors: missing or damaged.*vlm-vqa repair train"):
+        join(folder, encoder, "0" * 64)
+    export(tiny, trained, "image-prefix", tmp_path / "export")
+    facts = tmp_path / "export" / FACTS_FILE
+    facts.write_text(facts.read_text().replace('"weights_hash": "', '"weights_hash": "0'))
+    with pytest.raises(UserError, match="vlm-vqa repair export"):
+        Answerer.from_export(tmp_path / "export")
+
+
+def damaged(name, change):
+    """Return a function that changes a JSON file, or any file's bytes."""
+
+    def apply(folder):
+        path = folder / name
+        data = path.read_bytes()
+        if change is None:
+            path.unlink()
+        elif isinstance(change, bytes):
+            path.write_bytes(change)
+        elif isinstance(change, float):
+            path.write_bytes(data[: int(change * len(data))])
+        else:
+            content = json.loads(data)
+            for key, value in change.items():
+                *path_to, last = key.split(".")
+                place = content
+                for step in path_to:
+                    place = place[step]
+                place[last] = value
+            path.write_text(json.dumps(content))
+
+    return apply
+
+
+WHOLE = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    FACTS_FILE,
+)
+WAYS = (None, b"", 0.5, bytes(range(256)) * 9, b"[1, 2]", b"null", b"{}", b"[" * 100_000)
+SHAPES = [
+    ("config.json", {"model_type": "gemma2"}), ("config.json", {"text_config": {}}), ("config.json", {"text_config": None}),
+    ("config.json", {"text_config.num_hidden_layers": 9}), ("config.json", {"text_config.hidden_size": 2304}),
+    ("config.json", {"text_config.num_key_value_heads": 0}), ("config.json", {"vision_config.patch_size": 7}),
+    ("processor_config.json", {"image_processor.size": {"height": 56, "width": 56}}), (FACTS_FILE, {"num_patches": 4}),
+    (FACTS_FILE, {"num_patches": "x"}), (FACTS_FILE, {"mask": "foo"}), (FACTS_FILE, {"instruction": 7}),
+    (FACTS_FILE, {"text_length": None}), (FACTS_FILE, {"weights_hash": 5}), ("tokenizer.json", {"model.vocab": {}}),
+    ("tokenizer.json", {"model.type": "X"}),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_damaged_export_is_one_named_error(tiny, trained, tmp_path, monkeypatch):
+    """Never a traceback, never another model in its place, and nothing is asked of the hub."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
+    export(tiny, trained, "image-prefix", tmp_path / "export")
+    Answerer.from_export(tmp_path / "export", device="cpu")
+    for at, (name, change) in enumerate([*((name, way) for name in WHOLE for way in WAYS), *SHAPES]):
+        folder = tmp_path / str(at)
+        shutil.copytree(tmp_path / "export", folder)
+        damaged(name, change)(folder)
+        seal_again(folder)
+        with pytest.raises(
+            UserError, match=rf"^{folder}(: |/{FACTS_FILE}: ).*`(vlm-vqa repair|dvc repro) export"
+        ) as error:
+            Answerer.from_export(folder, device="cpu")
+        assert "\n" not in str(error.value), (name, change)
+
+
+def seal_again(folder):
+    """As if it had been exported so: what the seal cannot find must be found by what is read."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        facts = json.loads((folder / FACTS_FILE).read_text())
+        write_folder(folder / FACTS_FILE, {name: facts[name] for name in facts if name not in ("seal", "files")})
+
+
+def test_one_bit_in_any_file_is_named_before_it_is_read(tiny, trained, tmp_path, monkeypatch):
+    export(tiny, trained, "image-prefix", tmp_path / "export")
+    monkeypatch.setattr(
+        "transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("read before it was checked")
+    )
+    for path in sorted((tmp_path / "export").rglob("*")):
+        whole = path.read_bytes()
+        broken = bytearray(whole)
+        broken[len(whole) // 2] ^= 4
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=rf"^{path}: .*vlm-vqa repair export"):
+            Answerer.from_export(tmp_path / "export", device="cpu")
+        path.write_bytes(whole)
