@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 COPIES = "repository"
@@ -36,7 +36,10 @@ def on_files(files: Files, config) -> Files:
         for path in targets(page, (ROOT / page).read_text(encoding="utf-8")) - seen:
             seen.add(path)
             if path.parts[0] != "docs":
-                files.append(File.generated(config, str(site_path(path)), abs_src_path=str(ROOT / path)))
+                copy = File.generated(
+                    config, str(site_path(path)), abs_src_path=str(ROOT / path), inclusion=InclusionLevel.NOT_IN_NAV
+                )
+                files.append(copy)
             if path.suffix == ".md":
                 pages.append(path)
     return files
