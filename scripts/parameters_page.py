@@ -26,14 +26,14 @@ UNBOUNDED = " and at most 2,147,483,647"
 HEAD = """\
 # Parameters
 
-<!-- Written by `python -m scripts.parameters_page` from src/vlm_vqa/params.py: change the docstrings there, not this page. -->
+<!-- Written by `python -m scripts.parameters_page` from the docstrings in src/vlm_vqa/params.py: change those. -->
 
-Every key of `params.yaml`. Unknown keys are refused, so that a run is what its file says. The column *small run* shows the values
-of `presets/small.yaml`, which `params.yaml` starts with; `presets/` has whole files for the [full scale](full-scale.md).
-`vlm-vqa check FILE` checks a file without running anything.
+Every key of `params.yaml`. Unknown keys are refused, so that a run is what its file says. The column *small run* shows the
+values of `presets/small.yaml`, which `params.yaml` starts with; `presets/` has whole files for the
+[full scale](full-scale.md). `vlm-vqa check FILE` checks a file without running anything.
 
-The type of a key decides how its value is read: `1e-5`, `.00001` and `"1e-5"` are the same number, and `no` stays text where text is
-wanted. Truth values are `true` and `false`, never `yes` or `on`.
+The type of a key decides how its value is read: `1e-5`, `.00001` and `"1e-5"` are the same number, and `no` stays text where
+text is wanted. Truth values are `true` and `false`, never `yes` or `on`.
 """
 
 

@@ -1,8 +1,8 @@
 """mkdocs hook: documents and pictures that lie outside of docs/ keep their place, and the site gets a copy of each.
 
 A page links them by their real path (`../SECURITY.md`, `../benchmarks/results/speed.png`), so that the link works on GitHub
-and in an editor. On the site the copy lies below `repository/`, and links are rewritten to it. A linked Markdown file becomes
-a page; its own links are followed in the same way.
+and in an editor. On the site the copy lies below `repository/`, and links are rewritten to it. A linked Markdown file
+becomes a page; its own links are followed in the same way.
 """
 
 import os
