@@ -15,7 +15,7 @@ TESTS ?=
 # Of helm-web's page.
 PORT ?= 8000
 
-.PHONY: help repro test bench setup ui experiments helm-web lock audit clean
+.PHONY: help repro test bench docs setup ui experiments helm-web lock audit clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -28,6 +28,10 @@ test: setup  ## cheap tests first, slow ones after them
 
 bench: setup  ## measure speed and memory side by side: close everything else first
 	source $(BIN)/activate && python -m benchmarks
+
+docs: setup  ## build the documentation's site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; with search: python -m http.server --bind 127.0.0.1 --directory site"
 
 ui: setup  ## compare runs in the browser
 	source $(BIN)/activate && mlflow ui
@@ -52,7 +56,7 @@ ifeq ($(INSTALLER),uv)
 	uv venv --quiet --allow-existing --seed --python 3.11 $(VENV)
 	uv pip install --python $(BIN)/python $(if $(filter cpu,$(WHEELS)),--torch-backend cpu) --constraint constraints.txt --editable '.[dev]'
 else
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: the README says how to get it; or name one by make PYTHON=/path/to/python3.11, or install uv and call make INSTALLER=uv." >&2; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: docs/index.md says how to get it; or name one by make PYTHON=/path/to/python3.11, or install uv and call make INSTALLER=uv." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar on $(if $(filter cpu,$(WHEELS)),--extra-index-url $(CPU_WHEELS)) --constraint constraints.txt --editable '.[dev]'
 endif
@@ -68,4 +72,4 @@ audit:  ## ask PyPI's advisories about constraints.txt
 	PYTHON=$(PYTHON) scripts/audit
 
 clean:  ## remove what runs have made; .venv and the MLflow store stay
-	rm -rf data/records data/features data/features.parts models checkpoints benchmark_output helm-web
+	rm -rf data/records data/features data/features.parts models checkpoints benchmark_output helm-web site

@@ -1,0 +1,270 @@
+"""The documents are true: what they name exists, their links lead somewhere, and their figures are those measured."""
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+import tomllib
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import easy_vqa
+import pytest
+import yaml
+
+from benchmarks.__main__ import DEFAULT
+from scripts import parameters_page
+from vlm_vqa import cli
+
+ROOT = Path(__file__).parents[1]
+DOCS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = ["SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/vqav2/README.md", "evaluation/helm/README.md"]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md", *DOCS, *OTHERS]}
+TEXT = "\n\n".join(PAGES.values())
+FLAT = " ".join(TEXT.split())
+PAGE = [pytest.param(name, id=name) for name in PAGES]
+
+# New names that the documents use, and the old ones, until the branches that move them are merged. Then both go.
+MOVING = {"proofs/": "benchmarks/", "src/vlm_vqa/estimate/": "src/vlm_vqa/preflight/"}
+
+
+def there(path: str) -> bool:
+    """Tell whether a path or pattern of the repository leads somewhere."""
+    names = [path, *(old + path.removeprefix(new) for new, old in MOVING.items() if path.startswith(new))]
+    return any(next(ROOT.glob(name), None) for name in names)
+
+
+def results(name: str) -> dict:
+    return json.loads(next(ROOT.glob(f"*/results/{name}.json")).read_text(encoding="utf-8"))
+
+
+def strategies():
+    """Return the proof's module, which knows how its table is written."""
+    return importlib.import_module("proofs.strategies" if (ROOT / "proofs").is_dir() else "benchmarks.strategies")
+
+
+def table_rows(text: str) -> Iterator[list[str]]:
+    """Yield the cells of every table's line."""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# --- what is named exists
+
+
+def test_readme_is_short():
+    assert len(PAGES["README.md"].encode()) <= 8000
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make (?:[A-Z]+=\S+ )*([a-z-]+)", TEXT, flags=re.MULTILINE))
+    assert {"repro", "test", "docs", "setup"} <= named <= targets
+
+
+def test_commands_and_options_of_vlm_vqa_exist(capsys):
+    named = re.findall(r"\bvlm-vqa ([a-z][a-z-]+)([^`\n#]*)", TEXT)
+    assert {"ask", "gallery", "track", "preflight", "unlock"} <= {command for command, _ in named}
+    for command, rest in named:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--help"])
+        assert ended.value.code == 0, command
+        assert set(re.findall(r"--[a-z-]+", rest)) <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out)), rest
+
+
+def test_modules_that_are_run_exist():
+    named = set(re.findall(r"python -m\s+([a-z_.]+)", TEXT))
+    assert {"benchmarks.small_run", "proofs.kills", "scripts.parameters_page"} <= named
+    for module in named:
+        path = module.replace(".", "/")
+        ours = any(there(f"{place}{path}{end}") for place in ("", "src/") for end in (".py", "/__main__.py"))
+        assert ours or importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize("page", PAGE)
+def test_paths_are_there(page):
+    made_by_a_run = ("data/records", "data/features", "data/archives", "benchmarks/results.here", "reports/helm_pred")
+    places = "presets|launch|evaluation|stages|src|scripts|tests|docs|benchmarks|proofs|reports|data|[.]ci"
+    named = re.findall(rf"(?<![\w/.-])(?:{places})/[\w./*-]*[\w*/]", PAGES[page])
+    assert not [name for name in named if not name.startswith(made_by_a_run) and not there(name)]
+
+
+@pytest.mark.parametrize("page", PAGE)
+def test_keys_and_stages_are_there(page):
+    known = set(re.findall(r"^\| `([\w.]+)`", PAGES["docs/parameters.md"], flags=re.MULTILINE))
+    sections = {key.partition(".")[0] for key in known}
+    named = {key for key in re.findall(r"[`=]([a-z]+\.[\w.]+\w)(?=[`:=])", PAGES[page])
+             if key.partition(".")[0] in sections and not key.endswith((".json", ".yaml"))}  # fmt: skip
+    assert not named - known
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert set(re.findall(r"dvc (?:repro|commit) ([a-z][\w-]+)", PAGES[page])) <= set(stages)
+
+
+def test_environment_variables_are_read():
+    code = "".join(path.read_text(encoding="utf-8") for folder in ("src", "benchmarks", "tests", "proofs")
+                   for path in (ROOT / folder).rglob("*.py") if path != Path(__file__))  # fmt: skip
+    assert not [name for name in set(re.findall(r"\bVLM_VQA_\w+", TEXT)) if name not in code]
+
+
+def test_documents_name_no_place_outside():
+    assert not re.search(r"\.\./shared|/work/|(?<!/var)/tmp/|localhost:", TEXT)
+
+
+# --- links
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub and mkdocs both make of a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE):
+        words = unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode().strip().lower()
+        words = re.sub(r"[^\w\s-]", "", words)
+        github, mkdocs = re.sub(r"\s", "-", words), re.sub(r"[-\s]+", "-", words).strip("-")
+        found |= {github} if github == mkdocs else set()
+    return found
+
+
+@pytest.mark.parametrize("page", PAGE)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", PAGES[page]):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.is_file(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_every_page_is_linked_from_the_start():
+    linked = set(re.findall(r"\]\(([^)#]+\.md)", PAGES["docs/index.md"]))
+    assert {Path(name).name for name in DOCS} - {"index.md"} <= linked
+
+
+# --- pages that are made
+
+
+def test_the_page_of_parameters_is_current():
+    """If not: python -m scripts.parameters_page."""
+    assert PAGES["docs/parameters.md"] == parameters_page.page()
+
+
+def test_the_site_builds_and_asks_no_other_machine(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed; make setup installs it")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = sorted(tmp_path.rglob("*.html"))
+    assert {"index.html", "parameters.html", "SECURITY.html"} <= {path.name for path in pages}
+    for path in pages:
+        loaded = r"<(?:script|img|iframe|link(?! rel=\"canonical\"))\b[^>]*\b(?:src|href)=\"?((?:https?:)?//[^\" >]+)"
+        assert re.findall(loaded, path.read_text(encoding="utf-8")) == [], path.name
+
+
+# --- licence, citation, changelog
+
+
+def test_versions_and_licence_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project["license"] == citation["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
+    assert (ROOT / "LICENSE").read_text().split()[:5] == ["Apache", "License", "Version", "2.0,", "January"]
+    assert citation["version"] == project["version"]
+    released = f"## {project['version']} - {citation['date-released']}"
+    assert released in PAGES["CHANGELOG.md"] and "## Unreleased" in PAGES["CHANGELOG.md"]
+
+
+# --- figures
+
+
+def test_speed_is_what_was_measured():
+    """Every claim that was measured stands in the documents, met or missed."""
+    claims = [claim for name in DEFAULT for claim in results(name)["claims"]]
+    for one in claims:
+        target = "" if one["target"] is None else f"{'at most' if one['at_most'] else 'at least'} {one['target']:.3g}"
+        verdict = {True: "met", False: "**missed**", None: ""}[one["met"]]
+        line = f"| {one['what']} | {one['ratio']:.3g} | {one['low']:.3g} .. {one['high']:.3g} | {target} | {verdict} |"
+        assert line in PAGES["docs/benchmarks.md"], line
+    machine = results(DEFAULT[0])["machine"]
+    assert f"torch {machine['torch']}, transformers {machine['transformers']}" in FLAT
+    assert sum(claim["met"] is False for claim in claims) == 3 and "a target is missed, and three are" in FLAT
+
+
+def test_what_comes_out_is_what_was_measured():
+    found = {name: results(name) for name in ("learning", "strategies", "kills")}
+    assert all(claim["met"] for result in found.values() for claim in result["claims"])
+    details, made = found["strategies"]["details"], strategies()
+    assert made.table(details["distances"], details["8_from_32_bits"], list(made.LAUNCHES)) in PAGES["docs/training.md"]
+    assert f"after {details['losses']} steps" in FLAT
+    measured = {claim["what"]: claim["ratio"] for result in found.values() for claim in result["claims"]}
+    loss = measured["32 bits: largest relative difference of a step's loss"]
+    assert f"Every step's loss agrees to {loss:.1e} with 32-bit AdamW" in FLAT
+    ended = 35 * measured["slowest end of all processes after a kill, over 35 s"]
+    assert f"every process had ended within {math.ceil(ended)} s of the kill" in FLAT
+    assert "After each of 20 such kills" in FLAT and len(found["kills"]["details"]["kills"]) == 20
+
+
+def test_the_spread_over_seeds_is_what_was_measured():
+    details = results("learning")["details"]
+    for way, mean in details["mean_accuracy"].items():
+        seeds = [run["accuracy"] for name, run in details["runs"].items() if name.startswith(f"{way}, seed")]
+        assert len(seeds) == 3
+        spread = f"{min(seeds):.4f} .. {max(seeds):.4f}"
+        assert f"| {way} | {mean:.4f} | {spread} |" in PAGES["docs/training.md"]
+        assert way != "packed" or f"three seeds gave {spread}" in " ".join(PAGES["docs/evaluation.md"].split())
+
+
+def test_full_scale_is_what_was_measured():
+    real, data, features = results("real_shape"), results("data_scale"), results("features")
+    assert all(claim["met"] is not False for result in (real, data, features) for claim in result["claims"])
+    losses, peak = real["details"]["losses"], real["claims"][0]["ratio"]
+    worst = max(claim["ratio"] for claim in real["claims"] if "off preflight's" in claim["what"])
+    assert f"loss {losses[0]:.2f} to {losses[-1]:.2f} over the same 8 questions, peak {peak:.1f} GiB" in FLAT
+    assert f"at most {worst:.1%} from".replace("%", " %") in FLAT
+    assert f"{real['details']['seconds']['step']:.0f} s a step" in FLAT
+    seconds, memory = (claim["ratio"] for claim in data["claims"][:2])
+    assert f"{seconds:.0f} s, {memory:.2f} GiB" in FLAT
+    questions, images = (sum(count[index] for count in data["details"]["counts"].values()) for index in (0, 1))
+    assert f"{questions:,} questions with ten answers each, {images:,} tiny images" in FLAT
+    narrow, wide = (claim["ratio"] for claim in features["claims"][:2])
+    assert f"{narrow:.2f} of the rate in bfloat16, {wide:.2f} in int8" in FLAT
+    error = features["details"]["relative_error_of_a_token"]["int8"]["median"]
+    assert f"relative error of a token {error:.1%} (median)".replace("%", " %") in FLAT
+
+
+def test_the_small_run_is_what_was_measured():
+    """By what is committed for it, with its machine: a user's own run in reports/ is none of these tests' business."""
+    found = results("small_run")["details"]
+    scores, seconds = found["scores"], found["seconds"]
+    names = {"this model": "**this model**", "shuffled_images": "the same model, shuffled images",
+             "prior": "question-only baseline"}  # fmt: skip
+    for page in ("README.md", "docs/evaluation.md"):
+        rows = {cells[0]: cells[1:] for cells in table_rows(PAGES[page])}
+        for key, name in names.items():
+            accuracy, bleu = scores[key]
+            assert rows[name][:2] == [f"{accuracy:.4f}", f"{bleu:.3f}"], (page, name)
+        assert f"All {scores['questions']:,} " in PAGES[page]
+        assert f"HELM on the {scores['helm_instances']:,} of them" in " ".join(PAGES[page].split())
+    minutes, rest = divmod(round(sum(seconds.values())), 60)
+    taken = f"The five stages took {minutes} min {rest} s after set-up, training {seconds['train']:.0f} s of them"
+    assert taken in FLAT
+    assert f"at most {found['peak_gib']:.1f} GiB in one process" in FLAT
+    assert f"{scores['wrong']} of the {scores['questions']:,} answers are wrong" in FLAT
+
+
+def test_what_one_thread_is_worth_on_a_busy_machine_is_what_was_measured():
+    ratios = {claim["what"]: claim["ratio"] for claim in results("threads")["claims"]}
+    cases = ("beside 8, OMP_NUM_THREADS=1", "beside 8")
+    one, two = (ratios[f"{case}: questions/s over the quiet run's"] for case in cases)
+    assert f"{one:.2f} of the quiet rate instead of {two:.2f}" in FLAT
+
+
+def test_what_is_said_against_the_small_run_is_so():
+    """Its questions are the same in both splits, and the encoder's pretraining knew all that they ask about."""
+    train, test = (set(split()[0]) for split in (easy_vqa.get_train_questions, easy_vqa.get_test_questions))
+    assert train == test and f"All {len(train)} question strings of easy-VQA are in both splits" in FLAT
+    answers = set(easy_vqa.get_answers()) - {"yes", "no"}
+    card = (ROOT / "src/vlm_vqa/model/small_encoder/README.md").read_text(encoding="utf-8")
+    assert len(answers) == 11 and not [answer for answer in answers if answer not in card]
+    assert "three shapes and eight colours that easy-VQA asks about" in " ".join(PAGES["README.md"].split())
