@@ -15,7 +15,7 @@ TESTS ?=
 # Of helm-web's page.
 PORT ?= 8000
 
-.PHONY: help repro test bench docs setup ui experiments helm-web lock audit clean
+.PHONY: help repro test bench docs setup ui experiments helm-web lock audit clean lint
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -28,6 +28,9 @@ test: setup  ## cheap tests first, slow ones after them
 
 bench: setup  ## measure speed and memory side by side: close everything else first
 	source $(BIN)/activate && python -m benchmarks
+
+lint: setup  ## style, spelling
+	source $(BIN)/activate && ruff check . && ruff format --check . && codespell
 
 docs: setup  ## build the documentation's site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

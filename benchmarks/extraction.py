@@ -29,10 +29,11 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 from benchmarks import measure, vqav2
 from benchmarks.measure import Claim
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.data.feature_store import FeatureStore, FeatureStoreWriter, Layout
+from vlm_vqa.data.feature_store import FeatureStore, Layout
 from vlm_vqa.data.records import ImageRecord
 from vlm_vqa.errors import UserError
 from vlm_vqa.features import extract
+from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.flops import vision_flops, vision_linear_maps
 from vlm_vqa.params import StoreDtype
@@ -163,7 +164,7 @@ def ahead(encoder: Encoder, images: Sequence[ImageRecord], writer: FeatureStoreW
 def in_turn(encoder: Encoder, images: Sequence[ImageRecord], writer: FeatureStoreWriter, batch_size: int) -> None:
     """As the stage did it: nothing overlaps."""
     for number in range(writer.layout.shards):
-        shard, places = writer.layout.shard(number), writer.layout.places(number)
+        shard, places = Shard.of(writer.layout, number), writer.layout.places(number)
         for start in range(places.start, places.stop, batch_size):
             batch = images[start : min(start + batch_size, places.stop)]
             opened = [open_image(record.data, record.file_name, MAX_PIXELS) for record in batch]

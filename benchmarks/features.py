@@ -28,7 +28,8 @@ from torch import Tensor
 
 from benchmarks import measure, vqav2
 from benchmarks.measure import Claim
-from vlm_vqa.data.feature_store import FeatureStore, FeatureStoreWriter, Layout
+from vlm_vqa.data.feature_store import FeatureStore, Layout
+from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.params import Dtype, StoreDtype, VisionParams
 
@@ -84,7 +85,7 @@ def write(folder: Path, layout: Layout) -> int:
     writer = FeatureStoreWriter(folder, layout, made_by={})
     noise_NTD = torch.randn(64, layout.num_tokens, layout.width, generator=torch.Generator().manual_seed(0))
     for number in writer.begin():
-        shard, places = layout.shard(number), layout.places(number)
+        shard, places = Shard.of(layout, number), layout.places(number)
         for start in range(places.start, places.stop, len(noise_NTD)):
             image_ids = range(start, min(start + len(noise_NTD), places.stop))
             shard.add(image_ids, noise_NTD[: len(image_ids)])
@@ -162,7 +163,7 @@ def compare_errors(features_NTD: Tensor) -> dict[str, dict[str, float]]:
         with tempfile.TemporaryDirectory() as place:
             writer = FeatureStoreWriter(Path(place) / "features", layout, made_by={})
             (number,) = writer.begin()
-            shard = layout.shard(number)
+            shard = Shard.of(layout, number)
             shard.add(range(count), features_NTD)
             writer.write(shard)
             writer.publish()

@@ -17,9 +17,11 @@ from tqdm import tqdm
 from vlm_vqa import cores
 from vlm_vqa.checks import check_here
 from vlm_vqa.data import decoding, feature_store, records
-from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
+from vlm_vqa.data.feature_store import Layout
 from vlm_vqa.features import extract, workers
+from vlm_vqa.features import writer as shard_writer
 from vlm_vqa.features.workers import POLL_SECONDS, Crew
+from vlm_vqa.features.writer import FeatureStoreWriter
 from vlm_vqa.hashing import sha256_file
 from vlm_vqa.model import encoder
 from vlm_vqa.model.encoder import Encoder, load_encoder
@@ -28,7 +30,9 @@ from vlm_vqa.pipeline import entrypoint
 
 RECORDS = Path("data/records")
 FEATURES = Path("data/features")
-CODE = [Path(part.__file__) for part in (decoding, feature_store, records, encoder, extract)] + [Path(__file__)]
+CODE = [Path(part.__file__) for part in (decoding, feature_store, shard_writer, records, encoder, extract)] + [
+    Path(__file__)
+]
 """What decides the features: shards that other code has made are not used."""
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny_model import tiny  # noqa: F401 - a fixture for all areas
+from vlm_vqa.params import DataParams, Source, SplitFiles
 
 REPO = Path(__file__).parents[1]
 # A user's own server, store or launcher must neither hear of the tests nor change what they see.
@@ -78,3 +79,31 @@ def _write_split(folder: Path, split: str, image_ids: list[int], size: tuple[int
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture
+def directory_params() -> Callable[..., DataParams]:
+    """Return a function that gives the parameters to fetch a folder, with fields changed by name."""
+
+    def params(folder: str | Path, **changes) -> DataParams:
+        train, val = (
+            SplitFiles(
+                f"v2_OpenEnded_mscoco_{split}2014_questions.json",
+                f"v2_mscoco_{split}2014_annotations.json",
+                f"{split}2014",
+                f"COCO_{split}2014_{{image_id:012d}}.jpg",
+            )
+            for split in ("train", "val")
+        )
+        fields = {
+            "source": Source.DIRECTORY,
+            "train": train,
+            "val": val,
+            "allow_split_overlap": False,
+            "official": None,
+            "hub": None,
+            "max_image_pixels": 50_000_000,
+        }
+        return DataParams(directory=str(folder), **{**fields, **changes})
+
+    return params

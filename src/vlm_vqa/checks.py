@@ -29,7 +29,17 @@ def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORD
         UserError: they do not allow the five stages.
     """
     check_machine(params, launches, run)
-    if (records / MANIFEST).is_file() and read_manifest(records).get("source") == params.data.source.value:
+    if not (records / MANIFEST).is_file():
+        return
+    try:
+        manifest = read_manifest(records)
+    except UserError as error:
+        if run:
+            raise
+        # Damaged, or of an earlier version of this code: the first stage makes them anew.
+        log.warning("%s", error)
+        return
+    if manifest.get("source") == params.data.source.value:
         check_records(params, records)
 
 

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlm_vqa.data import feature_store
-from vlm_vqa.data.feature_store import FeatureStore, FeatureStoreWriter, Layout
+from vlm_vqa.data.feature_store import FeatureStore, Layout
 from vlm_vqa.errors import UserError
+from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.params import StoreDtype
 from vlm_vqa.sealed import SWITCH, read_sealed, write_sealed
 
@@ -42,7 +43,7 @@ def writer(folder, dtype=StoreDtype.FLOAT32, **computed_by):
 
 
 def shard(number, features, dtype=StoreDtype.FLOAT32):
-    made, places = layout(dtype).shard(number), layout(dtype).places(number)
+    made, places = Shard.of(layout(dtype), number), layout(dtype).places(number)
     for place in places:
         made.add([IDS[place]], features[place : place + 1])
     return made
@@ -122,7 +123,7 @@ def test_bytes_are_a_function_of_the_features(tmp_path, dtype):
     assert first.begin() == [0, 1, 2]
     second.write(shard(2, features, dtype))
     first.write(shard(1, features, dtype))
-    together = layout(dtype).shard(0)
+    together = Shard.of(layout(dtype), 0)
     together.add(IDS[:3], features[:3])
     second.write(together)
     first.publish()
@@ -265,14 +266,14 @@ def test_an_unknown_image_is_named(folder):
 
 
 def test_an_image_that_comes_twice_is_named(folder):
-    made = layout().shard(0)
+    made = Shard.of(layout(), 0)
     made.add([3, 7], features_of(2))
     with pytest.raises(UserError, match="image 7 follows image 7.*fetch-vqav2"):
         made.add([7], features_of(1))
     store = writer(folder)
     store.begin()
     for number, image_ids in enumerate([[3, 7, 8], [8, 9, 10], [11]]):
-        made = layout().shard(number)
+        made = Shard.of(layout(), number)
         made.add(image_ids, features_of(len(image_ids)))
         store.write(made)
     with pytest.raises(UserError, match="image 8 follows image 8"):
@@ -284,7 +285,7 @@ def test_an_image_that_comes_twice_is_named(folder):
 def test_a_shard_of_too_few_images_is_not_written(folder):
     store = writer(folder)
     store.begin()
-    made = layout().shard(1)
+    made = Shard.of(layout(), 1)
     made.add(IDS[3:5], features_of(2))
     with pytest.raises(UserError, match="shard 1: 2 images came where the records count 3"):
         store.write(made)
@@ -299,7 +300,7 @@ def test_features_that_do_not_fit_the_dtype_are_named(dtype, value):
     features = features_of(2)
     features[1, 2, 3] = value
     with pytest.raises(UserError, match=f"image 7: .*not finite as {dtype.value}.*vision.store_dtype"):
-        layout(dtype).shard(0).add([3, 7], features)
+        Shard.of(layout(dtype), 0).add([3, 7], features)
 
 
 def test_a_cut_shard_is_refused_before_it_is_mapped(folder):

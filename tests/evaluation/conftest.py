@@ -13,8 +13,9 @@ from PIL import Image
 
 from tests.sealing import seal_records
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
+from vlm_vqa.data.feature_store import Layout
 from vlm_vqa.data.records import IMAGE_FEATURES, QUESTION_FEATURES, iter_images
+from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.params import HELM_INSTRUCTION, StoreDtype
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +146,7 @@ def features(records) -> Path:
     layout = Layout(images=12, num_tokens=1, width=3, dtype=StoreDtype.FLOAT32)
     writer = FeatureStoreWriter(folder, layout, {"encoder_hash": "e", "data_hash": "d"})
     assert writer.begin() == [0]
-    shard = layout.shard(0)
+    shard = Shard.of(layout, 0)
     for record in iter_images(records):
         pixels = np.asarray(open_image(record.data, record.file_name, 10_000), dtype=np.float32)
         shard.add([record.image_id], torch.tensor(pixels.mean((0, 1)))[None, None])

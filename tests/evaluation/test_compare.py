@@ -14,7 +14,7 @@ from vlm_vqa.cli import main
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.compare import compare_reports, report_at, report_here
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 REPORT = {
     "helm": {"bleu_1": 0.99, "instances": 1000},
     "vqa_accuracy": {"overall": 0.995, "questions": 9673},
@@ -203,7 +203,7 @@ def stubs(tmp_path):
         (programs / name).write_text(f"#!/bin/sh\n{script}")
         (programs / name).chmod(0o755)
     (tmp_path / "Makefile").write_text(
-        "setup:\n"
+        "setup lint docs:\n"
         "test:\n\t@echo '===== 3 passed, 1 warning in 0.12s ====='; echo trailer; exit $(TEST)\n"
         "repro:\n\t@exit $(REPRO)\n"
     )

@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, BitImageProcessor, Dinov2Config, Dinov2Model
 from transformers.image_utils import load_image
 
+from scripts import pretrain_small_encoder as pretraining
 from vlm_vqa.errors import UserError
-from vlm_vqa.model import pretrain_small_encoder as pretraining
 from vlm_vqa.model.encoder import SMALL_ENCODER, load_encoder, middle
 from vlm_vqa.params import Dtype, StoreDtype, VisionParams
 

@@ -12,7 +12,7 @@ import pytest
 
 from vlm_vqa.pipeline import orphans
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # What DVC does: a shell that runs a command and waits for it. The shell's second command keeps it from becoming the first.
 STARTER = """
@@ -77,7 +77,7 @@ def test_what_a_person_has_started_goes_on_without_his_shell(started):
 
 def test_a_process_that_does_not_end_is_ended(monkeypatch):
     script = (
-        "import psutil, sys, time\nfrom vlm_vqa import orphans\norphans.SECONDS_TO_END = 0.5\n"
+        "import psutil, sys, time\nfrom vlm_vqa.pipeline import orphans\norphans.SECONDS_TO_END = 0.5\n"
         "orphans.end_with_parents(lambda: None, [psutil.Process(int(sys.argv[1]))])\nprint('on', flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -95,7 +95,7 @@ def test_a_process_that_does_not_end_is_ended(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux ends such a child; elsewhere nothing does")
 def test_a_child_that_is_not_ours_dies_with_us():
     script = (
-        "import subprocess, time\nfrom vlm_vqa import orphans\n"
+        "import subprocess, time\nfrom vlm_vqa.pipeline import orphans\n"
         "child = subprocess.Popen(['sleep', '60'], start_new_session=True, preexec_fn=orphans.die_with_parent)\n"
         "print(child.pid, flush=True)\ntime.sleep(60)\n"
     )

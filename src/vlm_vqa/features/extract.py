@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.data.feature_store import FeatureStoreWriter, Shard
 from vlm_vqa.data.records import ImageRecord
+from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.prefetch import in_order
 
@@ -65,7 +65,7 @@ def extract(
 
     def shards(prepared: Iterable[Prepared]) -> Iterator[Shard]:
         for number, parts in itertools.groupby(prepared, lambda part: part.shard):
-            shard = writer.layout.shard(number)
+            shard = Shard.of(writer.layout, number)
             for _, image_ids, pixels_NCHW in parts:
                 shard.add(image_ids, encoder.encode_pixels(pixels_NCHW))
                 on_images(len(image_ids))
