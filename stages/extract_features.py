@@ -1,4 +1,4 @@
-"""Stage 2: look at every image once with the frozen DINOv2 and store what it saw.
+"""Stage 2: encode every image once with the frozen DINOv2 and store its features.
 
 Reads data/records; writes data/features, and before that data/features.parts, from where a run that was ended goes on.
 Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/extract_features.py`.
@@ -20,7 +20,7 @@ from vlm_vqa.data import decoding, feature_store, records
 from vlm_vqa.data.feature_store import Layout
 from vlm_vqa.features import extract, workers
 from vlm_vqa.features import writer as shard_writer
-from vlm_vqa.features.workers import POLL_SECONDS, Crew
+from vlm_vqa.features.workers import POLL_SECONDS, WorkerGroup
 from vlm_vqa.features.writer import FeatureStoreWriter
 from vlm_vqa.hashing import sha256_file
 from vlm_vqa.model import encoder
@@ -58,13 +58,13 @@ def main() -> None:
             "%d images with %s on %d x %s, threads %s",
             layout.images, vision.model, running.size, running.device.type, running.threads,
         )  # fmt: skip
-        running.tell("missing", writer.begin())
-    make(running.hear("missing"), running, loaded, writer, vision.batch_size, params.data.max_image_pixels)
+        running.broadcast("missing", writer.begin())
+    make(running.wait_for("missing"), running, loaded, writer, vision.batch_size, params.data.max_image_pixels)
     if running.main:
         writer.publish()
 
 
-def computed_by(vision: VisionParams, running: Crew) -> dict[str, object]:
+def computed_by(vision: VisionParams, running: WorkerGroup) -> dict[str, object]:
     """Return what decides the last bits of features beside the encoder and the data."""
     device = running.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
@@ -73,7 +73,12 @@ def computed_by(vision: VisionParams, running: Crew) -> dict[str, object]:
 
 
 def make(
-    missing: list[int], running: Crew, loaded: Encoder, writer: FeatureStoreWriter, batch_size: int, max_pixels: int
+    missing: list[int],
+    running: WorkerGroup,
+    loaded: Encoder,
+    writer: FeatureStoreWriter,
+    batch_size: int,
+    max_pixels: int,
 ) -> None:
     """Make shards together with the other processes; the main one shows the progress of all, and waits for all."""
     left = sum(len(writer.layout.places(number)) for number in missing)
@@ -84,12 +89,12 @@ def make(
     ) as progress:
 
         def show(more: int) -> None:
-            progress.update(running.count("images", more) + images - left - progress.n)
+            progress.update(running.add("images", more) + images - left - progress.n)
             if running.main and (busy := crowd.notice(cores.waits())):
                 logger.warning(busy)
 
         extract.extract(
-            running.share(missing),
+            running.claim(missing),
             lambda places: records.images_between(RECORDS, places.start, places.stop),
             loaded,
             writer,
@@ -97,8 +102,8 @@ def make(
             max_pixels,
             show,
         )
-        running.count("finished", 1)
-        while running.main and running.count("finished") < running.size:
+        running.add("finished", 1)
+        while running.main and running.add("finished") < running.size:
             show(0)
             time.sleep(POLL_SECONDS)
         show(0)

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm_vqa.data.records import MANIFEST, load_questions, read_manifest
 from vlm_vqa.errors import UserError
-from vlm_vqa.launch_file import check_params, read_launch, strategy_of
+from vlm_vqa.launch_file import check_params, read_copies, read_launch, strategy_of
 from vlm_vqa.params import Answers, Params, Punkt, TooLong, is_local
 
 log = logging.getLogger(__name__)
@@ -51,12 +51,7 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
     Raises:
         UserError: naming the parameter.
     """
-    extraction = read_launch(params.vision.launch, launches, "vision.launch")
-    if extraction["distributed_type"] not in ("NO", "MULTI_GPU") or extraction["num_machines"] != 1:
-        raise UserError(
-            f"vision.launch is {params.vision.launch!r}, which divides a model or spans machines; the encoder is copied "
-            "to processes of one machine. Set vision.launch to cpu, cpu-ddp or ddp."
-        )
+    read_copies(params.vision.launch, launches)
     training = read_launch(params.train.launch, launches)
     check_params(params.train, strategy_of(training, launches / f"{params.train.launch}.yaml"))
     for key, model in (("vision.model", params.vision.model), ("language.model", params.language.model)):

@@ -56,6 +56,21 @@ def read_launch(name: str, folder: str | Path = "launch", key: str = "train.laun
     return asked
 
 
+def read_copies(name: str, folder: str | Path = "launch") -> dict[str, Any]:
+    """Read a launch of extract-features, whose processes each hold the whole encoder.
+
+    Raises:
+        UserError: as `read_launch`; or it divides a model or spans machines.
+    """
+    asked = read_launch(name, folder, "vision.launch")
+    if asked["distributed_type"] not in ("NO", "MULTI_GPU") or asked["num_machines"] != 1:
+        raise UserError(
+            f"vision.launch is {name!r}, which divides a model or spans machines; the encoder is copied to processes of one "
+            "machine. Set vision.launch to cpu, cpu-ddp or ddp."
+        )
+    return asked
+
+
 def strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
     """Return what a launch file asks for.
 

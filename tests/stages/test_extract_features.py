@@ -331,11 +331,11 @@ def test_a_killed_launch_goes_on_with_any_number_of_processes(run_folder, monkey
             2,
             "vision.launch is 'cpu-fsdp2', which divides a model.*Set vision.launch to cpu, cpu-ddp or ddp",
         ),
-        ("zero3", 4, "distributed_type DEEPSPEED"),
+        ("zero3", 4, "divides a model"),
         ("nowhere", 1, "there is no launch/nowhere.yaml. Known launches: .*cpu-ddp"),
         ("cpu-ddp", 1, "asks for num_processes 2, but 1 started.*dvc repro extract-features"),
         ("cpu", 2, "asks for num_processes 1, but 2 started"),
-        ("two-machines", 2, "spans 2 machines"),
+        ("two-machines", 2, "divides a model or spans machines"),
         ("ddp", 4, "asks for GPUs 4, but 0 started"),
     ],
 )
@@ -350,7 +350,9 @@ def test_a_launch_that_is_not_the_one_asked_for_stops(run_folder, monkeypatch, l
 
 def test_processes_share_the_shards_among_them():
     store = torch.distributed.HashStore()
-    one, other = (workers.Crew(rank, 2, torch.device("cpu"), store, ONE).share([3, 4, 7, 8, 9]) for rank in (0, 1))
+    one, other = (
+        workers.WorkerGroup(rank, 2, torch.device("cpu"), store, ONE).claim([3, 4, 7, 8, 9]) for rank in (0, 1)
+    )
     taken = [next(one), next(other), next(other), next(one)]
     assert taken + list(one) + list(other) == [3, 4, 7, 8, 9]
 

@@ -1,4 +1,4 @@
-"""The processes of an extraction: those that were asked for run, or none, and they share out the work among them.
+"""The worker group of an extraction: the processes that were asked for run, or none, and they divide the work.
 
 Each holds a whole encoder and makes whole shards, so all they have in common is the launcher's store: which shard is the
 next, and how many images are done. The training's collectives, and its watch over many machines, are not needed here:
@@ -15,21 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import distributed
 
 from vlm_vqa import cores
 from vlm_vqa.errors import UserError
+from vlm_vqa.launch_file import read_copies
 
 JOIN_SECONDS = 120.0
 """Between the first and the last process's arrival: imports on a busy machine take long."""
 POLL_SECONDS = 0.2
-_COPIES = {"NO": "one process", "MULTI_GPU": "several processes"}
-"""accelerate's distributed types under which every process holds the whole encoder."""
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkerGroup:
     """This process among those of the launch; made by `join`."""
 
     rank: int
@@ -43,27 +41,27 @@ class Crew:
         """Whether this is the process that does what is done once."""
         return self.rank == 0
 
-    def tell(self, key: str, value: Any) -> None:
-        """Tell all processes a JSON value."""
+    def broadcast(self, key: str, value: Any) -> None:
+        """Give all processes a JSON value."""
         self.store.set(key, json.dumps(value))
 
-    def hear(self, key: str) -> Any:
-        """Wait for what a process tells, this one included."""
+    def wait_for(self, key: str) -> Any:
+        """Return what a process has broadcast, or this one; wait until it is there."""
         while not self.store.check([key]):
             time.sleep(POLL_SECONDS)
         return json.loads(self.store.get(key))
 
-    def share(self, numbers: Sequence[int]) -> Iterator[int]:
+    def claim(self, numbers: Sequence[int]) -> Iterator[int]:
         """Yield those of the numbers, the same in all processes, that no other process has taken yet, one at a time."""
-        while (place := self.count("taken", 1) - 1) < len(numbers):
+        while (place := self.add("taken", 1) - 1) < len(numbers):
             yield numbers[place]
 
-    def count(self, what: str, more: int = 0) -> int:
+    def add(self, what: str, more: int = 0) -> int:
         """Add to a count that all processes share; return it."""
         return self.store.add(what, more)
 
 
-def join(launch: str, folder: str | Path = "launch") -> Crew:
+def join(launch: str, folder: str | Path = "launch") -> WorkerGroup:
     """Meet the other processes, and compare what has started with what `launch/NAME.yaml` asks for.
 
     The cores are divided among the processes, unless the user says how many threads each gets. That number changes no bit of
@@ -74,7 +72,7 @@ def join(launch: str, folder: str | Path = "launch") -> Crew:
             Or `OMP_NUM_THREADS` is no number of threads.
     """
     path = Path(folder) / f"{launch}.yaml"
-    asked = _read(launch, path)
+    asked = read_copies(launch, folder)
     size, rank, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
     )
@@ -87,34 +85,13 @@ def join(launch: str, folder: str | Path = "launch") -> Crew:
         torch.cuda.set_device(device)
     threads = cores.threads(size)
     torch.set_num_threads(threads.count)
-    crew = Crew(rank, size, device, _store(size), threads)
-    crew.count("arrived", 1)
+    group = WorkerGroup(rank, size, device, _store(size), threads)
+    group.add("arrived", 1)
     latest = time.monotonic() + JOIN_SECONDS
-    while crew.count("arrived") < size and time.monotonic() < latest:
+    while group.add("arrived") < size and time.monotonic() < latest:
         time.sleep(POLL_SECONDS)
-    _compare(path, "num_processes", size, crew.count("arrived"))
-    return crew
-
-
-def _read(launch: str, path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise UserError(f"vision.launch is {launch!r}, but there is no {path}. Known launches: {known}.")
-    asked = yaml.safe_load(path.read_text(encoding="utf-8"))
-    kind, processes = asked.get("distributed_type"), asked.get("num_processes")
-    if kind not in _COPIES:
-        raise UserError(
-            f"vision.launch is {launch!r}, which divides a model among processes (distributed_type {kind}); the frozen "
-            "encoder is copied to each. Set vision.launch to cpu, cpu-ddp or ddp."
-        )
-    if (kind == "NO") != (processes == 1):
-        raise UserError(f"{path}: distributed_type {kind} is for {_COPIES[kind]}, but num_processes is {processes}.")
-    if asked.get("num_machines", 1) != 1:
-        raise UserError(
-            f"vision.launch is {launch!r}, which spans {asked['num_machines']} machines; extract-features runs on one. Set "
-            "vision.launch to a launch with num_machines 1."
-        )
-    return asked
+    _compare(path, "num_processes", size, group.add("arrived"))
+    return group
 
 
 def _compare(path: Path, fact: str, wanted: int, found: int) -> None:
