@@ -37,6 +37,11 @@ from benchmarks.memory import read_peak, reset_peak
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import ImageRecord
 from vlm_vqa.errors import UserError
+from vlm_vqa.estimate.advice import changed
+from vlm_vqa.estimate.dataset_size import Counts, Texts
+from vlm_vqa.estimate.devices import find_device
+from vlm_vqa.estimate.shapes import GEMMA_2_2B, GEMMA_VOCABULARY, model_of
+from vlm_vqa.estimate.stage_costs import CPU_UTILISATION, Machine, Stage, predict
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import (
@@ -52,11 +57,6 @@ from vlm_vqa.model.vlm import (
     trained_state,
 )
 from vlm_vqa.params import Params, load_params
-from vlm_vqa.preflight.advice import changed
-from vlm_vqa.preflight.devices import find_device
-from vlm_vqa.preflight.shapes import GEMMA_2_2B, GEMMA_VOCABULARY, model_of
-from vlm_vqa.preflight.stages import CPU_UTILISATION, Machine, Stage, predict
-from vlm_vqa.preflight.texts import Counts, Texts
 from vlm_vqa.training import launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments

@@ -8,9 +8,9 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from vlm_vqa.estimate.predict import preflight
+from vlm_vqa.estimate.shapes import GEMMA_VOCABULARY, LANGUAGE, VISION
 from vlm_vqa.params import PROJECTIONS, load_params
-from vlm_vqa.preflight.run import preflight
-from vlm_vqa.preflight.shapes import GEMMA_VOCABULARY, LANGUAGE, VISION
 from vlm_vqa.training.launch import read_launch
 
 ROOT = Path(__file__).parents[1]

@@ -59,8 +59,8 @@ def _check(arguments: argparse.Namespace) -> int:
 def _preflight(arguments: argparse.Namespace) -> int:
     import json
 
-    from vlm_vqa.preflight.report import as_json, as_text
-    from vlm_vqa.preflight.run import preflight
+    from vlm_vqa.estimate.predict import preflight
+    from vlm_vqa.estimate.render import as_json, as_text
 
     names = ("device", "price", "host_memory", "disk", "utilisation", "bandwidth")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm_vqa.cli import main
-from vlm_vqa.preflight import devices
+from vlm_vqa.estimate import devices
 from vlm_vqa.training.throughput import Peak
 
 ROOT = Path(__file__).parents[2]

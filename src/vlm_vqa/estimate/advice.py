@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.estimate.dataset_size import Texts
+from vlm_vqa.estimate.memory import GIB
+from vlm_vqa.estimate.stage_costs import Machine, Stage, launch_shape, predict
 from vlm_vqa.params import PROJECTIONS, Params, parse_params
-from vlm_vqa.preflight.memory import GIB
-from vlm_vqa.preflight.stages import Machine, Stage, launch_shape, predict
-from vlm_vqa.preflight.texts import Texts
 
 MOST_JOINED = 3
 MOST_OPTIONS = 4

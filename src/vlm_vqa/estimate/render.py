@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_vqa.estimate.advice import Check, Option
+from vlm_vqa.estimate.memory import GIB, Item, Moment
+from vlm_vqa.estimate.stage_costs import Machine, Stage
 from vlm_vqa.params import Params
-from vlm_vqa.preflight.advice import Check, Option
-from vlm_vqa.preflight.memory import GIB, Item, Moment
-from vlm_vqa.preflight.stages import Machine, Stage
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from vlm_vqa.estimate.dataset_size import Texts
 from vlm_vqa.model.flops import Work, rows_work
 from vlm_vqa.model.layout import QuestionTokens, Row
 from vlm_vqa.params import Mask, Params
-from vlm_vqa.preflight.texts import Texts
 from vlm_vqa.training.windows import WindowSampler, WindowShape
 
 WINDOWS = 40

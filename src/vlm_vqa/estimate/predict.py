@@ -8,12 +8,12 @@ import psutil
 
 from vlm_vqa.checks import check_here
 from vlm_vqa.errors import UserError
+from vlm_vqa.estimate.advice import advise, checks
+from vlm_vqa.estimate.dataset_size import RECORDS, read_texts
+from vlm_vqa.estimate.devices import GIB, find_device
+from vlm_vqa.estimate.render import Prediction
+from vlm_vqa.estimate.stage_costs import CPU_UTILISATION, GPU_UTILISATION, Machine, launch_shape, predict
 from vlm_vqa.params import load_params
-from vlm_vqa.preflight.advice import advise, checks
-from vlm_vqa.preflight.devices import GIB, find_device
-from vlm_vqa.preflight.report import Prediction
-from vlm_vqa.preflight.stages import CPU_UTILISATION, GPU_UTILISATION, Machine, launch_shape, predict
-from vlm_vqa.preflight.texts import RECORDS, read_texts
 
 BANDWIDTH = 20.0
 """MB/s of downloads, assumed."""

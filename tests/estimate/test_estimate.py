@@ -13,24 +13,24 @@ from transformers import Dinov2Config, Dinov2Model, Gemma2Config, PaliGemmaConfi
 from vlm_vqa.cli import main
 from vlm_vqa.data.feature_store import Layout
 from vlm_vqa.errors import UserError
+from vlm_vqa.estimate.advice import changed
+from vlm_vqa.estimate.batches import Pass, plan
+from vlm_vqa.estimate.dataset_size import VQAV2, read_texts, tokens
+from vlm_vqa.estimate.devices import GIB, find_device
+from vlm_vqa.estimate.memory import Step
+from vlm_vqa.estimate.predict import preflight
+from vlm_vqa.estimate.render import as_text
+from vlm_vqa.estimate.shapes import VISION, Model, VisionShape, model_of, vision_of
+from vlm_vqa.estimate.stage_costs import launch_shape
 from vlm_vqa.model.flops import rows_work
 from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import VlmForTraining, add_adapters, freeze_embeddings, initial_model, set_dropout
 from vlm_vqa.params import LoraParams, Mask, StoreDtype, TrainParams, load_params
-from vlm_vqa.preflight.advice import changed
-from vlm_vqa.preflight.devices import GIB, find_device
-from vlm_vqa.preflight.memory import Step
-from vlm_vqa.preflight.passes import Pass, plan
-from vlm_vqa.preflight.report import as_text
-from vlm_vqa.preflight.run import preflight
-from vlm_vqa.preflight.shapes import VISION, Model, VisionShape, model_of, vision_of
-from vlm_vqa.preflight.stages import launch_shape
-from vlm_vqa.preflight.texts import VQAV2, read_texts, tokens
 from vlm_vqa.training.launch import Strategy
 from vlm_vqa.training.optimizer import build_optimizer
 from vlm_vqa.training.throughput import PEAKS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 NOTHING = Path("no-records-here")
 LORA = LoraParams(4, 8.0, 0.0, ("q_proj", "v_proj", "down_proj"))

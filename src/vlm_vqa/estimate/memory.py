@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vlm_vqa.estimate.batches import Pass
+from vlm_vqa.estimate.shapes import Model, Parameter
 from vlm_vqa.params import Attention, Dtype, Optimizer, TrainParams
-from vlm_vqa.preflight.passes import Pass
-from vlm_vqa.preflight.shapes import Model, Parameter
 from vlm_vqa.training.launch_file import Strategy
 from vlm_vqa.training.optimizer import BLOCK, CHUNK, HISTORY, LEAST_8BIT
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.estimate import memory
+from vlm_vqa.estimate.batches import Pass, Passes, plan
+from vlm_vqa.estimate.dataset_size import Texts
+from vlm_vqa.estimate.devices import Device
+from vlm_vqa.estimate.memory import GPU_BASE, HOST_BASE, NCCL_BASE, Item, Moment, Step, moment, times
+from vlm_vqa.estimate.shapes import Model, VisionShape, model_of, vision_of
 from vlm_vqa.model.extraction import MOST_THREADS
 from vlm_vqa.model.flops import Cost, Work, cost, lora_token_cost, vision_flops
 from vlm_vqa.params import Dtype, Mask, Optimizer, Params, Source, StoreDtype
-from vlm_vqa.preflight import memory
-from vlm_vqa.preflight.devices import Device
-from vlm_vqa.preflight.memory import GPU_BASE, HOST_BASE, NCCL_BASE, Item, Moment, Step, moment, times
-from vlm_vqa.preflight.passes import Pass, Passes, plan
-from vlm_vqa.preflight.shapes import Model, VisionShape, model_of, vision_of
-from vlm_vqa.preflight.texts import Texts
 from vlm_vqa.training.launch_file import Strategy, check_params, read_launch, strategy_of
 
 CPU_UTILISATION = 0.75
