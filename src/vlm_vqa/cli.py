@@ -59,12 +59,12 @@ def _check(arguments: argparse.Namespace) -> int:
 def _preflight(arguments: argparse.Namespace) -> int:
     import json
 
-    from vlm_vqa.estimate.predict import preflight
+    from vlm_vqa.estimate.predict import predict
     from vlm_vqa.estimate.render import as_json, as_text
 
     names = ("device", "price", "host_memory", "disk", "utilisation", "bandwidth")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    prediction = preflight(arguments.params, **given)
+    prediction = predict(arguments.params, **given)
     print(json.dumps(as_json(prediction), indent=2) if arguments.json else as_text(prediction, arguments.details))
     return 0 if prediction.fits else 1
 

@@ -1,7 +1,6 @@
-"""Memory and rate of the devices that `preflight` knows by name."""
+"""Memory and rate of the devices that people name."""
 
 import difflib
-import itertools
 import re
 import shlex
 import time
@@ -16,17 +15,18 @@ from vlm_vqa.params import Dtype
 from vlm_vqa.training.throughput import PEAKS, Peak
 
 GIB = 2**30
-
-# Published, not measured: GiB by NVIDIA's data sheets, of `PEAKS`' names that do not say it themselves. GDDR6 boards for
-# servers keep error correction in the memory itself, switched on when they are delivered: 1/16 of it is gone then.
+# Published, not measured: GiB by NVIDIA's data sheets, of `PEAKS`' names that do not say it themselves.
 _NOMINAL = {
-    "A30": 24, "B200": 180, "H200": 141, "H100 PCIe": 80, "H100 NVL": 94, "H200 NVL": 141, "RTX A6000": 48,
-    "RTX 6000 Ada Generation": 48, "GeForce RTX 3090": 24, "GeForce RTX 4090": 24, "GeForce RTX 5090": 32,
-}  # fmt: skip
-_WITH_INLINE_ECC = {"A40": 48, "A10": 24, "A10G": 24, "L4": 24, "L40": 48, "L40S": 48, "Tesla T4": 16}
-ECC_SHARE = 1 / 16
-_SXM = ("B200", "H100 80GB HBM3", "H200")
-"""Boards of that kind whose names do not say it."""
+    24: ("A30", "GeForce RTX 3090", "GeForce RTX 4090"),
+    32: ("GeForce RTX 5090",),
+    48: ("RTX A6000", "RTX 6000 Ada Generation"),
+    80: ("H100 PCIe",),
+    94: ("H100 NVL",),
+    141: ("H200", "H200 NVL"),
+    180: ("B200",),
+}
+_WITH_ECC = {16: ("Tesla T4",), 24: ("A10", "A10G", "L4"), 48: ("A40", "L40", "L40S")}
+"""GDDR6 boards for servers keep error correction in the memory itself, 1/16 of it, switched on when they are delivered."""
 _WITHOUT_KERNELS = ("V100", "P100")
 """The wheels of PyTorch that this project pins (CUDA 13) begin with compute capability 7.5."""
 CPU_PROBE = (128, 2304, 9216)
@@ -72,25 +72,27 @@ def find_device(name: str | None, *, on_cpu: bool, launch: str) -> Device:
     Raises:
         UserError: there is no such device, or the launch runs on another kind.
     """
-    if name is None:
-        name = "cpu" if on_cpu else _own_gpu(launch)
-    if name == "cpu":
-        if not on_cpu:
-            raise UserError(
-                f"--device cpu, but train.launch {launch} runs on GPUs. Name a GPU, or set train.launch: cpu."
-            )
+    if name in (None, "cpu") and on_cpu:
         return _cpu()
+    if name is None and torch.cuda.is_available():
+        name = torch.cuda.get_device_name().removeprefix("NVIDIA ")
+    if name is None:
+        missing = f"--device is missing: train.launch {launch} runs on GPUs and this machine has none."
+        raise UserError(f"{missing} Name the one you mean, such as H100, A100-80GB, L4 or RTX 4090.")
+    if name == "cpu":
+        raise UserError(f"--device cpu, but train.launch {launch} runs on GPUs. Name a GPU, or set train.launch: cpu.")
     if on_cpu:
         raise UserError(
             f"--device {name}: these parameters train on the CPU (train.launch: {launch}). Set train.launch: gpu, or try a "
             f"preset, such as `vlm-vqa preflight presets/vqav2-1gpu.yaml --device {shlex.quote(name)}`."
         )
     found = _known(name)
-    return Device(found, _memory(found), PEAKS[found], "NVIDIA's data sheets, not measured")
+    size, ecc = _gigabytes(found)
+    return Device(found, size * GIB - ecc * size * GIB // 16, PEAKS[found], "NVIDIA's data sheets, not measured")
 
 
 def _known(name: str) -> str:
-    """Return the driver's name of a device: the whole one, or the first that some of its words in any order make.
+    """Return the driver's name of a device: the whole one, or the first that has all the words asked for, in any order.
 
     The word with the model's number must be among them: `h100`, `A100-80GB`, `V100 SXM2 32GB`, `rtx4090`, `4090`.
     """
@@ -99,10 +101,10 @@ def _known(name: str) -> str:
         return names[asked]
     for known in PEAKS:
         words = [_plain(word) for word in re.split(r"[ -]", known)]
-        model = next(word for word in words if re.search(r"\d", word))
-        words = {*words, "sxm" if known in _SXM else "", f"{_gigabytes(known)}gb"} - {""}
-        some = itertools.chain.from_iterable(itertools.permutations(words, n + 1) for n in range(len(words)))
-        if any("".join(one) == asked for one in some if model in one):
+        model, rest = next(word for word in words if re.search(r"\d", word)), asked
+        for word in sorted({*words, f"{_gigabytes(known)[0]}gb"}, key=len, reverse=True):
+            rest = rest.replace(word, "", 1)
+        if model in asked and not rest:
             return known
     nearest = [names[one] for one in difflib.get_close_matches(asked, names, n=4, cutoff=0)]
     raise UserError(f"--device {name!r} is not known. The nearest known: {', '.join(nearest)}.")
@@ -110,35 +112,22 @@ def _known(name: str) -> str:
 
 def _plain(text: str) -> str:
     """Return a device's name without what people leave out or write otherwise."""
-    text = re.sub(r"sxm\d\b", "sxm", text.lower())
-    return re.sub(r"[^a-z0-9]|nvidia|tesla|geforce|generation|gpu", "", text)
+    return re.sub(r"sxm\d?|[^a-z0-9]|nvidia|tesla|geforce|generation|gpu", "", text.lower())
 
 
-def _memory(name: str) -> int:
-    return round(_gigabytes(name) * (1 - ECC_SHARE * (name in _WITH_INLINE_ECC)) * GIB)
-
-
-def _gigabytes(name: str) -> int:
-    stated = re.search(r"(\d+)GB", name)
-    return int(stated[1]) if stated else (_NOMINAL | _WITH_INLINE_ECC)[name]
-
-
-def _own_gpu(launch: str) -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().removeprefix("NVIDIA ")
-    raise UserError(
-        f"--device is missing: train.launch {launch} runs on GPUs and this machine has none. Name the one you mean, such "
-        "as H100, A100-80GB, L4 or RTX 4090."
-    )
+def _gigabytes(name: str) -> tuple[int, bool]:
+    """Return a device's GiB by its data sheet, and whether error correction takes some of them."""
+    if stated := re.search(r"(\d+)GB", name):
+        return int(stated[1]), False
+    sizes = [(size, table is _WITH_ECC) for table in (_NOMINAL, _WITH_ECC) for size in table if name in table[size]]
+    return sizes[0]
 
 
 def _cpu() -> Device:
     """Return this machine's CPU; its rate is measured now, for there is no data sheet for what is left of a shared one."""
     rates = {dtype: _measured_rate(dtype) / 1e12 for dtype in (torch.bfloat16, torch.float32)}
-    return Device(
-        "cpu", psutil.virtual_memory().total, Peak(rates[torch.bfloat16], None, rates[torch.float32]),
-        "this machine's memory; a product of {} x {} x {} timed just now".format(*CPU_PROBE),
-    )  # fmt: skip
+    basis = "this machine's memory; a product of {} x {} x {} timed just now".format(*CPU_PROBE)
+    return Device("cpu", psutil.virtual_memory().total, Peak(rates[torch.bfloat16], None, rates[torch.float32]), basis)
 
 
 def _measured_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:

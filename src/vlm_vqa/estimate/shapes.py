@@ -2,15 +2,14 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.encoder import SMALL_ENCODER
 from vlm_vqa.model.flops import linear_maps
-from vlm_vqa.params import PROJECTIONS, LanguageConfig, LanguageParams, LoraParams, Params, VisionParams, is_local
+from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Params, VisionParams, is_local
 
 ADDED_TOKENS = 1024 + 128 + 1
 """What `PaliGemmaProcessor` adds to a tokenizer: locations, segments and <image>."""
@@ -41,16 +40,15 @@ class VisionShape:
 
 
 # As published in their config.json on the hub, which no test here can fetch; Gemma 2's also in arXiv 2408.00118, table 1.
-GEMMA_2_2B = LanguageConfig(
-    hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
-    head_dim=256,
-)  # fmt: skip
+# Width, MLP, layers, heads, their keys, head width.
+GEMMA_2_2B = LanguageConfig(2304, 9216, 26, 8, 4, 256)
 GEMMA_VOCABULARY = 256_000
 LANGUAGE = {"google/gemma-2-2b": GEMMA_2_2B, "google/gemma-2-2b-it": GEMMA_2_2B}
 VISION = {
     "facebook/dinov2-small": VisionShape(384, 12, 6),
     "facebook/dinov2-base": VisionShape(768, 12, 12),
     "facebook/dinov2-large": VisionShape(1024, 24, 16),
+    "small": VisionShape(128, 4, 4, mlp_ratio=2, image_size=64, patch_size=8),
 }
 
 
@@ -60,85 +58,48 @@ class Parameter(NamedTuple):
     name: str
     shape: tuple[int, ...]
     trained: bool
-    layer: bool
-    """It belongs to one of Gemma 2's layers, which are FSDP2's units."""
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    def held(self, processes: int) -> int:
-        """Return the elements of the first of `processes` that divide its rows as FSDP2 does."""
-        return -(-self.shape[0] // processes) * math.prod(self.shape[1:])
+
+def elements(parameters: Iterable[Parameter]) -> int:
+    return sum(one.elements for one in parameters)
 
 
-@dataclass(frozen=True)
 class Model:
-    """What is trained: Gemma 2 and the projector; the vision tower is not there in training."""
+    """What is trained: Gemma 2 and the projector; the vision tower is not there in training. Counts are of elements."""
 
-    language: LanguageConfig
-    vocabulary: int
-    """Rows of the embedding, with those that the processor's tokens need."""
-    feature_width: int
-    freeze_embeddings: bool
-    lora: LoraParams | None
+    def __init__(
+        self, language: LanguageConfig, vocabulary: int, features: int, freeze_embeddings: bool, lora: LoraParams | None
+    ):
+        """Lay out all parameters, the tied head once, adapters behind the map that they stand on.
 
-    @cached_property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """All of them, the tied head once."""
-        width, whole = self.language.hidden_size, self.lora is None
-        layers = (one for _ in range(self.language.num_hidden_layers) for one in self._layer)
-        return (
-            Parameter("embedding", (self.vocabulary, width), whole and not self.freeze_embeddings, False),
-            *layers,
-            Parameter("norm", (width,), whole, False),
-            Parameter("projector", (width, self.feature_width), True, False),
-            Parameter("projector.bias", (width,), True, False),
-        )
-
-    @cached_property
-    def _layer(self) -> list[Parameter]:
-        """The parameters of one layer, adapters behind the map that they stand on."""
-        whole, lora = self.lora is None, self.lora
-        found = []
-        for name, (inputs, outputs) in zip(PROJECTIONS, linear_maps(self.language), strict=True):
-            found.append(Parameter(name, (outputs, inputs), whole, True))
+        Args:
+            vocabulary: rows of the embedding, with those that the processor's tokens need; features: the projector's inputs.
+        """
+        self.language, self.vocabulary, self.features, self.lora = language, vocabulary, features, lora
+        self.freeze_embeddings, width, whole = freeze_embeddings or lora is not None, language.hidden_size, lora is None
+        maps = []
+        for name, (inputs, outputs) in zip(PROJECTIONS, linear_maps(language), strict=True):
+            maps.append(Parameter(name, (outputs, inputs), whole))
             if lora is not None and name in lora.targets:
-                found.append(Parameter(f"{name}.lora_A", (lora.rank, inputs), True, True))
-                found.append(Parameter(f"{name}.lora_B", (outputs, lora.rank), True, True))
-        return found + [Parameter("norm", (self.language.hidden_size,), whole, True)] * 4
-
-    @cached_property
-    def all(self) -> int:
-        """Elements of all parameters, adapters included."""
-        return sum(one.elements for one in self.parameters)
-
-    @cached_property
-    def trained(self) -> int:
-        return sum(one.elements for one in self.parameters if one.trained)
-
-    @cached_property
-    def saved(self) -> int:
-        """Elements after adapters are merged: what models/trained holds."""
-        return sum(one.elements for one in self.parameters if "lora_" not in one.name)
-
-    @property
-    def embedding(self) -> int:
-        return self.parameters[0].elements
-
-    @cached_property
-    def layer(self) -> int:
-        """Elements of one layer."""
-        return sum(one.elements for one in self._layer)
-
-    @cached_property
-    def maps(self) -> int:
-        """Elements of the linear maps of all layers."""
-        return sum(one.elements for one in self.parameters if one.layer and len(one.shape) == 2)
-
-    @property
-    def largest_trained(self) -> int:
-        return max(one.elements for one in self.parameters if one.trained)
+                maps.append(Parameter(f"{name}.lora_A", (lora.rank, inputs), True))
+                maps.append(Parameter(f"{name}.lora_B", (outputs, lora.rank), True))
+        self.one_layer = [*maps, *[Parameter("norm", (width,), whole)] * 4]
+        self.parameters = [
+            Parameter("embedding", (vocabulary, width), not self.freeze_embeddings),
+            *self.one_layer * language.num_hidden_layers,
+            Parameter("norm", (width,), whole),
+            Parameter("projector", (width, features), True),
+            Parameter("projector.bias", (width,), True),
+        ]
+        self.all, self.embedding = elements(self.parameters), vocabulary * width
+        self.trained = elements(one for one in self.parameters if one.trained)
+        self.maps = elements(maps) * language.num_hidden_layers
+        # After adapters are merged: what models/trained holds.
+        self.saved = elements(one for one in self.parameters if "lora_" not in one.name)
 
 
 def model_of(params: Params) -> Model:
@@ -147,32 +108,18 @@ def model_of(params: Params) -> Model:
     Raises:
         UserError: the shape of language.model is not known and cannot be read.
     """
-    language, train = params.language, params.train
+    name, train = params.language.model, params.train
+    if name == "random":
+        shape, vocabulary = params.language.config, params.language.vocab_size
+    elif name in LANGUAGE:
+        shape, vocabulary = LANGUAGE[name], GEMMA_VOCABULARY
+    else:
+        # A folder's vocabulary may hold the processor's tokens already: 0.4 % of the embedding.
+        config = _read_config(name, "language.model", "gemma2", LANGUAGE)
+        shape = LanguageConfig(**{key: config[key] for key in LanguageConfig.__dataclass_fields__})
+        vocabulary = config["vocab_size"]
     width = params.vision.visual_embed_dim
-    return Model(*_language(language), width, train.freeze_embeddings, train.lora)
-
-
-def _language(language: LanguageParams) -> tuple[LanguageConfig, int]:
-    """Return Gemma 2's shape and the rows of its embedding."""
-    if language.model == "random":
-        return language.config, language.vocab_size + ADDED_TOKENS
-    if language.model in LANGUAGE:
-        return LANGUAGE[language.model], GEMMA_VOCABULARY + ADDED_TOKENS
-    config = _read_config(language.model, "language.model", "gemma2", LANGUAGE)
-    shape = LanguageConfig(**{key: config[key] for key in LanguageConfig.__dataclass_fields__})
-    return shape, max(config["vocab_size"], _tokens(Path(language.model)) + ADDED_TOKENS)
-
-
-def _tokens(folder: Path) -> int:
-    """Return how many tokens a folder's tokenizer has, without those that the processor would add anew."""
-    try:
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        ids = {*content["model"]["vocab"], *(token["content"] for token in content["added_tokens"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}/tokenizer.json cannot be read ({error}). Name a folder with a whole copy of the model."
-        ) from error
-    return sum(not name.startswith(("<loc", "<seg", "<image>")) for name in ids)
+    return Model(shape, vocabulary + ADDED_TOKENS, width, train.freeze_embeddings, train.lora)
 
 
 def vision_of(vision: VisionParams) -> VisionShape:
@@ -183,24 +130,19 @@ def vision_of(vision: VisionParams) -> VisionShape:
     """
     shape = VISION.get(vision.model)
     if shape is None:
-        folder = str(SMALL_ENCODER) if vision.model == "small" else vision.model
-        config = _read_config(folder, "vision.model", "dinov2", VISION)
+        config = _read_config(vision.model, "vision.model", "dinov2", VISION)
         shape = VisionShape(**{key: config[key] for key in VisionShape.__dataclass_fields__ if key in config})
     if shape.hidden_size != vision.visual_embed_dim:
-        raise UserError(
-            f"vision.visual_embed_dim is {vision.visual_embed_dim}, but {vision.model} is {shape.hidden_size} wide. "
-            "Set it to that."
-        )
+        wrong = f"vision.visual_embed_dim is {vision.visual_embed_dim}, but {vision.model} is {shape.hidden_size} wide."
+        raise UserError(f"{wrong} Set it to that.")
     return shape
 
 
 def _read_config(model: str, key: str, kind: str, known: dict[str, Any]) -> dict[str, Any]:
     """Read a local folder's config.json."""
     if not is_local(model):
-        raise UserError(
-            f"{key} {model!r}: preflight knows the shapes of {', '.join(known)} and of local folders. Download it and name "
-            "the folder."
-        )
+        known_shapes = f"preflight knows the shapes of {', '.join(known)} and of local folders"
+        raise UserError(f"{key} {model!r}: {known_shapes}. Download it and name the folder.")
     path = Path(model) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
