@@ -89,16 +89,15 @@ class Step:
 
     def gathered(self) -> Parts:
         """What a rank holds of the others' weights while it computes."""
-        model, found = self.model, {}
-        if self.strategy is Strategy.FSDP2:
-            found["gathered embedding"] = model.embedding * self.seen
-            # This one, the next and its way here.
-            found["gathered layers"] = 3 * elements(model.one_layer) * self.seen
-            trained = elements(one for one in model.one_layer if one.trained)
-            found["a layer's gradients under way"] = trained * self.weight
+        model = self.model
         if self.strategy is Strategy.ZERO3:
-            found["gathered weights"] = min(model.all, ZERO_LIVE) * self.seen
-        return found
+            return {"gathered weights": min(model.all, ZERO_LIVE) * self.seen}
+        if self.strategy is not Strategy.FSDP2:
+            return {}
+        # This layer, the next and its way here.
+        layers, trained = 3 * elements(model.one_layer), elements(one for one in model.one_layer if one.trained)
+        found = {"gathered embedding": model.embedding * self.seen, "gathered layers": layers * self.seen}
+        return found | {"a layer's gradients under way": trained * self.weight}
 
     def layer_activations(self, one: Batch) -> int:
         """Bytes that autograd keeps of a layer; exact for plain weights (tests/estimate/test_memory.py), else a bound."""

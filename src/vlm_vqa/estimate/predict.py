@@ -1,29 +1,45 @@
-"""`vlm-vqa preflight`: from a parameter file and options to a prediction."""
+"""`vlm-vqa preflight`: a prediction, whether it fits, and a handful of changes of params.yaml under which it would."""
 
+import math
 import shutil
-from functools import partial
+from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
 from vlm_vqa.checks import LAUNCHES, RECORDS, check_here
 from vlm_vqa.errors import UserError
-from vlm_vqa.estimate.advice import Option, advise
 from vlm_vqa.estimate.devices import GIB, find_device
 from vlm_vqa.estimate.memory import total
-from vlm_vqa.estimate.questions import DatasetSize, read_size
+from vlm_vqa.estimate.questions import read_size
 from vlm_vqa.estimate.stage_costs import Machine, Stage, launch_of, stage_costs
-from vlm_vqa.params import Params, load_params
+from vlm_vqa.params import PROJECTIONS, Params, load_params, parse_params
 
 OUTPUTS = ("data/records", "data/features", "models/trained", "models/export", "checkpoints")
 """What the stages write; those that are there take no further room."""
 CPU_UTILISATION = 0.75, "benchmarks/results/training_step.json: 0.79"
 GPU_UTILISATION = 0.35, "assumed: no GPU was measured"
+LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "targets": list(PROJECTIONS)}
+"""As presets/vqav2-lora.yaml has it."""
+Changes = dict[str, Any]
+"""New values by the keys' full names."""
+
+
+class Asked(NamedTuple):
+    """The command's options, this machine by default: price of a device and hour, memory and disk in GiB, MB/s."""
+
+    device: str | None = None
+    price: float | None = None
+    host_memory: float | None = None
+    disk: float | None = None
+    utilisation: float | None = None
+    bandwidth: float = 20.0
 
 
 class Check(NamedTuple):
-    """Whether something fits, in bytes; `resource` is `GPU memory`, `host memory` or `disk`, `moment` when most is needed."""
+    """Whether something fits, in bytes: a stage's GPU memory, host memory or disk at the moment when most is needed."""
 
     stage: str
     resource: str
@@ -35,26 +51,23 @@ class Check(NamedTuple):
     def fits(self) -> bool:
         return self.needed <= self.available
 
-    def __str__(self) -> str:
-        when = f" ({self.moment})" if self.moment else ""
-        return f"{self.stage}: {self.resource} {self.needed / GIB:.1f} GiB{when} of {self.available / GIB:.1f}"
-
 
 class Prediction(NamedTuple):
-    """All that `vlm-vqa preflight` has to say."""
+    """All that `vlm-vqa preflight` has to say.
+
+    `devices` are paid for, `options` are changes under which everything fits with the bytes of what did not before, and
+    `lacks` is what the device cannot do at all, and what to do instead.
+    """
 
     params: Params
     name: str
     machine: Machine
     devices: int
-    """That are paid for: the train launch's."""
     price: float | None
-    """Of a device and hour."""
     stages: list[Stage]
     checks: list[Check]
-    options: list[Option]
+    options: list[tuple[Changes, dict[str, int]]]
     lacks: list[str]
-    """What the device cannot do at all, and what to do instead."""
 
     @property
     def fits(self) -> bool:
@@ -65,85 +78,99 @@ class Prediction(NamedTuple):
         return None if self.price is None or hours is None else hours * self.devices * self.price
 
 
-def predict(
-    path: Path,
-    *,
-    device: str | None = None,
-    price: float | None = None,
-    host_memory: float | None = None,
-    disk: float | None = None,
-    utilisation: float | None = None,
-    bandwidth: float = 20.0,
-    records: Path = RECORDS,
-    launches: Path = LAUNCHES,
-) -> Prediction:
+def predict(path: Path, asked: Asked, records: Path = RECORDS, launches: Path = LAUNCHES) -> Prediction:
     """Predict what a run of the parameter file `path` needs.
-
-    Args:
-        device: as `find_device` takes it; price: of a device and hour, in any currency.
-        host_memory, disk: GiB; this machine's by default. utilisation: 0 to 1. bandwidth: MB/s.
 
     Raises:
         UserError: a file, device or shape is not known, or an option makes no sense.
     """
-    options = {"price": price, "host-memory": host_memory, "disk": disk, "bandwidth": bandwidth}
-    for name, value in (options | {"utilisation": utilisation}).items():
-        if value is not None and not 0 < value < (float("inf") if name != "utilisation" else 1.0000001):
-            raise UserError(f"--{name} is {value}; it must be a number above 0.")
     params = load_params(path)
     check_here(params, launches, records)
-    launch = launch_of(params.train.launch, launches)
-    found = find_device(device, on_cpu=launch.on_cpu, launch=params.train.launch)
-    share, basis = GPU_UTILISATION if found.gpu else CPU_UTILISATION
-    if utilisation is not None:
-        share, basis = utilisation, "--utilisation"
-    memory = psutil.virtual_memory().total if host_memory is None else round(host_memory * GIB)
-    room = _room() if disk is None else round(disk * GIB)
-    machine = Machine(found, memory, room, share, basis, bandwidth * 1e6, _cache_links())
-    size = read_size(params, records)
+    launch, size = launch_of(params.train.launch, launches), read_size(params, records)
+    machine = _machine(asked, launch.on_cpu, params.train.launch)
     stages = stage_costs(params, size, machine, launches)
     checks = _checks(stages, machine)
-    failed = [one for one in checks if not one.fits]
-    tried = partial(_tried, size=size, machine=machine, launches=launches, failed=failed)
-    advice = advise(params, launches, {one.stage for one in failed}, tried) if failed else []
-    on_device = ["train.compute_dtype", "train.weights_dtype"]
-    if not launch_of(params.vision.launch, launches).on_cpu:
-        on_device.insert(0, "vision.compute_dtype")
-    lacks = list(found.lacks([key for key in on_device if params.flat()[key] == "bfloat16"]))
-    return Prediction(params, str(path), machine, launch.processes, price, stages, checks, advice, lacks)
+    failed = {one[:2] for one in checks if not one.fits}
+
+    def tried(changes: Changes) -> dict[str, int]:
+        """Return the bytes of what failed, under changes; nothing if something does not fit still."""
+        try:
+            after = _checks(stage_costs(changed(params, changes), size, machine, launches), machine)
+        except UserError:
+            # Impossible together, or under this launch.
+            return {}
+        fits = all(one.fits for one in after)
+        return {f"{one.stage}: {one.resource}": one.needed for one in after if fits and one[:2] in failed}
+
+    single = list(_candidates(params, launches)) if failed else []
+    options = [(changes, needed) for changes in single if (needed := tried(changes))]
+    # Launches stand alone: they divide a step's questions anew.
+    several = [] if options else [one for one in single if "train.launch" not in one]
+    joined = reduce(dict.__or__, several, {})
+    for one in reversed(several if tried(joined) else []):
+        # What it takes of all of them.
+        without = {key: value for key, value in joined.items() if key not in one}
+        joined = without if tried(without) else joined
+    options += [(joined, needed)] if several and (needed := tried(joined)) else []
+    keys = ["train.compute_dtype", "train.weights_dtype"]
+    keys = keys if launch_of(params.vision.launch, launches).on_cpu else ["vision.compute_dtype", *keys]
+    lacks = list(machine.device.lacks([key for key in keys if params.flat()[key] == "bfloat16"]))
+    return Prediction(params, str(path), machine, launch.processes, asked.price, stages, checks, options, lacks)
+
+
+def _machine(asked: Asked, on_cpu: bool, launch: str) -> Machine:
+    for name, value in asked._asdict().items():
+        most = 1 if name == "utilisation" else math.inf
+        if isinstance(value, int | float) and not (0 < value < most or value == most == 1):
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value}; it must be a number above 0{', at most 1' * (most == 1)}."
+            )
+    found = find_device(asked.device, on_cpu=on_cpu, launch=launch)
+    share, basis = GPU_UTILISATION if found.gpu else CPU_UTILISATION
+    share, basis = (share, basis) if asked.utilisation is None else (asked.utilisation, "--utilisation")
+    memory = round(asked.host_memory * GIB) if asked.host_memory else psutil.virtual_memory().total
+    there = sum(path.stat().st_size for name in OUTPUTS for path in Path(name).rglob("*") if path.is_file())
+    disk = round(asked.disk * GIB) if asked.disk else shutil.disk_usage(".").free + there
+    # By default DVC's cache copies outputs where it cannot reflink.
+    config = Path(".dvc/config")
+    links = config.is_file() and ("hardlink" in (text := config.read_text(encoding="utf-8")) or "symlink" in text)
+    return Machine(found, memory, disk, share, basis, asked.bandwidth * 1e6, links)
 
 
 def _checks(stages: list[Stage], machine: Machine) -> list[Check]:
     """Compare every stage's greatest needs with what is there."""
-    found = []
+    found, room = [], {"GPU memory": machine.device.memory, "host memory": machine.host_memory}
     for stage in stages:
         for resource, moments in (("GPU memory", stage.gpu), ("host memory", stage.host)):
             if moments:
                 most = max(moments, key=lambda name: total(moments[name]))
-                available = machine.device.memory if resource == "GPU memory" else machine.host_memory
-                found.append(Check(stage.name, resource, most, total(moments[most]), available))
+                found.append(Check(stage.name, resource, most, total(moments[most]), room[resource]))
     needed = (1 if machine.links else 2) * sum(total(stage.disk) for stage in stages)
     return [*found, Check("all stages", "disk", "", needed, machine.disk)]
 
 
-def _tried(
-    params: Params, size: DatasetSize, machine: Machine, launches: Path, failed: list[Check]
-) -> dict[str, int] | None:
-    """Return the bytes of what `failed` before, under other parameters; None if something does not fit."""
-    checks = _checks(stage_costs(params, size, machine, launches), machine)
-    if not all(one.fits for one in checks):
-        return None
-    asked = {one[:2] for one in failed}
-    return {f"{one.stage}: {one.resource}": one.needed for one in checks if one[:2] in asked}
+def _candidates(params: Params, launches: Path) -> Iterator[Changes]:
+    """Yield single changes, the gentlest first; an optimizer step keeps its questions."""
+    train, passes = params.train, params.train.gradient_accumulation_steps
+    yield {"vision.store_dtype": "int8"}
+    for name, section in (("vision", params.vision), ("evaluation", params.evaluation)):
+        yield {f"{name}.batch_size": max(1, section.batch_size // 4)}
+    yield {"train.gradient_checkpointing": True}
+    for part in (part for part in (2, 8) if train.batch_size % part == 0):
+        yield {"train.batch_size": train.batch_size // part, "train.gradient_accumulation_steps": passes * part}
+    yield {"train.optimizer": "adamw_bnb_8bit"}
+    now = launch_of(train.launch, launches)
+    for name in ("cpu",) if now.on_cpu else ("gpu", "fsdp2"):
+        each, rest = divmod(passes * now.processes, launch_of(name, launches).processes)
+        if not rest:
+            yield {"train.launch": name, "train.gradient_accumulation_steps": each}
+    yield {"train.lora": LORA, "train.freeze_embeddings": True}
 
 
-def _room() -> int:
-    """Return the bytes that the outputs may take here."""
-    held = sum(path.stat().st_size for name in OUTPUTS for path in Path(name).rglob("*") if path.is_file())
-    return shutil.disk_usage(".").free + held
-
-
-def _cache_links(config: Path = Path(".dvc/config")) -> bool:
-    """Whether DVC's cache links outputs, by its settings here; by default it copies where it cannot reflink."""
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    return "hardlink" in text or "symlink" in text
+def changed(params: Params, changes: Mapping[str, Any]) -> Params:
+    """Return `params` with new values by full names, validated; UserError if the combination is impossible."""
+    values = params.as_dict()
+    for name, value in changes.items():
+        *sections, key = name.split(".")
+        reduce(dict.__getitem__, sections, values)[key] = value
+    return parse_params(values)

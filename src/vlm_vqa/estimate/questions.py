@@ -8,9 +8,9 @@ tokenizer could not be had offline. Batches come from training's own sampler, on
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,44 +24,26 @@ from vlm_vqa.params import Mask, Params, Source
 from vlm_vqa.training.windows import WindowSampler, WindowShape
 
 TOKEN = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_")
-SAMPLED_IMAGES = 2000
-"""Images whose questions are sampled."""
-WINDOWS = 40
-"""Optimizer steps that are laid out."""
+SAMPLED_IMAGES, WINDOWS = 2000, 40
+"""Images whose questions are sampled; optimizer steps that are laid out of them."""
 # Tokens of a question and its newline, of an answer and its <eos>: middles of twentieths of all, in order.
 VQAV2_QUESTION = (5, 6, 6, 7, 7, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9, 10, 10, 11, 13)
 VQAV2_ANSWER = (2,) * 19 + (4,)
 EASY_QUESTION = (6, 6, 7, 7, 7, 7, 7, 7, 7, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 11)
+Sample = tuple[tuple[int, int, int], ...]
+"""Of training questions: the image, tokens with the newline, the answer's with its <eos>."""
 
 
-class Counts(NamedTuple):
-    """One split."""
+class DatasetSize(NamedTuple):
+    """Questions of each split, images of both, bytes of a mean image file, bytes to download, and where that comes from."""
 
-    questions: int
+    train: int
+    val: int
     images: int
-
-
-# By identity: equal ones are the same one, and what is laid out of it is kept.
-@dataclass(frozen=True, eq=False)
-class DatasetSize:
-    """The counts of both splits, and a sample of the training questions."""
-
-    splits: dict[str, Counts]
-    image_ids: Sequence[int]
-    """Of each sampled question; then its tokens with its newline, and its answer's with <eos>."""
-    questions: Sequence[int]
-    answers: Sequence[int]
-    instruction: int
-    """Tokens of <bos>, instruction and newline."""
     image_bytes: int
-    """Of an image's file, on average."""
     download: int
-    """Bytes that fetch-vqav2 transfers."""
     basis: str
-
-    @property
-    def images(self) -> int:
-        return sum(split.images for split in self.splits.values())
+    sample: Sample
 
 
 def tokens(text: str) -> int:
@@ -75,43 +57,43 @@ def read_size(params: Params, records: Path) -> DatasetSize:
     Raises:
         UserError: the source is a folder of unknown content, and there are no records of it.
     """
-    data, instruction = params.data, tokens(params.prompt.instruction) + 2
+    data = params.data
     if (records / MANIFEST).is_file() and (manifest := read_manifest(records)).get("source") == data.source.value:
-        return _from_records(manifest, records, instruction)
+        return _from_records(manifest, records)
     if data.source is Source.EASY_VQA:
-        splits = {"train": Counts(38_575, 4_000), "val": Counts(9_673, 1_000)}
-        basis = "easy-VQA's known counts; its text lengths, tokens estimated"
-        return DatasetSize(splits, *_drawn(splits["train"], 2, EASY_QUESTION, (2,)), instruction, 1_300, 0, basis)
+        sample = _drawn(4_000, 38_575, 2, EASY_QUESTION, (2,))
+        return DatasetSize(38_575, 9_673, 5_000, 1_300, 0, "easy-VQA's known counts and lengths of texts", sample)
     # A folder under the official names is taken for the official files.
     if data.source is Source.DIRECTORY and not data.train.questions.startswith("v2_OpenEnded_mscoco"):
         unknown = f"data.source is directory, and how much {data.directory} holds is not known before it is read."
         raise UserError(f"{unknown} Run `dvc repro fetch-vqav2` first.")
-    splits = {"train": Counts(443_757, 82_783), "val": Counts(214_354, 40_504)}
-    basis = "VQAv2's known counts; text lengths of 29,761 of its questions, tokens estimated"
-    drawn = _drawn(splits["train"], 3, VQAV2_QUESTION, VQAV2_ANSWER)
+    sample = _drawn(82_783, 443_757, 3, VQAV2_QUESTION, VQAV2_ANSWER)
+    basis = "VQAv2's known counts, and lengths of 29,761 of its questions"
     # COCO's two archives of train and val are 13.5 and 6.6 GB, VQAv2's four of texts together 43 MB.
-    return DatasetSize(splits, *drawn, instruction, 20_100_000_000 // 123_287, 20_143_000_000, basis)
+    return DatasetSize(443_757, 214_354, 123_287, 20_100_000_000 // 123_287, 20_143_000_000, basis, sample)
 
 
-def _from_records(manifest: dict, folder: Path, instruction: int) -> DatasetSize:
-    splits = {name: Counts(split["questions"], split["images"]) for name, split in manifest["splits"].items()}
+def _from_records(manifest: dict, folder: Path) -> DatasetSize:
     rows = load_questions(folder, "train").select_columns(["image_id", "question", "multiple_choice_answer"])
-    image_ids = rows.data["image_id"].to_numpy()
-    rows = rows.select(np.flatnonzero(np.isin(image_ids, np.unique(image_ids)[:SAMPLED_IMAGES])))
-    questions, answers = ([tokens(text) + 1 for text in rows[key]] for key in ("question", "multiple_choice_answer"))
-    stored = sum(path.stat().st_size for path in folder.glob("images-*.parquet")) // max(1, manifest["images"])
-    basis = f"{folder}: {splits['train'].questions:,} training questions, tokens estimated"
-    return DatasetSize(splits, list(rows["image_id"]), questions, answers, instruction, stored, 0, basis)
+    ids = rows.data["image_id"].to_numpy()
+    rows = rows.select(np.flatnonzero(np.isin(ids, np.unique(ids)[:SAMPLED_IMAGES])))
+    sample = tuple(
+        (image, tokens(question) + 1, tokens(answer) + 1) for image, question, answer in zip(*rows[:].values(), strict=True)
+    )
+    train, val = (manifest["splits"][name]["questions"] for name in ("train", "val"))
+    stored = sum(path.stat().st_size for path in folder.glob("images-*.parquet"))
+    images = manifest["images"]
+    return DatasetSize(train, val, images, stored // max(1, images), 0, str(folder), sample)
 
 
-def _drawn(train: Counts, least: int, *quantiles: Sequence[int]) -> list[list[int]]:
+def _drawn(images: int, questions: int, least: int, *quantiles: Sequence[int]) -> Sample:
     """Draw a sample: images' questions, the `least` number and a Poisson number more, and lengths by their quantiles."""
     generator = torch.Generator().manual_seed(0)
-    more = torch.full((min(SAMPLED_IMAGES, train.images),), train.questions / train.images - least)
+    more = torch.full((min(SAMPLED_IMAGES, images),), questions / images - least)
     counts = least + torch.poisson(more, generator=generator).long()
     ids = torch.repeat_interleave(torch.arange(len(counts)), counts)
     draws = [torch.tensor(one)[torch.randint(len(one), ids.shape, generator=generator)] for one in quantiles]
-    return [one.tolist() for one in (ids, *draws)]
+    return tuple(zip(*(one.tolist() for one in (ids, *draws)), strict=True))
 
 
 class Batch(NamedTuple):
@@ -129,48 +111,43 @@ class Batch(NamedTuple):
 
 
 class Batches(NamedTuple):
-    """A sample of the batches of all processes, and what they add up to."""
+    """A sample of the batches of all processes, the work of the whole training, its optimizer steps and their questions."""
 
     sample: list[Batch]
     work: Work
-    """Of the whole training, over all processes."""
     steps: int
     questions_a_step: int
     questions_a_row: float
 
 
-class _Lengths(NamedTuple):
-    """What `rows_work` asks of a layout."""
-
-    mask: Mask
-    num_patches: int
-    prefix: tuple[int, ...]
-
-
 def plan_batches(params: Params, processes: int, size: DatasetSize) -> Batches:
     """Lay out a sample of optimizer steps under `params` and `processes`."""
-    train = params.train
+    train, prompt = params.train, params.prompt
     passes = train.gradient_accumulation_steps * processes
     # One process with all the passes divides a window as several do.
     window = WindowShape(train.batch_size * passes, train.questions_per_row, passes)
-    layout = _Lengths(params.prompt.mask, params.vision.num_patches, (0,) * size.instruction)
-    return _plan(window, layout, size, train.num_train_epochs)
+    # <bos>, the instruction, a newline.
+    instruction = tokens(prompt.instruction) + 2
+    sample, work, row = _laid_out(window, prompt.mask, params.vision.num_patches, instruction, size.sample)
+    work = Work(*(train.num_train_epochs * round(part * size.train) for part in work))
+    steps = -(-size.train // window.questions) * train.num_train_epochs
+    return Batches(sample, work, steps, window.questions, row)
 
 
 @lru_cache(maxsize=64)
-def _plan(window: WindowShape, layout: _Lengths, size: DatasetSize, epochs: int) -> Batches:
-    questions = [QuestionTokens([0] * one, [0] * two) for one, two in zip(size.questions, size.answers, strict=True)]
-    lengths, prefix = [len(one.read) for one in questions], layout.num_patches + len(layout.prefix)
-    closed = prefix if layout.mask is Mask.IMAGE_PREFIX else 0
-    sampler = WindowSampler(size.image_ids, lambda epoch: lengths, prefix, window, seed=0)
-    sample, taught = [], []
+def _laid_out(
+    window: WindowShape, mask: Mask, num_patches: int, instruction: int, sample: Sample
+) -> tuple[list[Batch], list[float], float]:
+    """Return batches, their work per question, and how many questions share a row."""
+    layout = SimpleNamespace(mask=mask, num_patches=num_patches, prefix=range(instruction))
+    questions = [QuestionTokens([0] * one, [0] * two) for _, one, two in sample]
+    lengths, prefix = [len(one.read) for one in questions], num_patches + instruction
+    sampler = WindowSampler([image for image, *_ in sample], lambda epoch: lengths, prefix, window, seed=0)
+    batches, taught = [], []
     for batch in itertools.islice(sampler, WINDOWS * window.passes):
         rows = [Row(row.image_id, tuple(questions[place] for place in row.questions)) for row in batch]
         width = prefix + max(sum(len(one.read) for one in row.questions) for row in rows)
-        sample.append(Batch(rows_work(layout, rows), len(rows), closed, width))
+        batches.append(Batch(rows_work(layout, rows), len(rows), prefix * (mask is Mask.IMAGE_PREFIX), width))
         taught += [len(row.questions) for row in rows if row.questions]
-    total, seen = size.splits["train"].questions, sum(taught)
-    summed = [sum(getattr(one.work, name) for one in sample) for name in Work.__dataclass_fields__]
-    work = Work(*(epochs * round(part * total / seen) for part in summed))
-    steps = -(-total // window.questions) * epochs
-    return Batches(sample, work, steps, window.questions, seen / len(taught))
+    names, seen = Work.__dataclass_fields__, sum(taught)
+    return batches, [sum(getattr(one.work, name) for one in batches) / seen for name in names], seen / len(taught)

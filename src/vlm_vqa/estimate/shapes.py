@@ -3,28 +3,25 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import linear_maps
-from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Params, VisionParams, is_local
+from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Params, VisionParams
 
 ADDED_TOKENS = 1024 + 128 + 1
 """What `PaliGemmaProcessor` adds to a tokenizer: locations, segments and <image>."""
 
 
-@dataclass(frozen=True)
-class VisionShape:
-    """A DINOv2."""
+class VisionShape(NamedTuple):
+    """A DINOv2; its position embeddings are for `image_size` pixels."""
 
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     mlp_ratio: int = 4
     image_size: int = 518
-    """Pixels that the position embeddings are for."""
     patch_size: int = 14
     num_channels: int = 3
 
@@ -74,13 +71,10 @@ class Model:
     def __init__(
         self, language: LanguageConfig, vocabulary: int, features: int, freeze_embeddings: bool, lora: LoraParams | None
     ):
-        """Lay out all parameters, the tied head once, adapters behind the map that they stand on.
-
-        Args:
-            vocabulary: rows of the embedding, with those that the processor's tokens need; features: the projector's inputs.
-        """
+        """Lay out all parameters, the tied head once: `vocabulary` rows with the processor's tokens, `features` to project."""
         self.language, self.vocabulary, self.features, self.lora = language, vocabulary, features, lora
-        self.freeze_embeddings, width, whole = freeze_embeddings or lora is not None, language.hidden_size, lora is None
+        width, whole = language.hidden_size, lora is None
+        self.freeze_embeddings = freeze_embeddings or not whole
         maps = []
         for name, (inputs, outputs) in zip(PROJECTIONS, linear_maps(language), strict=True):
             maps.append(Parameter(name, (outputs, inputs), whole))
@@ -103,11 +97,7 @@ class Model:
 
 
 def model_of(params: Params) -> Model:
-    """Return the shape of the model that `params` trains.
-
-    Raises:
-        UserError: the shape of language.model is not known and cannot be read.
-    """
+    """Return the shape of the model that `params` trains; UserError if it is not known and cannot be read."""
     name, train = params.language.model, params.train
     if name == "random":
         shape, vocabulary = params.language.config, params.language.vocab_size
@@ -123,31 +113,24 @@ def model_of(params: Params) -> Model:
 
 
 def vision_of(vision: VisionParams) -> VisionShape:
-    """Return the shape of the vision tower.
-
-    Raises:
-        UserError: the shape of vision.model is not known and cannot be read, or it is not as wide as params.yaml says.
-    """
+    """Return the shape of the vision tower; UserError if it is not known, or not as wide as params.yaml says."""
     shape = VISION.get(vision.model)
     if shape is None:
         config = _read_config(vision.model, "vision.model", "dinov2", VISION)
-        shape = VisionShape(**{key: config[key] for key in VisionShape.__dataclass_fields__ if key in config})
-    if shape.hidden_size != vision.visual_embed_dim:
-        wrong = f"vision.visual_embed_dim is {vision.visual_embed_dim}, but {vision.model} is {shape.hidden_size} wide."
+        shape = VisionShape(**{key: config[key] for key in VisionShape._fields if key in config})
+    if (width := shape.hidden_size) != vision.visual_embed_dim:
+        wrong = f"vision.visual_embed_dim is {vision.visual_embed_dim}, but {vision.model} is {width} wide."
         raise UserError(f"{wrong} Set it to that.")
     return shape
 
 
 def _read_config(model: str, key: str, kind: str, known: dict[str, Any]) -> dict[str, Any]:
     """Read a local folder's config.json."""
-    if not is_local(model):
-        known_shapes = f"preflight knows the shapes of {', '.join(known)} and of local folders"
-        raise UserError(f"{key} {model!r}: {known_shapes}. Download it and name the folder.")
-    path = Path(model) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Name a folder with a whole copy of the model.") from error
+        others = f"preflight knows the shapes of {', '.join(known)} and of local folders with a config.json"
+        raise UserError(f"{key} {model!r}: {others} ({error}). Download it and name the folder.") from error
     if config.get("model_type") != kind:
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}; {key} must be a {kind}.")
+        raise UserError(f"{model}/config.json: model_type is {config.get('model_type')!r}; {key} must be a {kind}.")
     return config
