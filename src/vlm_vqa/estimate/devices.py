@@ -28,8 +28,6 @@ _MEMORY = {
     141.0: ("H200", "H200 NVL"),
     180.0: ("B200",),
 }
-_WITHOUT_KERNELS = ("V100", "P100")
-"""The wheels of PyTorch that this project pins (CUDA 13) begin with compute capability 7.5."""
 CPU_PROBE = (128, 2304, 9216)
 """Tokens, inputs and outputs of the product that tells a CPU's rate: one of Gemma 2 2B's, of few tokens."""
 
@@ -48,7 +46,8 @@ class Device(NamedTuple):
 
     def lacks(self, wanted: Sequence[str]) -> Iterator[str]:
         """Yield why a run whose keys `wanted` are bfloat16 is not to be had on this device."""
-        if any(old in self.name for old in _WITHOUT_KERNELS):
+        # The wheels of PyTorch that this project pins (CUDA 13) begin with compute capability 7.5.
+        if "V100" in self.name or "P100" in self.name:
             yield f"the pinned PyTorch has no kernels for {self.name}: name a T4 or a newer device"
         if wanted and self.peak.bfloat16 is None:
             keys = ", ".join(wanted) + " to float32" + ", train.rounding to nearest" * ("train.weights_dtype" in wanted)
@@ -56,11 +55,7 @@ class Device(NamedTuple):
 
 
 def find_device(name: str | None, *, on_cpu: bool, launch: str) -> Device:
-    """Return the device called `name`; without a name the CPU for launches on CPUs, else this machine's GPU.
-
-    Raises:
-        UserError: there is no such device, or the launch runs on another kind.
-    """
+    """Return the device called `name`, by default the one here; UserError if it is unknown, or `launch` is for others."""
     if name in (None, "cpu") and on_cpu:
         return _cpu()
     if name is None and torch.cuda.is_available():
@@ -96,20 +91,16 @@ def _plain(text: str) -> str:
     return re.sub(r"sxm\d\b|sxm|[^a-z0-9]|nvidia|tesla|geforce|generation|gpu", "", text.lower())
 
 
-def _cpu() -> Device:
+def _cpu(seconds: float = 0.2) -> Device:
     """Return this machine's CPU; its rate is measured now, for there is no data sheet for what is left of a shared one."""
-    bfloat16, float32 = (_measured_rate(dtype) / 1e12 for dtype in (torch.bfloat16, torch.float32))
-    basis = "this machine's memory; a product of {} x {} x {} timed just now".format(*CPU_PROBE)
-    return Device("cpu", psutil.virtual_memory().total, Peak(bfloat16, None, float32), basis)
-
-
-def _measured_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Return FLOP/s of `CPU_PROBE`."""
-    tokens, width, outputs = CPU_PROBE
-    one, other = torch.ones(tokens, width, dtype=dtype), torch.ones(outputs, width, dtype=dtype)
-    torch.nn.functional.linear(one, other)
-    begun, products = time.perf_counter(), 0
-    while (spent := time.perf_counter() - begun) < seconds or not products:
+    (tokens, width, outputs), rates = CPU_PROBE, []
+    for dtype in (torch.bfloat16, torch.float32):
+        one, other = torch.ones(tokens, width, dtype=dtype), torch.ones(outputs, width, dtype=dtype)
         torch.nn.functional.linear(one, other)
-        products += 1
-    return products * 2 * tokens * width * outputs / spent
+        begun, products = time.perf_counter(), 0
+        while time.perf_counter() < begun + seconds:
+            torch.nn.functional.linear(one, other)
+            products += 1
+        rates.append(products * 2 * tokens * width * outputs / (time.perf_counter() - begun) / 1e12)
+    basis = "this machine's memory; a product of {} x {} x {} timed just now".format(*CPU_PROBE)
+    return Device("cpu", psutil.virtual_memory().total, Peak(rates[0], None, rates[1]), basis)

@@ -16,8 +16,6 @@ from vlm_vqa.training.launch_file import Strategy
 # As `training.optimizer` has them, which takes seconds to import.
 BLOCK, LEAST_8BIT, CHUNK = 256, 4096, 1 << 24
 """Elements with one scale, elements from which states take 8 bits, elements that are updated at once."""
-ZERO_BUCKET, ZERO_LIVE = 500_000_000, 1_000_000_000
-"""DeepSpeed's defaults: elements of its buffer for gradients under way; of weights that ZeRO-3 keeps gathered at most."""
 Parts = dict[str, int]
 """Bytes, by what takes them."""
 Moments = dict[str, Parts]
@@ -77,27 +75,25 @@ class Step:
         return {"optimizer states": 2 * (4 * wide + (held - wide) + 4 * -(-(held - wide) // BLOCK))}
 
     def gradients(self) -> Parts:
-        """Gradients, and what DDP and DeepSpeed keep beside them; FSDP2 divides them among ranks after every batch."""
-        trained, found = self.model.trained, {"gradients": self.held(self.updated()) * self.kept}
-        if self.strategy.deepspeed:
-            # As computed, and as sent in float32.
-            bucket = ZERO_BUCKET if self.gpu else min(ZERO_BUCKET, trained)
-            found["DeepSpeed's bucket"] = bucket * (4 if self.compute == 4 else 6)
-        if self.strategy is Strategy.DDP:
-            found["DDP's buckets"] = trained * self.weight
-        return found
+        """Gradients, and DDP's copy of them; FSDP2 divides them among ranks after every batch."""
+        found = {"gradients": self.held(self.updated()) * self.kept}
+        return found | ({"DDP's buckets": self.model.trained * self.weight} if self.strategy is Strategy.DDP else {})
 
     def gathered(self) -> Parts:
-        """What a rank holds of the others' weights while it computes."""
-        model = self.model
-        if self.strategy is Strategy.ZERO3:
-            return {"gathered weights": min(model.all, ZERO_LIVE) * self.seen}
-        if self.strategy is not Strategy.FSDP2:
-            return {}
-        # This layer, the next and its way here.
-        layers, trained = 3 * elements(model.one_layer), elements(one for one in model.one_layer if one.trained)
-        found = {"gathered embedding": model.embedding * self.seen, "gathered layers": layers * self.seen}
-        return found | {"a layer's gradients under way": trained * self.weight}
+        """What a rank holds of the others' weights and gradients while it computes."""
+        model, found = self.model, {}
+        if self.strategy is Strategy.FSDP2:
+            # This layer, the next and its way here.
+            layers, trained = 3 * elements(model.one_layer), elements(one for one in model.one_layer if one.trained)
+            found = {"gathered embedding": model.embedding * self.seen, "gathered layers": layers * self.seen}
+            found["a layer's gradients under way"] = trained * self.weight
+        elif self.strategy.deepspeed:
+            # Its defaults: gradients under way, as computed and as sent in float32; ZeRO-3's weights, at most.
+            bucket = 500_000_000 if self.gpu else min(500_000_000, model.trained)
+            found["DeepSpeed's bucket"] = bucket * (4 if self.compute == 4 else 6)
+            live = min(model.all, 1_000_000_000) * self.seen
+            found |= {"gathered weights": live} if self.strategy is Strategy.ZERO3 else {}
+        return found
 
     def layer_activations(self, one: Batch) -> int:
         """Bytes that autograd keeps of a layer; exact for plain weights (tests/estimate/test_memory.py), else a bound."""
@@ -157,9 +153,7 @@ class Step:
 
     def moments(self, sample: Iterable[Batch]) -> Moments:
         """Return what a rank holds, of weights and what training makes of them, at the moments that take most."""
-        one = max(
-            sample, key=lambda batch: self.activations(batch) + max(self.logits(batch), self.layer_backward(batch))
-        )
+        one = max(sample, key=lambda b: self.activations(b) + max(self.logits(b), self.layer_backward(b)))
         model, done, backward = self.model, self.gradients(), {"a layer's backward pass": self.layer_backward(one)}
         held, saves = self.weights() | self.states(), self.train.gradient_checkpointing
         kept = held | self.gathered() | (done if self.train.gradient_accumulation_steps > 1 else {})

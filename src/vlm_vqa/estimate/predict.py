@@ -1,7 +1,7 @@
 """`vlm-vqa preflight`: a prediction, whether it fits, and a handful of changes of params.yaml under which it would."""
 
-import math
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from functools import reduce
 from pathlib import Path
@@ -21,10 +21,6 @@ OUTPUTS = ("data/records", "data/features", "models/trained", "models/export", "
 """What the stages write; those that are there take no further room."""
 CPU_UTILISATION = 0.75, "benchmarks/results/training_step.json: 0.79"
 GPU_UTILISATION = 0.35, "assumed: no GPU was measured"
-LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "targets": list(PROJECTIONS)}
-"""As presets/vqav2-lora.yaml has it."""
-Changes = dict[str, Any]
-"""New values by the keys' full names."""
 
 
 class Asked(NamedTuple):
@@ -46,18 +42,11 @@ class Check(NamedTuple):
     moment: str
     needed: int
     available: int
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.available
+    fits: bool
 
 
 class Prediction(NamedTuple):
-    """All that `vlm-vqa preflight` has to say.
-
-    `devices` are paid for, `options` are changes under which everything fits with the bytes of what did not before, and
-    `lacks` is what the device cannot do at all, and what to do instead.
-    """
+    """All there is to say; `options`: changes under which all fits, with bytes of what did not; `lacks`: of the device."""
 
     params: Params
     name: str
@@ -66,7 +55,7 @@ class Prediction(NamedTuple):
     price: float | None
     stages: list[Stage]
     checks: list[Check]
-    options: list[tuple[Changes, dict[str, int]]]
+    options: list[tuple[dict[str, Any], dict[str, int]]]
     lacks: list[str]
 
     @property
@@ -79,11 +68,7 @@ class Prediction(NamedTuple):
 
 
 def predict(path: Path, asked: Asked, records: Path = RECORDS, launches: Path = LAUNCHES) -> Prediction:
-    """Predict what a run of the parameter file `path` needs.
-
-    Raises:
-        UserError: a file, device or shape is not known, or an option makes no sense.
-    """
+    """Predict what a run of the parameter file `path` needs; UserError if something is not known or makes no sense."""
     params = load_params(path)
     check_here(params, launches, records)
     launch, size = launch_of(params.train.launch, launches), read_size(params, records)
@@ -92,7 +77,7 @@ def predict(path: Path, asked: Asked, records: Path = RECORDS, launches: Path = 
     checks = _checks(stages, machine)
     failed = {one[:2] for one in checks if not one.fits}
 
-    def tried(changes: Changes) -> dict[str, int]:
+    def tried(changes: dict[str, Any]) -> dict[str, int]:
         """Return the bytes of what failed, under changes; nothing if something does not fit still."""
         try:
             after = _checks(stage_costs(changed(params, changes), size, machine, launches), machine)
@@ -102,16 +87,11 @@ def predict(path: Path, asked: Asked, records: Path = RECORDS, launches: Path = 
         fits = all(one.fits for one in after)
         return {f"{one.stage}: {one.resource}": one.needed for one in after if fits and one[:2] in failed}
 
-    single = list(_candidates(params, launches)) if failed else []
-    options = [(changes, needed) for changes in single if (needed := tried(changes))]
-    # Launches stand alone: they divide a step's questions anew.
-    several = [] if options else [one for one in single if "train.launch" not in one]
-    joined = reduce(dict.__or__, several, {})
-    for one in reversed(several if tried(joined) else []):
-        # What it takes of all of them.
-        without = {key: value for key, value in joined.items() if key not in one}
-        joined = without if tried(without) else joined
-    options += [(joined, needed)] if several and (needed := tried(joined)) else []
+    options: list[tuple[dict[str, Any], dict[str, int]]] = []
+    for changes in _candidates(params, launches) if failed else ():
+        # Several are for where none of them alone is enough.
+        if not any(less.items() <= changes.items() for less, _ in options) and (needed := tried(changes)):
+            options.append((changes, needed))
     keys = ["train.compute_dtype", "train.weights_dtype"]
     keys = keys if launch_of(params.vision.launch, launches).on_cpu else ["vision.compute_dtype", *keys]
     lacks = list(machine.device.lacks([key for key in keys if params.flat()[key] == "bfloat16"]))
@@ -120,11 +100,10 @@ def predict(path: Path, asked: Asked, records: Path = RECORDS, launches: Path = 
 
 def _machine(asked: Asked, on_cpu: bool, launch: str) -> Machine:
     for name, value in asked._asdict().items():
-        most = 1 if name == "utilisation" else math.inf
-        if isinstance(value, int | float) and not (0 < value < most or value == most == 1):
-            raise UserError(
-                f"--{name.replace('_', '-')} is {value}; it must be a number above 0{', at most 1' * (most == 1)}."
-            )
+        most = 1 if name == "utilisation" else sys.float_info.max
+        if isinstance(value, int | float) and not 0 < value <= most:
+            wrong = f"--{name.replace('_', '-')} is {value}; it must be a number above 0"
+            raise UserError(f"{wrong}, at most 1." if most == 1 else f"{wrong}.")
     found = find_device(asked.device, on_cpu=on_cpu, launch=launch)
     share, basis = GPU_UTILISATION if found.gpu else CPU_UTILISATION
     share, basis = (share, basis) if asked.utilisation is None else (asked.utilisation, "--utilisation")
@@ -144,27 +123,32 @@ def _checks(stages: list[Stage], machine: Machine) -> list[Check]:
         for resource, moments in (("GPU memory", stage.gpu), ("host memory", stage.host)):
             if moments:
                 most = max(moments, key=lambda name: total(moments[name]))
-                found.append(Check(stage.name, resource, most, total(moments[most]), room[resource]))
-    needed = (1 if machine.links else 2) * sum(total(stage.disk) for stage in stages)
-    return [*found, Check("all stages", "disk", "", needed, machine.disk)]
+                found.append((stage.name, resource, most, total(moments[most]), room[resource]))
+    disk = (1 if machine.links else 2) * sum(total(stage.disk) for stage in stages)
+    found.append(("all stages", "disk", "", disk, machine.disk))
+    return [Check(*one, fits=one[3] <= one[4]) for one in found]
 
 
-def _candidates(params: Params, launches: Path) -> Iterator[Changes]:
-    """Yield single changes, the gentlest first; an optimizer step keeps its questions."""
-    train, passes = params.train, params.train.gradient_accumulation_steps
-    yield {"vision.store_dtype": "int8"}
-    for name, section in (("vision", params.vision), ("evaluation", params.evaluation)):
-        yield {f"{name}.batch_size": max(1, section.batch_size // 4)}
-    yield {"train.gradient_checkpointing": True}
+def _candidates(params: Params, launches: Path) -> Iterator[dict[str, Any]]:
+    """Yield changes, the gentlest first and the last of several keys; an optimizer step keeps its questions."""
+    train, accumulation = params.train, "train.gradient_accumulation_steps"
+    passes = train.gradient_accumulation_steps
+    sizes = {"vision": params.vision.batch_size, "evaluation": params.evaluation.batch_size}
+    single = [{f"{name}.batch_size": max(1, size // 4)} for name, size in sizes.items()]
+    single += [{"vision.store_dtype": "int8"}, {"train.gradient_checkpointing": True}]
     for part in (part for part in (2, 8) if train.batch_size % part == 0):
-        yield {"train.batch_size": train.batch_size // part, "train.gradient_accumulation_steps": passes * part}
-    yield {"train.optimizer": "adamw_bnb_8bit"}
+        single.append({"train.batch_size": train.batch_size // part, accumulation: passes * part})
+    single.append({"train.optimizer": "adamw_bnb_8bit"})
+    yield from single
     now = launch_of(train.launch, launches)
     for name in ("cpu",) if now.on_cpu else ("gpu", "fsdp2"):
         each, rest = divmod(passes * now.processes, launch_of(name, launches).processes)
         if not rest:
-            yield {"train.launch": name, "train.gradient_accumulation_steps": each}
-    yield {"train.lora": LORA, "train.freeze_embeddings": True}
+            yield {"train.launch": name, accumulation: each}
+    adapters = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "targets": list(PROJECTIONS)}
+    lora, flat = {"train.lora": adapters, "train.freeze_embeddings": True}, params.flat()
+    gentle = {key: value for key, value in reduce(dict.__or__, single).items() if flat[key] != value}
+    yield from (lora, gentle, gentle | lora)
 
 
 def changed(params: Params, changes: Mapping[str, Any]) -> Params:

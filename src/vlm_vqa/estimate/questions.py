@@ -52,11 +52,7 @@ def tokens(text: str) -> int:
 
 
 def read_size(params: Params, records: Path) -> DatasetSize:
-    """Return what `records` hold if they are of `data.source`, else what is known of the source.
-
-    Raises:
-        UserError: the source is a folder of unknown content, and there are no records of it.
-    """
+    """Return what `records` hold if they are of `data.source`, else what is known of it; UserError where nothing is."""
     data = params.data
     if (records / MANIFEST).is_file() and (manifest := read_manifest(records)).get("source") == data.source.value:
         return _from_records(manifest, records)
@@ -70,20 +66,19 @@ def read_size(params: Params, records: Path) -> DatasetSize:
     sample = _drawn(82_783, 443_757, 3, VQAV2_QUESTION, VQAV2_ANSWER)
     basis = "VQAv2's known counts, and lengths of 29,761 of its questions"
     # COCO's two archives of train and val are 13.5 and 6.6 GB, VQAv2's four of texts together 43 MB.
-    return DatasetSize(443_757, 214_354, 123_287, 20_100_000_000 // 123_287, 20_143_000_000, basis, sample)
+    download = 0 if data.source is Source.DIRECTORY else 20_143_000_000
+    return DatasetSize(443_757, 214_354, 123_287, 20_100_000_000 // 123_287, download, basis, sample)
 
 
 def _from_records(manifest: dict, folder: Path) -> DatasetSize:
     rows = load_questions(folder, "train").select_columns(["image_id", "question", "multiple_choice_answer"])
     ids = rows.data["image_id"].to_numpy()
     rows = rows.select(np.flatnonzero(np.isin(ids, np.unique(ids)[:SAMPLED_IMAGES])))
-    sample = tuple(
-        (image, tokens(question) + 1, tokens(answer) + 1) for image, question, answer in zip(*rows[:].values(), strict=True)
-    )
+    columns = zip(*rows[:].values(), strict=True)
+    sample = tuple((image, tokens(question) + 1, tokens(answer) + 1) for image, question, answer in columns)
     train, val = (manifest["splits"][name]["questions"] for name in ("train", "val"))
-    stored = sum(path.stat().st_size for path in folder.glob("images-*.parquet"))
-    images = manifest["images"]
-    return DatasetSize(train, val, images, stored // max(1, images), 0, str(folder), sample)
+    each = sum(path.stat().st_size for path in folder.glob("images-*.parquet")) // max(1, manifest["images"])
+    return DatasetSize(train, val, manifest["images"], each, 0, str(folder), sample)
 
 
 def _drawn(images: int, questions: int, least: int, *quantiles: Sequence[int]) -> Sample:
@@ -128,17 +123,14 @@ def plan_batches(params: Params, processes: int, size: DatasetSize) -> Batches:
     window = WindowShape(train.batch_size * passes, train.questions_per_row, passes)
     # <bos>, the instruction, a newline.
     instruction = tokens(prompt.instruction) + 2
-    sample, work, row = _laid_out(window, prompt.mask, params.vision.num_patches, instruction, size.sample)
-    work = Work(*(train.num_train_epochs * round(part * size.train) for part in work))
-    steps = -(-size.train // window.questions) * train.num_train_epochs
-    return Batches(sample, work, steps, window.questions, row)
+    found = _laid_out(window, prompt.mask, params.vision.num_patches, instruction, size.sample)
+    work = Work(*(train.num_train_epochs * round(part * size.train) for part in found.work))
+    return found._replace(work=work, steps=-(-size.train // window.questions) * train.num_train_epochs)
 
 
 @lru_cache(maxsize=64)
-def _laid_out(
-    window: WindowShape, mask: Mask, num_patches: int, instruction: int, sample: Sample
-) -> tuple[list[Batch], list[float], float]:
-    """Return batches, their work per question, and how many questions share a row."""
+def _laid_out(window: WindowShape, mask: Mask, num_patches: int, instruction: int, sample: Sample) -> Batches:
+    """Return batches, with the work of a question."""
     layout = SimpleNamespace(mask=mask, num_patches=num_patches, prefix=range(instruction))
     questions = [QuestionTokens([0] * one, [0] * two) for _, one, two in sample]
     lengths, prefix = [len(one.read) for one in questions], num_patches + instruction
@@ -149,5 +141,6 @@ def _laid_out(
         width = prefix + max(sum(len(one.read) for one in row.questions) for row in rows)
         batches.append(Batch(rows_work(layout, rows), len(rows), prefix * (mask is Mask.IMAGE_PREFIX), width))
         taught += [len(row.questions) for row in rows if row.questions]
-    names, seen = Work.__dataclass_fields__, sum(taught)
-    return batches, [sum(getattr(one.work, name) for one in batches) / seen for name in names], seen / len(taught)
+    seen = sum(taught)
+    each = [sum(getattr(one.work, name) for one in batches) / seen for name in Work.__dataclass_fields__]
+    return Batches(batches, each, WINDOWS, window.questions, seen / len(taught))

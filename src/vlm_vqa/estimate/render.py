@@ -63,8 +63,9 @@ def _table(prediction: Prediction) -> Iterator[str]:
 def _details(stage: Stage) -> Iterator[str]:
     yield stage.name
     for name, value in stage.facts.items():
-        shown = f"{value:.4g}" if isinstance(value, float) or isinstance(value, int) and value >= 10**13 else value
-        yield f"  {name.replace('_', ' ')}: {f'{shown:,}' if isinstance(shown, int) else shown}"
+        exact = not isinstance(value, float) and (isinstance(value, str) or value < 10**13)
+        shown = (value if isinstance(value, str) else f"{value:,}") if exact else f"{value:.4g}"
+        yield f"  {name.replace('_', ' ')}: {shown}"
     yield from _parts("disk", stage.disk)
     for where, moments in (("host memory of a machine", stage.host), ("GPU memory of a rank", stage.gpu)):
         most = max(moments, key=lambda name: total(moments[name]), default=None)
@@ -73,7 +74,7 @@ def _details(stage: Stage) -> Iterator[str]:
 
 
 def _parts(title: str, parts: Parts, only_total: bool = False) -> Iterator[str]:
-    yield f"  {_gib(total(parts)):>10}  {title}"
+    yield f"  {_gib(total(parts)):>10}  {title}{'' if only_total else ':'}"
     yield from (f"    {_gib(size):>10}  {what}" for what, size in parts.items() if size and not only_total)
 
 

@@ -68,13 +68,11 @@ def elements(parameters: Iterable[Parameter]) -> int:
 class Model:
     """What is trained: Gemma 2 and the projector; the vision tower is not there in training. Counts are of elements."""
 
-    def __init__(
-        self, language: LanguageConfig, vocabulary: int, features: int, freeze_embeddings: bool, lora: LoraParams | None
-    ):
-        """Lay out all parameters, the tied head once: `vocabulary` rows with the processor's tokens, `features` to project."""
+    def __init__(self, language: LanguageConfig, vocabulary: int, features: int, frozen: bool, lora: LoraParams | None):
+        """Lay out all parameters, the tied head once; `frozen` embeddings have `vocabulary` rows, projections `features`."""
         self.language, self.vocabulary, self.features, self.lora = language, vocabulary, features, lora
         width, whole = language.hidden_size, lora is None
-        self.freeze_embeddings = freeze_embeddings or not whole
+        self.freeze_embeddings = frozen or not whole
         maps = []
         for name, (inputs, outputs) in zip(PROJECTIONS, linear_maps(language), strict=True):
             maps.append(Parameter(name, (outputs, inputs), whole))
