@@ -28,8 +28,6 @@ _MEMORY = {
     141.0: ("H200", "H200 NVL"),
     180.0: ("B200",),
 }
-CPU_PROBE = (128, 2304, 9216)
-"""Tokens, inputs and outputs of the product that tells a CPU's rate: one of Gemma 2 2B's, of few tokens."""
 
 
 class Device(NamedTuple):
@@ -93,7 +91,8 @@ def _plain(text: str) -> str:
 
 def _cpu(seconds: float = 0.2) -> Device:
     """Return this machine's CPU; its rate is measured now, for there is no data sheet for what is left of a shared one."""
-    (tokens, width, outputs), rates = CPU_PROBE, []
+    # One of Gemma 2 2B's products, of few tokens.
+    tokens, width, outputs, rates = 128, 2304, 9216, []
     for dtype in (torch.bfloat16, torch.float32):
         one, other = torch.ones(tokens, width, dtype=dtype), torch.ones(outputs, width, dtype=dtype)
         torch.nn.functional.linear(one, other)
@@ -102,5 +101,5 @@ def _cpu(seconds: float = 0.2) -> Device:
             torch.nn.functional.linear(one, other)
             products += 1
         rates.append(products * 2 * tokens * width * outputs / (time.perf_counter() - begun) / 1e12)
-    basis = "this machine's memory; a product of {} x {} x {} timed just now".format(*CPU_PROBE)
+    basis = f"this machine's memory; a product of {tokens} x {width} x {outputs} timed just now"
     return Device("cpu", psutil.virtual_memory().total, Peak(rates[0], None, rates[1]), basis)

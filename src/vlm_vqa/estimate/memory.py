@@ -1,8 +1,7 @@
 """Bytes that an optimizer step takes on a rank, part by part, and the moments at which most of them are there at once.
 
-What is measured: one process on a CPU (benchmarks/real_shape.py within 7 %; benchmarks/memory.py, float32, within 4 %).
-DDP, FSDP2 and ZeRO, and what a GPU takes beside tensors, are read in the sources of torch 2.14, accelerate 1.15 and
-DeepSpeed 0.19.8 or assumed, and say so.
+Measured: one process on a CPU (benchmarks/real_shape.py within 7 %; benchmarks/memory.py, float32, within 4 %). DDP, FSDP2
+and ZeRO are read in the sources of torch 2.14, accelerate 1.15 and DeepSpeed 0.19.8.
 """
 
 import math
@@ -13,13 +12,10 @@ from vlm_vqa.estimate.shapes import Model, Parameter, elements
 from vlm_vqa.params import Attention, Dtype, Optimizer, TrainParams
 from vlm_vqa.training.launch_file import Strategy
 
-# As `training.optimizer` has them, which takes seconds to import.
 BLOCK, LEAST_8BIT, CHUNK = 256, 4096, 1 << 24
-"""Elements with one scale, elements from which states take 8 bits, elements that are updated at once."""
-Parts = dict[str, int]
-"""Bytes, by what takes them."""
-Moments = dict[str, Parts]
-"""What is there at once, by when that is."""
+"""Elements of a scale, of the least 8-bit state, updated at once: `training.optimizer`'s, which takes seconds to import."""
+Parts = dict[str, int]  # bytes, by what takes them
+Moments = dict[str, Parts]  # what is there at once, by when that is
 
 
 def total(parts: Parts) -> int:
@@ -27,7 +23,6 @@ def total(parts: Parts) -> int:
 
 
 def copies(count: int, parts: Parts) -> Parts:
-    """Return what so many processes take."""
     return {what: count * size for what, size in parts.items()}
 
 
@@ -60,11 +55,8 @@ class Step:
         return sum(-(-one.shape[0] // rows) * math.prod(one.shape[1:]) for one in parameters)
 
     def weights(self) -> Parts:
-        held = self.held(self.model.parameters)
-        if self.strategy is Strategy.ZERO3:
-            held = -(-held // self.share)
-        masters = {"masters": 4 * self.held(self.updated())} if self.strategy.deepspeed else {}
-        return {"weights": held * self.kept} | masters
+        held = -(-self.held(self.model.parameters) // (self.share if self.strategy is Strategy.ZERO3 else 1))
+        return {"weights": held * self.kept, "masters": 4 * self.held(self.updated()) * self.strategy.deepspeed}
 
     def states(self) -> Parts:
         """The optimizer's, as they are after the first step; 8 bits but for small parameters and the embedding."""
@@ -76,8 +68,8 @@ class Step:
 
     def gradients(self) -> Parts:
         """Gradients, and DDP's copy of them; FSDP2 divides them among ranks after every batch."""
-        found = {"gradients": self.held(self.updated()) * self.kept}
-        return found | ({"DDP's buckets": self.model.trained * self.weight} if self.strategy is Strategy.DDP else {})
+        copied = self.model.trained * self.weight * (self.strategy is Strategy.DDP)
+        return {"gradients": self.held(self.updated()) * self.kept, "DDP's buckets": copied}
 
     def gathered(self) -> Parts:
         """What a rank holds of the others' weights and gradients while it computes."""
@@ -91,8 +83,8 @@ class Step:
             # Its defaults: gradients under way, as computed and as sent in float32; ZeRO-3's weights, at most.
             bucket = 500_000_000 if self.gpu else min(500_000_000, model.trained)
             found["DeepSpeed's bucket"] = bucket * (4 if self.compute == 4 else 6)
-            live = min(model.all, 1_000_000_000) * self.seen
-            found |= {"gathered weights": live} if self.strategy is Strategy.ZERO3 else {}
+            live = min(model.all, 1_000_000_000) * (self.strategy is Strategy.ZERO3)
+            found["gathered weights"] = live * self.seen
         return found
 
     def layer_activations(self, one: Batch) -> int:
@@ -104,8 +96,7 @@ class Step:
         norms = 4 * (tokens * (2 * 4 * width + 4) + 4 * width)
         # Autocast casts for each of queries, keys, values, gate, up anew.
         linear = tokens * size * ((5 if self.autocast else 2) * width + queries + 4 * inner)
-        # Rotation by float32 angles makes float32 of queries and keys. Only those behind prefixes are spread out, but
-        # they are parts of tensors that stay whole.
+        # Rotation by float32 angles makes float32 of queries and keys, which stay whole where only some are spread out.
         spread = tokens * ((4 if self.autocast else size) * (queries + keys) + size * keys)
         grids = size * one.rows * (one.width * queries + 2 * (one.width + one.prefix) * keys)
         if self.train.attention is Attention.FLEX:
@@ -119,8 +110,7 @@ class Step:
         shape, tokens = self.model.language, one.work.tokens
         size = 4 if self.autocast or self.weight == self.compute == 4 else 2
         common = tokens * (8 * shape.hidden_size + 2 * size * shape.head_dim)
-        saves = self.train.gradient_checkpointing
-        each = tokens * shape.hidden_size * size if saves else self.layer_activations(one)
+        each = tokens * shape.hidden_size * size if self.train.gradient_checkpointing else self.layer_activations(one)
         return shape.num_hidden_layers * each + common + one.work.image_tokens * self.model.features * 4
 
     def layer_backward(self, one: Batch) -> int:
@@ -139,17 +129,15 @@ class Step:
 
     def update(self) -> int:
         """Temporary copies of the optimizer."""
-        parts = self.updated()
+        parts, eight = self.updated(), self.train.optimizer is Optimizer.ADAMW_BNB_8BIT
         largest = max(self.held([one]) for one in parts)
-        if self.strategy.deepspeed:
-            return 8 * largest
         if self.weight == 2:
             # Weights, gradient, moments, denominator, random bits; a CPU's 8-bit states are unpacked beside them.
             return min(CHUNK, largest) * (20 if self.gpu else 28)
-        if self.train.optimizer is Optimizer.ADAMW_BNB_8BIT:
-            return largest * (4 if self.gpu else 20)
-        # On a GPU torch updates all parameters in one go, over a list of denominators.
-        return self.held(parts) * 4 if self.gpu else largest * 8
+        if self.gpu and not self.strategy.deepspeed:
+            # torch updates all parameters in one go, over a list of denominators.
+            return 4 * (largest if eight else self.held(parts))
+        return largest * (20 if eight and not self.strategy.deepspeed else 8)
 
     def moments(self, sample: Iterable[Batch]) -> Moments:
         """Return what a rank holds, of weights and what training makes of them, at the moments that take most."""
@@ -159,13 +147,13 @@ class Step:
         kept = held | self.gathered() | (done if self.train.gradient_accumulation_steps > 1 else {})
         kept |= {"activations": self.activations(one)}
         # Autocast's copies of weights stay until the forward pass ends or the backward pass has used them.
-        head = {"16-bit output head": 2 * model.embedding} if self.autocast else {}
-        casts = {"16-bit weights": 2 * model.maps} if self.autocast else {}
+        head = {"16-bit output head": 2 * model.embedding * self.autocast}
+        casts = {"16-bit weights": 2 * model.maps * self.autocast}
         # Gradients of a trained embedding are the head's, and those of its two look-ups, all dense.
         dense = {"embedding's gradients": 0 if model.freeze_embeddings else 3 * model.embedding * self.seen}
         # Blocks under 32 MiB that are freed on a CPU.
-        freed = {} if self.gpu else {"freed activations that malloc keeps": self.layer_backward(one)}
-        whole = {"one whole parameter": 4 * model.embedding} if self.share > 1 else {}
+        freed = {"freed activations that malloc keeps": self.layer_backward(one) * (not self.gpu)}
+        whole = {"one whole parameter": 4 * model.embedding * (self.share > 1)}
         return {
             "loss": kept | casts | head | {"logits and loss": self.logits(one)},
             "backward, last layer": kept | ({} if saves else casts) | head | backward,
@@ -181,8 +169,9 @@ class Step:
 
     def whole_weights(self) -> Parts:
         """What process 0 copies to its host at the end: float32, and again where adapters are merged."""
-        found = {"whole weights": 4 * self.model.all} if self.gpu or self.weight != 4 or self.share > 1 else {}
-        if self.model.lora is not None:
-            adapted = elements(one for one in self.model.parameters if one.name in self.model.lora.targets)
-            found["merged weights"] = 4 * adapted
-        return found
+        moved, targets = (
+            self.gpu or self.weight != 4 or self.share > 1,
+            self.model.lora.targets if self.model.lora else (),
+        )
+        adapted = elements(one for one in self.model.parameters if one.name in targets)
+        return {"whole weights": 4 * self.model.all * moved, "merged weights": 4 * adapted}

@@ -106,11 +106,10 @@ def _machine(asked: Asked, on_cpu: bool, launch: str) -> Machine:
             raise UserError(f"{wrong}, at most 1." if most == 1 else f"{wrong}.")
     found = find_device(asked.device, on_cpu=on_cpu, launch=launch)
     share, basis = GPU_UTILISATION if found.gpu else CPU_UTILISATION
-    share, basis = (share, basis) if asked.utilisation is None else (asked.utilisation, "--utilisation")
+    share, basis = (asked.utilisation, "--utilisation") if asked.utilisation else (share, basis)
     memory = round(asked.host_memory * GIB) if asked.host_memory else psutil.virtual_memory().total
     there = sum(path.stat().st_size for name in OUTPUTS for path in Path(name).rglob("*") if path.is_file())
     disk = round(asked.disk * GIB) if asked.disk else shutil.disk_usage(".").free + there
-    # By default DVC's cache copies outputs where it cannot reflink.
     config = Path(".dvc/config")
     links = config.is_file() and ("hardlink" in (text := config.read_text(encoding="utf-8")) or "symlink" in text)
     return Machine(found, memory, disk, share, basis, asked.bandwidth * 1e6, links)
@@ -125,8 +124,7 @@ def _checks(stages: list[Stage], machine: Machine) -> list[Check]:
                 most = max(moments, key=lambda name: total(moments[name]))
                 found.append((stage.name, resource, most, total(moments[most]), room[resource]))
     disk = (1 if machine.links else 2) * sum(total(stage.disk) for stage in stages)
-    found.append(("all stages", "disk", "", disk, machine.disk))
-    return [Check(*one, fits=one[3] <= one[4]) for one in found]
+    return [Check(*one, fits=one[3] <= one[4]) for one in [*found, ("all stages", "disk", "", disk, machine.disk)]]
 
 
 def _candidates(params: Params, launches: Path) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """The questions: how many there are and how long, from data/records or by what is known of the source, and their batches.
 
 Without a tokenizer a text's tokens are estimated: one for each word, digit and punctuation mark. On 29,761 real VQAv2
-questions that is within 1 % (questions) and 5 % (answers) of a byte-level BPE of 30,000 tokens trained on them; Gemma's own
-tokenizer could not be had offline. Batches come from training's own sampler, on a sample of the questions.
+questions that is within 1 % (questions) and 5 % (answers) of a byte-level BPE of 30,000 tokens trained on them. Batches come
+from training's own sampler, on a sample of the questions.
 """
 
 import itertools
@@ -24,14 +24,11 @@ from vlm_vqa.params import Mask, Params, Source
 from vlm_vqa.training.windows import WindowSampler, WindowShape
 
 TOKEN = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_")
-SAMPLED_IMAGES, WINDOWS = 2000, 40
-"""Images whose questions are sampled; optimizer steps that are laid out of them."""
+SAMPLED_IMAGES, WINDOWS = 2000, 40  # images whose questions are sampled; optimizer steps that are laid out of them
 # Tokens of a question and its newline, of an answer and its <eos>: middles of twentieths of all, in order.
 VQAV2_QUESTION = (5, 6, 6, 7, 7, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9, 10, 10, 11, 13)
-VQAV2_ANSWER = (2,) * 19 + (4,)
 EASY_QUESTION = (6, 6, 7, 7, 7, 7, 7, 7, 7, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 11)
-Sample = tuple[tuple[int, int, int], ...]
-"""Of training questions: the image, tokens with the newline, the answer's with its <eos>."""
+Sample = tuple[tuple[int, int, int], ...]  # questions' images, tokens with the newline, the answers' with <eos>
 
 
 class DatasetSize(NamedTuple):
@@ -63,7 +60,7 @@ def read_size(params: Params, records: Path) -> DatasetSize:
     if data.source is Source.DIRECTORY and not data.train.questions.startswith("v2_OpenEnded_mscoco"):
         unknown = f"data.source is directory, and how much {data.directory} holds is not known before it is read."
         raise UserError(f"{unknown} Run `dvc repro fetch-vqav2` first.")
-    sample = _drawn(82_783, 443_757, 3, VQAV2_QUESTION, VQAV2_ANSWER)
+    sample = _drawn(82_783, 443_757, 3, VQAV2_QUESTION, (2,) * 19 + (4,))
     basis = "VQAv2's known counts, and lengths of 29,761 of its questions"
     # COCO's two archives of train and val are 13.5 and 6.6 GB, VQAv2's four of texts together 43 MB.
     download = 0 if data.source is Source.DIRECTORY else 20_143_000_000
@@ -130,7 +127,7 @@ def plan_batches(params: Params, processes: int, size: DatasetSize) -> Batches:
 
 @lru_cache(maxsize=64)
 def _laid_out(window: WindowShape, mask: Mask, num_patches: int, instruction: int, sample: Sample) -> Batches:
-    """Return batches, with the work of a question."""
+    """Return batches, with the mean work of a question."""
     layout = SimpleNamespace(mask=mask, num_patches=num_patches, prefix=range(instruction))
     questions = [QuestionTokens([0] * one, [0] * two) for _, one, two in sample]
     lengths, prefix = [len(one.read) for one in questions], num_patches + instruction
@@ -141,6 +138,5 @@ def _laid_out(window: WindowShape, mask: Mask, num_patches: int, instruction: in
         width = prefix + max(sum(len(one.read) for one in row.questions) for row in rows)
         batches.append(Batch(rows_work(layout, rows), len(rows), prefix * (mask is Mask.IMAGE_PREFIX), width))
         taught += [len(row.questions) for row in rows if row.questions]
-    seen = sum(taught)
-    each = [sum(getattr(one.work, name) for one in batches) / seen for name in Work.__dataclass_fields__]
-    return Batches(batches, each, WINDOWS, window.questions, seen / len(taught))
+    work = [sum(getattr(one.work, name) for one in batches) / sum(taught) for name in Work.__dataclass_fields__]
+    return Batches(batches, work, WINDOWS, window.questions, sum(taught) / len(taught))

@@ -40,8 +40,8 @@ def _verdict(prediction: Prediction) -> Iterator[str]:
     yield f"VERDICT: {prediction.name} {verdict}: {gpu if machine.device.gpu else ''}{room}"
     yield from prediction.lacks
     for one in failed:
-        needed = f"{one.resource} {one.needed / GIB:.1f} GiB{f' ({one.moment})' if one.moment else ''}"
-        yield f"does not fit: {one.stage}: {needed} of {one.available / GIB:.1f}"
+        needed = f"{one.needed / GIB:.1f} GiB{one.moment and f' ({one.moment})'} of {one.available / GIB:.1f}"
+        yield f"does not fit: {one.stage}: {one.resource} {needed}"
     if failed and not prediction.options:
         yield "no change of params.yaml that preflight tries makes it fit: name a larger --device, --host-memory or --disk."
     for number, (changes, needed) in enumerate(prediction.options, start=1):
@@ -63,8 +63,8 @@ def _table(prediction: Prediction) -> Iterator[str]:
 def _details(stage: Stage) -> Iterator[str]:
     yield stage.name
     for name, value in stage.facts.items():
-        exact = not isinstance(value, float) and (isinstance(value, str) or value < 10**13)
-        shown = (value if isinstance(value, str) else f"{value:,}") if exact else f"{value:.4g}"
+        exact = isinstance(value, int) and value < 10**13
+        shown = value if isinstance(value, str) else f"{value:,}" if exact else f"{value:.3g}"
         yield f"  {name.replace('_', ' ')}: {shown}"
     yield from _parts("disk", stage.disk)
     for where, moments in (("host memory of a machine", stage.host), ("GPU memory of a rank", stage.gpu)):

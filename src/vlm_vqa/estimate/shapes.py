@@ -10,8 +10,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import linear_maps
 from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Params, VisionParams
 
-ADDED_TOKENS = 1024 + 128 + 1
-"""What `PaliGemmaProcessor` adds to a tokenizer: locations, segments and <image>."""
+ADDED_TOKENS = 1024 + 128 + 1  # by `PaliGemmaProcessor` to a tokenizer: locations, segments and <image>
 
 
 class VisionShape(NamedTuple):
@@ -36,9 +35,8 @@ class VisionShape(NamedTuple):
         return embeddings + self.num_hidden_layers * (attention + mlp + 6 * width) + 2 * width
 
 
-# As published in their config.json on the hub, which no test here can fetch; Gemma 2's also in arXiv 2408.00118, table 1.
-# Width, MLP, layers, heads, their keys, head width.
-GEMMA_2_2B = LanguageConfig(2304, 9216, 26, 8, 4, 256)
+# As published in their config.json on the hub, which no test here can fetch; Gemma 2's also in arXiv 2408.00118, table 1:
+GEMMA_2_2B = LanguageConfig(2304, 9216, 26, 8, 4, 256)  # width, MLP, layers, heads, heads of keys, head width
 GEMMA_VOCABULARY = 256_000
 LANGUAGE = {"google/gemma-2-2b": GEMMA_2_2B, "google/gemma-2-2b-it": GEMMA_2_2B}
 VISION = {
@@ -106,8 +104,8 @@ def model_of(params: Params) -> Model:
         config = _read_config(name, "language.model", "gemma2", LANGUAGE)
         shape = LanguageConfig(**{key: config[key] for key in LanguageConfig.__dataclass_fields__})
         vocabulary = config["vocab_size"]
-    width = params.vision.visual_embed_dim
-    return Model(shape, vocabulary + ADDED_TOKENS, width, train.freeze_embeddings, train.lora)
+    rows, width = vocabulary + ADDED_TOKENS, params.vision.visual_embed_dim
+    return Model(shape, rows, width, train.freeze_embeddings, train.lora)
 
 
 def vision_of(vision: VisionParams) -> VisionShape:
@@ -116,9 +114,8 @@ def vision_of(vision: VisionParams) -> VisionShape:
     if shape is None:
         config = _read_config(vision.model, "vision.model", "dinov2", VISION)
         shape = VisionShape(**{key: config[key] for key in VisionShape._fields if key in config})
-    if (width := shape.hidden_size) != vision.visual_embed_dim:
-        wrong = f"vision.visual_embed_dim is {vision.visual_embed_dim}, but {vision.model} is {width} wide."
-        raise UserError(f"{wrong} Set it to that.")
+    if (width := shape.hidden_size) != (asked := vision.visual_embed_dim):
+        raise UserError(f"vision.visual_embed_dim is {asked}, but {vision.model} is {width} wide. Set it to that.")
     return shape
 
 

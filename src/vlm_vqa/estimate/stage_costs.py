@@ -15,8 +15,6 @@ from vlm_vqa.training.launch_file import Strategy, check_params, read_launch, st
 
 BASE = {"Python and libraries": round(1.1 * GIB)}
 """Resident in a training process without any weights, with scratch; measured (torch 2.14.1, a CPU)."""
-BATCHES_AHEAD = 9
-"""Of pictures: `extraction.MOST_THREADS` and one."""
 
 
 class Launch(NamedTuple):
@@ -29,10 +27,7 @@ class Launch(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What a run is to fit into: bytes of each host and of the disk with what outputs take already; bytes a second.
-
-    `links`: DVC's cache links outputs instead of copying them. `basis`: where the utilisation comes from.
-    """
+    """What a run is to fit into, in bytes (a second); on the disk outputs count once if DVC's cache `links` them."""
 
     device: Device
     host_memory: int
@@ -65,14 +60,13 @@ def stage_costs(params: Params, size: DatasetSize, machine: Machine, launches: P
     training, extraction = (launch_of(section.launch, launches) for section in (params.train, params.vision))
     check_params(params.train, training.strategy)
     if not (extraction.on_cpu or machine.device.gpu):
-        wrong = f"vision.launch {params.vision.launch} runs on GPUs, but --device is cpu."
-        raise UserError(f"{wrong} Set vision.launch: cpu.")
+        raise UserError(f"vision.launch {params.vision.launch} runs on GPUs, --device is cpu. Set vision.launch: cpu.")
     model, vision = model_of(params), vision_of(params.vision)
     # As extraction computes it; training loads it to compare it with the stored features.
     encoder = vision.parameters * (4 if params.vision.compute_dtype is Dtype.FLOAT32 else 2)
     return [
         _fetch(params, size, machine),
-        _extract(params, size, machine, vision, encoder, extraction),
+        _extract(params, size, machine, vision, extraction),
         _train(params, size, machine, model, encoder, training),
         _export(model, vision),
         _evaluate(params, size, machine, model, vision),
@@ -87,40 +81,36 @@ def launch_of(name: str, folder: Path) -> Launch:
 
 
 def _fetch(params: Params, size: DatasetSize, machine: Machine) -> Stage:
-    archives = {"archives": size.download} if params.data.official is not None else {}
-    disk = {"images": size.images * size.image_bytes} | archives
+    disk = {"images": size.images * size.image_bytes, "archives": size.download * (params.data.official is not None)}
     facts = {"training questions": size.train, "validation questions": size.val, "images": size.images}
     facts["basis"] = f"{size.basis}; tokens estimated"
     return Stage("fetch-vqav2", disk, {"all": BASE}, {}, size.download / machine.bandwidth / 3600, facts)
 
 
-def _extract(
-    params: Params, size: DatasetSize, machine: Machine, shape: VisionShape, weights: int, launch: Launch
-) -> Stage:
+def _extract(params: Params, size: DatasetSize, machine: Machine, shape: VisionShape, launch: Launch) -> Stage:
     vision, images = params.vision, size.images
+    each = 4 if vision.compute_dtype is Dtype.FLOAT32 else 2
     tokens, pixels = images * vision.num_patches, (vision.num_patches - 1) * shape.patch_size**2
     # Of the widest moment of a layer: its input, the hidden layer of its MLP before and after GELU, its output.
     wide = vision.batch_size * vision.num_patches * vision.visual_embed_dim * (2 + 2 * shape.mlp_ratio)
-    encoder = {"encoder": weights, "activations": wide * (weights // shape.parameters)}
-    # Files of features are of 256 MiB, up to three in memory.
-    ahead = {"pictures ahead": BATCHES_AHEAD * vision.batch_size * 3 * pixels * 4, "shards": 3 * GIB // 4}
+    encoder = {"encoder": shape.parameters * each, "activations": wide * each}
+    # Batches of pictures are `extraction.MOST_THREADS` and one; files of features are of 256 MiB, up to three in memory.
+    ahead = {"pictures ahead": 9 * vision.batch_size * 3 * pixels * 4, "shards": 3 * GIB // 4}
     host = BASE | {"float32 weights": 4 * shape.parameters} | ahead | (encoder if launch.on_cpu else {})
     gpu = {} if launch.on_cpu else _on_gpu({"forward": encoder}, launch.processes)
     flops = images * vision_flops(shape, vision.num_patches)
-    facts = {"flop": flops, "processes": launch.processes}
+    facts: dict[str, Any] = {"flop": flops, "processes": launch.processes}
     hours = machine.hours(flops, vision.compute_dtype, launch.processes)
     if launch.on_cpu and machine.device.gpu:
         hours, facts["note"] = None, "vision.launch runs on the host's CPU, whose rate is not known"
-    narrow = vision.store_dtype is StoreDtype.INT8
-    each = 1 if narrow else 4 if vision.store_dtype is StoreDtype.FLOAT32 else 2
-    disk = {"features": tokens * vision.visual_embed_dim * each, "scales": 4 * tokens * narrow}
+    stored = {StoreDtype.INT8: 1, StoreDtype.FLOAT32: 4}.get(vision.store_dtype, 2)
+    disk = {"features": tokens * vision.visual_embed_dim * stored, "scales": 4 * tokens * (stored == 1)}
     return Stage("extract-features", disk, {"forward": copies(launch.on_a_machine, host)}, gpu, hours, facts)
 
 
 def _train(params: Params, size: DatasetSize, machine: Machine, model: Model, encoder: int, launch: Launch) -> Stage:
-    train = params.train
+    train, batches = params.train, plan_batches(params, launch.processes, size)
     step = Step(model, train, launch.strategy, launch.processes, not launch.on_cpu)
-    batches = plan_batches(params, launch.processes, size)
     work, rank = batches.work, step.moments(batches.sample)
     host = _train_host(params, step, launch, encoder, batches.steps, rank)
     gpu = {} if launch.on_cpu else _on_gpu(rank, launch.processes)
@@ -147,10 +137,9 @@ def _train_host(params: Params, step: Step, launch: Launch, encoder: int, steps:
     """Return the moments of one machine: of its ranks too where they train on its CPUs."""
     count, model = launch.on_a_machine, step.model
     base = copies(count, BASE | {"encoder": encoder})
-    # What every process builds before the launch divides it: float32, whole.
+    # What every process builds before the launch divides it; the mean of rows and their covariance from a centred copy.
     start = {"float32 weights": 4 * model.saved}
     if params.language.model != "random":
-        # The mean of all rows and their covariance start from a centred copy.
         start["grown embedding"] = 2 * 4 * model.embedding
     elif step.weight == 2:
         start["embedding in 16 bits"] = 2 * model.embedding
