@@ -1,6 +1,6 @@
 """What `vlm-vqa preflight` prints for every preset, to the last digit: golden/NAME.txt, on the device that it is meant for.
 
-`GOLDEN_WRITE=1 python -m pytest tests/estimate/test_golden.py` writes the texts anew: read `git diff` before it is committed.
+`GOLDEN_WRITE=1 python -m pytest tests/estimate/test_golden.py` writes them anew: read `git diff` before a commit.
 """
 
 import os
