@@ -14,7 +14,7 @@ from benchmarks.workload import data, draw_step, read_questions
 from tests.pipeline import ROOT, sample_params
 from vlm_vqa.data.fetch import fetch
 from vlm_vqa.errors import UserError
-from vlm_vqa.estimate.advice import changed
+from vlm_vqa.estimate.predict import changed
 from vlm_vqa.evaluation import vqa_accuracy as ours
 from vlm_vqa.params import load_params
 
