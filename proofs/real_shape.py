@@ -37,6 +37,12 @@ from benchmarks.memory import read_peak, reset_peak
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import ImageRecord
 from vlm_vqa.errors import UserError
+from vlm_vqa.estimate.devices import GIB, find_device
+from vlm_vqa.estimate.memory import total
+from vlm_vqa.estimate.predict import CPU_UTILISATION, changed
+from vlm_vqa.estimate.questions import DatasetSize
+from vlm_vqa.estimate.shapes import GEMMA_2_2B, GEMMA_VOCABULARY, model_of
+from vlm_vqa.estimate.stage_costs import Machine, Stage, stage_costs
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import (
@@ -52,11 +58,6 @@ from vlm_vqa.model.vlm import (
     trained_state,
 )
 from vlm_vqa.params import Params, load_params
-from vlm_vqa.preflight.advice import changed
-from vlm_vqa.preflight.devices import find_device
-from vlm_vqa.preflight.shapes import GEMMA_2_2B, GEMMA_VOCABULARY, model_of
-from vlm_vqa.preflight.stages import CPU_UTILISATION, Machine, Stage, predict
-from vlm_vqa.preflight.texts import Counts, Texts
 from vlm_vqa.training import launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments
@@ -68,7 +69,7 @@ TOKENIZER = 4000
 MOST_GIB = 22
 SPARE_GIB = 1.0
 """Left to others beside the predicted peak."""
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 ENDS = ("last checkpoint", "whole weights")
 STEP_MOMENTS = ("loss", "backward, last layer", "backward, first layer", "update")
 
@@ -119,7 +120,7 @@ def run(params: Params, folder: Path) -> tuple[list[Claim], dict[str, Any]]:
     )  # fmt: skip
     chosen = records.select(range(params.train.batch_size * 2)).rename_column("answer", "multiple_choice_answer")
     data = QuestionDataset(chosen, layout, params.prompt.too_long)
-    predicted = prediction(params, data, layout)
+    predicted = prediction(params, data)
     check_room(predicted, folder)
     trainer = Measured(params, encoder, processor, data, Collator(layout, features), folder)
     found = {"before": trainer.before, **trainer.train(seconds)}
@@ -157,28 +158,24 @@ def extract_features(params: Params, encoder: Encoder, pictures: list[ImageRecor
 # --- what preflight says ---------------------------------------------------------------------------------------------
 
 
-def prediction(params: Params, data: QuestionDataset, layout: TokenLayout) -> Stage:
+def prediction(params: Params, data: QuestionDataset) -> Stage:
     """Return what preflight predicts for the train stage with these very questions."""
-    images = len(set(data.image_ids))
     tokens = [data.tokens(place, 0) for place in range(len(data))]
-    counts = Counts(len(data), images)
-    texts = Texts(
-        {"train": counts, "val": counts}, tuple(data.image_ids), tuple(len(one.prompt) for one in tokens),
-        tuple(len(one.answer) for one in tokens), len(layout.prefix), 0, 0, "these questions",
-    )  # fmt: skip
+    sample = tuple((image, len(one.prompt), len(one.answer)) for image, one in zip(data.image_ids, tokens, strict=True))
+    size = DatasetSize(len(data), len(data), 2 * len(set(data.image_ids)), 0, 0, "these questions", sample)
     device = find_device("cpu", on_cpu=True, launch="cpu")
-    machine = Machine(device, device.memory, shutil.disk_usage("/").free, CPU_UTILISATION, bandwidth=1e6)
-    stages = predict(params, texts, machine, ROOT / "launch")
+    machine = Machine(device, device.memory, shutil.disk_usage("/").free, *CPU_UTILISATION, bandwidth=1e6)
+    stages = stage_costs(params, size, machine, ROOT / "launch")
     return next(stage for stage in stages if stage.name == "train")
 
 
 def check_room(predicted: Stage, folder: Path) -> None:
     """Refuse to start where others would have to make room."""
-    needed = max(one.bytes for one in predicted.host) / GIB + SPARE_GIB
+    needed = max(map(total, predicted.host.values())) / GIB + SPARE_GIB
     free = (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / GIB
     if free < needed:
         raise UserError(f"{free:.1f} GiB of memory are free, {needed:.1f} are needed. Wait, or take fewer --layers.")
-    disk = 1.1 * predicted.disk_bytes / GIB
+    disk = 1.1 * total(predicted.disk) / GIB
     if (left := shutil.disk_usage(folder).free / GIB) < disk:
         raise UserError(f"{folder}: {left:.1f} GiB of disk are free, {disk:.1f} are needed. Name another --folder.")
 
@@ -274,7 +271,7 @@ def timed(seconds: dict[str, float], name: str, function: Any) -> Any:
 
 def predicted_peaks(predicted: Stage) -> dict[str, float]:
     """Return preflight's peaks of the measured phases, in GiB."""
-    moments = {one.name: one.bytes / GIB for one in predicted.host}
+    moments = {name: total(parts) / GIB for name, parts in predicted.host.items()}
     steps = max(moments[name] for name in STEP_MOMENTS)
     return {"start": moments["start"], "steps": steps, **{name: moments[name] for name in ENDS}}
 
@@ -314,7 +311,7 @@ def details_of(
         "predicted_step_seconds": round(predicted.facts["step_seconds"], 1),
         "peak_gib": {name: round(value, 3) for name, value in found.items()},
         "reload": "with the saved file's pages, which the kernel takes back when memory is short",
-        "predicted_gib": {one.name: round(one.bytes / GIB, 3) for one in predicted.host},
+        "predicted_gib": {name: round(total(parts) / GIB, 3) for name, parts in predicted.host.items()},
         "losses": losses,
         "facts": predicted.facts,
     }

@@ -107,3 +107,14 @@ def directory_params() -> Callable[..., DataParams]:
         return DataParams(directory=str(folder), **{**fields, **changes})
 
     return params
+
+
+@pytest.fixture
+def clean_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with what git has of parameters and launches, and nothing that a run of the user's has written."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in ("presets", "launch", "evaluation", "dvc.yaml"):
+        (folder / name).symlink_to(REPO / name)
+    monkeypatch.chdir(folder)
+    return folder

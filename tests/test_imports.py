@@ -19,7 +19,8 @@ LEVELS = (
     ("evaluation",),
     ("checks",),
     ("estimate",),
-    ("cli", "quick_start"),
+    ("quick_start",),
+    ("cli",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # One room of a level may use another where the one is what the other is about.

@@ -8,9 +8,9 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from vlm_vqa.estimate.predict import Asked, predict
+from vlm_vqa.estimate.shapes import GEMMA_VOCABULARY, LANGUAGE, VISION
 from vlm_vqa.params import PROJECTIONS, load_params
-from vlm_vqa.preflight.run import preflight
-from vlm_vqa.preflight.shapes import GEMMA_VOCABULARY, LANGUAGE, VISION
 from vlm_vqa.training.launch import read_launch
 
 ROOT = Path(__file__).parents[1]
@@ -47,11 +47,11 @@ def test_its_towers_are_the_real_ones(path):
 
 
 @pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
-def test_it_fits_the_gpus_that_it_is_for(path):
+def test_it_fits_the_gpus_that_it_is_for(path, clean_checkout):
     """By `vlm-vqa preflight`'s formulas; no GPU was measured."""
-    prediction = preflight(path, device="RTX 4090", host_memory=256, disk=500)
-    assert prediction.fits
-    assert not preflight(path, device="RTX 4090", host_memory=256, disk=20).fits
+    asked = Asked(device="RTX 4090", host_memory=256, disk=500)
+    assert predict(path, asked).fits
+    assert not predict(path, asked._replace(disk=20)).fits
 
 
 def test_the_reference_recipe():

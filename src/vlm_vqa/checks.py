@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_vqa.data.records import MANIFEST, load_questions, read_manifest
+from vlm_vqa.data.records import load_questions, manifest_for_a_look, read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.launch_file import check_params, read_copies, read_launch, strategy_of
 from vlm_vqa.params import Answers, Params, Punkt, TooLong, is_local
@@ -29,17 +29,8 @@ def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORD
         UserError: they do not allow the five stages.
     """
     check_machine(params, launches, run)
-    if not (records / MANIFEST).is_file():
-        return
-    try:
-        manifest = read_manifest(records)
-    except UserError as error:
-        if run:
-            raise
-        # Damaged, or of an earlier version of this code: the first stage makes them anew.
-        log.warning("%s", error)
-        return
-    if manifest.get("source") == params.data.source.value:
+    manifest = read_manifest(records) if run else manifest_for_a_look(records)
+    if manifest is not None and manifest.get("source") == params.data.source.value:
         check_records(params, records)
 
 

@@ -59,12 +59,11 @@ def _check(arguments: argparse.Namespace) -> int:
 def _preflight(arguments: argparse.Namespace) -> int:
     import json
 
-    from vlm_vqa.preflight.report import as_json, as_text
-    from vlm_vqa.preflight.run import preflight
+    from vlm_vqa.estimate.predict import Asked, predict
+    from vlm_vqa.estimate.render import as_json, as_text
 
-    names = ("device", "price", "host_memory", "disk", "utilisation", "bandwidth")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    prediction = preflight(arguments.params, **given)
+    given = {name: getattr(arguments, name) for name in Asked._fields if getattr(arguments, name) is not None}
+    prediction = predict(arguments.params, Asked(**given))
     print(json.dumps(as_json(prediction), indent=2) if arguments.json else as_text(prediction, arguments.details))
     return 0 if prediction.fits else 1
 
@@ -182,7 +181,7 @@ def _add_preflight_options(sub: argparse.ArgumentParser) -> None:
         ("--bandwidth", "MB_PER_S", "of downloads; by default 20"),
     ):
         sub.add_argument(option, type=float, metavar=unit, help=text)
-    sub.add_argument("--details", action="store_true", help="print every part's formula, and where figures come from")
+    sub.add_argument("--details", action="store_true", help="print the parts of every figure")
     sub.add_argument("--json", action="store_true", help="print JSON; sizes in bytes")
 
 

@@ -14,10 +14,10 @@ from benchmarks.workload import data, draw_step, read_questions
 from proofs import real_shape
 from proofs.project import ROOT, sample_params
 from vlm_vqa.errors import UserError
+from vlm_vqa.estimate.predict import changed
 from vlm_vqa.evaluation import vqa_accuracy as ours
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import load_params
-from vlm_vqa.preflight.advice import changed
 
 QUESTIONS = [{"image_id": 7, "question_id": 7000, "question": "Is it?"}]
 ANNOTATIONS = [{"question_id": 7000, "multiple_choice_answer": "yes"}]

@@ -7,6 +7,7 @@ written last. Every block of a Parquet file is compared with its checksum in the
 each file carries its `datasets.Features`, so `datasets.load_dataset("parquet", data_files=...)` reads them as they are.
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from datasets.table import InMemoryTable
 
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.sealed import open_checked, read_sealed
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 # Raised when the files change in a way that older readers would misunderstand.
@@ -121,6 +124,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if (version := manifest["schema_version"]) != SCHEMA_VERSION:
         raise UserError(f"{path}: records of version {version}; this code reads version {SCHEMA_VERSION}. {_REMAKE}")
     return manifest
+
+
+def manifest_for_a_look(folder: str | Path) -> dict[str, Any] | None:
+    """Return the manifest for who only looks ahead, None where there is none; one that cannot be read is warned of.
+
+    Records that are damaged, or of an earlier version of this code, are made anew by the first stage.
+    """
+    if not (Path(folder) / MANIFEST).is_file():
+        return None
+    try:
+        return read_manifest(folder)
+    except UserError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _files(folder: str | Path) -> dict[str, Any]:

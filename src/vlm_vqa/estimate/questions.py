@@ -1,0 +1,143 @@
+"""The questions: how many there are and how long, from data/records or by what is known of the source, and their batches.
+
+Without a tokenizer a text's tokens are estimated: one for each word, digit and punctuation mark. On 29,761 real VQAv2
+questions that is within 1 % (questions) and 5 % (answers) of a byte-level BPE of 30,000 tokens trained on them. Batches come
+from training's own sampler, on a sample of the questions.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from vlm_vqa.data.records import load_questions, manifest_for_a_look
+from vlm_vqa.errors import UserError
+from vlm_vqa.model.flops import Work, rows_work
+from vlm_vqa.model.layout import QuestionTokens, Row
+from vlm_vqa.params import Mask, Params, Source
+from vlm_vqa.training.sampler import WindowSampler, WindowShape
+
+TOKEN = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_")
+SAMPLED_IMAGES, WINDOWS = 2000, 40  # images whose questions are sampled; optimizer steps that are laid out of them
+# Tokens of a question and its newline, of an answer and its <eos>: middles of twentieths of all, in order.
+VQAV2_QUESTION = (5, 6, 6, 7, 7, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9, 10, 10, 11, 13)
+EASY_QUESTION = (6, 6, 7, 7, 7, 7, 7, 7, 7, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 11)
+Sample = tuple[tuple[int, int, int], ...]  # questions' images, tokens with the newline, the answers' with <eos>
+
+
+class DatasetSize(NamedTuple):
+    """Questions of each split, images of both, bytes of a mean image file, bytes to download, and where that comes from."""
+
+    train: int
+    val: int
+    images: int
+    image_bytes: int
+    download: int
+    basis: str
+    sample: Sample
+
+
+def tokens(text: str) -> int:
+    """Estimate a text's tokens."""
+    return len(TOKEN.findall(text))
+
+
+def read_size(params: Params, records: Path) -> DatasetSize:
+    """Return what `records` hold if they are of `data.source`, else what is known of it; UserError where nothing is."""
+    data = params.data
+    manifest = manifest_for_a_look(records)
+    if manifest is not None and manifest.get("source") == data.source.value:
+        return _from_records(manifest, records)
+    if data.source is Source.EASY_VQA:
+        sample = _drawn(4_000, 38_575, 2, EASY_QUESTION, (2,))
+        return DatasetSize(38_575, 9_673, 5_000, 1_300, 0, "easy-VQA's known counts and lengths of texts", sample)
+    # A folder under the official names is taken for the official files.
+    if data.source is Source.DIRECTORY and not data.train.questions.startswith("v2_OpenEnded_mscoco"):
+        unknown = f"data.source is directory, and how much {data.directory} holds is not known before it is read."
+        raise UserError(f"{unknown} Run `dvc repro fetch-vqav2` first.")
+    sample = _drawn(82_783, 443_757, 3, VQAV2_QUESTION, (2,) * 19 + (4,))
+    basis = "VQAv2's known counts, and lengths of 29,761 of its questions"
+    # COCO's two archives of train and val are 13.5 and 6.6 GB, VQAv2's four of texts together 43 MB.
+    download = 0 if data.source is Source.DIRECTORY else 20_143_000_000
+    return DatasetSize(443_757, 214_354, 123_287, 20_100_000_000 // 123_287, download, basis, sample)
+
+
+def _from_records(manifest: dict, folder: Path) -> DatasetSize:
+    rows = load_questions(folder, "train").select_columns(["image_id", "question", "multiple_choice_answer"])
+    ids = rows.data["image_id"].to_numpy()
+    rows = rows.select(np.flatnonzero(np.isin(ids, np.unique(ids)[:SAMPLED_IMAGES])))
+    columns = zip(*rows[:].values(), strict=True)
+    sample = tuple((image, tokens(question) + 1, tokens(answer) + 1) for image, question, answer in columns)
+    train, val = (manifest["splits"][name]["questions"] for name in ("train", "val"))
+    each = sum(path.stat().st_size for path in folder.glob("images-*.parquet")) // max(1, manifest["images"])
+    return DatasetSize(train, val, manifest["images"], each, 0, str(folder), sample)
+
+
+def _drawn(images: int, questions: int, least: int, *quantiles: Sequence[int]) -> Sample:
+    """Draw a sample: images' questions, the `least` number and a Poisson number more, and lengths by their quantiles."""
+    generator = torch.Generator().manual_seed(0)
+    more = torch.full((min(SAMPLED_IMAGES, images),), questions / images - least)
+    counts = least + torch.poisson(more, generator=generator).long()
+    ids = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    draws = [torch.tensor(one)[torch.randint(len(one), ids.shape, generator=generator)] for one in quantiles]
+    return tuple(zip(*(one.tolist() for one in (ids, *draws)), strict=True))
+
+
+class Batch(NamedTuple):
+    """What a forward pass of one process holds: rows, a prefix that attends to itself alone (0 under prefix-lm), width."""
+
+    work: Work
+    rows: int
+    prefix: int
+    width: int
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs that eager attention computes, seen or not."""
+        return self.rows * (self.prefix**2 + (self.width - self.prefix) * self.width)
+
+
+class Batches(NamedTuple):
+    """A sample of the batches of all processes, the work of the whole training, its optimizer steps and their questions."""
+
+    sample: list[Batch]
+    work: Work
+    steps: int
+    questions_a_step: int
+    questions_a_row: float
+
+
+def plan_batches(params: Params, processes: int, size: DatasetSize) -> Batches:
+    """Lay out a sample of optimizer steps under `params` and `processes`."""
+    train, prompt = params.train, params.prompt
+    passes = train.gradient_accumulation_steps * processes
+    # One process with all the passes divides a window as several do.
+    window = WindowShape(train.batch_size * passes, train.questions_per_row, passes)
+    # <bos>, the instruction, a newline.
+    instruction = tokens(prompt.instruction) + 2
+    found = _laid_out(window, prompt.mask, params.vision.num_patches, instruction, size.sample)
+    work = Work(*(train.num_train_epochs * round(part * size.train) for part in found.work))
+    return found._replace(work=work, steps=-(-size.train // window.questions) * train.num_train_epochs)
+
+
+@lru_cache(maxsize=64)
+def _laid_out(window: WindowShape, mask: Mask, num_patches: int, instruction: int, sample: Sample) -> Batches:
+    """Return batches, with the mean work of a question."""
+    layout = SimpleNamespace(mask=mask, num_patches=num_patches, prefix=range(instruction))
+    questions = [QuestionTokens([0] * one, [0] * two) for _, one, two in sample]
+    lengths, prefix = [len(one.read) for one in questions], num_patches + instruction
+    sampler = WindowSampler([image for image, *_ in sample], lambda epoch: lengths, prefix, window, seed=0)
+    batches, taught = [], []
+    for batch in itertools.islice(sampler, WINDOWS * window.passes):
+        rows = [Row(row.image_id, tuple(questions[place] for place in row.questions)) for row in batch]
+        width = prefix + max(sum(len(one.read) for one in row.questions) for row in rows)
+        batches.append(Batch(rows_work(layout, rows), len(rows), prefix * (mask is Mask.IMAGE_PREFIX), width))
+        taught += [len(row.questions) for row in rows if row.questions]
+    work = [sum(getattr(one.work, name) for one in batches) / sum(taught) for name in Work.__dataclass_fields__]
+    return Batches(batches, work, WINDOWS, window.questions, sum(taught) / len(taught))

@@ -1,0 +1,131 @@
+"""The towers' shapes without a download, and the parameters that training holds and updates."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.model.flops import linear_maps
+from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Params, VisionParams
+
+ADDED_TOKENS = 1024 + 128 + 1  # by `PaliGemmaProcessor` to a tokenizer: locations, segments and <image>
+
+
+class VisionShape(NamedTuple):
+    """A DINOv2; its position embeddings are for `image_size` pixels."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    mlp_ratio: int = 4
+    image_size: int = 518
+    patch_size: int = 14
+    num_channels: int = 3
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases of `Dinov2Model`."""
+        width, inner = self.hidden_size, self.hidden_size * self.mlp_ratio
+        positions = 1 + (self.image_size // self.patch_size) ** 2
+        embeddings = 2 * width + positions * width + (self.num_channels * self.patch_size**2 + 1) * width
+        attention, mlp = 4 * (width + 1) * width, (width + 1) * inner + (inner + 1) * width
+        # Two norms of weight and bias, two layer scales.
+        return embeddings + self.num_hidden_layers * (attention + mlp + 6 * width) + 2 * width
+
+
+# As published in their config.json on the hub, which no test here can fetch; Gemma 2's also in arXiv 2408.00118, table 1:
+GEMMA_2_2B = LanguageConfig(2304, 9216, 26, 8, 4, 256)  # width, MLP, layers, heads, heads of keys, head width
+GEMMA_VOCABULARY = 256_000
+LANGUAGE = {"google/gemma-2-2b": GEMMA_2_2B, "google/gemma-2-2b-it": GEMMA_2_2B}
+VISION = {
+    "facebook/dinov2-small": VisionShape(384, 12, 6),
+    "facebook/dinov2-base": VisionShape(768, 12, 12),
+    "facebook/dinov2-large": VisionShape(1024, 24, 16),
+    "small": VisionShape(128, 4, 4, mlp_ratio=2, image_size=64, patch_size=8),
+}
+
+
+class Parameter(NamedTuple):
+    """One parameter tensor of the model in training."""
+
+    name: str
+    shape: tuple[int, ...]
+    trained: bool
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def elements(parameters: Iterable[Parameter]) -> int:
+    return sum(one.elements for one in parameters)
+
+
+class Model:
+    """What is trained: Gemma 2 and the projector; the vision tower is not there in training. Counts are of elements."""
+
+    def __init__(self, language: LanguageConfig, vocabulary: int, features: int, frozen: bool, lora: LoraParams | None):
+        """Lay out all parameters, the tied head once; `frozen` embeddings have `vocabulary` rows, projections `features`."""
+        self.language, self.vocabulary, self.features, self.lora = language, vocabulary, features, lora
+        width, whole = language.hidden_size, lora is None
+        self.freeze_embeddings = frozen or not whole
+        maps = []
+        for name, (inputs, outputs) in zip(PROJECTIONS, linear_maps(language), strict=True):
+            maps.append(Parameter(name, (outputs, inputs), whole))
+            if lora is not None and name in lora.targets:
+                maps.append(Parameter(f"{name}.lora_A", (lora.rank, inputs), True))
+                maps.append(Parameter(f"{name}.lora_B", (outputs, lora.rank), True))
+        self.one_layer = [*maps, *[Parameter("norm", (width,), whole)] * 4]
+        self.parameters = [
+            Parameter("embedding", (vocabulary, width), not self.freeze_embeddings),
+            *self.one_layer * language.num_hidden_layers,
+            Parameter("norm", (width,), whole),
+            Parameter("projector", (width, features), True),
+            Parameter("projector.bias", (width,), True),
+        ]
+        self.all, self.embedding = elements(self.parameters), vocabulary * width
+        self.trained = elements(one for one in self.parameters if one.trained)
+        self.maps = elements(maps) * language.num_hidden_layers
+        # After adapters are merged: what models/trained holds.
+        self.saved = elements(one for one in self.parameters if "lora_" not in one.name)
+
+
+def model_of(params: Params) -> Model:
+    """Return the shape of the model that `params` trains; UserError if it is not known and cannot be read."""
+    name, train = params.language.model, params.train
+    if name == "random":
+        shape, vocabulary = params.language.config, params.language.vocab_size
+    elif name in LANGUAGE:
+        shape, vocabulary = LANGUAGE[name], GEMMA_VOCABULARY
+    else:
+        # A folder's vocabulary may hold the processor's tokens already: 0.4 % of the embedding.
+        config = _read_config(name, "language.model", "gemma2", LANGUAGE)
+        shape = LanguageConfig(**{key: config[key] for key in LanguageConfig.__dataclass_fields__})
+        vocabulary = config["vocab_size"]
+    rows, width = vocabulary + ADDED_TOKENS, params.vision.visual_embed_dim
+    return Model(shape, rows, width, train.freeze_embeddings, train.lora)
+
+
+def vision_of(vision: VisionParams) -> VisionShape:
+    """Return the shape of the vision tower; UserError if it is not known, or not as wide as params.yaml says."""
+    shape = VISION.get(vision.model)
+    if shape is None:
+        config = _read_config(vision.model, "vision.model", "dinov2", VISION)
+        shape = VisionShape(**{key: config[key] for key in VisionShape._fields if key in config})
+    if (width := shape.hidden_size) != (asked := vision.visual_embed_dim):
+        raise UserError(f"vision.visual_embed_dim is {asked}, but {vision.model} is {width} wide. Set it to that.")
+    return shape
+
+
+def _read_config(model: str, key: str, kind: str, known: dict[str, Any]) -> dict[str, Any]:
+    """Read a local folder's config.json."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        others = f"preflight knows the shapes of {', '.join(known)} and of local folders with a config.json"
+        raise UserError(f"{key} {model!r}: {others} ({error}). Download it and name the folder.") from error
+    if config.get("model_type") != kind:
+        raise UserError(f"{model}/config.json: model_type is {config.get('model_type')!r}; {key} must be a {kind}.")
+    return config

@@ -1,0 +1,198 @@
+"""What each of the five stages needs: bytes of disk and memory, FLOPs, hours."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.estimate.devices import GIB, Device
+from vlm_vqa.estimate.memory import Moments, Parts, Step, copies, total
+from vlm_vqa.estimate.questions import DatasetSize, plan_batches
+from vlm_vqa.estimate.shapes import Model, VisionShape, model_of, vision_of
+from vlm_vqa.launch_file import Strategy, check_params, read_launch, strategy_of
+from vlm_vqa.model.flops import Work, cost, lora_token_cost, vision_flops
+from vlm_vqa.params import Dtype, Mask, Optimizer, Params, StoreDtype
+
+BASE = {"Python and libraries": round(1.1 * GIB)}
+"""Resident in a training process without any weights, with scratch; measured (torch 2.14.1, a CPU)."""
+
+
+class Launch(NamedTuple):
+    """What a launch file says."""
+
+    strategy: Strategy
+    processes: int
+    on_a_machine: int
+    on_cpu: bool
+
+
+class Machine(NamedTuple):
+    """What a run is to fit into, in bytes (a second); on the disk outputs count once if DVC's cache `links` them."""
+
+    device: Device
+    host_memory: int
+    disk: int
+    utilisation: float
+    basis: str
+    bandwidth: float
+    links: bool = True
+
+    def hours(self, flops: int, dtype: Dtype, processes: int) -> float | None:
+        """Return the hours of so many FLOPs over all processes, of which a CPU's share its rate."""
+        peak, devices = self.device.peak, processes if self.device.gpu else 1
+        teraflops = peak.bfloat16 if dtype is Dtype.BFLOAT16 else peak.float32
+        return None if teraflops is None else flops / (teraflops * 1e12 * self.utilisation * devices) / 3600
+
+
+class Stage(NamedTuple):
+    """One stage's prediction: host memory of one machine, GPU memory of one rank."""
+
+    name: str
+    disk: Parts
+    host: Moments
+    gpu: Moments
+    hours: float | None
+    facts: dict[str, Any]
+
+
+def stage_costs(params: Params, size: DatasetSize, machine: Machine, launches: Path) -> list[Stage]:
+    """Return the prediction of every stage; UserError if a launch or a shape is not known, or cannot do what is asked."""
+    training, extraction = (launch_of(section.launch, launches) for section in (params.train, params.vision))
+    check_params(params.train, training.strategy)
+    if not (extraction.on_cpu or machine.device.gpu):
+        raise UserError(f"vision.launch {params.vision.launch} runs on GPUs, --device is cpu. Set vision.launch: cpu.")
+    model, vision = model_of(params), vision_of(params.vision)
+    # As extraction computes it; training loads it to compare it with the stored features.
+    encoder = vision.parameters * (4 if params.vision.compute_dtype is Dtype.FLOAT32 else 2)
+    return [
+        _fetch(params, size, machine),
+        _extract(params, size, machine, vision, extraction),
+        _train(params, size, machine, model, encoder, training),
+        _export(model, vision),
+        _evaluate(params, size, machine, model, vision),
+    ]
+
+
+def launch_of(name: str, folder: Path) -> Launch:
+    """Read `launch/NAME.yaml`."""
+    asked = read_launch(name, folder)
+    processes, strategy = asked["num_processes"], strategy_of(asked, folder / f"{name}.yaml")
+    return Launch(strategy, processes, processes // asked["num_machines"], asked["use_cpu"])
+
+
+def _fetch(params: Params, size: DatasetSize, machine: Machine) -> Stage:
+    disk = {"images": size.images * size.image_bytes, "archives": size.download * (params.data.official is not None)}
+    facts = {"training questions": size.train, "validation questions": size.val, "images": size.images}
+    facts["basis"] = f"{size.basis}; tokens estimated"
+    return Stage("fetch-vqav2", disk, {"all": BASE}, {}, size.download / machine.bandwidth / 3600, facts)
+
+
+def _extract(params: Params, size: DatasetSize, machine: Machine, shape: VisionShape, launch: Launch) -> Stage:
+    vision, images = params.vision, size.images
+    each = 4 if vision.compute_dtype is Dtype.FLOAT32 else 2
+    tokens, pixels = images * vision.num_patches, (vision.num_patches - 1) * shape.patch_size**2
+    # Of the widest moment of a layer: its input, the hidden layer of its MLP before and after GELU, its output.
+    wide = vision.batch_size * vision.num_patches * vision.visual_embed_dim * (2 + 2 * shape.mlp_ratio)
+    encoder = {"encoder": shape.parameters * each, "activations": wide * each}
+    # Batches of pictures are `extraction.MOST_THREADS` and one; files of features are of 256 MiB, up to three in memory.
+    ahead = {"pictures ahead": 9 * vision.batch_size * 3 * pixels * 4, "shards": 3 * GIB // 4}
+    host = BASE | {"float32 weights": 4 * shape.parameters} | ahead | (encoder if launch.on_cpu else {})
+    gpu = {} if launch.on_cpu else _on_gpu({"forward": encoder}, launch.processes)
+    flops = images * vision_flops(shape, vision.num_patches)
+    facts: dict[str, Any] = {"flop": flops, "processes": launch.processes}
+    hours = machine.hours(flops, vision.compute_dtype, launch.processes)
+    if launch.on_cpu and machine.device.gpu:
+        hours, facts["note"] = None, "vision.launch runs on the host's CPU, whose rate is not known"
+    stored = {StoreDtype.INT8: 1, StoreDtype.FLOAT32: 4}.get(vision.store_dtype, 2)
+    disk = {"features": tokens * vision.visual_embed_dim * stored, "scales": 4 * tokens * (stored == 1)}
+    return Stage("extract-features", disk, {"forward": copies(launch.on_a_machine, host)}, gpu, hours, facts)
+
+
+def _train(params: Params, size: DatasetSize, machine: Machine, model: Model, encoder: int, launch: Launch) -> Stage:
+    train, batches = params.train, plan_batches(params, launch.processes, size)
+    step = Step(model, train, launch.strategy, launch.processes, not launch.on_cpu)
+    work, rank = batches.work, step.moments(batches.sample)
+    host = _train_host(params, step, launch, encoder, batches.steps, rank)
+    gpu = {} if launch.on_cpu else _on_gpu(rank, launch.processes)
+    whole = cost(model.language, model.vocabulary, model.features, frozen_embeddings=model.freeze_embeddings)
+    # Activation checkpointing computes the layers' forward pass once more.
+    again = (whole.token * work.tokens // 3 + whole.pair * work.pairs // 3) * train.gradient_checkpointing
+    token = whole.token if model.lora is None else lora_token_cost(model.language, model.lora)
+    flops = replace(whole, token=token).flops(work)
+    hours = machine.hours(flops + again, train.compute_dtype, launch.processes)
+    facts = {"strategy": launch.strategy.value, "processes": launch.processes, "steps": batches.steps}
+    facts |= {"questions_a_step": batches.questions_a_step, "questions_a_row": round(batches.questions_a_row, 2)}
+    facts |= {"parameters": model.all, "trained": model.trained, "tokens": work.tokens}
+    facts |= {"flop": flops, "flop_recomputed": again}
+    facts |= {} if hours is None else {"step_seconds": hours * 3600 / batches.steps}
+    if launch.on_cpu and train.optimizer is Optimizer.ADAMW_BNB_8BIT:
+        facts["note"] = "without the update of 8-bit states, 79 ms a million elements and thread on a CPU"
+    # One checkpoint is written before the oldest goes; all ranks' weights and states.
+    written = min(train.save_total_limit + 1, -(-batches.steps // train.save_steps))
+    held = step.share * total(step.snapshot() or step.states()) + 6 * model.all * launch.strategy.deepspeed
+    return Stage("train", {"models/trained": 4 * model.saved, "checkpoints": written * held}, host, gpu, hours, facts)
+
+
+def _train_host(params: Params, step: Step, launch: Launch, encoder: int, steps: int, rank: Moments) -> Moments:
+    """Return the moments of one machine: of its ranks too where they train on its CPUs."""
+    count, model = launch.on_a_machine, step.model
+    base = copies(count, BASE | {"encoder": encoder})
+    # What every process builds before the launch divides it; the mean of rows and their covariance from a centred copy.
+    start = {"float32 weights": 4 * model.saved}
+    if params.language.model != "random":
+        start["grown embedding"] = 2 * 4 * model.embedding
+    elif step.weight == 2:
+        start["embedding in 16 bits"] = 2 * model.embedding
+    found = {"start": base | copies(count, start)}
+    snapshot = copies(count if launch.strategy.sharded_weights else 1, step.snapshot())
+    if not launch.on_cpu:
+        return found | {"checkpoint": base | snapshot, "whole weights": base | step.whole_weights()}
+    # A checkpoint is written while the next steps are computed; the last one of all has none after it.
+    meanwhile = snapshot if steps > params.train.save_steps else {}
+    end = base | copies(count, rank.pop("whole weights")) | step.whole_weights()
+    found |= {name: base | copies(count, parts) | meanwhile for name, parts in rank.items()}
+    last = base | copies(count, step.weights() | step.states()) | snapshot
+    return found | {"last checkpoint": last, "whole weights": end}
+
+
+def _export(model: Model, vision: VisionShape) -> Stage:
+    whole = 4 * (model.saved + vision.parameters)
+    join = BASE | {"model": whole, "encoder": 4 * vision.parameters}
+    host = {"join": join, "check": join | {"the exported model": whole}}
+    return Stage("export", {"models/export": whole}, host, {}, None, {})
+
+
+def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model, vision: VisionShape) -> Stage:
+    shape, evaluation = model.language, params.evaluation
+    questions = min(evaluation.vqa_questions or size.val, size.val)
+    # Questions are answered in batches of images, as training reads them in passes of one step each.
+    shared = evaluation.batch_size if params.prompt.mask is Mask.IMAGE_PREFIX else 1
+    reading = {"batch_size": evaluation.batch_size, "gradient_accumulation_steps": 1, "questions_per_row": shared}
+    train = replace(params.train, num_train_epochs=1, **reading)
+    read = plan_batches(replace(params, train=train), 1, size)
+    # Read with the right images and with shuffled ones; HELM's instances come from pixels, a row each.
+    share = 2 * questions / size.train
+    forward = cost(shape, model.vocabulary, model.features)
+    work = Work(*(round(share * getattr(read.work, name)) for name in Work.__dataclass_fields__))
+    largest = max(read.sample, key=lambda one: one.rows * one.width)
+    instance = vision_flops(vision, params.vision.num_patches) + forward.token // 3 * largest.width
+    flops = replace(forward, image_token=0).flops(work) // 3 + evaluation.helm_instances * instance
+    note = "a lower bound: single tokens are bound by memory, and HELM's own metrics take a minute"
+    # All in float32, on a padded grid, most in three copies.
+    weights, grid = {"float32 model": 4 * (model.saved + vision.parameters)}, largest.rows * largest.width
+    held = weights | {
+        "keys and values": 4 * grid * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim,
+        "a layer's MLP": 3 * 4 * grid * shape.intermediate_size,
+        "attention scores": 3 * 4 * grid * largest.width * shape.num_attention_heads,
+        "logits": 3 * 4 * evaluation.batch_size * model.vocabulary,
+    }
+    host, gpu = (weights, _on_gpu({"answering": held}, 1)) if machine.device.gpu else (held, {})
+    disk = {"HELM's pictures and reports": evaluation.helm_instances * size.image_bytes}
+    hours, facts = machine.hours(flops, Dtype.FLOAT32, 1), {"questions": questions, "flop": flops, "note": note}
+    return Stage("helm-eval", disk, {"answering": BASE | host}, gpu, hours, facts)
+
+
+def _on_gpu(moments: Moments, processes: int) -> Moments:
+    """Add what a GPU needs beside tensors: workspaces, buffers, and what its allocator loses. Assumed: none was measured."""
+    base = {"CUDA and NCCL": GIB} if processes > 1 else {"CUDA": GIB // 2}
+    return {name: parts | base | {"fragmentation": round(0.05 * total(parts))} for name, parts in moments.items()}
