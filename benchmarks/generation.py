@@ -2,7 +2,7 @@
 
     python -m benchmarks.generation [--rounds 3]
 
-The same weights answer the same questions by `Answerer.answer_features`, from given image features (the tower's work is
+The same weights answer the same questions by `Predictor.answer_features`, from given image features (the tower's work is
 not part of it). Two sets of questions, two shapes of model:
 
     whole set   every question of some images, as the evaluation answers a validation split
@@ -29,7 +29,7 @@ from benchmarks import measure, workload
 from benchmarks.measure import Claim, Timing
 from benchmarks.workload import TOKENIZER_LIMIT, read_questions
 from vlm_vqa.evaluation.evaluate import answer_questions
-from vlm_vqa.inference.predictor import Answerer
+from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.vlm import VlmForTraining, build_processor, initial_model, train_tokenizer
 from vlm_vqa.params import HELM_INSTRUCTION, LanguageConfig, LanguageParams, Mask, load_params
 
@@ -124,10 +124,10 @@ def compare(shape: Shape, texts: Sequence[str], rounds: int = ROUNDS) -> tuple[l
     claims: list[Claim] = []
     details: dict[str, Any] = {"shape": asdict(shape)}
     for mask in (Mask.IMAGE_PREFIX, Mask.PREFIX_LM):
-        answerer = answerer_of(shape, model, processor, mask)
-        details["instruction_tokens"] = len(answerer.layout.prefix)
+        predictor = answerer_of(shape, model, processor, mask)
+        details["instruction_tokens"] = len(predictor.layout.prefix)
         for name, asked, ask in (("whole set", whole_set, as_evaluation), ("HELM", picks, as_helm)):
-            seconds, facts = time_ways(shape, answerer, features, asked, ask, rounds)
+            seconds, facts = time_ways(shape, predictor, features, asked, ask, rounds)
             what = f"answers/s, {shape.name} shape, {name}, {mask.value}, against one at a time"
             target = TARGET if mask is Mask.IMAGE_PREFIX else None
             claims.append(measure.claim(what, *seconds, target=target))
@@ -136,7 +136,7 @@ def compare(shape: Shape, texts: Sequence[str], rounds: int = ROUNDS) -> tuple[l
 
 
 def time_ways(
-    shape: Shape, answerer: Answerer, features: Features, asked: Sequence[Question], ask: Callable, rounds: int
+    shape: Shape, predictor: Predictor, features: Features, asked: Sequence[Question], ask: Callable, rounds: int
 ) -> tuple[tuple[Timing, Timing], dict[str, Any]]:
     """Ask in batches and, evenly drawn from the same questions, one at a time.
 
@@ -147,14 +147,14 @@ def time_ways(
     answers: dict[str, list[str]] = {}
 
     def in_batches() -> None:
-        answers["batches"] = ask(shape, answerer, features, asked)
+        answers["batches"] = ask(shape, predictor, features, asked)
 
     def alone() -> None:
-        answers["alone"] = [one_answer(answerer, features, asked[place]) for place in places]
+        answers["alone"] = [one_answer(predictor, features, asked[place]) for place in places]
 
     # Whatever is made once is made before.
-    ask(shape, answerer, features, asked[: shape.helm_threads])
-    one_answer(answerer, features, asked[0])
+    ask(shape, predictor, features, asked[: shape.helm_threads])
+    one_answer(predictor, features, asked[0])
     seconds = measure.alternate({"alone": alone, "batches": in_batches}, rounds, warm_up=0)
     check_equal(answers["alone"], [answers["batches"][place] for place in places])
     per_question = per_one(seconds["alone"], len(places)), per_one(seconds["batches"], len(asked))
@@ -173,9 +173,9 @@ def per_one(timing: Timing, count: int) -> Timing:
     return Timing(tuple(seconds / count for seconds in timing.seconds))
 
 
-def one_answer(answerer: Answerer, features: Features, row: Question) -> str:
+def one_answer(predictor: Predictor, features: Features, row: Question) -> str:
     """Ask a batch of one."""
-    return answerer.answer_features([row["question"]], features.batch([row["image_id"]]))[0]
+    return predictor.answer_features([row["question"]], features.batch([row["image_id"]]))[0]
 
 
 def check_equal(alone: Sequence[str], in_batches: Sequence[str]) -> None:
@@ -235,28 +235,28 @@ def _sharpen(model: VlmForTraining) -> None:
             norm.weight.fill_(3)
 
 
-def answerer_of(shape: Shape, model: VlmForTraining, processor: PaliGemmaProcessor, mask: Mask) -> Answerer:
+def answerer_of(shape: Shape, model: VlmForTraining, processor: PaliGemmaProcessor, mask: Mask) -> Predictor:
     """Return what the evaluation asks."""
     facts = {
         "weights_hash": "random", "mask": mask.value, "instruction": HELM_INSTRUCTION, "num_patches": shape.num_patches,
         "text_length": TEXT_LENGTH,
     }  # fmt: skip
-    return Answerer(model, processor, facts, max_new_tokens=NEW_TOKENS)
+    return Predictor(model, processor, facts, max_new_tokens=NEW_TOKENS)
 
 
-def as_evaluation(shape: Shape, answerer: Answerer, features: Features, asked: Sequence[Question]) -> list[str]:
+def as_evaluation(shape: Shape, predictor: Predictor, features: Features, asked: Sequence[Question]) -> list[str]:
     """Answer as the evaluation answers a validation split."""
-    return answer_questions(answerer, features, asked, shape.batch_size, "questions")
+    return answer_questions(predictor, features, asked, shape.batch_size, "questions")
 
 
-def as_helm(shape: Shape, answerer: Answerer, features: Features, asked: Sequence[Question]) -> list[str]:
+def as_helm(shape: Shape, predictor: Predictor, features: Features, asked: Sequence[Question]) -> list[str]:
     """Answer as HELM's client does: each thread waits with one question, and each batch is sorted by image."""
     answers = [""] * len(asked)
     for start in range(0, len(asked), shape.helm_threads):
         waiting = range(start, min(start + shape.helm_threads, len(asked)))
         batch = sorted(waiting, key=lambda at: (asked[at]["image_id"], asked[at]["question"]))
         images = sorted({asked[at]["image_id"] for at in batch})
-        given = answerer.answer_features(
+        given = predictor.answer_features(
             [asked[at]["question"] for at in batch],
             features.batch(images),
             [images.index(asked[at]["image_id"]) for at in batch],

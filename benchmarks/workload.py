@@ -20,7 +20,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, rows_of
 from vlm_vqa.model.vlm import build_processor, train_tokenizer
 from vlm_vqa.params import HELM_INSTRUCTION, Mask
-from vlm_vqa.training.sampler import WindowSampler, WindowShape
+from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
 
 TRAIN_QUESTIONS, TRAIN_IMAGES = 443_757, 82_783
 """Of VQAv2's train split: 5.36 questions an image."""
@@ -133,9 +133,9 @@ def _steps(
 ) -> Iterator[list[tuple[int, ...]]]:
     """Yield the whole steps of an epoch, rows of question places: shuffled questions, dealt to images."""
     shuffled, images = deal(len(tokenized), torch.Generator().manual_seed(seed))
-    shape = WindowShape(questions=size, questions_per_row=size, passes=1)
+    shape = GlobalBatchShape(questions=size, questions_per_row=size, micro_batches=1)
     lengths = [len(tokenized[place].read) for place in shuffled]
-    sampler = WindowSampler(images, lambda epoch: lengths, layout.num_patches + len(layout.prefix), shape, seed)
-    for window in sampler.windows():
-        if sum(map(len, window)) == size:
-            yield [tuple(shuffled[place] for place in group) for group in window]
+    sampler = GlobalBatchSampler(images, lambda epoch: lengths, layout.num_patches + len(layout.prefix), shape, seed)
+    for batch in sampler.global_batches():
+        if sum(map(len, batch)) == size:
+            yield [tuple(shuffled[place] for place in group) for group in batch]

@@ -21,7 +21,7 @@ from vlm_vqa.data.records import load_questions
 from vlm_vqa.evaluation.evaluate import answer_questions
 from vlm_vqa.evaluation.vqa_accuracy import vqa_accuracy
 from vlm_vqa.hashing import write_json
-from vlm_vqa.inference.predictor import Answerer
+from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model
 from vlm_vqa.params import Params, load_params
@@ -51,9 +51,9 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
         seconds = time.perf_counter() - start
     facts = {"weights_hash": "", "mask": params.prompt.mask.value, "instruction": params.prompt.instruction,
              "num_patches": params.vision.num_patches, "text_length": params.prompt.text_length}  # fmt: skip
-    answerer = Answerer(model, processor, facts, params.evaluation.max_new_tokens)
+    predictor = Predictor(model, processor, facts, params.evaluation.max_new_tokens)
     validation = load_questions(RECORDS, "val").to_list()
-    given = answer_questions(answerer, features, validation, params.evaluation.batch_size, "questions")
+    given = answer_questions(predictor, features, validation, params.evaluation.batch_size, "questions")
     scored = vqa_accuracy(
         {row["question_id"]: answer for row, answer in zip(validation, given, strict=True)}, validation
     )

@@ -20,7 +20,7 @@ from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.export import CARD, join, read_training, write_export
-from vlm_vqa.inference.predictor import Answerer
+from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.params import load_params
 from vlm_vqa.pipeline import entrypoint
@@ -52,11 +52,11 @@ def compare(features: FeatureStore, max_pixels: int) -> float:
     Raises:
         UserError: what was written is not what was trained.
     """
-    answerer = Answerer.from_export(EXPORT, device="cpu")
+    predictor = Predictor.from_export(EXPORT, device="cpu")
     images = list(itertools.islice(records.iter_images(RECORDS), CHECKED_IMAGES))
     pixels = [open_image(image.data, image.file_name, max_pixels) for image in images]
     stored = features.batch([image.image_id for image in images]).float()
-    difference = (answerer.encode(pixels) - stored).abs().max().item()
+    difference = (predictor.encode(pixels) - stored).abs().max().item()
     # Stored coarsely, a feature is off by its rounding; anything larger means another encoder or processor.
     tolerance = features.tolerance * stored.abs().max()
     if not difference <= tolerance:

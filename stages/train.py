@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
-    """Train on this process; the first one writes what there is one of."""
+    """Train on this process; rank 0 writes the shared outputs."""
     manifest = read_manifest(RECORDS)
     encoder = load_encoder(params.vision, device="cpu")
     features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"]})

@@ -83,10 +83,10 @@ def _ask(arguments: argparse.Namespace) -> int:
         with quick_start():
             from transformers.utils.logging import disable_progress_bar
 
-            from vlm_vqa.inference.predictor import Answerer
+            from vlm_vqa.inference.predictor import Predictor
 
             disable_progress_bar()
-            return Answerer.from_export(arguments.model)
+            return Predictor.from_export(arguments.model)
 
     lacking = show(asked, answered(asked, load, arguments.max_image_pixels), arguments.json)
     if lacking and arguments.csv is not None:

@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(
+def ordered_map(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int
 ) -> Iterator[Result]:
     """Map like `pool.map`, with no more than `window` results in memory; an error is raised in its item's turn."""

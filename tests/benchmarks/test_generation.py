@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import generation
 from benchmarks.generation import Features, Shape
-from vlm_vqa.inference.predictor import Answerer
+from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.params import LanguageConfig, Mask
 
 TINY = Shape(
@@ -32,13 +32,13 @@ def test_answers_are_equal_and_every_way_is_claimed(capsys):
 
 
 def test_answers_that_depend_on_the_batch_stop_the_benchmark(monkeypatch):
-    answer_features = Answerer.answer_features
+    answer_features = Predictor.answer_features
 
     def by_batch(self, questions, features, images=None):
         answers = answer_features(self, questions, features, images)
         return answers if len(questions) == 1 else [answer + "!" for answer in answers]
 
-    monkeypatch.setattr(Answerer, "answer_features", by_batch)
+    monkeypatch.setattr(Predictor, "answer_features", by_batch)
     with pytest.raises(ValueError, match="10 of 10 answers differ, the first: .*!' in a batch"):
         generation.compare(TINY, TEXTS, rounds=1)
 
@@ -47,11 +47,11 @@ def test_answers_that_depend_on_the_batch_stop_the_benchmark(monkeypatch):
 def test_answers_come_in_the_questions_order_and_see_their_own_image(ask):
     questions = generation.pick(generation.asked_of_images(TEXTS), 30)
     features = Features(TINY, sorted({row["image_id"] for row in questions}))
-    answerer = generation.answerer_of(TINY, *generation.build_model(TINY, TEXTS), Mask.IMAGE_PREFIX)
-    answers = ask(TINY, answerer, features, questions)
-    assert answers == [generation.one_answer(answerer, features, row) for row in questions]
+    predictor = generation.answerer_of(TINY, *generation.build_model(TINY, TEXTS), Mask.IMAGE_PREFIX)
+    answers = ask(TINY, predictor, features, questions)
+    assert answers == [generation.one_answer(predictor, features, row) for row in questions]
     features._features = features._features.roll(1, dims=0)
-    assert sum(one != other for one, other in zip(ask(TINY, answerer, features, questions), answers, strict=True)) > 10
+    assert sum(one != other for one, other in zip(ask(TINY, predictor, features, questions), answers, strict=True)) > 10
 
 
 def test_questions_are_dealt_as_vqav2s_are():

@@ -1,4 +1,4 @@
-"""Tiny records and a model made of paper: red and blue pictures, and an answerer that looks at their colour."""
+"""Tiny records and a model made of paper: red and blue pictures, and an predictor that looks at their colour."""
 
 import io
 import shutil
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 MARKUP = 'is <b>it</b> red & "so"? ![](http://127.0.0.1:9/a.png) <img src="http://127.0.0.1:9/b.png">'
 """A question that a web page must show as it is, and not as the page's own parts."""
 
-FAKE_ANSWERER = f'''
+FAKE_PREDICTOR = f'''
 import json
 import os
 from pathlib import Path
@@ -120,11 +120,11 @@ def records(tmp_path) -> Path:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A working directory with this project's HELM files, whose deployment loads the fake answerer."""
+    """A working directory with this project's HELM files, whose deployment loads the fake predictor."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "fake_answerer.py").write_text(FAKE_ANSWERER)
+    (tmp_path / "fake_predictor.py").write_text(FAKE_PREDICTOR)
     (tmp_path / "models" / "export").mkdir(parents=True)
     (tmp_path / "models" / "export" / "model.json").write_text("{}")
     shutil.copy(ROOT / "presets/small.yaml", tmp_path / "params.yaml")
@@ -134,14 +134,14 @@ def project(tmp_path, monkeypatch) -> Path:
         shutil.copy(ROOT / "evaluation" / "helm" / name, config)
     shutil.copytree(ROOT / "evaluation" / "helm" / "nltk_data", config / "nltk_data")
     deployments = yaml.safe_load((ROOT / "evaluation" / "helm" / "model_deployments.yaml").read_text())
-    deployments["model_deployments"][0]["client_spec"]["args"]["answerer"] = "fake_answerer:load"
+    deployments["model_deployments"][0]["client_spec"]["args"]["predictor"] = "fake_predictor:load"
     (config / "model_deployments.yaml").write_text(yaml.safe_dump(deployments))
     return tmp_path
 
 
 @pytest.fixture
 def features(records) -> Path:
-    """`data/features` that the fake answerer reads: an image's mean colour, as one token of width 3."""
+    """`data/features` that the fake predictor reads: an image's mean colour, as one token of width 3."""
     folder = records.parent / "features"
     layout = Layout(images=12, num_tokens=1, width=3, dtype=StoreDtype.FLOAT32)
     writer = FeatureStoreWriter(folder, layout, {"encoder_hash": "e", "data_hash": "d"})

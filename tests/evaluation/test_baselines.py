@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.baselines import PriorAnswerer, shuffled_images
+from vlm_vqa.evaluation.baselines import QuestionOnlyBaseline, shuffled_images
 
 
 def row(question, question_type, *answers):
@@ -23,7 +23,7 @@ TRAIN = [
 
 
 def test_prior_backs_off_from_question_to_type_to_all():
-    prior = PriorAnswerer(TRAIN)
+    prior = QuestionOnlyBaseline(TRAIN)
     assert prior.answer("is it red?", "is it") == "no"
     assert prior.answer("is it blue?", "is it") == "yes"  # asked once only: its type decides
     assert prior.answer("is it new?", "is it") == "yes"
@@ -31,13 +31,13 @@ def test_prior_backs_off_from_question_to_type_to_all():
 
 
 def test_prior_takes_the_alphabetically_first_of_equally_common_answers():
-    assert PriorAnswerer(TRAIN).answer("how many?", "how many") == "2"
-    assert PriorAnswerer(TRAIN[::-1]).answer("how many?", "how many") == "2"
+    assert QuestionOnlyBaseline(TRAIN).answer("how many?", "how many") == "2"
+    assert QuestionOnlyBaseline(TRAIN[::-1]).answer("how many?", "how many") == "2"
 
 
 def test_prior_without_training_questions_is_refused():
     with pytest.raises(UserError, match="no question"):
-        PriorAnswerer([])
+        QuestionOnlyBaseline([])
 
 
 @pytest.mark.parametrize("count", [2, 3, 100])

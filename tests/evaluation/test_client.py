@@ -20,7 +20,7 @@ from vlm_vqa.params import HELM_INSTRUCTION
 def fresh(project, picture):
     """No model and no fake module of an earlier test."""
     LoadedModel._loaded.clear()
-    sys.modules.pop("fake_answerer", None)
+    sys.modules.pop("fake_predictor", None)
     for name, red in (("red", True), ("blue", False)):
         (project / f"{name}.jpg").write_bytes(picture(red))
     return project
@@ -39,7 +39,7 @@ def request(image="red.jpg", question="what colour?", instruction=HELM_INSTRUCTI
 
 
 def client(cache=None):
-    return VlmVqaClient(cache or BlackHoleCacheConfig(), answerer="fake_answerer:load")
+    return VlmVqaClient(cache or BlackHoleCacheConfig(), predictor="fake_predictor:load")
 
 
 def text(result):
@@ -50,9 +50,9 @@ def text(result):
 def test_answers_and_takes_the_instruction_out():
     asked = []
     one = client()
-    model = LoadedModel.shared("models/export", "params.yaml", "fake_answerer:load")
-    answer_features = model.answerer.answer_features
-    model.answerer.answer_features = lambda questions, *rest: (
+    model = LoadedModel.shared("models/export", "params.yaml", "fake_predictor:load")
+    answer_features = model.predictor.answer_features
+    model.predictor.answer_features = lambda questions, *rest: (
         asked.extend(questions) or answer_features(questions, *rest)
     )
     assert text(one.make_request(request("red.jpg"))) == "red"
@@ -61,19 +61,19 @@ def test_answers_and_takes_the_instruction_out():
 
 
 def test_one_model_for_many_clients_and_threads_and_each_image_encoded_once_a_batch(fresh, monkeypatch):
-    import fake_answerer
+    import fake_predictor
 
     loads = []
-    load = fake_answerer.load
-    monkeypatch.setattr(fake_answerer, "load", lambda *a, **k: loads.append(threading.get_ident()) or load(*a, **k))
+    load = fake_predictor.load
+    monkeypatch.setattr(fake_predictor, "load", lambda *a, **k: loads.append(threading.get_ident()) or load(*a, **k))
     with ThreadPoolExecutor(32) as pool:
         wanted = ["red.jpg" if at % 3 else "blue.jpg" for at in range(64)]
         answers = list(pool.map(lambda image: text(client().make_request(request(image))), wanted))
     assert answers == [image.removesuffix(".jpg") for image in wanted]
     assert len(loads) == 1
-    model = LoadedModel.shared("models/export", "params.yaml", "fake_answerer:load")
+    model = LoadedModel.shared("models/export", "params.yaml", "fake_predictor:load")
     # Two batches of 32 (params.yaml's helm_threads) that hold two different images each.
-    assert model.answerer.encoded == 4
+    assert model.predictor.encoded == 4
 
 
 def test_a_retrained_model_never_gets_old_answers(fresh):
@@ -122,12 +122,12 @@ def test_a_failing_model_is_reported_with_its_traceback(fresh):
 
 
 def test_a_model_that_does_not_load_is_tried_once(fresh, monkeypatch):
-    import fake_answerer
+    import fake_predictor
 
     (fresh / "models" / "export" / "model.json").unlink()
     loads = []
-    load = fake_answerer.load
-    monkeypatch.setattr(fake_answerer, "load", lambda *a, **k: loads.append(1) or load(*a, **k))
+    load = fake_predictor.load
+    monkeypatch.setattr(fake_predictor, "load", lambda *a, **k: loads.append(1) or load(*a, **k))
     assert {client().make_request(request()).error for _ in range(3)} == {f"{FAILED} models/export: no export there."}
     assert len(loads) == 1
 
@@ -151,7 +151,7 @@ def test_helm_does_not_ask_again(fresh, monkeypatch):
     monkeypatch.setattr(
         front,
         "_get_client",
-        lambda name: Counting(BlackHoleCacheConfig(), answerer="fake_answerer:load"),
+        lambda name: Counting(BlackHoleCacheConfig(), predictor="fake_predictor:load"),
         raising=False,
     )
     assert not front.make_request(request(instruction="Answer.")).success

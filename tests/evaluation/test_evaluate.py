@@ -31,9 +31,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def load(project):
-    """The fake answerer's loader, as this process sees it."""
-    sys.modules.pop("fake_answerer", None)
-    return importlib.import_module("fake_answerer").load
+    """The fake predictor's loader, as this process sees it."""
+    sys.modules.pop("fake_predictor", None)
+    return importlib.import_module("fake_predictor").load
 
 
 def with_evaluation(params: Params, **values) -> Params:
@@ -127,15 +127,15 @@ def test_helm_that_answers_otherwise_than_the_stored_features_is_refused(
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_answers_come_in_the_questions_order_and_images_stay_together(project, records, features, load, batch_size):
     questions = load_questions(records, "val").to_list()[::-1]
-    answerer, store = load("models/export"), FeatureStore.open(features)
+    predictor, store = load("models/export"), FeatureStore.open(features)
     seen = []
     given = store.batch
     store.batch = lambda ids: seen.extend(ids) or given(ids)
-    answers = answer_questions(answerer, store, questions, batch_size, "questions")
+    answers = answer_questions(predictor, store, questions, batch_size, "questions")
     assert answers == ["red" if row["image_id"] % 2 == 0 else "blue" for row in questions]
     assert seen == sorted(seen)
     swapped = {row["image_id"]: 501 for row in questions}
-    assert set(answer_questions(answerer, store, questions, batch_size, "other", swapped)) == {"blue"}
+    assert set(answer_questions(predictor, store, questions, batch_size, "other", swapped)) == {"blue"}
 
 
 @pytest.mark.slow

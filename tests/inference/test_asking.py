@@ -16,7 +16,7 @@ from vlm_vqa.inference.asking import AT_ONCE
 
 
 class Answers:
-    """An answerer that says which picture it saw, by its width, and how often it looked at one."""
+    """An predictor that says which picture it saw, by its width, and how often it looked at one."""
 
     def __init__(self):
         self.looked, self.batches, self.loaded = [], [], 0
@@ -48,7 +48,7 @@ def answers(monkeypatch, tmp_path):
         Image.new("L", (width, 4)).save(tmp_path / "photos" / f"{width}.png")
     (tmp_path / "photos/page.jpg").write_text("<html>")
     made = Answers()
-    answering = SimpleNamespace(Answerer=SimpleNamespace(from_export=made.load))
+    answering = SimpleNamespace(Predictor=SimpleNamespace(from_export=made.load))
     monkeypatch.setitem(sys.modules, "vlm_vqa.inference.predictor", answering)
     return made
 

@@ -19,7 +19,7 @@ from transformers import Dinov2Model
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.inference.export import PACKAGES, card, join, read_training, write_export
-from vlm_vqa.inference.predictor import FACTS_FILE, Answerer
+from vlm_vqa.inference.predictor import FACTS_FILE, Predictor
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import Row, visible
 from vlm_vqa.model.vlm import hash_weights, save_trained, text_hidden, text_logits, trained_state
@@ -134,7 +134,7 @@ def test_plain_transformers_gives_the_trained_models_logits_and_answers(tiny, tr
     )  # fmt: skip
     assert [json.loads(line)["answer"] for line in asked.stdout.splitlines()] == answers and asked.stderr == ""
 
-    ours = Answerer.from_export(folder, device="cpu")
+    ours = Predictor.from_export(folder, device="cpu")
     image = Image.open(tmp_path / "grey.png")
     assert ours.answer(QUESTIONS, [image] * 3) == answers
     assert len(set(answers)) > 1, "all answers alike: the test would see nothing"
@@ -203,7 +203,7 @@ def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_pa
     facts = tmp_path / "export" / FACTS_FILE
     facts.write_text(facts.read_text().replace('"weights_hash": "', '"weights_hash": "0'))
     with pytest.raises(UserError, match="vlm-vqa repair export"):
-        Answerer.from_export(tmp_path / "export")
+        Predictor.from_export(tmp_path / "export")
 
 
 def damaged(name, change):
@@ -256,7 +256,7 @@ def test_a_damaged_export_is_one_named_error(tiny, trained, tmp_path, monkeypatc
     """Never a traceback, never another model in its place, and nothing is asked of the hub."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
     export(tiny, trained, "image-prefix", tmp_path / "export")
-    Answerer.from_export(tmp_path / "export", device="cpu")
+    Predictor.from_export(tmp_path / "export", device="cpu")
     for at, (name, change) in enumerate([*((name, way) for name in WHOLE for way in WAYS), *SHAPES]):
         folder = tmp_path / str(at)
         shutil.copytree(tmp_path / "export", folder)
@@ -265,7 +265,7 @@ def test_a_damaged_export_is_one_named_error(tiny, trained, tmp_path, monkeypatc
         with pytest.raises(
             UserError, match=rf"^{folder}(: |/{FACTS_FILE}: ).*`(vlm-vqa repair|dvc repro) export"
         ) as error:
-            Answerer.from_export(folder, device="cpu")
+            Predictor.from_export(folder, device="cpu")
         assert "\n" not in str(error.value), (name, change)
 
 
@@ -287,5 +287,5 @@ def test_one_bit_in_any_file_is_named_before_it_is_read(tiny, trained, tmp_path,
         broken[len(whole) // 2] ^= 4
         path.write_bytes(broken)
         with pytest.raises(UserError, match=rf"^{path}: .*vlm-vqa repair export"):
-            Answerer.from_export(tmp_path / "export", device="cpu")
+            Predictor.from_export(tmp_path / "export", device="cpu")
         path.write_bytes(whole)

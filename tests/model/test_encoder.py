@@ -18,7 +18,7 @@ from transformers.image_utils import load_image
 
 from scripts import pretrain_small_encoder as pretraining
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.encoder import SMALL_ENCODER, load_encoder, middle
+from vlm_vqa.model.encoder import SMALL_ENCODER, crop_elongated, load_encoder
 from vlm_vqa.params import Dtype, StoreDtype, VisionParams
 
 REPOSITORY = Path(__file__).parents[2]
@@ -164,14 +164,14 @@ def test_both_processors_see_real_photographs_as_transformers_does(small, base_l
 def test_a_long_image_is_cut_to_its_middle_where_its_short_edge_is_magnified(small, base_layout, size, seen):
     base = load_encoder(changed(model=str(base_layout), num_patches=257, visual_embed_dim=24), "cpu")
     image = Image.new("RGB", size)
-    assert middle(image, base.processor).size == seen
-    assert middle(image, small.processor) is image, "it squeezes all images into one size"
+    assert crop_elongated(image, base.processor).size == seen
+    assert crop_elongated(image, small.processor) is image, "it squeezes all images into one size"
 
 
 def test_what_is_seen_of_a_long_image_is_what_transformers_shows_of_it(base_layout):
     base = load_encoder(changed(model=str(base_layout), num_patches=257, visual_embed_dim=24), "cpu")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 2, 3), dtype=np.uint8))
-    assert middle(image, base.processor).size == (2, 64)
+    assert crop_elongated(image, base.processor).size == (2, 64)
     stock = base.processor([image], return_tensors="pt")["pixel_values"]
     assert torch.equal(base.preprocess([image]), stock)
     # 1 x 5,000 by transformers alone makes an image of 983 MB; so would each of a batch.

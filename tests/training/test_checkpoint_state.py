@@ -81,7 +81,7 @@ class Training:
 
     def take_up(self, checkpoint, rank, world, restart=False):
         opened = checkpoint_state.Checkpoint(checkpoint, rank, world)
-        opened.restore(self.model, self.optimizer, self.scheduler, restart=restart)
+        opened.load_state(self.model, self.optimizer, self.scheduler, restart=restart)
         return self
 
 
@@ -90,7 +90,7 @@ def write(folder, world, shapes, optimizer, sharded=True):
     for rank in range(world):
         with acting_as(rank, world, sharded) as divide:
             training = Training(divide, shapes, optimizer).train(1, 2)
-            taken = checkpoint_state.take(training.model, training.optimizer, training.scheduler, rank=rank)
+            taken = checkpoint_state.save_state(training.model, training.optimizer, training.scheduler, rank=rank)
         writer = checkpoint_files.Writer(folder, rank, world, limit=2)
         writer.save(2, *taken, {})
         writer.wait()
@@ -195,13 +195,13 @@ def test_random_numbers_go_on_where_they_were(tmp_path, caplog):
         # What the process drew after it had written is what it draws again.
         torch.set_rng_state(checkpoint_files.read_tensors(checkpoint, rank, 2).get_tensor("random/cpu"))
         opened = checkpoint_state.Checkpoint(checkpoint, rank, 2)
-        opened.restore_random(seed=5)
+        opened.load_random_state(seed=5)
         first = draw()
         draw()
-        opened.restore_random(seed=5)
+        opened.load_random_state(seed=5)
         assert draw() == first
     assert not caplog.text
-    checkpoint_state.Checkpoint(checkpoint, 0, 1).restore_random(seed=5)
+    checkpoint_state.Checkpoint(checkpoint, 0, 1).load_random_state(seed=5)
     assert "another number of processes" in caplog.text
     assert torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(5)).item()
 

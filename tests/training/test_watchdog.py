@@ -13,10 +13,20 @@ import torch.distributed as dist
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.training import watchdog as module
-from vlm_vqa.training.watchdog import EXIT_ENDED, Judge, Launcher, Phase, Place, Record, Verdict, Watchdog, connect
+from vlm_vqa.training.watchdog import (
+    EXIT_ENDED,
+    Diagnosis,
+    FailureDetector,
+    Heartbeat,
+    Launcher,
+    Phase,
+    Progress,
+    Watchdog,
+    connect,
+)
 
 STALL, DEAD = 60, 10
-HERE = Place(7, Phase.COMPUTING, 1)
+HERE = Progress(7, Phase.COMPUTING, 1)
 
 
 class Play:
@@ -24,15 +34,15 @@ class Play:
 
     def __init__(self, others=2, rank=0, hosts=()):
         self.hosts = {other: "a" for other in range(others + 1) if other != rank} | dict(hosts)
-        self.judge = Judge(rank, others + 1, "a", 0.0, STALL, DEAD, 1.0)
-        self.records = {other: Record(host, 0, HERE, 0.0) for other, host in self.hosts.items()}
+        self.judge = FailureDetector(rank, others + 1, "a", 0.0, STALL, DEAD, 1.0)
+        self.records = {other: Heartbeat(host, 0, HERE, 0.0) for other, host in self.hosts.items()}
         self.now, self.beats = 0.0, itertools.count()
 
     def change(self, other, **fields):
         self.records[other] = self.records[other]._replace(**fields)
 
     def run(self, seconds, frozen=(), store=True, launcher=Launcher.RUNS, moving=True, idle=None, step=1.0):
-        """Let time pass until there is a verdict; `frozen` ranks publish nothing, and nothing is read without a store."""
+        """Let time pass until there is a diagnosis; `frozen` ranks publish nothing, and nothing is read without a store."""
         end = self.now + seconds
         while self.now < end:
             self.now += step
@@ -41,9 +51,9 @@ class Play:
             self.judge.advance(self.now, HERE._replace(beats=next(self.beats)) if moving else HERE)
             if store:
                 self.judge.take(self.now, dict(self.records))
-            verdict = self.judge.verdict(launcher)
-            if verdict is not None:
-                return verdict
+            diagnosis = self.judge.diagnosis(launcher)
+            if diagnosis is not None:
+                return diagnosis
         return None
 
 
@@ -52,20 +62,20 @@ def test_healthy_ranks_go_on():
 
 
 def test_a_record_survives_the_store():
-    record = Record("a", 3, Place(4, Phase.SAVING, 2), 1.5, end="rank 1 (b) stopped: it's \u00fcber", said=True)
-    decoded = Record.decode(record.encode().encode())
+    record = Heartbeat("a", 3, Progress(4, Phase.SAVING, 2), 1.5, end="rank 1 (b) stopped: it's \u00fcber", said=True)
+    decoded = Heartbeat.decode(record.encode().encode())
     assert decoded == record and decoded.place.phase is Phase.SAVING
     assert str(decoded.place) == "SAVING of step 4, part 2"
 
 
 def test_a_silent_rank_is_named_with_its_place():
     play = Play(hosts={1: "b"})
-    play.change(1, place=Place(6, Phase.SAVING, 1))
+    play.change(1, place=Progress(6, Phase.SAVING, 1))
     assert play.run(20) is None
     assert play.run(DEAD, frozen=[1]) is None
-    verdict = play.run(3, frozen=[1])
-    assert verdict.reason.startswith("rank 1 (b) has died or is frozen: last seen in SAVING of step 6.")
-    assert "rank 2" not in verdict.reason and not verdict.said
+    diagnosis = play.run(3, frozen=[1])
+    assert diagnosis.reason.startswith("rank 1 (b) has died or is frozen: last seen in SAVING of step 6.")
+    assert "rank 2" not in diagnosis.reason and not diagnosis.said
 
 
 def test_a_rank_that_is_done_is_not_accused():
@@ -80,8 +90,8 @@ def test_ranks_that_were_told_to_end_are_not_the_cause():
     play = Play(others=3)
     play.run(5)
     play.change(1, left="was told to end (SIGTERM)")
-    verdict = play.run(30, frozen=[1, 2])
-    assert verdict.reason.startswith("rank 2 (a) has died") and "rank 1" not in verdict.reason
+    diagnosis = play.run(30, frozen=[1, 2])
+    assert diagnosis.reason.startswith("rank 2 (a) has died") and "rank 1" not in diagnosis.reason
     alone = Play()
     alone.run(5)
     alone.change(1, left="was told to end (SIGTERM)", tick=99)
@@ -93,11 +103,11 @@ def test_an_error_is_quoted_as_soon_as_its_rank_had_time_to_end():
     play.run(5)
     play.change(2, end="rank 2 (b) stopped: no such image")
     assert play.run(2) is None
-    assert play.run(1) == Verdict("rank 2 (b) stopped: no such image")
+    assert play.run(1) == Diagnosis("rank 2 (b) stopped: no such image")
     # Nobody waits for the line of a rank that ends for its own reason.
     second = Play(rank=1)
     second.change(0, end="rank 0 (a) stopped: no such image")
-    assert second.run(3) == Verdict("rank 0 (a) stopped: no such image")
+    assert second.run(3) == Diagnosis("rank 0 (a) stopped: no such image")
 
 
 def test_one_line_a_machine():
@@ -111,19 +121,19 @@ def test_one_line_a_machine():
     assert second.run(1, frozen=[2]) is not None
     third = Play(rank=2)
     third.change(1, end="rank 3 (a) has died", said=True)
-    assert third.run(1) == Verdict("rank 3 (a) has died", said=True)
+    assert third.run(1) == Diagnosis("rank 3 (a) has died", said=True)
     # What was printed on another machine is printed on this one as well.
     apart = Play(rank=1, hosts={0: "b"})
     apart.change(0, end="rank 2 (a) has died", said=True)
-    assert apart.run(1) == Verdict("rank 2 (a) has died")
+    assert apart.run(1) == Diagnosis("rank 2 (a) has died")
 
 
 @pytest.mark.parametrize(
     ("places", "text"),
     [
-        ({1: Place(7, Phase.LOADING, 1), 2: HERE}, "rank 1 (b) hung in LOADING of step 7, while the foremost had come to "),
-        ({1: Place(7, Phase.UPDATING, 1), 2: Place(6, Phase.WAITING, 1)}, "rank 2 (a) hung in WAITING of step 6, while"),
-        ({1: Place(7, Phase.COMPUTING, 2), 2: Place(7, Phase.COMPUTING, 2)}, "rank 0 (a) hung in COMPUTING of step 7, wh"),
+        ({1: Progress(7, Phase.LOADING, 1), 2: HERE}, "rank 1 (b) hung in LOADING of step 7, while the foremost had "),
+        ({1: Progress(7, Phase.UPDATING, 1), 2: Progress(6, Phase.WAITING, 1)}, "rank 2 (a) hung in WAITING of step 6"),
+        ({1: Progress(7, Phase.COMPUTING, 2), 2: Progress(7, Phase.COMPUTING, 2)}, "rank 0 (a) hung in COMPUTING of st"),
         ({1: HERE, 2: HERE}, "all (ranks 0, 1, 2) are at the same place, COMPUTING of step 7."),
     ],
 )  # fmt: skip
@@ -133,8 +143,8 @@ def test_a_stall_names_who_is_behind(places, text):
         play.change(other, place=place)
     play.run(5)
     assert play.run(STALL - 2, moving=False, idle={1: STALL + 1, 2: STALL + 1}) is None
-    verdict = play.run(10, moving=False, idle={1: STALL + 1, 2: STALL + 1})
-    assert verdict.reason.startswith(f"no rank has made progress for {STALL} s: {text}")
+    diagnosis = play.run(10, moving=False, idle={1: STALL + 1, 2: STALL + 1})
+    assert diagnosis.reason.startswith(f"no rank has made progress for {STALL} s: {text}")
 
 
 def test_no_stall_while_one_rank_makes_progress():
@@ -145,8 +155,8 @@ def test_no_stall_while_one_rank_makes_progress():
 def test_a_stall_tells_who_has_finished():
     play = Play()
     play.change(1, done=True)
-    verdict = play.run(3 * STALL, moving=False, frozen=[1], idle={2: 3 * STALL})
-    assert verdict.reason.endswith(
+    diagnosis = play.run(3 * STALL, moving=False, frozen=[1], idle={2: 3 * STALL})
+    assert diagnosis.reason.endswith(
         "all (ranks 0, 2) are at the same place, COMPUTING of step 7. Finished before: rank 1."
     )
 
@@ -217,8 +227,8 @@ def test_one_rank_needs_no_watchdog(monkeypatch):
     threads = module.threading.active_count()
     with Watchdog(None, 0, 1, stall_seconds=1) as watchdog:
         for phase, beats in ((Phase.LOADING, 1), (Phase.COMPUTING, 1), (Phase.COMPUTING, 2)):
-            watchdog.beat(phase, 1)
-            assert watchdog._place == Place(1, phase, beats)
+            watchdog.heartbeat(phase, 1)
+            assert watchdog._place == Progress(1, phase, beats)
         assert module.threading.active_count() == threads
     with pytest.raises(UserError, match="MASTER_ADDR.*accelerate launch"):
         connect(2)
@@ -229,7 +239,7 @@ class FlakyStore:
 
     def __init__(self, error, failing):
         self.error, self.failing, self.calls = error, failing, []
-        self.values = {"1": Record("b", 0, HERE, 0.0).encode().encode()}
+        self.values = {"1": Heartbeat("b", 0, HERE, 0.0).encode().encode()}
 
     def _call(self, name, result):
         self.calls.append(name)
@@ -270,14 +280,14 @@ def flaky():
 def test_a_transient_error_is_mended_by_a_new_connection(flaky):
     store = flaky(dist.DistNetworkError("broken pipe"), failing={3, 4})
     assert store.calls[:8] == ["set", "check", "multi_get", "clone", "clone", "set", "multi_get", "set"]
-    assert not Record.decode(store.values["0"]).done
+    assert not Heartbeat.decode(store.values["0"]).done
 
 
 def test_a_defect_of_the_watchdog_is_told_and_ends_nothing(flaky, caplog):
     store = flaky(TypeError("a defect"), failing={3})
     assert "watches no longer; training goes on" in caplog.text
     # Otherwise the others would take its silence for its death.
-    assert Record.decode(store.values["0"]).done and len(store.calls) == 4
+    assert Heartbeat.decode(store.values["0"]).done and len(store.calls) == 4
 
 
 @pytest.mark.parametrize(
@@ -292,7 +302,7 @@ def test_leaving_without_an_error_says_how(flaky, error, left, done):
     store = flaky(None, failing=())
     flaky.started[0].__exit__(type(error), error, None)
     time.sleep(0.1)
-    record = Record.decode(store.values["0"])
+    record = Heartbeat.decode(store.values["0"])
     assert (record.left, record.done, record.end) == (left, done, "")
 
 
@@ -346,9 +356,9 @@ def run_rank(rank, world_size, port, folder, task, stall_seconds):
 
 
 def wait_as_in_a_collective(watchdog, folder):
-    watchdog.beat(Phase.COMPUTING, 3)
+    watchdog.heartbeat(Phase.COMPUTING, 3)
     store = connect(2)
-    eventually(lambda: Record.decode(store.get(str(watchdog._rank))).place.step == 3)
+    eventually(lambda: Heartbeat.decode(store.get(str(watchdog._rank))).place.step == 3)
     (folder / f"{watchdog._rank}.up").touch()
     # No signal and no exception gets in here, as in a collective.
     store.set_timeout(timedelta(seconds=60))
@@ -356,23 +366,23 @@ def wait_as_in_a_collective(watchdog, folder):
 
 
 def hang_in_loading(watchdog, folder):
-    watchdog.beat(Phase.LOADING, 3)
+    watchdog.heartbeat(Phase.LOADING, 3)
     time.sleep(60)
 
 
 def finish(watchdog, folder):
-    watchdog.beat(Phase.WAITING, 3)
+    watchdog.heartbeat(Phase.WAITING, 3)
 
 
 def raise_error(watchdog, folder):
-    watchdog.beat(Phase.LOADING, 3)
+    watchdog.heartbeat(Phase.LOADING, 3)
     time.sleep(3 * TICK)
     raise UserError("row 17 of train.parquet: no such image.")
 
 
 def reduce_for_ever(watchdog, folder):
     """Real collectives: gloo raises an error in every rank when one has died."""
-    watchdog.beat(Phase.COMPUTING, 3)
+    watchdog.heartbeat(Phase.COMPUTING, 3)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     dist.init_process_group("gloo", rank=watchdog._rank, world_size=2)
     while True:

@@ -21,7 +21,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import Work, rows_work
 from vlm_vqa.model.layout import QuestionTokens, Row
 from vlm_vqa.params import Mask, Params, Source
-from vlm_vqa.training.sampler import WindowSampler, WindowShape
+from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
 
 TOKEN = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_")
 SAMPLED_IMAGES, WINDOWS = 2000, 40  # images whose questions are sampled; optimizer steps that are laid out of them
@@ -116,28 +116,28 @@ class Batches(NamedTuple):
 def plan_batches(params: Params, processes: int, size: DatasetSize) -> Batches:
     """Lay out a sample of optimizer steps under `params` and `processes`."""
     train, prompt = params.train, params.prompt
-    passes = train.gradient_accumulation_steps * processes
-    # One process with all the passes divides a window as several do.
-    window = WindowShape(train.batch_size * passes, train.questions_per_row, passes)
+    micro_batches = train.gradient_accumulation_steps * processes
+    # One process with all the micro_batches divides a global batch as several do.
+    shape = GlobalBatchShape(train.batch_size * micro_batches, train.questions_per_row, micro_batches)
     # <bos>, the instruction, a newline.
     instruction = tokens(prompt.instruction) + 2
-    found = _laid_out(window, prompt.mask, params.vision.num_patches, instruction, size.sample)
+    found = _laid_out(shape, prompt.mask, params.vision.num_patches, instruction, size.sample)
     work = Work(*(train.num_train_epochs * round(part * size.train) for part in found.work))
-    return found._replace(work=work, steps=-(-size.train // window.questions) * train.num_train_epochs)
+    return found._replace(work=work, steps=-(-size.train // shape.questions) * train.num_train_epochs)
 
 
 @lru_cache(maxsize=64)
-def _laid_out(window: WindowShape, mask: Mask, num_patches: int, instruction: int, sample: Sample) -> Batches:
+def _laid_out(shape: GlobalBatchShape, mask: Mask, num_patches: int, instruction: int, sample: Sample) -> Batches:
     """Return batches, with the mean work of a question."""
     layout = SimpleNamespace(mask=mask, num_patches=num_patches, prefix=range(instruction))
     questions = [QuestionTokens([0] * one, [0] * two) for _, one, two in sample]
     lengths, prefix = [len(one.read) for one in questions], num_patches + instruction
-    sampler = WindowSampler([image for image, *_ in sample], lambda epoch: lengths, prefix, window, seed=0)
+    sampler = GlobalBatchSampler([image for image, *_ in sample], lambda epoch: lengths, prefix, shape, seed=0)
     batches, taught = [], []
-    for batch in itertools.islice(sampler, WINDOWS * window.passes):
+    for batch in itertools.islice(sampler, WINDOWS * shape.micro_batches):
         rows = [Row(row.image_id, tuple(questions[place] for place in row.questions)) for row in batch]
         width = prefix + max(sum(len(one.read) for one in row.questions) for row in rows)
         batches.append(Batch(rows_work(layout, rows), len(rows), prefix * (mask is Mask.IMAGE_PREFIX), width))
         taught += [len(row.questions) for row in rows if row.questions]
     work = [sum(getattr(one.work, name) for one in batches) / sum(taught) for name in Work.__dataclass_fields__]
-    return Batches(batches, work, WINDOWS, window.questions, sum(taught) / len(taught))
+    return Batches(batches, work, WINDOWS, shape.questions, sum(taught) / len(taught))

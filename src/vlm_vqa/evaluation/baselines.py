@@ -1,4 +1,4 @@
-"""What a score is worth: the best answerer that sees no image, and the model itself when it sees another image."""
+"""What a score is worth: the best predictor that sees no image, and the model itself when it sees another image."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from vlm_vqa.errors import UserError
 _LEAST_ASKINGS = 2
 
 
-class PriorAnswerer:
+class QuestionOnlyBaseline:
     """Answers from the question's text alone, counted on the training split.
 
     The most common answer to exactly this question if training asked it at least twice; else to questions of its
@@ -65,7 +65,7 @@ def shuffled_images(image_ids: Iterable[int], seed: int) -> dict[int, int]:
             "baselines.shuffled_images: the validation questions are all about one image, so none can be shown "
             "another. Evaluate on questions of at least two images."
         )
-    # Each image gets the next one of a random round trip: nobody is its own next.
+    # A random cycle over the images: no image maps to itself.
     trip = np.random.RandomState(seed).permutation(distinct)
     return dict(zip(trip.tolist(), np.roll(trip, -1).tolist(), strict=True))
 

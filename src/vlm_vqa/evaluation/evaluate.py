@@ -13,7 +13,7 @@ from tqdm import tqdm
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions, read_manifest
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.evaluation.baselines import PriorAnswerer, shuffled_images
+from vlm_vqa.evaluation.baselines import QuestionOnlyBaseline, shuffled_images
 from vlm_vqa.evaluation.bleu import mean_bleu_1, prepare_punkt
 from vlm_vqa.evaluation.helm.files import (
     SCORES,
@@ -28,7 +28,7 @@ from vlm_vqa.evaluation.helm.files import (
 from vlm_vqa.evaluation.helm.run import HelmFolders, run_helm
 from vlm_vqa.evaluation.vqa_accuracy import VqaAccuracy, vqa_accuracy
 from vlm_vqa.hashing import write_json
-from vlm_vqa.inference.predictor import Answerer
+from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.params import EvaluationParams, Params
 
 LEAST_AGREEMENT = 0.99
@@ -72,7 +72,7 @@ class Answers:
 
 
 def evaluate(
-    params: Params, folders: Folders, load_answerer: Callable[..., Answerer] = Answerer.from_export
+    params: Params, folders: Folders, load_predictor: Callable[..., Predictor] = Predictor.from_export
 ) -> Evaluation:
     """Evaluate the exported model and write `evaluation.json`, `metrics.json` (a few of its figures, for DVC),
     `predictions.parquet`, `helm/` and `helm_predictions.parquet` into the reports.
@@ -80,7 +80,7 @@ def evaluate(
     Args:
         params: `evaluation`, `prompt.instruction` and `seed` count.
         folders: see `Folders`.
-        load_answerer: (folder, max_new_tokens=) -> the model that answers from features; HELM's client loads its own.
+        load_predictor: (folder, max_new_tokens=) -> the model that answers from features; HELM's client loads its own.
 
     Raises:
         UserError: something is missing or does not fit; as far as it can be known, before any inference.
@@ -88,16 +88,16 @@ def evaluate(
     environment = prepare_punkt(params.evaluation.punkt_tab, folders.helm.config / "nltk_data")
     validation = load_questions(folders.records, "val").to_list()
     questions, at_helm = _choose(validation, params.evaluation)
-    prior = PriorAnswerer(_rows(load_questions(folders.records, "train")))
+    prior = QuestionOnlyBaseline(_rows(load_questions(folders.records, "train")))
     others = shuffled_images((row["image_id"] for row in questions), params.seed)
     store = FeatureStore.open(folders.features, {"data_hash": read_manifest(folders.records)["data_hash"]})
 
     helm = _ask_helm([questions[at] for at in at_helm], params.evaluation, folders, environment)
-    answerer = load_answerer(folders.export, max_new_tokens=params.evaluation.max_new_tokens)
+    predictor = load_predictor(folders.export, max_new_tokens=params.evaluation.max_new_tokens)
     size = params.evaluation.batch_size
     answers = Answers(
-        model=answer_questions(answerer, store, questions, size, "questions"),
-        shuffled=answer_questions(answerer, store, questions, size, "questions with other images", others),
+        model=answer_questions(predictor, store, questions, size, "questions"),
+        shuffled=answer_questions(predictor, store, questions, size, "questions with other images", others),
         prior=[prior.answer(row["question"], row["question_type"]) for row in questions],
     )
     agreement = _check_agreement(helm.predictions, [answers.model[at] for at in at_helm])
@@ -113,16 +113,16 @@ def evaluate(
             name: _score_baseline(questions, given, at_helm)
             for name, given in (("prior", answers.prior), ("shuffled_images", answers.shuffled))
         },
-        "model": {"mask": answerer.mask, "weights_hash": answerer.weights_hash},
+        "model": {"mask": predictor.mask, "weights_hash": predictor.weights_hash},
         "helm_equals_stored_features": round(agreement, _DIGITS),
     }
     files = _write(folders.reports, report, questions, answers, others, accuracy)
     files += write_extract(folders.reports / "helm", helm, [questions[at] for at in at_helm])
-    return Evaluation(report, answerer.weights_hash, files)
+    return Evaluation(report, predictor.weights_hash, files)
 
 
 def answer_questions(
-    answerer: Answerer,
+    predictor: Predictor,
     store: FeatureStore,
     questions: Sequence[Row],
     batch_size: int,
@@ -132,7 +132,7 @@ def answer_questions(
     """Answer every question from stored features, in batches that keep an image's questions together.
 
     Args:
-        answerer: the model.
+        predictor: the model.
         store: its features.
         questions: rows with `question_id`, `image_id`, `question`.
         batch_size: questions answered at once.
@@ -152,7 +152,7 @@ def answer_questions(
                 shown = [image_of[image_id] for image_id in shown]
             distinct = sorted(set(shown))
             place = {image_id: at for at, image_id in enumerate(distinct)}
-            given = answerer.answer_features(
+            given = predictor.answer_features(
                 [questions[at]["question"] for at in batch],
                 store.batch(distinct),
                 [place[image_id] for image_id in shown],

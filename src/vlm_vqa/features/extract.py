@@ -16,7 +16,7 @@ from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.records import ImageRecord
 from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.model.encoder import Encoder
-from vlm_vqa.prefetch import in_order
+from vlm_vqa.prefetch import ordered_map
 
 MOST_THREADS = 8
 """That decode: each holds a batch of images' pixels, and some of the work holds Python's lock."""
@@ -75,7 +75,7 @@ def extract(
         closing(preprocessed(batches(), encoder, max_pixels)) as prepared,
         ThreadPoolExecutor(1, "write") as pool,
     ):
-        for _ in in_order(pool, writer.write, shards(prepared), window=2):
+        for _ in ordered_map(pool, writer.write, shards(prepared), window=2):
             pass
 
 
@@ -101,6 +101,6 @@ def preprocessed(batches: Iterable[Batch], encoder: Encoder, max_pixels: int) ->
     # torch's number of threads is each thread's own: without this every decoding one would start a team.
     pool = ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,))
     try:
-        yield from in_order(pool, prepare, batches, window=threads + 1)
+        yield from ordered_map(pool, prepare, batches, window=threads + 1)
     finally:
         pool.shutdown(cancel_futures=True)

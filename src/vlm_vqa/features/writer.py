@@ -246,7 +246,7 @@ class FeatureStoreWriter:
 
 
 def _link(part: Path, target: Path) -> None:
-    """Let a file have a second name, or a copy where the file system has no such thing; `target` does not exist."""
+    """Hard-link a file, or copy it where links are not supported; `target` does not exist."""
     try:
         target.hardlink_to(part)
     except OSError:

@@ -41,7 +41,7 @@ from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics
 from vlm_vqa.files import claim
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
 from vlm_vqa.params import DataParams
-from vlm_vqa.prefetch import in_order
+from vlm_vqa.prefetch import ordered_map
 from vlm_vqa.sealed import fingerprint, write_sealed
 
 _HASHED_VERSION = 1
@@ -254,7 +254,7 @@ def _store_images(
     workers = usable_cores().count
     with ThreadPoolExecutor(workers) as pool:
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
-        checked = in_order(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
+        checked = ordered_map(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
             _write_shards(_good_images(progress, digest, seen, violations), part)
     return digest.hexdigest()

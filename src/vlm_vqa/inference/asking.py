@@ -14,7 +14,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.files import MOST_BYTES, check_regular
 
 if TYPE_CHECKING:
-    from vlm_vqa.inference.predictor import Answerer
+    from vlm_vqa.inference.predictor import Predictor
 
 COLUMNS = ("image", "question")
 STDIN = "-"
@@ -98,7 +98,7 @@ def _read(path: str | Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({reason}). Name a file that is there.") from error
 
 
-def answered(asked: Sequence[Asked], load: "Callable[[], Answerer]", max_pixels: int) -> Iterator[Asked]:
+def answered(asked: Sequence[Asked], load: "Callable[[], Predictor]", max_pixels: int) -> Iterator[Asked]:
     """Answer questions and yield each, in order, as soon as it and all before it are done.
 
     The questions of one picture are asked together, wherever they stand; each picture is read once.
@@ -114,7 +114,7 @@ def answered(asked: Sequence[Asked], load: "Callable[[], Answerer]", max_pixels:
     for one in asked:
         if one.problem is None:
             about.setdefault(one.path, []).append(one)
-    done, answerer = 0, None
+    done, predictor = 0, None
     for path, questions in about.items():
         try:
             name = "standard input" if path == STDIN else str(path)
@@ -123,27 +123,27 @@ def answered(asked: Sequence[Asked], load: "Callable[[], Answerer]", max_pixels:
             for one in questions:
                 one.problem = str(error)
         else:
-            answerer = answerer or load()
-            _answer(questions, image, answerer)
+            predictor = predictor or load()
+            _answer(questions, image, predictor)
         while done < len(asked) and (asked[done].answer is not None or asked[done].problem is not None):
             yield asked[done]
             done += 1
     yield from asked[done:]
 
 
-def _answer(questions: list[Asked], image, answerer: "Answerer") -> None:
-    features = answerer.encode([image])
+def _answer(questions: list[Asked], image, predictor: "Predictor") -> None:
+    features = predictor.encode([image])
     fitting = []
     for one in questions:
         try:
-            answerer.layout.tokenize(one.question)
+            predictor.layout.tokenize(one.question)
             fitting.append(one)
         except UserError as error:
             one.problem = str(error)
     for start in range(0, len(fitting), AT_ONCE):
         together = fitting[start : start + AT_ONCE]
         texts = [one.question for one in together]
-        for one, answer in zip(together, answerer.answer_features(texts, features, [0] * len(texts)), strict=True):
+        for one, answer in zip(together, predictor.answer_features(texts, features, [0] * len(texts)), strict=True):
             one.answer = answer
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoProcessor, PaliGemmaForConditionalGener
 
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.generation import generate
-from vlm_vqa.model.encoder import middle
+from vlm_vqa.model.encoder import crop_elongated
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import set_attention
 from vlm_vqa.params import Attention, Mask
@@ -23,7 +23,7 @@ FACTS_FILE = "vlm_vqa.json"
 SHA-256 of every other file."""
 
 
-class Answerer:
+class Predictor:
     """A model that answers questions about images, greedily.
 
     Attributes:
@@ -51,7 +51,7 @@ class Answerer:
     @classmethod
     def from_export(
         cls, folder: str | Path = "models/export", device: str | None = None, max_new_tokens: int = 10
-    ) -> "Answerer":
+    ) -> "Predictor":
         """Load an exported folder, every file as it was exported.
 
         Raises:
@@ -73,7 +73,7 @@ class Answerer:
             ) from error
 
     @classmethod
-    def _load(cls, folder: Path, device: str, max_new_tokens: int) -> "Answerer":
+    def _load(cls, folder: Path, device: str, max_new_tokens: int) -> "Predictor":
         """Load a folder, asking no hub for what it lacks, and try its parts on each other."""
         facts = read_folder(folder / FACTS_FILE, "the seal of an export", make_again("export"))
         _check_size(folder)
@@ -85,14 +85,16 @@ class Answerer:
         assert not lacking and not found["mismatched_keys"], f"weights that do not fit config.json: {lacking[:3]}"
         set_attention(model, Attention.EAGER)
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        answerer = cls(model.to(device), processor, facts, max_new_tokens)
-        seen, rows = answerer.encode([Image.new("RGB", (64, 64))]), len(model.get_input_embeddings().weight)
+        predictor = cls(model.to(device), processor, facts, max_new_tokens)
+        seen, rows = predictor.encode([Image.new("RGB", (64, 64))]), len(model.get_input_embeddings().weight)
         assert seen.shape[1] == facts["num_patches"], f"{FACTS_FILE} names {facts['num_patches']} tokens an image"
         assert isfinite(seen.sum().item()), "the tower's weights are not finite"
         assert len(processor.tokenizer) <= rows, f"a tokenizer of {len(processor.tokenizer)} for {rows} embeddings"
-        assert None not in (answerer.layout.pad_id, answerer.layout.bos_id, answerer.layout.eos_id), "no special tokens"
-        answerer.layout.tokenize("?")
-        return answerer
+        assert None not in (predictor.layout.pad_id, predictor.layout.bos_id, predictor.layout.eos_id), (
+            "no special tokens"
+        )
+        predictor.layout.tokenize("?")
+        return predictor
 
     def answer(self, questions: Sequence[str], images: Sequence[Image.Image]) -> list[str]:
         """Answer each question about its image, from pixels."""
@@ -102,7 +104,7 @@ class Answerer:
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Return what the tower makes of images: [B, T, E]."""
         pixels = self.processor.image_processor(
-            images=[middle(image.convert("RGB"), self.processor.image_processor) for image in images],
+            images=[crop_elongated(image.convert("RGB"), self.processor.image_processor) for image in images],
             return_tensors="pt",
         ).pixel_values
         return self.model.model.vision_tower(pixels.to(self.model.device)).last_hidden_state

@@ -2,7 +2,7 @@
 
 Training packs rows: the tokens of all rows stand one after another in a single sequence, without padding, so that the
 linear layers, which are nearly all of the work, compute real tokens only. First come the prefixes of all rows, then what
-follows them, row by row. Who sees whom is the attention's affair:
+follows them, row by row. The attention mask decides visibility:
 
     eager            prefixes, all of one length, attend to themselves; the rest of each row is laid out in a grid as wide as
                      the longest and attends to its prefix and itself. Masks are one for all heads and layers

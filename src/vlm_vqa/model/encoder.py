@@ -28,7 +28,7 @@ SMALL_ENCODER = Path(__file__).parent / "small_encoder"
 _INCIDENTAL_CONFIG = ("_name_or_path", "transformers_version", "dtype", "architectures")
 
 MOST_ELONGATED = 32
-"""Longer edge over shorter edge up to which an image is seen as it is; see `middle`."""
+"""Longer edge over shorter edge up to which an image is seen as it is; see `crop_elongated`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class Encoder:
         """
         pixels_NCHW = torch.cat(
             [
-                self.processor(middle(image, self.processor), do_convert_rgb=True, return_tensors="pt")["pixel_values"]
+                self.processor(crop_elongated(image, self.processor), do_convert_rgb=True, return_tensors="pt")[
+                    "pixel_values"
+                ]
                 for image in images
             ]
         )
@@ -98,7 +100,7 @@ class Encoder:
         return processor
 
 
-def middle(image: Image.Image, processor: BitImageProcessor) -> Image.Image:
+def crop_elongated(image: Image.Image, processor: BitImageProcessor) -> Image.Image:
     """Return an image that is no longer than `MOST_ELONGATED` times its width, or the other way round.
 
     DINOv2's processor brings the shorter edge to 256 pixels and then cuts out the centre: of 1 x 5,000 pixels it would first

@@ -72,7 +72,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def take(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, rank: int) -> tuple[dict, dict]:
+def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, rank: int) -> tuple[dict, dict]:
     """Return this process's tensors, copied to the CPU, and facts, for `checkpoint_files.Writer.save`."""
     parameters = named_parameters(model)
     tensors: dict[str, Tensor] = {}
@@ -95,7 +95,7 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, 
         "states": states,
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
     }
-    more, general = take_random(scheduler)
+    more, general = save_random_state(scheduler)
     return tensors | more, facts | general
 
 
@@ -104,7 +104,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return local(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
-def take_random(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def save_random_state(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what belongs to a process and not to its parameters, as `take`: random generators and schedule."""
     tensors = {"random/cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
@@ -130,7 +130,7 @@ class Checkpoint:
         self.facts = [checkpoint_files.read_seal(folder, writer, self.world) for writer in range(self.world)]
         self._files = [checkpoint_files.read_tensors(folder, writer, self.world) for writer in range(self.world)]
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, restart: bool) -> None:
+    def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, restart: bool) -> None:
         """Put weights, optimizer states and schedule back.
 
         Raises:
@@ -155,7 +155,7 @@ class Checkpoint:
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
         scheduler.load_state_dict(self.facts[0]["scheduler"])
 
-    def restore_random(self, seed: int) -> None:
+    def load_random_state(self, seed: int) -> None:
         """Put the generators back where they were; with another number of processes, seed them anew and say so."""
         if not self.same_world:
             log.warning(

@@ -58,7 +58,7 @@ class Launch:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes what there is one of."""
+        """Whether this is the process that writes shared outputs."""
         return self.process == 0
 
 

@@ -1,8 +1,8 @@
-"""Which questions make an optimizer step, which of them share a row, and which rows a forward pass.
+"""Which questions make a global batch, which of them share a row, and which rows a micro-batch.
 
-A window is what one optimizer step takes: exactly batch_size x gradient_accumulation_steps x processes questions. Images
-are gathered over the whole window, so sharing does not depend on a small batch_size; its rows, sorted by length, are then
-cut into the forward passes of all processes, of about equal size.
+A global batch is what one optimizer step takes: exactly batch_size x gradient_accumulation_steps x processes questions.
+Images are gathered over all of it, so sharing does not depend on a small batch_size; its rows, sorted by length, are then
+divided into the micro-batches of all processes, of about equal size.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import BatchSampler
 
 LOOKAHEAD = 64
-"""Images looked through for one that fits before an image is cut at a window's end."""
+"""Images looked through for one that fits before an image is cut at a global batch's end."""
 
 
 class PlannedRow(NamedTuple):
@@ -28,25 +28,25 @@ class PlannedRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WindowShape:
+class GlobalBatchShape:
     """The size of an optimizer step and who computes which part of it."""
 
     questions: int
-    """Questions of a window, over all processes."""
+    """Questions of a global batch, over all processes."""
     questions_per_row: int
     """Most questions that share a row; those of an image beyond it come in another row and another step."""
-    passes: int
-    """Forward passes of each process."""
+    micro_batches: int
+    """Micro-batches of each process: the gradient accumulation steps."""
     processes: int = 1
     process: int = 0
     """This process's number."""
 
 
-class WindowSampler(BatchSampler):
-    """Batches of planned rows: window after window, `passes` batches each, those of one process.
+class GlobalBatchSampler(BatchSampler):
+    """Micro-batches of planned rows: global batch after global batch, `micro_batches` each, those of one process.
 
     The order depends on seed and epoch only; every question comes once an epoch. Where rows are shared, images come in
-    random order, and one is cut only where none of the next ones fits into the rest of a window. Where they are not,
+    random order, and one is cut only where none of the next ones fits into the rest of a global batch. Where they are not,
     questions come in random order.
     """
 
@@ -55,7 +55,7 @@ class WindowSampler(BatchSampler):
         image_ids: Sequence[int],
         text_lengths: Callable[[int], Sequence[int]],
         prefix_length: int,
-        shape: WindowShape,
+        shape: GlobalBatchShape,
         seed: int,
     ):
         """
@@ -80,23 +80,23 @@ class WindowSampler(BatchSampler):
         self.text_lengths = self._lengths_of(epoch)
 
     def __len__(self) -> int:
-        return -(-len(self.image_ids) // self.shape.questions) * self.shape.passes
+        return -(-len(self.image_ids) // self.shape.questions) * self.shape.micro_batches
 
     def __iter__(self) -> Iterator[list[PlannedRow]]:
-        for window in self.windows():
-            parts = self._divide(self._rows(window))
+        for batch in self.global_batches():
+            parts = self._divide(self._rows(batch))
             yield from parts[self.shape.process :: self.shape.processes]
 
     def idle_share(self) -> float:
-        """Return which share of the passes has nothing to do, of about a hundred windows: fewer rows than passes."""
-        count = self.shape.passes * self.shape.processes
-        rows = [min(count, len(self._rows(window))) for window in itertools.islice(self.windows(), 100)]
-        # The last window holds what is left.
+        """Return the share of micro-batches without rows, estimated on 100 steps."""
+        count = self.shape.micro_batches * self.shape.processes
+        rows = [min(count, len(self._rows(batch))) for batch in itertools.islice(self.global_batches(), 100)]
+        # The last one holds what is left.
         rows = rows[:-1] or rows
         return 1 - sum(rows) / (count * len(rows))
 
-    def windows(self) -> Iterator[list[tuple[int, ...]]]:
-        """Yield each window as groups of questions, those of an image together where they may share a row."""
+    def global_batches(self) -> Iterator[list[tuple[int, ...]]]:
+        """Yield each global batch as groups of questions, those of an image together where they may share a row."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         shuffled = torch.randperm(len(self.image_ids), generator=generator).tolist()
         if self.shape.questions_per_row == 1:
@@ -116,52 +116,52 @@ class WindowSampler(BatchSampler):
         parts = -(-len(questions) // self.shape.questions_per_row)
         return [tuple(questions[part::parts]) for part in range(parts)]
 
-    def _rows(self, window: Sequence[tuple[int, ...]]) -> list[PlannedRow]:
-        """Plan the window's rows, the longest first."""
-        rows = [PlannedRow(self.image_ids[group[0]], group, self.epoch) for group in window]
+    def _rows(self, batch: Sequence[tuple[int, ...]]) -> list[PlannedRow]:
+        """Plan a global batch's rows, the longest first."""
+        rows = [PlannedRow(self.image_ids[group[0]], group, self.epoch) for group in batch]
         return sorted(rows, key=self._length, reverse=True)
 
     def _length(self, row: PlannedRow) -> int:
         return self.prefix_length + sum(self.text_lengths[question] for question in row.questions)
 
     def _divide(self, rows: list[PlannedRow]) -> list[list[PlannedRow]]:
-        """Cut a window's rows into the passes of all processes; processes pass by pass, so that they keep step."""
-        count = self.shape.passes * self.shape.processes
+        """Divide rows into the micro-batches of all processes; one of each process in turn, so that they keep step."""
+        count = self.shape.micro_batches * self.shape.processes
         sizes = divide([self._length(row) for row in rows], count)
         ends = torch.tensor(sizes).cumsum(0).tolist()
-        # Every process must take part in every pass: with nothing left to learn, by a row that teaches nothing.
+        # Every process must take part in every micro-batch: with nothing left to learn, by a row that teaches nothing.
         idle = PlannedRow(rows[-1].image_id, (), self.epoch)
         return [rows[end - size : end] or [idle] for size, end in zip(sizes, ends, strict=True)]
 
 
 def fill(groups: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
-    """Yield windows of exactly `size` questions, the last with what is left, cutting as few groups as it can.
+    """Yield global batches of exactly `size` questions, the last with what is left, cutting as few groups as it can.
 
-    Groups are taken in order; one that does not fit, or would leave a rest that no group fills, waits for the next
-    window. Only where none of the next `LOOKAHEAD` groups fits is the first of them cut.
+    Groups are taken in order; one that does not fit, or would leave a rest that no group fills, waits for the
+    next one. Only where none of the next `LOOKAHEAD` groups fits is the first of them cut.
     """
     waiting = deque(groups)
     least = min(map(len, groups), default=0)
     while waiting:
-        window: list[tuple[int, ...]] = []
+        batch: list[tuple[int, ...]] = []
         rest = size
         passed: list[tuple[int, ...]] = []
         while rest and waiting and len(passed) < LOOKAHEAD:
             group = waiting.popleft()
             left = rest - len(group)
             if left == 0 or left >= least:
-                window.append(group)
+                batch.append(group)
                 rest = left
             else:
                 passed.append(group)
         waiting.extendleft(reversed(passed))
         while rest and waiting:
             group = waiting.popleft()
-            window.append(group[:rest])
+            batch.append(group[:rest])
             if group[rest:]:
                 waiting.appendleft(group[rest:])
-            rest -= len(window[-1])
-        yield window
+            rest -= len(batch[-1])
+        yield batch
 
 
 def divide(lengths: Sequence[int], parts: int) -> list[int]:

@@ -27,7 +27,7 @@ from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
 from vlm_vqa.training.optimizer import build_optimizer, has_8bit_work, state_types
-from vlm_vqa.training.sampler import WindowSampler, WindowShape
+from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
 from vlm_vqa.training.watchdog import Phase, Watchdog
 
@@ -55,7 +55,7 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: 
         accelerator_config={
             # `launch.start` has made the process group; left alone, the Trainer would make another one, of another type.
             "use_configured_state": True,
-            # Left alone, FSDP2 would keep whole gradients on every process until a step's last pass.
+            # Left alone, FSDP2 would keep whole gradients on every process until a step's last micro-batch.
             "gradient_accumulation_kwargs": {"sync_each_batch": launch.strategy is Strategy.FSDP2},
         },
         seed=seed,
@@ -165,33 +165,34 @@ class VqaTrainer(Trainer):
         return model, loader
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return this process's forward passes, in the order of steps.
+        """Return this process's micro-batches, in the order of steps.
 
-        The sampler divides windows among processes itself, so accelerate must not: it would wrap the sampler once more, and
-        after a resume, which wraps it too, nobody would tell it which epoch it is.
+        The sampler divides global batches among processes itself, so accelerate must not: it would wrap the sampler once
+        more, and after a resume, which wraps it too, nobody would tell it which epoch it is.
         """
         args, data, workers = self.args, self.train_dataset, self.train_settings.dataloader_workers
-        shape = WindowShape(
+        shape = GlobalBatchShape(
             questions=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             questions_per_row=self.train_settings.questions_per_row,
-            passes=args.gradient_accumulation_steps,
+            micro_batches=args.gradient_accumulation_steps,
             processes=args.world_size,
             process=args.process_index,
         )
         prefix = self.data_collator.layout.num_patches + len(self.data_collator.layout.prefix)
-        sampler = WindowSampler(data.image_ids, data.text_lengths, prefix, shape, args.data_seed)
+        sampler = GlobalBatchSampler(data.image_ids, data.text_lengths, prefix, shape, args.data_seed)
         if self.launch.main and (idle := sampler.idle_share()) > 0.01:
             log.warning(
-                "%.0f%% of the forward passes have nothing to do: the questions of a step make fewer rows than it has "
-                "passes. Lower train.gradient_accumulation_steps and raise train.batch_size by the same factor.", 100 * idle
-            )  # fmt: skip
+                "%.0f%% of the micro-batches are empty: the questions of a step make fewer rows than it has micro-batches. "
+                "Lower train.gradient_accumulation_steps and raise train.batch_size by the same factor.",
+                100 * idle,
+            )
         loader = DataLoader(
             data,
             batch_sampler=sampler,
             collate_fn=CountingCollator(self.data_collator, self.cost),
             num_workers=workers,
-            # The Trainer takes a whole step's passes at once: those of the next step are to be ready by then.
-            prefetch_factor=-(-2 * shape.passes // workers) if workers else None,
+            # The Trainer takes a whole step's micro-batches at once: those of the next step are to be ready by then.
+            prefetch_factor=-(-2 * shape.micro_batches // workers) if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
         return prepare_data_loader(
@@ -205,25 +206,25 @@ class VqaTrainer(Trainer):
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def beat(self, phase: Phase) -> None:
-        """Tell the watchdog what this process begins to do."""
-        self.watchdog.beat(phase, self.state.global_step + 1)
+    def heartbeat(self, phase: Phase) -> None:
+        """Tell the watchdog which phase of which step this process enters."""
+        self.watchdog.heartbeat(phase, self.state.global_step + 1)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Take a step's batches from the loader, and measure how long that takes."""
-        self.beat(Phase.LOADING)
+        self.heartbeat(Phase.LOADING)
         self.meter.begin_step()
         return super().get_batch_samples(self.meter.timed(epoch_iterator), num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        self.beat(Phase.COUNTING)
+        self.heartbeat(Phase.COUNTING)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """Compute one forward and backward pass and remember its loss."""
-        self.beat(Phase.COMPUTING)
+        self.heartbeat(Phase.COMPUTING)
         self.meter.batch(inputs.pop(COUNTS))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.pass_losses.append(loss)
@@ -235,7 +236,7 @@ class VqaTrainer(Trainer):
         It is the one moment of a step at which the host waits for the device, and it comes before weights are touched
         (under DeepSpeed after, within the same step).
         """
-        self.beat(Phase.UPDATING)
+        self.heartbeat(Phase.UPDATING)
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         loss = torch.stack(self.pass_losses).sum()
@@ -330,7 +331,7 @@ class VqaTrainer(Trainer):
         return self.launch.strategy.value if self.launch.strategy.deepspeed else "rows"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.beat(Phase.SAVING)
+        self.heartbeat(Phase.SAVING)
         with self.meter.paused():
             self._begin_checkpoint()
 
@@ -342,10 +343,12 @@ class VqaTrainer(Trainer):
         facts = {"kind": self.kind, "logging": {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}}
         if launch.strategy.deepspeed:
             others = self._save_deepspeed(step)
-            tensors, more = checkpoint_state.take_random(self.lr_scheduler)
+            tensors, more = checkpoint_state.save_random_state(self.lr_scheduler)
             self.writer.save(step, tensors, facts | more, texts, others)
             return
-        tensors, more = checkpoint_state.take(self.model, self.inner_optimizer, self.lr_scheduler, rank=launch.process)
+        tensors, more = checkpoint_state.save_state(
+            self.model, self.inner_optimizer, self.lr_scheduler, rank=launch.process
+        )
         self.writer.save(step, tensors, facts | more, texts)
 
     def _save_deepspeed(self, step: int) -> list[str]:
@@ -372,12 +375,12 @@ class VqaTrainer(Trainer):
             self.lr_scheduler.load_state_dict(self.opened.facts[0]["scheduler"])
             return
         restart = self.train_settings.restart_optimizer
-        self.opened.restore(self.model, self.inner_optimizer, self.lr_scheduler, restart=restart)
+        self.opened.load_state(self.model, self.inner_optimizer, self.lr_scheduler, restart=restart)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.opened is None:
             return
-        self.opened.restore_random(self.args.seed + self.launch.process)
+        self.opened.load_random_state(self.args.seed + self.launch.process)
         kept = self.opened.facts[self.launch.process if self.opened.same_world else 0]["logging"]
         self._tr_loss += kept["loss"]
         self._globalstep_last_logged = kept["since"]
@@ -390,7 +393,7 @@ class VqaTrainer(Trainer):
         All processes must call it. It is the weights that the optimizer updates, not copies of less precision, with adapters
         merged into them.
         """
-        self.beat(Phase.WAITING)
+        self.heartbeat(Phase.WAITING)
         weights = {}
         for name, parameter in checkpoint_state.named_parameters(self.model).items():
             value = whole(parameter, self.launch.strategy).detach()

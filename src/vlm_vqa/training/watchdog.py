@@ -8,7 +8,7 @@ What happens to one rank, and when the last of the others has ended (t = `tick_s
     it raises an error                                     8t + 8 s
     it dies, is frozen, or its machine is gone         d + 8t + 8 s
     the store's machine, or launcher, is gone          d + 8t + 8 s
-    it hangs while its threads run         stall_seconds + 8t + 8 s after the last beat of any rank
+    it hangs while its threads run         stall_seconds + 8t + 8 s after the last heartbeat of any rank
 
 The 8 s are there for printing (1), telling the others (2) and `on_end` (5); commonly it takes d + 2 s in all. Time
 counts only while a rank runs and the store answers it: on a machine that is overloaded or was suspended, all of this
@@ -67,7 +67,7 @@ class Phase(enum.IntEnum):
     WAITING = 6
 
 
-class Place(NamedTuple):
+class Progress(NamedTuple):
     """How far a rank has come; ordered. `beats` counts within one phase of one step, e.g. forward passes."""
 
     step: int
@@ -78,13 +78,13 @@ class Place(NamedTuple):
         return f"{self.phase.name} of step {self.step}" + (f", part {self.beats}" if self.beats > 1 else "")
 
 
-class Record(NamedTuple):
+class Heartbeat(NamedTuple):
     """What a rank tells the others."""
 
     host: str
     tick: int  # Changes as long as the process runs, whatever its main thread does.
-    place: Place
-    idle: float  # Seconds since the last beat, by the rank's own clock: those of two machines are never compared.
+    place: Progress
+    idle: float  # Seconds since the last heartbeat, by the rank's own clock: those of two machines are never compared.
     done: bool = False
     left: str = ""  # It was told to end; the cause is elsewhere.
     end: str = ""  # Why all ranks have to end.
@@ -96,7 +96,7 @@ class Record(NamedTuple):
     @classmethod
     def decode(cls, text: bytes) -> Self:
         host, tick, (step, phase, beats), *rest = json.loads(text)
-        return cls(host, tick, Place(step, Phase(phase), beats), *rest)
+        return cls(host, tick, Progress(step, Phase(phase), beats), *rest)
 
 
 class Launcher(enum.Enum):
@@ -107,14 +107,14 @@ class Launcher(enum.Enum):
     GONE = enum.auto()
 
 
-class Verdict(NamedTuple):
+class Diagnosis(NamedTuple):
     """Why all ranks end, and whether another rank has printed it on this machine."""
 
     reason: str
     said: bool = False
 
 
-class Judge:
+class FailureDetector:
     """Decides from the ranks' records whether all have to end. No threads, no store, no clock of its own.
 
     Two clocks, for what must not count against anybody: `_clock` runs while this process does, and `_heard`, by which
@@ -133,17 +133,17 @@ class Judge:
     ):
         self._rank, self._host = rank, host
         self._stall_seconds, self._dead_seconds, self._tick_seconds = stall_seconds, dead_seconds, tick_seconds
-        self._records: dict[int, Record] = {}
+        self._records: dict[int, Heartbeat] = {}
         self._clock, self._now = 0.0, now
         self._heard, self._taken = 0.0, now
         self._answered = 0.0
         self._changed = {other: 0.0 for other in range(world_size) if other != rank}
-        self._place, self._moved = Place(0, Phase.STARTING, 0), 0.0
+        self._place, self._moved = Progress(0, Phase.STARTING, 0), 0.0
         self._found: float | None = None
 
     @property
     def idle(self) -> float:
-        """Seconds in which this rank ran without a beat."""
+        """Seconds in which this rank ran without a heartbeat."""
         return self._clock - self._moved
 
     @property
@@ -151,7 +151,7 @@ class Judge:
         """Whether the store answers this rank."""
         return self._clock - self._answered <= self._dead_seconds
 
-    def advance(self, now: float, place: Place) -> None:
+    def advance(self, now: float, place: Progress) -> None:
         """Note the time and this rank's own place; called every tick."""
         # A tick that comes late says that this process did not run, not that the others did nothing.
         self._clock += min(now - self._now, 2 * self._tick_seconds)
@@ -159,7 +159,7 @@ class Judge:
         if place != self._place:
             self._place, self._moved = place, self._clock
 
-    def take(self, now: float, records: dict[int, Record]) -> None:
+    def take(self, now: float, records: dict[int, Heartbeat]) -> None:
         """Note what the store has answered: the records of all other ranks that have reported so far."""
         waited = now - self._taken
         if waited > self._dead_seconds:
@@ -172,7 +172,7 @@ class Judge:
                 self._changed[other] = self._heard
         self._records, self._taken, self._answered = records, now, self._clock
 
-    def verdict(self, launcher: Launcher) -> Verdict | None:
+    def diagnosis(self, launcher: Launcher) -> Diagnosis | None:
         """Say why all ranks end, or None: they do not, or another rank of this machine is about to say it."""
         found = self._cause(launcher)
         if found is None:
@@ -193,19 +193,19 @@ class Judge:
             for other, record in self._records.items()
         )
 
-    def _cause(self, launcher: Launcher) -> Verdict | None:
-        told = self._told()
+    def _cause(self, launcher: Launcher) -> Diagnosis | None:
+        told = self._reported()
         if told is not None:
             return told
         if launcher is Launcher.GONE:
-            return Verdict(f"the launcher of the ranks on {self._host} is gone.")
+            return Diagnosis(f"the launcher of the ranks on {self._host} is gone.")
         reason = self._lost_store(launcher) or self._silent() or self._missing() or self._stalled()
-        return Verdict(reason) if reason else None
+        return Diagnosis(reason) if reason else None
 
-    def _told(self) -> Verdict | None:
+    def _reported(self) -> Diagnosis | None:
         ends = [record for _, record in sorted(self._records.items()) if record.end]
         said = [record for record in ends if record.said and record.host == self._host]
-        return next((Verdict(record.end, said=bool(said)) for record in said or ends), None)
+        return next((Diagnosis(record.end, said=bool(said)) for record in said or ends), None)
 
     def _lost_store(self, launcher: Launcher) -> str | None:
         if launcher is Launcher.STOPPED:
@@ -233,9 +233,9 @@ class Judge:
         died = [other for other in silent if not self._records[other].left]
         if not silent:
             return None
-        return "; ".join(self._obituary(other) for other in sorted(died or silent)) + "."
+        return "; ".join(self._death_report(other) for other in sorted(died or silent)) + "."
 
-    def _obituary(self, other: int) -> str:
+    def _death_report(self, other: int) -> str:
         record = self._records[other]
         if record.left:
             return f"rank {other} ({record.host}) {record.left}"
@@ -271,7 +271,7 @@ class Watchdog:
     """Watches over the ranks of one training; used by the main thread of each, and inert when there is only one.
 
         with Watchdog(connect(world_size), rank, world_size, stall_seconds=600) as watchdog:
-            watchdog.beat(Phase.LOADING, step)
+            watchdog.heartbeat(Phase.LOADING, step)
 
     Leaving the block tells the others how: done, told to end (SIGTERM, Ctrl-C), or the error, which ends them.
 
@@ -300,11 +300,13 @@ class Watchdog:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._host = host or socket.gethostname()
         self._dead_seconds, self._tick_seconds, self.on_end = dead_seconds, tick_seconds, on_end
-        self._judge = Judge(rank, world_size, self._host, time.monotonic(), stall_seconds, dead_seconds, tick_seconds)
-        self._place = Place(0, Phase.STARTING, 0)
+        self._judge = FailureDetector(
+            rank, world_size, self._host, time.monotonic(), stall_seconds, dead_seconds, tick_seconds
+        )
+        self._place = Progress(0, Phase.STARTING, 0)
         self._left, self._end, self._said = "", "", False
         self._ending_since: float | None = None
-        self._answer: dict[int, Record] | None = None
+        self._answer: dict[int, Heartbeat] | None = None
         self._ticks = itertools.count()
         self._started = False
         self._stopping, self._ceasing = threading.Event(), threading.Event()
@@ -321,7 +323,7 @@ class Watchdog:
             # timeout. The one that judges must not wait with them.
             self._talker, watcher = (
                 threading.Thread(target=self._guarded, args=(loop,), name="watchdog", daemon=True)
-                for loop in (self._talk, self._watch)
+                for loop in (self._publish, self._watch)
             )
             self._talker.start()
             watcher.start()
@@ -331,21 +333,21 @@ class Watchdog:
         """Tell the others that this rank is done, and cease to watch."""
         if self._started:
             self._stopping.set()
-            self._speak()
+            self._publish_once()
 
-    def beat(self, phase: Phase, step: int) -> None:
+    def heartbeat(self, phase: Phase, step: int) -> None:
         """Say that this rank now begins `phase` of `step`, or the next part of it; as often on every rank."""
         before = self._place
         same = before.step == step and before.phase == phase
         # One assignment: the other threads see the old place or the new one.
-        self._place = Place(step, phase, before.beats + 1 if same else 1)
+        self._place = Progress(step, phase, before.beats + 1 if same else 1)
 
     def fail(self, message: str) -> None:
         """End the other ranks, which quote `message`. This one then has `UNWIND_SECONDS` to end by itself."""
         if self._started and not self._end:
             self._ending_since = time.monotonic()
             self._end = f"rank {self._rank} ({self._host}) stopped: {message}"
-            self._speak()
+            self._publish_once()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -373,7 +375,7 @@ class Watchdog:
         self._wake.set()
         self._talker.join(TELL_SECONDS)
 
-    def _speak(self) -> None:
+    def _publish_once(self) -> None:
         self._wake.set()
         self._last_word.wait(TELL_SECONDS)
 
@@ -387,14 +389,14 @@ class Watchdog:
             self._last_word.set()
             # The others must not take this rank's silence for its death.
             with suppress(Exception):
-                self._store.set(str(self._rank), self._record().encode())
+                self._store.set(str(self._rank), self._heartbeat().encode())
 
-    def _talk(self) -> None:
+    def _publish(self) -> None:
         """Publish this rank's record and read the others', once a tick, until this rank has had its last word."""
         unknown = set(range(self._world_size)) - {self._rank}
         connected = True
         while True:
-            record = self._record()
+            record = self._heartbeat()
             try:
                 # A client whose connection broke never mends it.
                 self._store = self._store if connected else self._store.clone()
@@ -408,7 +410,7 @@ class Watchdog:
                 connected = False
             else:
                 connected = True
-                self._answer = {other: Record.decode(value) for other, value in zip(known, values, strict=True)}
+                self._answer = {other: Heartbeat.decode(value) for other, value in zip(known, values, strict=True)}
                 if record.done or record.end:
                     self._last_word.set()
             if record.done or self._ceasing.is_set():
@@ -416,9 +418,9 @@ class Watchdog:
             self._wake.wait(self._tick_seconds)
             self._wake.clear()
 
-    def _record(self) -> Record:
+    def _heartbeat(self) -> Heartbeat:
         done = self._stopping.is_set() and not self._end
-        return Record(
+        return Heartbeat(
             self._host, next(self._ticks), self._place, self._judge.idle, done, self._left, self._end, self._said
         )
 
@@ -431,31 +433,31 @@ class Watchdog:
             if answer is not taken:
                 self._judge.take(now, answer)
                 taken = answer
-            verdict = self._verdict(now)
-            if verdict is not None:
-                self._finish(verdict)
+            diagnosis = self._diagnosis(now)
+            if diagnosis is not None:
+                self._finish(diagnosis)
 
-    def _verdict(self, now: float) -> Verdict | None:
+    def _diagnosis(self, now: float) -> Diagnosis | None:
         if self._ending_since is None:
-            return self._judge.verdict(_launcher(self._launcher_pid))
+            return self._judge.diagnosis(_launcher(self._launcher_pid))
         if now - self._ending_since > UNWIND_SECONDS:
-            return Verdict(
+            return Diagnosis(
                 f"rank {self._rank} ({self._host}) was about to end, and did not within {UNWIND_SECONDS:.0f} s."
             )
         return None
 
-    def _finish(self, verdict: Verdict) -> None:
+    def _finish(self, diagnosis: Diagnosis) -> None:
         """End this process, whatever its main thread does: no signal interrupts a collective."""
-        if not verdict.said:
-            line = f"\nwatchdog of rank {self._rank}: {verdict.reason} All ranks end now. {_NEXT_STEP}\n"
+        if not diagnosis.said:
+            line = f"\nwatchdog of rank {self._rank}: {diagnosis.reason} All ranks end now. {_NEXT_STEP}\n"
             _within(PRINT_SECONDS, lambda: print(line, end="", file=sys.stderr, flush=True))
         # In this order: the other thread may publish in between.
         self._said = True
-        self._end = verdict.reason
+        self._end = diagnosis.reason
         if self._judge.is_heard:
-            self._speak()
+            self._publish_once()
         if self.on_end is not None:
-            _within(ON_END_SECONDS, lambda: self.on_end(verdict.reason))
+            _within(ON_END_SECONDS, lambda: self.on_end(diagnosis.reason))
         os._exit(EXIT_ENDED)
 
 

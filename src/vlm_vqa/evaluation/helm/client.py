@@ -35,8 +35,8 @@ class LoadedModel:
     _loaded: dict[tuple[str, str, str], "LoadedModel | Exception"] = {}
     _lock = threading.Lock()
 
-    def __init__(self, export: str, params: Params, answerer: str):
-        self.answerer = pkgutil.resolve_name(answerer)(export, max_new_tokens=params.evaluation.max_new_tokens)
+    def __init__(self, export: str, params: Params, predictor: str):
+        self.predictor = pkgutil.resolve_name(predictor)(export, max_new_tokens=params.evaluation.max_new_tokens)
         self.max_image_pixels = params.data.max_image_pixels
         self._answered = 0
         # As many as HELM has threads, so that batches are full; the model gets them in pieces that fit it.
@@ -44,16 +44,16 @@ class LoadedModel:
         self._worker = BatchWorker(self._answer, batch_size=params.evaluation.helm_threads)
 
     @classmethod
-    def shared(cls, export: str, params: str, answerer: str) -> "LoadedModel":
+    def shared(cls, export: str, params: str, predictor: str) -> "LoadedModel":
         """Return this process's model for these arguments, loading it on the first call.
 
         What failed to load fails for all: HELM waits for every thread, and each would load it again.
         """
-        key = (export, params, answerer)
+        key = (export, params, predictor)
         with cls._lock:
             if key not in cls._loaded:
                 try:
-                    cls._loaded[key] = cls(export, load_params(params), answerer)
+                    cls._loaded[key] = cls(export, load_params(params), predictor)
                 except Exception as error:  # noqa: BLE001 - raised below
                     cls._loaded[key] = error
             loaded = cls._loaded[key]
@@ -78,8 +78,8 @@ class LoadedModel:
         """Encode each image once, however many questions there are about it."""
         distinct = {one.image_key: image for one, image in zip(asked, images, strict=True)}
         row_of = {key: row for row, key in enumerate(distinct)}
-        features = self.answerer.encode(list(distinct.values()))
-        return self.answerer.answer_features(
+        features = self.predictor.encode(list(distinct.values()))
+        return self.predictor.answer_features(
             [one.question for one in asked], features, [row_of[one.image_key] for one in asked]
         )
 
@@ -96,7 +96,7 @@ class VlmVqaClient(CachingClient):
         cache_config: CacheConfig,
         export: str = "models/export",
         params: str = "params.yaml",
-        answerer: str = "vlm_vqa.inference.predictor:Answerer.from_export",
+        predictor: str = "vlm_vqa.inference.predictor:Predictor.from_export",
     ):
         """Remember what to load; the first request loads it.
 
@@ -104,10 +104,10 @@ class VlmVqaClient(CachingClient):
             cache_config: HELM's own.
             export: folder of the exported model.
             params: the parameter file; `evaluation.*` and `data.max_image_pixels` count.
-            answerer: where to find the callable (folder, max_new_tokens=) that loads the model, as module:name.
+            predictor: where to find the callable (folder, max_new_tokens=) that loads the model, as module:name.
         """
         super().__init__(cache_config=cache_config)
-        self._source = (export, params, answerer)
+        self._source = (export, params, predictor)
 
     def make_request(self, request: Request) -> RequestResult:
         """Answer one request; failures come back as a fatal result that HELM does not retry."""
@@ -127,10 +127,10 @@ class VlmVqaClient(CachingClient):
     def _answer(self, request: Request) -> RequestResult:
         model = LoadedModel.shared(*self._source)
         instruction, image_path, question = _read_prompt(request)
-        if instruction != model.answerer.instruction:
+        if instruction != model.predictor.instruction:
             raise UserError(
                 f"HELM asks with the instruction {instruction!r}, but the exported model was trained with "
-                f"{model.answerer.instruction!r}. Set prompt.instruction to HELM's text and train again."
+                f"{model.predictor.instruction!r}. Set prompt.instruction to HELM's text and train again."
             )
         data = _read_image(image_path)
         image_key = sha256_bytes(data)
@@ -141,7 +141,7 @@ class VlmVqaClient(CachingClient):
         # HELM's usual keys are the model's name and the image's path; both stay the same when either is made anew.
         key = {
             "engine": request.model_engine,
-            "weights": model.answerer.weights_hash,
+            "weights": model.predictor.weights_hash,
             "instruction": instruction,
             "question": question,
             "image": image_key,
