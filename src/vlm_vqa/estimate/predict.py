@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from vlm_vqa.estimate.devices import GIB, find_device
 from vlm_vqa.estimate.memory import total
 from vlm_vqa.estimate.questions import read_size
 from vlm_vqa.estimate.stage_costs import Machine, Stage, launch_of, stage_costs
-from vlm_vqa.params import PROJECTIONS, Params, load_params, parse_params
+from vlm_vqa.params import PROJECTIONS, Params, Punkt, load_params, parse_params
 
 OUTPUTS = ("data/records", "data/features", "models/trained", "models/export", "checkpoints")
 """What the stages write; those that are there take no further room."""
@@ -70,7 +71,8 @@ class Prediction(NamedTuple):
 def predict(path: Path, asked: Asked, records: Path = RECORDS, launches: Path = LAUNCHES) -> Prediction:
     """Predict what a run of the parameter file `path` needs; UserError if something is not known or makes no sense."""
     params = load_params(path)
-    check_here(params, launches, records)
+    # What nltk has on this machine does not matter to a prediction, and takes seconds to find out.
+    check_here(replace(params, evaluation=replace(params.evaluation, punkt_tab=Punkt.BUNDLED)), launches, records)
     launch, size = launch_of(params.train.launch, launches), read_size(params, records)
     machine = _machine(asked, launch.on_cpu, params.train.launch)
     stages = stage_costs(params, size, machine, launches)
@@ -87,7 +89,7 @@ def predict(path: Path, asked: Asked, records: Path = RECORDS, launches: Path = 
         fits = all(one.fits for one in after)
         return {f"{one.stage}: {one.resource}": one.needed for one in after if fits and one[:2] in failed}
 
-    options: list[tuple[dict[str, Any], dict[str, int]]] = []
+    options = []
     for changes in _candidates(params, launches) if failed else ():
         # Several are for where none of them alone is enough.
         if not any(less.items() <= changes.items() for less, _ in options) and (needed := tried(changes)):
@@ -102,8 +104,8 @@ def _machine(asked: Asked, on_cpu: bool, launch: str) -> Machine:
     for name, value in asked._asdict().items():
         most = 1 if name == "utilisation" else sys.float_info.max
         if isinstance(value, int | float) and not 0 < value <= most:
-            wrong = f"--{name.replace('_', '-')} is {value}; it must be a number above 0"
-            raise UserError(f"{wrong}, at most 1." if most == 1 else f"{wrong}.")
+            rule = "at most 1" if value > 1 and most == 1 else "a number above 0"
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {rule}.")
     found = find_device(asked.device, on_cpu=on_cpu, launch=launch)
     share, basis = GPU_UTILISATION if found.gpu else CPU_UTILISATION
     share, basis = (asked.utilisation, "--utilisation") if asked.utilisation else (share, basis)

@@ -168,12 +168,10 @@ def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model,
     # Questions are answered in batches of images, as training reads them in passes of one step each.
     shared = evaluation.batch_size if params.prompt.mask is Mask.IMAGE_PREFIX else 1
     reading = {"batch_size": evaluation.batch_size, "gradient_accumulation_steps": 1, "questions_per_row": shared}
-    train = replace(params.train, num_train_epochs=1, **reading)
-    read = plan_batches(replace(params, train=train), 1, size)
+    read = plan_batches(replace(params, train=replace(params.train, num_train_epochs=1, **reading)), 1, size)
     # Read with the right images and with shuffled ones; HELM's instances come from pixels, a row each.
-    share = 2 * questions / size.train
     forward = cost(shape, model.vocabulary, model.features)
-    work = Work(*(round(share * getattr(read.work, name)) for name in Work.__dataclass_fields__))
+    work = Work(*(round(2 * questions / size.train * getattr(read.work, name)) for name in Work.__dataclass_fields__))
     largest = max(read.sample, key=lambda one: one.rows * one.width)
     instance = vision_flops(vision, params.vision.num_patches) + forward.token // 3 * largest.width
     flops = replace(forward, image_token=0).flops(work) // 3 + evaluation.helm_instances * instance
@@ -188,8 +186,8 @@ def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model,
     }
     host, gpu = (weights, _on_gpu({"answering": held}, 1)) if machine.device.gpu else (held, {})
     disk = {"HELM's pictures and reports": evaluation.helm_instances * size.image_bytes}
-    hours, facts = machine.hours(flops, Dtype.FLOAT32, 1), {"questions": questions, "flop": flops, "note": note}
-    return Stage("helm-eval", disk, {"answering": BASE | host}, gpu, hours, facts)
+    facts = {"questions": questions, "flop": flops, "note": note}
+    return Stage("helm-eval", disk, {"answering": BASE | host}, gpu, machine.hours(flops, Dtype.FLOAT32, 1), facts)
 
 
 def _on_gpu(moments: Moments, processes: int) -> Moments:
