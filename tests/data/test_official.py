@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.data.faulty_server import FaultyServer, Request
+from proofs.faulty_server import FaultyServer, Request
 from vlm_vqa.data import fetch as fetching
 from vlm_vqa.data import records
 from vlm_vqa.data.contract import Violations
