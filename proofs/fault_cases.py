@@ -193,6 +193,7 @@ def make_export(folder: Path) -> str:
     model = initial_model(params.language, encoder.model.config, processor, params.seed)
     state = trained_state(model)
     save_trained(model.config, state, folder / "trained")
+    processor.save_pretrained(folder / "trained")
     write_json(folder / "trained/training.json", {"weights_hash": hash_weights(state)})
     data = {"source": "drawn", "notes": [], "splits": {}}
     write_export(folder / "export", join(folder / "trained", encoder), processor, params, read_training(folder / "trained"),

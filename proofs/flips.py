@@ -99,7 +99,7 @@ def draw(root: Path, name: str, number: int, seed: int, encoder: Encoder, whole:
     verdict = {"done": "no effect" if said == whole else "silent", "refused": "misnamed"}.get(what, what)
     if what == "refused" and kind.folder in said:
         verdict = "detected"
-    return Draw(name, path.relative_to(root).as_posix(), byte, bit, verdict, "" if what == "done" else said[:300])
+    return Draw(name, path.relative_to(root).as_posix(), byte, bit, verdict, "" if what == "done" else said[:800])
 
 
 def all_draws(root: Path, names: Sequence[str], count: int, seed: int, encoder: Encoder) -> list[Draw]:
@@ -140,8 +140,19 @@ def mended(root: Path, one: Draw) -> str | None:
     return None if same else f"{command[0]}: {one.file} or dvc.lock is not as before"
 
 
-def add_checkpoint(root: Path) -> str:
-    """Train a few steps, so that a checkpoint lies there."""
+def add_checkpoint(root: Path) -> None:
+    """Train a few steps if there is no checkpoint.
+
+    Raises:
+        UserError: that failed.
+    """
+    if not checkpoints.whole_checkpoints(root / "checkpoints/flips"):
+        what, words = child.in_child(lambda: _train(root), 300)
+        if what != "done":
+            raise UserError(f"no checkpoint could be written: {what} {words}")
+
+
+def _train(root: Path) -> str:
     with chdir(root):
         params = load_params()
         encoder, running = load_encoder(params.vision, device="cpu"), launch.start(params.train)
@@ -163,11 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.parse(parser, arguments)
     torch.set_num_threads(1)
     with finished(options.folder, "flips", SETTINGS) as root:
-        if (
-            not (root / "checkpoints/flips").exists()
-            and (words := child.in_child(lambda: add_checkpoint(root)))[0] != "done"
-        ):
-            raise UserError(f"no checkpoint could be written: {words}")
+        add_checkpoint(root)
         encoder = load_encoder(load_params(root / "params.yaml").vision, device="cpu")
         with tempfile.TemporaryDirectory() as place:
             names = ("data", "models", "reports", "checkpoints", "params.yaml", "launch")
@@ -194,7 +201,7 @@ def report(draws: Sequence[Draw], repairs: Mapping[str, str | None], seed: int) 
                             note=f"{counts.total()} draws, {counts['detected']} detected"))  # fmt: skip
     for one in draws:
         if one.verdict in BAD:
-            print(f"{one.verdict}: {one.file}, byte {one.byte}, bit {one.bit} {one.said}".rstrip())
+            print(f"{one.verdict}: {one.file}, byte {one.byte}, bit {one.bit} {one.said[:300]}".rstrip())
     whole = sum(words is None for words in repairs.values())
     claims.append(Claim("kinds that the named command mends, of those tried", whole / max(len(repairs), 1), 0.0, 1.0, 1.0,
                         note=f"{whole} of {len(repairs)}"))  # fmt: skip

@@ -10,7 +10,7 @@ undisturbed for each launch. A trial begins where none to four of the stages are
     between       just after DVC has rewritten dvc.lock or its lock file, where a stage begins or ends
     writing       just after something has appeared in data, models, reports or checkpoints
 
-and after one to three such calls the command is called once more and left alone. It must succeed; dvc.lock must be the
+and after one to four such calls the command is called once more and left alone. It must succeed; dvc.lock must be the
 undisturbed run's to the byte, and every output what dvc.lock says; no process may have lived for more than 10 s after its
 parent; no traceback may have been printed, by killed calls neither. Where DVC refuses its own torn lock file, which no stage
 of ours can mend, the bare `dvc repro` is followed by `make repro`'s command; the counts say how often.
@@ -111,7 +111,7 @@ def run(states: States, number: int, seed: str) -> Trial:
     rng = random.Random(seed)
     trial = Trial(number, states.launch, rng.randrange(len(STAGES)), rng.choice((BARE, MAKE)), number % 2 == 0)
     states.restore(trial.state)
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(1, 4)):
         with states.call(rng.choice((trial.command, MAKE))) as call:
             if (kill := strike(states, call, rng)) is not None:
                 trial.kills.append(kill)

@@ -25,6 +25,7 @@ from vlm_vqa.model.answering import Answerer
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model
 from vlm_vqa.params import Params, load_params
+from vlm_vqa.training import launch
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.prepare import FEATURES, RECORDS, prepare
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments
@@ -38,14 +39,15 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
     """Train once and return accuracy, training seconds and questions seen."""
     train = dataclasses.replace(params.train, questions_per_row=per_row, num_train_epochs=epochs, dataloader_workers=0)
     params = dataclasses.replace(params, train=train, seed=seed)
+    running = launch.start(train)
     encoder = load_encoder(params.vision, device="cpu")
     features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash})
     data, layout, processor = prepare(params, encoder)
     model = initial_model(params.language, encoder.model.config, processor, seed)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(train, seed, Path(folder), use_cpu=not torch.cuda.is_available())
+        arguments = training_arguments(train, seed, Path(folder), running)
         arguments.save_strategy = "no"
-        trainer = VqaTrainer(model, arguments, train, data, Collator(layout, features), [])
+        trainer = VqaTrainer(model, arguments, train, data, Collator(layout, features), [], running)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
