@@ -39,11 +39,11 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
     """Train once and return accuracy, training seconds and questions seen."""
     train = dataclasses.replace(params.train, questions_per_row=per_row, num_train_epochs=epochs, dataloader_workers=0)
     params = dataclasses.replace(params, train=train, seed=seed)
-    running = launch.start(train)
     encoder = load_encoder(params.vision, device="cpu")
     features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash})
     data, layout, processor = prepare(params, encoder)
     model = initial_model(params.language, encoder.model.config, processor, seed)
+    running = launch.start(train)
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(train, seed, Path(folder), running)
         arguments.save_strategy = "no"

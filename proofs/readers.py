@@ -68,10 +68,10 @@ def read_checkpoint(root: Path, encoder: Encoder) -> str:
 
 def read_trained(root: Path, encoder: Encoder) -> str:
     folder = root / "models/trained"
-    training, manifest, params = (
-        read_training(folder),
-        read_manifest(root / "data/records"),
+    params, manifest, training = (
         load_params(root / "params.yaml"),
+        read_manifest(root / "data/records"),
+        read_training(folder),
     )
     model, processor = join(folder, encoder), AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     with tempfile.TemporaryDirectory() as place:
@@ -88,8 +88,10 @@ def read_export(root: Path, encoder: Encoder) -> str:
     answers = [answerer.answer([question], [picture]) for question, picture in zip(QUESTIONS, pictures, strict=True)]
     facts = [answerer.weights_hash, answerer.mask, answerer.instruction, answerer.layout.text_length]
     # As the card says.
-    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", local_files_only=True)
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, attn_implementation="eager", local_files_only=True, trust_remote_code=False
+    )
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     texts = [f"<image>{answerer.instruction}\n{question}" for question in QUESTIONS]
     inputs = processor(images=pictures, text=texts, return_tensors="pt", padding=True)
     inputs.pop("labels", None)
