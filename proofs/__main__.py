@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks import measure
 from benchmarks.__main__ import claims, read, report, run
 
-KNOWN = ("strategies", "learning", "real_shape", "data_scale", "kills")
+KNOWN = ("strategies", "learning", "real_shape", "data_scale", "kills", "flips", "faults")
 
 
 def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS) -> int:

@@ -1,455 +1,241 @@
-"""A training that is killed, at any moment, one process or all, ends with the bytes of one that was left alone.
+"""A killed `dvc repro`, whichever process at whatever moment, ends in the undisturbed run's dvc.lock when called again.
 
-    python -m proofs.kills [--kills 20] [--launches cpu cpu-ddp cpu-fsdp2] [--seed 0]
+    python -m proofs.kills [--kills 200] [--launches cpu cpu-ddp cpu-fsdp2] [--seed 0] [--folder FOLDER]
 
-For each launch and optimizer the train stage runs undisturbed, in a temporary copy of the project, on the sample of VQAv2,
-real or drawn (see `benchmarks.vqav2`). Then it is started, killed by SIGKILL, started again, killed again, and at last left
-to finish. Everything in models/trained, reports/train.json and reports/train_curve.csv must be the undisturbed run's. Kills
-hit
+The five stages run in a temporary copy of the project on the sample of VQAv2, real or drawn (see `benchmarks.vqav2`), once
+undisturbed for each launch. A trial begins where none to four of the stages are done, and calls `make repro`'s command, or
+`dvc repro` alone. The call gets a signal, SIGTERM, SIGINT or SIGKILL, to any process of its tree or to all, at
 
-    start-up         at a random moment before the first step
-    a step           at a random moment of a random step
-    mid-checkpoint   while a checkpoint is written, before the victim has sealed its part of it
-    the end          after the last step, while models/trained is written
+    any time      a random moment of what is left to do
+    between       just after DVC has rewritten dvc.lock or its lock file, where a stage begins or ends
+    writing       just after something has appeared in data, models, reports or checkpoints
 
-About 10 minutes on 2 busy cores.
+and after one to four such calls the command is called once more and left alone. It must succeed; dvc.lock must be the
+undisturbed run's to the byte, and every output what dvc.lock says; no process may have lived for more than 10 s after its
+parent; no traceback may have been printed, by killed calls neither. Where DVC refuses its own torn lock file, which no stage
+of ours can mend, the bare `dvc repro` is followed by `make repro`'s command; the counts say how often.
+
+Shared with the undisturbed run: the packages, the sample, and outputs and DVC's cache of the stages that are done when a
+trial begins. Nothing else: the run cache holds no stage that is to run, and what killed calls have left in it is removed in
+every second trial. The shell is the person who calls: it is killed with all others only.
+
+With --folder all is kept: what was run counts, and the next call goes on. About 60 s a kill on 2 cores.
 """
 
 import argparse
+import json
 import random
 import re
 import shutil
 import signal
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from enum import Enum
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
-
-import psutil
+from typing import Any
 
 from benchmarks import measure, vqav2
 from benchmarks.measure import Claim
-from proofs.project import Project, sample_params
+from proofs import tree
+from proofs.project import workplace
+from proofs.states import BARE, LAUNCHES, MAKE, SETTINGS, STAGES, Changes, States
 from vlm_vqa.errors import UserError
-from vlm_vqa.hashing import sha256_file
-from vlm_vqa.params import load_params
-from vlm_vqa.training import checkpoint_files
-from vlm_vqa.training.launch import read_launch
+from vlm_vqa.pipeline.repair import recorded, verify
 
-LAUNCHES = ("cpu", "cpu-ddp", "cpu-fsdp2")
-OPTIMIZERS = {
-    "adamw_torch": {"train.optimizer": "adamw_torch", "train.percentile_clipping": 100},
-    "adamw_bnb_8bit": {"train.optimizer": "adamw_bnb_8bit", "train.percentile_clipping": 95},
-}
-QUESTIONS_A_STEP, ACCUMULATION = 8, 2
-# Whatever a resumed run could lose shows in its weights or reports: dropout draws random numbers, epochs draw other answers,
-# the logged loss is a mean that begins before a checkpoint and ends after it, most matrices have 8-bit states.
-SETTINGS = {
-    "language.config.hidden_size": 64,
-    "language.config.intermediate_size": 128,
-    "language.config.num_hidden_layers": 2,
-    "prompt.text_length": 192,
-    "train.gradient_accumulation_steps": ACCUMULATION,
-    "train.num_train_epochs": 4,
-    "train.answers": "drawn",
-    "train.dropout": 0.1,
-    "train.save_steps": 5,
-    "train.logging_steps": 3,
-}
-ENVIRONMENT = {
-    # Where other work keeps the cores busy, OpenMP threads that spin while they wait make a step 15 times as long.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # The progress bar tells every step.
-    "TQDM_MININTERVAL": "0",
-    # Not the user's own store.
-    "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
-}
-ENDS_WITHIN = 35.0
-"""Seconds in which all processes end after any of them was killed. torchrun sends SIGTERM to those that are left, and
-SIGKILL 30 s later to one that waits in C code for a process that is gone."""
-PATIENCE = 300.0
-"""Seconds after which a moment that has not come is given up."""
-RESUMED = re.compile(r"^train: (?:going on )?from (?:\S*/)?(checkpoint-\d+|the start)$", re.MULTILINE)
-PROGRESS = re.compile(r"(\d+)/\d+ \[")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+MOMENTS = {"any time": 6, "between": 3, "writing": 2}
+WATCHED = {
+    "between": ("dvc.lock", ".dvc/tmp/rwlock"),
+    "writing": ("data", "data/records", "data/features", "data/features.parts", "models", "models/trained", "models/export",
+                "reports", "checkpoints", "mlflow.db"),
+}  # fmt: skip
+PATIENCE = 600.0
+TRACEBACK = "Traceback (most recent call last)"
 
 
-class Moment(Enum):
-    """Where a kill hits."""
+@dataclass
+class Trial:
+    """Some killed calls, the call that was left alone, and what was wrong."""
 
-    START = "start-up"
-    STEP = "a step"
-    CHECKPOINT = "mid-checkpoint"
-    END = "the end"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One kill: when, and of whom."""
-
-    moment: Moment
-    step: int
-    """STEP, CHECKPOINT: the first one at which it may hit."""
-    delay: float
-    """START: the share of the start-up that goes before it. STEP: seconds from the end of `step`."""
-    everyone: bool
-    """All processes, the launcher too; else one rank."""
-
-
-@dataclass(frozen=True)
-class Kill:
-    """What a kill has hit."""
-
+    number: int
     launch: str
-    optimizer: str
-    moment: str
-    where: str
-    victim: str
-    seconds: float
-    """From the kill to the end of the last process."""
-    goes_on_from: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """A training killed again and again, and the files in which it differs from the undisturbed one."""
-
-    launch: str
-    optimizer: str
-    kills: list[Kill]
-    differing: list[str]
-
-
-class Training:
-    """The train stage from its launch to the end of its last process, as seen from outside.
-
-    with Training(project) as training: leaves no process behind.
-    """
-
-    def __init__(self, project: Project):
-        self.folder = project.folder
-        self.world = processes_of(project)
-        self.log = project.folder / "train.log"
-        self.started = time.monotonic()
-        with open(self.log, "wb") as log:
-            # The shell, which fills in the user's OMP_NUM_THREADS, and `env` become the launcher: nothing stands between.
-            self.launcher = subprocess.Popen(
-                ["/bin/sh", "-c", f"exec {project.stage_command('train')}"],
-                cwd=self.folder, env=project.environment(**ENVIRONMENT),
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.launcher.wait()
-
-    def processes(self) -> list[psutil.Process]:
-        """Return all processes that are left. torchrun's ranks have sessions of their own, but the folder in common."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.cwd() == str(self.folder):
-                    found.append(process)
-        return found
-
-    def ranks(self) -> dict[int, psutil.Process]:
-        """Return the processes that train, by rank."""
-        found = {}
-        with suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self.launcher.pid).children():
-                with suppress(psutil.Error):
-                    if process.cmdline()[-1:] == ["stages/train.py"] and "launch" not in process.cmdline():
-                        found[int(process.environ().get("RANK", 0))] = process
-        return found
-
-    def text(self) -> str:
-        """Return what has been printed."""
-        return self.log.read_text(encoding="utf-8", errors="replace")
-
-    def step(self) -> int | None:
-        """Return how many optimizer steps are done, by the progress bar; None before it appears."""
-        text = self.text()
-        begun = RESUMED.search(text)
-        # Bars before that line are of the preparations.
-        shown = PROGRESS.findall(text, begun.end()) if begun else []
-        return int(shown[-1]) if shown else None
-
-    def wait_for(self, condition: Callable[[], Any], what: str, pause: float = 0.002) -> Any:
-        """Return what `condition` returns as soon as it is true.
-
-        Raises:
-            UserError: the training has ended before, or it takes too long.
-        """
-        deadline = time.monotonic() + PATIENCE
-        while not (found := condition()):
-            if self.launcher.poll() is not None or time.monotonic() > deadline:
-                raise UserError(
-                    f"no kill: the training ended, or {PATIENCE:.0f} s passed, before {what}.\n{self.text()[-3000:]}"
-                )
-            time.sleep(pause)
-        return found
-
-    def torn(self) -> list[Path]:
-        """Return the checkpoints that are being written, the oldest first."""
-        found = [path for path in self.folder.glob("checkpoints/*/checkpoint-*") if not checkpoint_files.world_of(path)]
-        return sorted(found, key=step_of)
-
-    def whole(self) -> list[Path]:
-        """Return the whole checkpoints, the newest first."""
-        found = [path for path in self.folder.glob("checkpoints/*/checkpoint-*") if checkpoint_files.world_of(path)]
-        return sorted(found, key=step_of, reverse=True)
-
-    def freeze_in_checkpoint(self, step: int, rank: int | None) -> Path:
-        """Stop all ranks while they write a checkpoint of `step` or later that `rank` (None: any) has not sealed yet."""
-
-        def caught() -> Path | None:
-            if not any(step_of(path) >= step for path in self.torn()):
-                return None
-            ranks = self.ranks()
-            self.signal(signal.SIGSTOP, list(ranks.values()))
-            for path in self.torn():
-                missing = [
-                    one
-                    for one in range(self.world)
-                    if not (path / checkpoint_files.seal_file(one, self.world)).exists()
-                ]
-                if (
-                    len(ranks) == self.world
-                    and step_of(path) >= step
-                    and (rank in missing or (rank is None and missing))
-                ):
-                    return path
-            self.signal(signal.SIGCONT, list(ranks.values()))
-            return None
-
-        return self.wait_for(caught, f"a checkpoint of step {step} or later was being written", pause=0.0005)
-
-    def signal(self, number: signal.Signals, processes: Sequence[psutil.Process]) -> None:
-        """Send a signal; after SIGSTOP wait until they stand still."""
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-        if number is signal.SIGSTOP:
-            while any(process.is_running() and process.status() not in STILL for process in processes):
-                time.sleep(0.0005)
-
-    def kill(self, rank: int | None) -> float:
-        """Kill one rank, or all processes; return the seconds until the last process has ended, as `end`."""
-        victims = self.processes() if rank is None else [self.ranks()[rank]]
-        self.signal(signal.SIGKILL, victims)
-        # Those that were stopped to look at a checkpoint.
-        self.signal(signal.SIGCONT, self.processes())
-        return self.end(victims)
-
-    def end(self, known: Sequence[psutil.Process] = ()) -> float:
-        """Wait until all processes, `known` among them, have ended after a signal to some; return the seconds.
-
-        Raises:
-            AssertionError: some live longer than `ENDS_WITHIN`, or the launcher reports success.
-        """
-        start = time.monotonic()
-        # A process that is ending has no folder any more, but may have threads.
-        watched = {*known, *self.processes()}
-        while left := [process for process in watched | set(self.processes()) if lives(process)]:
-            assert time.monotonic() - start < ENDS_WITHIN, f"still there {ENDS_WITHIN:.0f} s after the kill: {left}"
-            self.launcher.poll()
-            time.sleep(0.01)
-        seconds = time.monotonic() - start
-        assert self.launcher.wait() != 0, "the launcher of a killed training reports success"
-        return seconds
-
-    def finish(self) -> None:
-        """Wait for the training's end.
-
-        Raises:
-            UserError: it failed.
-        """
-        if self.launcher.wait(timeout=PATIENCE) != 0:
-            raise UserError(f"the train stage failed:\n{self.text()[-3000:]}")
-
-
-def processes_of(project: Project) -> int:
-    """Return how many processes train."""
-    launch = load_params(project.folder / "params.yaml").train.launch
-    return read_launch(launch, project.folder / "launch")["num_processes"]
-
-
-STILL = {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether any thread of a process is left; one that nobody has reaped yet has ended."""
-    try:
-        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) or process.num_threads() > 1
-    except psutil.NoSuchProcess:
-        return False
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the optimizer steps that a checkpoint's name tells."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    state: int
+    """How many stages were done."""
+    command: str
+    """The last call."""
+    keeps_run_cache: bool
+    kills: list[dict[str, Any]] = field(default_factory=list)
+    refused: str = ""
+    """What DVC said where it refused `dvc repro` before any stage, so that `make repro`'s command had to follow."""
+    problems: list[str] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Kill, compare, and write `kills.json`."""
-    parser = measure.parser("kills", __doc__, "proofs", kills=20)
-    parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=LAUNCHES)
+    """Kill as often as asked, or what is left of it, and write `kills.json`."""
+    parser = measure.parser("kills", __doc__, "proofs", kills=200)
+    parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep all here and go on where it stopped")
     options = measure.parse(parser, arguments)
-    pairs = [(launch, optimizer) for launch in options.launches for optimizer in OPTIMIZERS]
-    with tempfile.TemporaryDirectory(prefix="kills-") as folder, vqav2.sample() as sample:
-        project = prepare(Path(folder).resolve(), sample.parent)
-        results = []
-        for number, (launch, optimizer) in enumerate(pairs):
-            count = options.kills // len(pairs) + (number < options.kills % len(pairs))
-            if count:
-                rng = random.Random(f"{options.seed} {launch} {optimizer}")
-                results.append(survive(project, launch, optimizer, kinds(number, count, rng), rng))
-    report(results, options)
+    with workplace(options.folder) as folder:
+        log = folder / "kills.jsonl"
+        trials = read(log, options)
+        while (done := sum(len(one.kills) for one in trials)) < options.kills:
+            number = len(trials)
+            states = States(folder, options.launches[number % len(options.launches)])
+            trials.append(run(states, number, f"{options.seed} {number}"))
+            with log.open("a", encoding="utf-8") as file:
+                print(json.dumps({"seed": options.seed, "launches": options.launches, **asdict(trials[-1])}), file=file)
+            print(line(trials[-1], done, options.kills), flush=True)
+    report(trials, options)
 
 
-def prepare(folder: Path, shared_data: Path) -> Project:
-    """Return a copy of the project in which the first two stages have run."""
-    project = Project(folder, {**sample_params(shared_data), **SETTINGS})
-    for stage in ("fetch-vqav2", "extract-features"):
-        done = project.stage(stage, **ENVIRONMENT)
-        if done.returncode:
-            raise UserError(f"stage {stage} failed:\n{done.stderr[-3000:]}")
-    return project
+def read(log: Path, options: argparse.Namespace) -> list[Trial]:
+    """Return the trials that are done.
+
+    Raises:
+        UserError: they are of another seed or other launches.
+    """
+    trials = []
+    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        entry = json.loads(text)
+        if (entry.pop("seed"), entry.pop("launches")) != (options.seed, options.launches):
+            raise UserError(f"{log}: begun with another --seed or other --launches. Name these, or another --folder.")
+        trials.append(Trial(**entry))
+    return trials
 
 
-# Of whom a kill is: one rank (False) or everyone (True).
-RARER = ((Moment.START, False), (Moment.END, True), (Moment.START, True), (Moment.END, False))
+def run(states: States, number: int, seed: str) -> Trial:
+    """Begin at a state, kill, repeat, compare."""
+    rng = random.Random(seed)
+    trial = Trial(number, states.launch, rng.randrange(len(STAGES)), rng.choice((BARE, MAKE)), number % 2 == 0)
+    states.load_state(trial.state)
+    for _ in range(rng.randint(1, 4)):
+        with states.call(rng.choice((trial.command, MAKE))) as call:
+            if (kill := strike(states, call, rng)) is not None:
+                trial.kills.append(kill)
+                trial.problems += after(states, call, kill)
+            if call.end(PATIENCE) or call.shell.returncode == 0:
+                break
+    if not trial.keeps_run_cache:
+        shutil.rmtree(states.place / ".dvc/cache/runs", ignore_errors=True)
+    repeat(states, trial)
+    return trial
 
 
-def kinds(number: int, count: int, rng: random.Random) -> list[tuple[Moment, bool]]:
-    """Choose moments and victims of `count` kills so that pairs `number` 0, 1, ... together have all of them."""
-    chosen = [(Moment.STEP, number % 2 == 1), (Moment.CHECKPOINT, number % 2 == 0)]
-    chosen += [RARER[(number + extra) % len(RARER)] for extra in range(2)]
-    chosen += [(rng.choice(list(Moment)), rng.random() < 0.5) for _ in range(count - 4)]
-    chosen = chosen[:count]
-    rng.shuffle(chosen)
-    # After the last step there are none left.
-    return sorted(chosen, key=lambda kind: kind[0] is Moment.END)
-
-
-def survive(
-    project: Project, launch: str, optimizer: str, chosen: list[tuple[Moment, bool]], rng: random.Random
-) -> Result:
-    """Train once undisturbed, once with kills, and compare."""
-    project.set({"train.launch": launch, **OPTIMIZERS[optimizer]})
-    processes = processes_of(project)
-    project.set({"train.batch_size": QUESTIONS_A_STEP // processes // ACCUMULATION})
-    clear(project)
-    with Training(project) as training:
-        training.wait_for(lambda: training.step() is not None, "the first step")
-        start_up = time.monotonic() - training.started
-        training.finish()
-        steps = training.step()
-        seconds = (time.monotonic() - training.started - start_up) / steps
-    undisturbed = outcome(project)
-    print(f"{launch}, {optimizer}: {steps} steps, {start_up:.0f} s start-up, {seconds:.2g} s a step", flush=True)
-
-    clear(project)
-    # One that is caught late has later checkpoints and steps to hit.
-    targets = iter(sorted(rng.randrange(1, steps - 15) for _ in chosen))
-    kills: list[Kill] = []
-    for number, (moment, everyone) in enumerate(chosen, 1):
-        delay = rng.uniform(0, start_up if moment is Moment.START else seconds)
-        plan = Plan(moment, next(targets), delay, everyone)
-        rank = None if everyone else rng.randrange(processes)
-        with Training(project) as training:
-            kills.append(hit(training, plan, rank, launch, optimizer))
-            check_resumed(training, kills[-2].goes_on_from if len(kills) > 1 else "the start")
-        print(f"  kill {number}/{len(chosen)}  {line(kills[-1])}", flush=True)
-    with Training(project) as training:
-        training.finish()
-        check_resumed(training, kills[-1].goes_on_from)
-    found = outcome(project)
-    differing = sorted(name for name in undisturbed | found if undisturbed.get(name) != found.get(name))
-    print(f"  the same bytes: {'no: ' + ', '.join(differing) if differing else 'yes'}", flush=True)
-    return Result(launch, optimizer, kills, differing)
-
-
-def hit(training: Training, plan: Plan, rank: int | None, launch: str, optimizer: str) -> Kill:
-    """Wait for the planned moment and kill."""
-    if plan.moment is Moment.START:
-        training.wait_for(lambda: len(training.ranks()) == training.world, "all ranks were started")
-        late = training.started + plan.delay - time.monotonic()
-        deadline = time.monotonic() + max(0.0, late)
-        training.wait_for(lambda: time.monotonic() > deadline or training.step() is not None, "the planned moment")
-        where = f"{time.monotonic() - training.started:.1f} s after the launch"
-    elif plan.moment is Moment.STEP:
-        training.wait_for(lambda: (training.step() or 0) >= plan.step, f"step {plan.step}")
-        time.sleep(plan.delay)
-        where = f"after step {training.step()}"
-    elif plan.moment is Moment.CHECKPOINT:
-        where = f"{training.freeze_in_checkpoint(plan.step, rank).name} half written"
+def strike(states: States, call: tree.Call, rng: random.Random) -> dict[str, Any] | None:
+    """Wait for a drawn moment and send a drawn signal; None if the call has ended before."""
+    moment = rng.choices(list(MOMENTS), list(MOMENTS.values()))[0]
+    left = states.left()
+    share, count, delay, number = rng.random(), rng.randint(1, 8), rng.uniform(0, 0.1), rng.choice(SIGNALS)
+    if moment == "any time":
+        came = not call.wait(lambda: False, share * left) and call.shell.poll() is None
     else:
-        training.wait_for((training.folder / "models/trained").is_dir, "models/trained was being written")
-        # The other ranks have nothing left to do.
-        rank = None if rank is None else 0
-        where = "models/trained half written"
-    seconds = training.kill(rank)
-    whole = training.whole()
-    return Kill(launch, optimizer, plan.moment.value, where, "all" if rank is None else f"rank {rank}",
-                round(seconds, 2), whole[0].name if whole else "the start")  # fmt: skip
+        changes = Changes([states.place / path for path in WATCHED[moment]])
+        came = call.wait(lambda: changes.seen() >= count, 2 * left) and not call.wait(lambda: False, delay)
+    if not came or call.shell.poll() is not None:
+        return None
+    everyone, living = rng.random() < 0.2, sorted(call.victims(), key=lambda one: one.pid)
+    victim = None if everyone or not living else rng.choice(living)
+    running = re.findall(r"Running stage '([\w-]+)'", call.text())
+    kill = {"moment": moment, "signal": number.name, "victim": "all" if victim is None else tree.name(victim),
+            "seconds": round(call.seconds(), 2), "stage": running[-1] if running else "none"}  # fmt: skip
+    call.signal(number, victim)
+    return kill
 
 
-def check_resumed(training: Training, expected: str) -> None:
-    """Raise AssertionError if the training went on from elsewhere than `expected`; one killed early may not have said."""
-    said = RESUMED.search(training.text())
-    assert said is None or said[1] == expected, f"went on from {said[1]}, not from {expected}"
+def after(states: States, call: tree.Call, kill: dict[str, Any]) -> list[str]:
+    """Wait for the end of a call that was hit; return what is wrong with it."""
+    begun = time.monotonic()
+    wrong = call.end(PATIENCE)
+    kill |= {"ended": call.shell.poll(), "outlived": round(call.outlived, 1),
+             "seconds_to_end": round(time.monotonic() - begun, 1)}  # fmt: skip
+    where = f"{kill['signal']} to {kill['victim']} ({kill['moment']}, stage {kill['stage']})"
+    problems = [f"{wrong} ({keep(states, call)})"] if wrong else []
+    return [f"{where}: {text}" for text in problems + traceback(states, call)]
 
 
-def clear(project: Project) -> None:
-    """Remove what a training has written."""
-    for name in ("models", "reports", "checkpoints"):
-        shutil.rmtree(project.folder / name, ignore_errors=True)
+def repeat(states: States, trial: Trial) -> None:
+    """Call the command once more, leave it alone, and compare."""
+    for command in dict.fromkeys((trial.command, MAKE)):
+        with states.call(command) as call:
+            wrong, text = call.end(PATIENCE), call.text()
+            code = call.shell.poll()
+        if code and command == BARE and "Running stage" not in text and "didn't change, skipping" not in text:
+            trial.refused = text.strip()[-300:]
+            continue
+        if wrong or code:
+            trial.problems.append(f"{command} again ended with {code}: {wrong or text.strip()[-600:]}")
+        trial.problems += traceback(states, call)
+        break
+    lock = states.place / "dvc.lock"
+    if not lock.exists() or lock.read_bytes() != states.expected:
+        trial.problems.append("dvc.lock differs from the undisturbed run's")
+    else:
+        with recorded(states.place, []) as outs:
+            trial.problems += [f"output: {fault}" for fault in verify(outs)]
 
 
-def outcome(project: Project) -> dict[str, str]:
-    """Return the hash of every file that the stage has written."""
-    files = [path for name in ("models", "reports") for path in (project.folder / name).rglob("*") if path.is_file()]
-    return {path.relative_to(project.folder).as_posix(): sha256_file(path) for path in files}
+def traceback(states: States, call: tree.Call) -> list[str]:
+    """Return what is wrong with what was printed."""
+    text = call.text()
+    if TRACEBACK not in text:
+        return []
+    last = text[text.rindex(TRACEBACK) :].strip().splitlines()[-1][:120]
+    return [f"a traceback on the terminal ({keep(states, call)}): {last}"]
 
 
-def line(kill: Kill) -> str:
-    """Format a kill for the terminal."""
-    return (
-        f"{kill.moment:<15} {kill.where:<29} of {kill.victim:<7} all ended after {kill.seconds:>5.2f} s, "
-        f"goes on from {kill.goes_on_from}"
+def keep(states: States, call: tree.Call) -> str:
+    """Keep what a terminal shows and return the file's name."""
+    kept = states.folder / f"terminal-{time.time():.0f}.txt"
+    kept.write_text(call.text(), encoding="utf-8")
+    return kept.name
+
+
+def line(trial: Trial, before: int, asked: int) -> str:
+    """Format a trial for the terminal."""
+    kills = "; ".join(
+        f"{one['signal']} to {one['victim']}, {one['moment']}, stage {one['stage']}" for one in trial.kills
     )
+    verdict = "FAILED: " + "; ".join(trial.problems) if trial.problems else "the same dvc.lock"
+    return f"{before + len(trial.kills)}/{asked}  trial {trial.number}, {trial.launch}: {kills or 'no kill'}: {verdict}"
 
 
-def report(results: list[Result], options: argparse.Namespace) -> None:
-    """Write `kills.json` and print all kills and claims."""
+def report(trials: Sequence[Trial], options: argparse.Namespace) -> None:
+    """Write `kills.json` and print the claims and what failed."""
+    kills = [kill for trial in trials for kill in trial.kills]
     claims = []
-    for one in results:
-        share = float(not one.differing)
-        claims.append(Claim(f"kills survived with the same weights and reports, {one.launch}, {one.optimizer}",
-                            share, share, share, target=1.0, note=f"{len(one.kills)} kills"))  # fmt: skip
-    kills = [kill for one in results for kill in one.kills]
-    shares = sorted(kill.seconds / ENDS_WITHIN for kill in kills)
-    claims.append(Claim(f"slowest end of all processes after a kill, over {ENDS_WITHIN:.0f} s",
-                        shares[-1], shares[0], shares[-1], target=1.0, at_most=True))  # fmt: skip
-    print()
-    for kill in kills:
-        print(f"{kill.launch:<10} {kill.optimizer:<15} {line(kill)}")
+    for launch in options.launches:
+        mine = [trial for trial in trials if trial.launch == launch and trial.kills]
+        share = sum(not trial.problems for trial in mine) / max(len(mine), 1)
+        count = sum(len(trial.kills) for trial in mine)
+        claims.append(Claim(f"killed runs that end as the undisturbed one, {launch}", share, share, share, target=1.0,
+                            note=f"{count} kills"))  # fmt: skip
+    slowest = max((kill["outlived"] for kill in kills), default=0.0) / tree.OUTLIVES_BY
+    claims.append(
+        Claim(f"longest life after a parent's, over {tree.OUTLIVES_BY:.0f} s", slowest, 0.0, slowest, 1.0, True)
+    )
+    done = Claim("kills run over kills asked for", len(kills) / options.kills, 0.0, 1.0, 1.0)
+    bare = [trial for trial in trials if trial.command == BARE and trial.kills]
+    print(
+        f"\n{len(kills)} of {options.kills} kills run in {len(trials)} trials, seed {options.seed}; by signal, moment, stage"
+    )
+    for key in ("signal", "moment", "stage"):
+        print("  " + ", ".join(f"{name} {count}" for name, count in Counter(kill[key] for kill in kills).most_common()))
+    print(f"  dvc repro alone sufficed in {sum(not t.refused for t in bare)} of {len(bare)} trials that end with it")
+    for trial in trials:
+        if trial.problems:
+            print(
+                f"FAILED: trial {trial.number} (seed '{options.seed} {trial.number}', {trial.launch}): {trial.problems}"
+            )
     details = {
-        "kills": [asdict(kill) for kill in kills], "seed": options.seed, "settings": SETTINGS,
-        "questions_a_step": QUESTIONS_A_STEP, "differing": {f"{r.launch}, {r.optimizer}": r.differing for r in results},
-    }  # fmt: skip
-    measure.write("kills", claims, details, {"questions and photographs": vqav2.origin(vqav2.SAMPLE)})
+        "kills": kills,
+        "trials": [asdict(trial) for trial in trials],
+        "seed": options.seed,
+        "settings": SETTINGS,
+    }
+    measure.write("kills", [*claims, done], details, {"questions and photographs": vqav2.origin(vqav2.SAMPLE)})
 
 
 if __name__ == "__main__":

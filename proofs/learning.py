@@ -25,6 +25,7 @@ from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model
 from vlm_vqa.params import Params, load_params
+from vlm_vqa.training import launch
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.prepare import FEATURES, RECORDS, prepare
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments
@@ -42,10 +43,11 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
     features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash})
     data, layout, processor = prepare(params, encoder)
     model = initial_model(params.language, encoder.model.config, processor, seed)
+    running = launch.start(train)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(train, seed, Path(folder), use_cpu=not torch.cuda.is_available())
+        arguments = training_arguments(train, seed, Path(folder), running)
         arguments.save_strategy = "no"
-        trainer = VqaTrainer(model, arguments, train, data, Collator(layout, features), [])
+        trainer = VqaTrainer(model, arguments, train, data, Collator(layout, features), [], running)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start

@@ -1,13 +1,20 @@
 """A temporary copy of the project with params of its own, in which stages and `dvc repro` run as a user runs them."""
 
+import copy
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
+
+from benchmarks import vqav2
+from vlm_vqa.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 # Never what a user changes or a run writes: not params.yaml (the small preset stands for it), not what lies in data/vqav2.
@@ -48,16 +55,17 @@ class Project:
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
         self.set({**TINY, **changes})
 
+    @classmethod
+    def at(cls, folder: Path) -> Self:
+        """Return a copy that is there already."""
+        project = cls.__new__(cls)
+        project.folder = folder
+        return project
+
     def set(self, changes: dict[str, Any]) -> None:
         """Change keys of params.yaml, given by their full names."""
         path = self.folder / "params.yaml"
-        values = yaml.safe_load(path.read_text())
-        for key, value in changes.items():
-            *names, last = key.split(".")
-            place = values
-            for name in names:
-                place = place[name]
-            place[last] = value
+        values = with_changes(yaml.safe_load(path.read_text()), changes)
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def environment(self, **more: str) -> dict[str, str]:
@@ -94,6 +102,18 @@ class Project:
         return command
 
 
+def with_changes(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters with some changed, given by their full names."""
+    values = copy.deepcopy(values)
+    for key, value in changes.items():
+        *names, last = key.split(".")
+        place = values
+        for name in names:
+            place = place[name]
+        place[last] = value
+    return values
+
+
 def sample_params(shared_data: Path) -> dict[str, Any]:
     """Return the changes that make the real VQAv2 sample both splits: it shows the plumbing, not a score."""
     files = {"questions": "questions.json", "annotations": "annotations.json", "images": "images",
@@ -102,3 +122,43 @@ def sample_params(shared_data: Path) -> dict[str, Any]:
         "data.directory": str(shared_data / "vqav2-sample"), "data.train": files, "data.val": files,
         "data.allow_split_overlap": True,
     }  # fmt: skip
+
+
+@contextmanager
+def workplace(folder: Path | None) -> Iterator[Path]:
+    """Yield a folder that stays, or a temporary one."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="proofs-") as scratch:
+            yield Path(scratch).resolve()
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder.resolve()
+
+
+def own_sample(folder: Path) -> dict[str, Any]:
+    """Copy VQAv2's sample, real or drawn, into `folder` unless it is there; return the changes that make it the data."""
+    place = folder / vqav2.SAMPLE
+    if not place.exists():
+        with vqav2.sample() as sample:
+            shutil.copytree(sample, place)
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    return sample_params(folder)
+
+
+@contextmanager
+def finished(folder: Path | None, name: str, changes: dict[str, Any]) -> Iterator[Path]:
+    """Yield a copy in which all stages have run on the sample: `folder/name`, made if it is not there, or a temporary one.
+
+    Raises:
+        UserError: a stage failed.
+    """
+    with workplace(folder) as place:
+        project = Project.at(place / name)
+        if not (project.folder / "reports/metrics.json").exists():
+            shutil.rmtree(project.folder, ignore_errors=True)
+            project = Project(project.folder, {**own_sample(place), **changes})
+            done = project.command("dvc repro 2>&1", MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
+            if done.returncode:
+                raise UserError(f"dvc repro failed:\n{done.stdout[-3000:]}")
+        yield project.folder

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import Gemma2Config
 
-from tests.random_params import draw
+from proofs.random_params import draw
 from vlm_vqa.checks import check_here, check_machine, check_records
 from vlm_vqa.cli import main
 from vlm_vqa.errors import UserError

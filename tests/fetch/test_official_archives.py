@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.faulty_server import FaultyServer, Request
+from proofs.faulty_server import FaultyServer, Request
 from vlm_vqa.data import records
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch import write_records as fetching

@@ -1,46 +1,125 @@
-"""The kills benchmark without trainings (tests/stages/test_train.py has them): what it plans, reads and claims."""
+"""The proof of kills without trainings: what a call's tree is, what a trial draws, how it goes on, what it claims."""
 
 import argparse
-import itertools
-import random
+import contextlib
+import json
+import os
+import signal
+import subprocess
+
+import pytest
 
 from benchmarks import measure
-from proofs import kills
-from proofs.kills import Kill, Moment, Result, Training
+from proofs import kills, tree
+from proofs.kills import Trial
+from proofs.states import BARE, MAKE, Changes, States
+from vlm_vqa.errors import UserError
 
-PAIRS = len(kills.LAUNCHES) * len(kills.OPTIMIZERS)
-
-
-def test_twenty_kills_hit_every_moment_one_rank_and_all():
-    plans = [kills.kinds(number, 4 if number < 2 else 3, random.Random(number)) for number in range(PAIRS)]
-    assert sum(map(len, plans)) == 20
-    assert {kind for plan in plans for kind in plan} == set(itertools.product(Moment, (False, True)))
-    for plan in plans:
-        assert {Moment.STEP, Moment.CHECKPOINT} <= {moment for moment, _ in plan}
-        assert [moment is Moment.END for moment, _ in plan] == sorted(moment is Moment.END for moment, _ in plan)
+KILL = {"signal": "SIGKILL", "victim": "python dvc repro", "moment": "any time", "stage": "train", "outlived": 1.0}
 
 
-def test_the_step_is_that_of_the_training_s_own_bar(tmp_path):
-    training = Training.__new__(Training)
-    training.log = tmp_path / "train.log"
-    training.log.write_text("tokenising: 100%|█| 109/109 [00:00<00:00]\n")
-    assert training.step() is None
-    with open(training.log, "a") as log:
-        log.write("train: going on from checkpoints/0a/checkpoint-25\n")
-        log.write("  0%| | 0/56 [00:00<?]\r 46%| | 26/56 [00:00<00:01, 9 it/s]\r{'loss': 1}\n 48%| | 27/56 [00:00")
-    assert training.step() == 27
-    kills.check_resumed(training, "checkpoint-25")
+def call(tmp_path, command):
+    return tree.Call(command, tmp_path, dict(os.environ), tmp_path / "terminal.txt")
 
 
-def test_a_training_that_differs_misses_its_target(monkeypatch):
+def test_a_child_that_outlives_its_parent_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(tree, "OUTLIVES_BY", 0.5)
+    with call(tmp_path, "sleep 60 & sleep 0.3; echo said") as one:
+        assert "outlived its parent" in one.end(20) and "sleep 60" in one.end(20)
+        assert one.text() == "said\n"
+        left = one.processes()
+    assert len(left) == 1
+    left[0].wait(5)
+
+
+def test_a_tree_in_sessions_of_its_own_is_one(tmp_path):
+    with call(tmp_path, "setsid sleep 60 & sleep 60; true") as one:
+        assert one.wait(lambda: len(one.victims()) == 2, 10)
+        assert not [victim for victim in one.victims() if victim.pid == one.shell.pid]
+        one.signal(signal.SIGKILL, None)
+        assert one.end(10) is None and one.shell.returncode == -signal.SIGKILL
+
+
+def test_the_shell_that_became_the_command_is_a_victim(tmp_path):
+    with call(tmp_path, "sleep 60") as one:
+        assert one.wait(lambda: [tree.name(victim) for victim in one.victims()] == ["sleep 60"], 10)
+        one.signal(signal.SIGTERM, one.victims()[0])
+        assert one.end(10) is None and one.shell.returncode == -signal.SIGTERM
+
+
+def test_changes_are_counted(tmp_path):
+    changes = Changes([tmp_path / "a", tmp_path])
+    assert changes.seen() == 0
+    (tmp_path / "a").write_text("x")
+    assert changes.seen() == changes.seen() == 1
+
+
+def stub(folder, monkeypatch):
+    """States of a project of one command, `sh run`, that two kills hit and a third call finishes."""
+    states = States.__new__(States)
+    states.folder, states.launch, states.place, states.expected = folder, "cpu", folder / "trial", b"done"
+    states.seconds = {"train": 0.3}
+    script = "sleep 0.4; printf done > dvc.lock; echo \"Running stage 'train'\""
+    monkeypatch.setattr(States, "call", lambda self, command: call(self.place, script))
+    monkeypatch.setattr(States, "restore", lambda self, state: self.place.mkdir(exist_ok=True))
+    monkeypatch.setattr(kills, "recorded", lambda *_: contextlib.nullcontext([]))
+    return states
+
+
+@pytest.mark.parametrize("content", ["done", "torn"])
+def test_a_trial_compares_dvc_lock(tmp_path, monkeypatch, content):
+    states = stub(tmp_path, monkeypatch)
+    states.expected = b"other" if content == "torn" else b"done"
+    trials = [kills.run(states, number, f"test {number}") for number in range(3)]
+    assert sum(len(trial.kills) for trial in trials)
+    for trial in trials:
+        wrong = [problem for problem in trial.problems if "dvc.lock differs" in problem]
+        assert bool(wrong) == (content == "torn") and trial.command in (BARE, MAKE)
+
+
+def test_the_make_command_is_the_makefile_s(tmp_path):
+    states = States.__new__(States)
+    states.folder, states.place = tmp_path, tmp_path
+    with states.call(MAKE) as one:
+        words = subprocess.run(["ps", "-o", "args=", "-p", str(one.shell.pid)], capture_output=True, text=True).stdout
+    assert "vlm-vqa unlock --quiet && dvc repro" in words
+
+
+def test_it_goes_on_where_it_stopped_and_claims_what_was_run(tmp_path, monkeypatch, capsys):
     found = {}
-    monkeypatch.setattr(measure, "write", lambda name, claims, details, data: found.update({name: (claims, details)}))
-    kill = Kill("cpu", "adamw_torch", "a step", "after step 7", "rank 0", 2 * kills.ENDS_WITHIN, "checkpoint-5")
-    results = [
-        Result("cpu", "adamw_torch", [kill], []),
-        Result("cpu-ddp", "adamw_torch", [kill], ["reports/train.json"]),
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(
+        measure, "write", lambda name, claims, details, data: found.update(claims=claims, details=details)
+    )
+    monkeypatch.setattr(kills, "States", lambda folder, launch: argparse.Namespace(launch=launch))
+
+    def run(states, number, seed):
+        assert seed == f"0 {number}"
+        problems = ["dvc.lock differs"] if number == 3 else []
+        return Trial(number, states.launch, 0, BARE, True, [dict(KILL)], problems=problems)
+
+    monkeypatch.setattr(kills, "run", run)
+    options = ["--folder", str(tmp_path), "--launches", "cpu", "cpu-ddp", "--kills"]
+    kills.main([*options, "3"])
+    assert [claim.met for claim in found["claims"]] == [True] * 4 and "3 of 3 kills" in capsys.readouterr().out
+    kills.main([*options, "5"])
+    assert len(found["details"]["kills"]) == 5 and "FAILED: trial 3 (seed '0 3', cpu-ddp)" in capsys.readouterr().out
+    assert [claim.met for claim in found["claims"]] == [True, False, True, True]
+    assert [json.loads(line)["number"] for line in (tmp_path / "kills.jsonl").read_text().splitlines()] == [
+        0,
+        1,
+        2,
+        3,
+        4,
     ]
-    kills.report(results, argparse.Namespace(seed=0))
-    claims, details = found["kills"]
-    assert [claim.met for claim in claims] == [True, False, False]
-    assert len(details["kills"]) == 2 and details["differing"]["cpu-ddp, adamw_torch"] == ["reports/train.json"]
+    with pytest.raises(UserError, match="another --seed"):
+        kills.main([*options, "5", "--seed", "1"])
+
+
+def test_a_traceback_is_kept(tmp_path):
+    states = States.__new__(States)
+    states.folder = tmp_path
+    with call(tmp_path, "python -c 'raise ValueError(1)'") as one:
+        one.end(20)
+    (said,) = kills.traceback(states, one)
+    assert "ValueError: 1" in said and len(list(tmp_path.glob("terminal-*.txt"))) == 1

@@ -55,3 +55,13 @@ def test_every_launch_trains_as_one_process_does(tmp_path, shared_data):
     assert result["details"]["losses"] >= 30
     states = result["details"]["states"]
     assert all("uint8" in kinds for name, kinds in states["shared rows, 8 bits"].items()), states
+    learning_trains_on_it(project)
+
+
+def learning_trains_on_it(project):
+    """The proof of learning, of which one training is too short to compare anything, runs on the same two stages."""
+    script = (
+        "from proofs.learning import *; print(train_and_score(load_params(), epochs=1, per_row=1, seed=0)['questions'])"
+    )
+    done = project.command(f'python -c "{script}"', PYTHONPATH=os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
+    assert done.returncode == 0 and done.stdout.split()[-1] == "109", done.stderr[-3000:]

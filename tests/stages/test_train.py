@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from proofs.kills import Training, clear, outcome, step_of
 from proofs.project import Project, sample_params
+from tests.training_run import Training, clear, outcome, step_of
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model, trained_state
 from vlm_vqa.params import load_params
@@ -69,7 +69,7 @@ def test_features_of_another_encoder_are_refused(prepared):
         manifest.write_text(text)
 
 
-# --- several processes: proofs/kills.py does the same at random, for all launches and optimizers ------------------
+# --- several processes: proofs/kills.py does the same at random, through `dvc repro` ----------------------------------
 
 
 @pytest.fixture

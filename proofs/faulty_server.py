@@ -7,7 +7,7 @@ import threading
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
-# A client that never gives up must not keep a test for ever.
+# A client that never gives up must not go on for ever.
 _MOST_GETS = 100
 
 
