@@ -293,9 +293,13 @@ def test_a_shard_of_too_few_images_is_not_written(folder):
 
 @pytest.mark.parametrize(
     ("dtype", "value"),
-    [(StoreDtype.FLOAT16, float("nan")), (StoreDtype.FLOAT16, 1e6), (StoreDtype.INT8, float("nan")),
-     (StoreDtype.INT8, float("-inf"))],
-)  # fmt: skip
+    [
+        (StoreDtype.FLOAT16, float("nan")),
+        (StoreDtype.FLOAT16, 1e6),
+        (StoreDtype.INT8, float("nan")),
+        (StoreDtype.INT8, float("-inf")),
+    ],
+)
 def test_features_that_do_not_fit_the_dtype_are_named(dtype, value):
     features = features_of(2)
     features[1, 2, 3] = value

@@ -72,7 +72,9 @@ BROKEN = {
     "image empty": (cut(IMAGE, 0), Kind.BROKEN_IMAGE, IMAGE),
     "image is text": (replace_text(IMAGE, "no image"), Kind.BROKEN_IMAGE, f"{IMAGE}: not a readable image"),
     "image is a folder": (
-        lambda folder: ((folder / IMAGE).unlink(), (folder / IMAGE).mkdir()), Kind.BROKEN_IMAGE, IMAGE
+        lambda folder: ((folder / IMAGE).unlink(), (folder / IMAGE).mkdir()),
+        Kind.BROKEN_IMAGE,
+        IMAGE,
     ),
     "questions missing": (lambda folder: (folder / QUESTIONS).unlink(), Kind.MISSING_FILE, QUESTIONS),
     "annotations missing": (lambda folder: (folder / ANNOTATIONS).unlink(), Kind.MISSING_FILE, ANNOTATIONS),
@@ -85,31 +87,43 @@ BROKEN = {
     "other key": (replace_text(ANNOTATIONS, '{"questions": []}'), Kind.BROKEN_FILE, "without a list 'annotations'"),
     "no questions": (replace_text(QUESTIONS, '{"questions": []}'), Kind.BROKEN_FILE, "'questions' is empty"),
     "question is a number": (
-        lambda folder: change(folder, QUESTIONS, lambda entries: entries.append(5)), Kind.BAD_QUESTION, "entry 12"
+        lambda folder: change(folder, QUESTIONS, lambda entries: entries.append(5)),
+        Kind.BAD_QUESTION,
+        "entry 12",
     ),
     "question without text": (without(QUESTIONS, "question"), Kind.BAD_QUESTION, "25001): without question"),
     "question blank": (edit_question(question=" \n"), Kind.BAD_QUESTION, "(question_id 25001): question is"),
-    "question with half a character": (edit_question(question="Is it \ud83d?"), Kind.BAD_QUESTION, "question is 'Is it"),
+    "question with half a character": (
+        edit_question(question="Is it \ud83d?"),
+        Kind.BAD_QUESTION,
+        "question is 'Is it",
+    ),
     "answer with half a character": (
-        edit_answers(lambda answers: answers[3].update(answer="\udc00")), Kind.BAD_ANNOTATION, "(question_id 25001): answer"
+        edit_answers(lambda answers: answers[3].update(answer="\udc00")),
+        Kind.BAD_ANNOTATION,
+        "(question_id 25001): answer",
     ),
     "image id negative": (edit_question(image_id=-1), Kind.BAD_QUESTION, "image_id is -1"),
     "image id huge": (edit_question(image_id=2**63), Kind.BAD_QUESTION, "image_id is 9223372036854775808"),
     "annotation without type": (without(ANNOTATIONS, "answer_type"), Kind.BAD_ANNOTATION, "without answer_type"),
     "answers no list": (edit_annotation(answers="red"), Kind.BAD_ANNOTATION, "(question_id 25001): answers is 'red'"),
     "answer no text": (
-        edit_answers(lambda answers: answers[3].update(answer=7)), Kind.BAD_ANNOTATION, "(question_id 25001): answer"
+        edit_answers(lambda answers: answers[3].update(answer=7)),
+        Kind.BAD_ANNOTATION,
+        "(question_id 25001): answer",
     ),
     "9 answers": (edit_answers(lambda answers: answers.pop()), Kind.ANSWER_COUNT, "(question_id 25001): 9 answers"),
     "11 answers": (
-        edit_answers(lambda answers: answers.append(answers[0])), Kind.ANSWER_COUNT, "(question_id 25001): 11 answers"
+        edit_answers(lambda answers: answers.append(answers[0])),
+        Kind.ANSWER_COUNT,
+        "(question_id 25001): 11 answers",
     ),
     "question twice": (double(QUESTIONS), Kind.DUPLICATE_QUESTION, f"{QUESTIONS}: question_id 25001"),
     "annotation twice": (double(ANNOTATIONS), Kind.DUPLICATE_ANNOTATION, f"{ANNOTATIONS}: question_id 25001"),
     "no annotation": (drop(ANNOTATIONS), Kind.NO_ANNOTATION, f"{QUESTIONS}: question_id 25001"),
     "no question": (drop(QUESTIONS), Kind.NO_QUESTION, f"{ANNOTATIONS}: question_id 25001"),
     "images differ": (edit_question(image_id=9), Kind.IMAGE_MISMATCH, f"{QUESTIONS}: question_id 25001 has image_id 9"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -156,9 +156,13 @@ def test_killed_in_a_part_the_stage_goes_on_and_ends_alike(made, hub, tmp_path):
 
     hub.fault = hold
     stage = subprocess.Popen(
-        project.stage_command("fetch-vqav2"), shell=True, cwd=project.folder, env=project.environment(**variables),
-        start_new_session=True, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        project.stage_command("fetch-vqav2"),
+        shell=True,
+        cwd=project.folder,
+        env=project.environment(**variables),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         assert reached.wait(60)
     finally:

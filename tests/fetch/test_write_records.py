@@ -106,10 +106,14 @@ def test_archives_and_gzip_give_the_same_data(vqav2_folder, directory_params, tm
         shutil.rmtree(folder / f"{split}2014")
     params = directory_params(folder)
     train, val = (
-        replace(files, images=f"{files.images}.zip", questions=f"{files.questions}.gz",
-                annotations=f"{files.annotations}.gz")
+        replace(
+            files,
+            images=f"{files.images}.zip",
+            questions=f"{files.questions}.gz",
+            annotations=f"{files.annotations}.gz",
+        )
         for files in (params.train, params.val)
-    )  # fmt: skip
+    )
     packed = fetch(replace(params, train=train, val=val), tmp_path / "packed-records")
     assert packed["data_hash"] == plain["data_hash"] and packed["files"] == plain["files"]
 
