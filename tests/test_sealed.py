@@ -19,7 +19,7 @@ def file(tmp_path, monkeypatch):
 
 def test_any_piece_is_read_as_it_was_written(file):
     path, made = file
-    with sealed.open_checked(path, made, "Mend it.") as checked:
+    with sealed.open_checked(path, made, "Fix it.") as checked:
         assert checked.read() == path.read_bytes() and checked.read(1) == b""
         rng = random.Random(1)
         for _ in range(200):
@@ -35,20 +35,20 @@ def test_a_flipped_bit_is_named_when_its_block_is_read_and_not_before(file, monk
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         block = place // 10 * 10
-        with sealed.open_checked(path, made, "Mend it.") as checked:
+        with sealed.open_checked(path, made, "Fix it.") as checked:
             assert checked.read(block) == whole[:block]
-            with pytest.raises(UserError, match=rf"{path}: damaged at byte {block} or after it.*Mend it\."):
+            with pytest.raises(UserError, match=rf"{path}: damaged at byte {block} or after it.*Fix it\."):
                 checked.read(1)
     monkeypatch.setenv(sealed.SWITCH, "off")
-    with sealed.open_checked(path, made, "Mend it.") as checked:
+    with sealed.open_checked(path, made, "Fix it.") as checked:
         assert checked.read() == path.read_bytes() != whole
 
 
 def test_another_size_is_refused(file):
     path, made = file
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="has 104 bytes where 105 were written. Mend it."):
-        sealed.open_checked(path, made, "Mend it.")
+    with pytest.raises(UserError, match="has 104 bytes where 105 were written. Fix it."):
+        sealed.open_checked(path, made, "Fix it.")
 
 
 def test_every_flipped_bit_of_a_seal_is_found_or_changes_nothing(tmp_path):
@@ -62,9 +62,9 @@ def test_every_flipped_bit_of_a_seal_is_found_or_changes_nothing(tmp_path):
         broken[bit // 8] ^= 1 << bit % 8
         path.write_bytes(broken)
         try:
-            assert sealed.read_sealed(path, "a seal", "Mend it.") == content
+            assert sealed.read_sealed(path, "a seal", "Fix it.") == content
         except UserError as error:
-            assert str(error).startswith(f"{path}: ") and str(error).endswith("Mend it.")
+            assert str(error).startswith(f"{path}: ") and str(error).endswith("Fix it.")
             found += 1
     assert found > 7 * len(whole)
 
@@ -76,12 +76,12 @@ def test_a_folder_is_read_whole(tmp_path):
     path = tmp_path / "made/seal.json"
     sealed.write_folder(path, {"fact": 1}, [tmp_path / "three"])
     (tmp_path / "made/more").write_text("not of the seal")
-    assert sealed.read_folder(path, "a seal", "Mend it.") == {"fact": 1}
+    assert sealed.read_folder(path, "a seal", "Fix it.") == {"fact": 1}
     for name in ("made/one", "made/below/two", "three"):
         (tmp_path / name).write_text("other")
-        with pytest.raises(UserError, match=f"^{tmp_path / name}: damaged.*Mend it."):
-            sealed.read_folder(path, "a seal", "Mend it.")
+        with pytest.raises(UserError, match=f"^{tmp_path / name}: damaged.*Fix it."):
+            sealed.read_folder(path, "a seal", "Fix it.")
         (tmp_path / name).unlink()
-        with pytest.raises(UserError, match=f"^{tmp_path / name}: missing.*Mend it."):
-            sealed.read_folder(path, "a seal", "Mend it.")
+        with pytest.raises(UserError, match=f"^{tmp_path / name}: missing.*Fix it."):
+            sealed.read_folder(path, "a seal", "Fix it.")
         (tmp_path / name).write_text(name)

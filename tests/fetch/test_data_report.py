@@ -107,7 +107,7 @@ def test_equal_data_give_equal_pages(vqav2_folder, directory_params, tmp_path):
     assert page(tmp_path / "one" / "records") == page(tmp_path / "three" / "records")
 
 
-def test_strangers_words_are_no_markup(vqav2_folder, directory_params, tmp_path):
+def test_untrusted_words_are_no_markup(vqav2_folder, directory_params, tmp_path):
     folder, evil = vqav2_folder(train_images=1), "<script>alert('x')</script>&\"'"
 
     def spoil(annotations):

@@ -26,7 +26,7 @@ from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import Annotation, Kind, Question, Violations, pair
+from vlm_vqa.fetch.contract import Annotation, Question, ViolationKind, Violations, pair
 from vlm_vqa.fetch.data_report import render_report
 from vlm_vqa.fetch.sources import open_source
 from vlm_vqa.fetch.sources.official_layout import (
@@ -185,7 +185,9 @@ def _with_images(
         elif question.image_id not in misfits:
             misfits.add(question.image_id)
             where = f"{texts.paths.questions}: question_id {question.question_id}"
-            violations.add(Kind.IMAGE_ID, f"{where} has image_id {question.image_id}, too long for {names.pattern}")
+            violations.add(
+                ViolationKind.IMAGE_ID, f"{where} has image_id {question.image_id}, too long for {names.pattern}"
+            )
 
 
 def _row(question: Question, annotation: Annotation) -> dict[str, Any]:
@@ -197,9 +199,9 @@ def _check_overlap(texts: list[_Texts], violations: Violations) -> None:
     first, second = texts
     names = f"{first.paths.questions} and {second.paths.questions}"
     for image_id in sorted(first.images.keys() & second.images.keys()):
-        violations.add(Kind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
+        violations.add(ViolationKind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
     for question_id in sorted(first.question_ids & second.question_ids):
-        violations.add(Kind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
+        violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
 
 
 class _Place(NamedTuple):
@@ -213,7 +215,7 @@ class _Checked(NamedTuple):
     """An image's row of `IMAGE_FEATURES`, or what is wrong with it."""
 
     row: dict[str, Any]
-    problems: list[tuple[Kind, str]]
+    problems: list[tuple[ViolationKind, str]]
 
 
 def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
@@ -240,9 +242,9 @@ def _open_images(path: Path, violations: Violations) -> ImageFiles | None:
     try:
         return ImageFiles(path)
     except FileNotFoundError:
-        violations.add(Kind.MISSING_FILE, f"{path}: neither a folder nor a zip archive of images")
+        violations.add(ViolationKind.MISSING_FILE, f"{path}: neither a folder nor a zip archive of images")
     except (OSError, zipfile.BadZipFile) as error:
-        violations.add(Kind.BROKEN_FILE, f"{path}: not a usable zip archive ({error})")
+        violations.add(ViolationKind.BROKEN_FILE, f"{path}: not a usable zip archive ({error})")
     return None
 
 
@@ -315,21 +317,21 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
     """Read and decode an image at each of its places; the first one's bytes are the ones stored."""
     image_id, places = item
     rows: list[dict[str, Any]] = []
-    problems: list[tuple[Kind, str]] = []
+    problems: list[tuple[ViolationKind, str]] = []
     for place in places:
         where = place.files.where(place.name)
         try:
             data = place.files.read(place.name, _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES)
             image = open_image(data, where, max_pixels)
         except MissingImage:
-            problems.append((Kind.MISSING_IMAGE, f"{where} (image_id {image_id})"))
+            problems.append((ViolationKind.MISSING_IMAGE, f"{where} (image_id {image_id})"))
         except (UserError, OSError) as error:
-            problems.append((Kind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
+            problems.append((ViolationKind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
         else:
             rows.append(_image_row(image_id, place.name, data, image.size))
     if len({row["sha256"] for row in rows}) > 1:
         named = " and ".join(place.files.where(place.name) for place in places)
-        problems.append((Kind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
+        problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
     return _Checked(rows[0] if rows else {}, problems)
 
 
