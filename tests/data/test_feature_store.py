@@ -141,7 +141,7 @@ def begun(folder):
     for number in (0, 2):
         store.write(shard(number, features))
     (parts,) = (path for path in folder.with_name("features.parts").iterdir() if path.is_dir())
-    (parts / f"{NAMES[1]}.123.tmp").write_bytes(b"torn")
+    (parts / f"{NAMES[1]}.part").write_bytes(b"torn")
     store._lock_file.close()
     return features, parts
 
@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_with_the_missing_shard(folder, caplog):
     caplog.set_level(logging.INFO)
     store = writer(folder, batch_size=4)
     assert store.begin() == [1] and "going on after 2 of 3 shards" in caplog.text
-    assert not list(parts.glob("*.tmp"))
+    assert not list(parts.glob("*.part"))
     store.write(shard(1, features))
     store.publish()
     assert torch.equal(FeatureStore.open(folder).batch(IDS), features)

@@ -7,8 +7,6 @@ but all is still checked.
 
 import hashlib
 import json
-import os
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +40,7 @@ from vlm_vqa.files import claim
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
 from vlm_vqa.params import DataParams
 from vlm_vqa.prefetch import in_order
-from vlm_vqa.sealed import fingerprint, write_sealed
+from vlm_vqa.sealed import aside, fingerprint, write_sealed
 
 _HASHED_VERSION = 1
 """Of what `data_hash` is made of: raised when records mean something else, not when they are written in another way."""
@@ -59,29 +57,25 @@ _FILE_HEADER_BYTES = 2**20
 def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
     """Read and check the data that `data` names, store them in `folder`, and return their manifest.
 
-    What stood in `folder` before is replaced only after everything has been checked and written, the manifest last.
+    What stood in `folder` before is replaced only after everything has been checked and written.
 
     Raises:
         UserError: the source is not there, or its data break the contract; every violation is named. Or another process is
             at work in `folder`.
     """
     folder = Path(folder)
-    part = folder / ".part"
-    # Beside the folder, which DVC removes before the stage runs.
-    lock = claim(
-        folder.with_name(f"{folder.name}.lock"),
-        f"{folder}: another fetch-vqav2 is writing there. Wait for its end, or end it, then run `dvc repro` again.",
-    )
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        with open_source(data, folder) as source:
-            manifest = _store(source, data, part)
-            write_sealed(part / records.MANIFEST, manifest)
-            _replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        lock.close()
+    busy = f"{folder}: another fetch-vqav2 is writing there. Wait for its end, or end it, then run `dvc repro` again."
+    # Lock and unfinished records lie beside the folder, which DVC removes before the stage runs.
+    with (
+        claim(folder.with_name(f"{folder.name}.lock"), busy),
+        open_source(data, folder) as source,
+        aside(folder.resolve()) as part,
+    ):
+        part.mkdir()
+        manifest = _store(source, data, part)
+        write_sealed(part / records.MANIFEST, manifest)
+        # Without its manifest, a folder does not count as records, however much of it is removed when it is replaced.
+        (folder / records.MANIFEST).unlink(missing_ok=True)
     return manifest
 
 
@@ -111,16 +105,6 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     page = render_report(manifest, {text.paths.split: text.statistics for text in texts}, seen, data.max_image_pixels)
     (part / records.REPORT).write_text(page, encoding="utf-8")
     return manifest
-
-
-def _replace(part: Path, folder: Path) -> None:
-    """Move finished files into place. Without its manifest, a folder does not count as records."""
-    (folder / records.MANIFEST).unlink(missing_ok=True)
-    for old in [*folder.glob("questions-*.parquet"), *folder.glob("images-*.parquet")]:
-        old.unlink()
-    for path in [*sorted(part.glob("*.parquet")), part / records.REPORT]:
-        os.replace(path, folder / path.name)
-    os.replace(part / records.MANIFEST, folder / records.MANIFEST)
 
 
 @dataclass
