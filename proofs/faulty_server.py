@@ -34,6 +34,7 @@ class FaultyServer:
         self.faults: defaultdict[str, list[Any]] = defaultdict(list)
         self.always: dict[str, Any] = {}
         self.ranges, self.if_range, self.head = True, True, True
+        self.retry_after = "0"
         self.requests: list[Request] = []
         self.authorizations: set[str | None] = set()
         self.sent: Counter[str] = Counter()
@@ -133,7 +134,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         if location:
             self.send_header("Location", location)
-        self.send_header("Retry-After", "0")
+        self.send_header("Retry-After", self.outer.retry_after)
         self.end_headers()
 
 

@@ -1,13 +1,17 @@
 """Stored bytes are checked before they are used: sealed JSON, files by SHA-256, large ones by checksums of their blocks.
 
 A seal is a hash of the JSON's own content, so it finds damage, not forgery: who can write a file can seal it, too.
+
+What is not complete has a name that ends in `.part`. `publish` gives it its own name, once it is on the disk.
 """
 
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +21,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.files import check_regular
 from vlm_vqa.hashing import hash_json, sha256_file, write_json
 
+PART = ".part"
 SWITCH = "VLM_VQA_BLOCK_CHECKS"
 SEAL = "seal"
 BLOCK_BYTES = 2**20
@@ -35,13 +40,26 @@ def checksum(data: Any, seed: int = 0) -> int:
     return xxhash.xxh3_64_intdigest(data, seed)
 
 
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON with a seal, written aside and renamed; what stood there is replaced, never written through."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write_json(scratch, {**content, SEAL: hash_json(content)})
-    flush(scratch)
-    os.replace(scratch, path)
-    flush(path.parent)
+@contextmanager
+def aside(target: Path) -> Iterator[Path]:
+    """Yield `TARGET.part`, where a file or folder is to be made: published if the block succeeds, removed if it fails."""
+    part = target.with_name(target.name + PART)
+    _remove(part)
+    try:
+        yield part
+        publish(part, target)
+    finally:
+        _remove(part)
+
+
+def publish(part: Path, target: Path) -> None:
+    """Rename a complete file or folder, flushed to the disk; what stood there is replaced, never written through."""
+    for path in (*part.rglob("*"), part):
+        flush(path)
+    if part.is_dir():
+        _remove(target)
+    os.replace(part, target)
+    flush(target.parent)
 
 
 def flush(path: Path) -> None:
@@ -51,6 +69,24 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Publish JSON with a seal."""
+    with aside(path) as part:
+        write_json(part, {**content, SEAL: hash_json(content)})
+
+
+def find_sealed(path: Path) -> dict[str, Any] | None:
+    """Return what `write_sealed` was given, or None where `read_sealed` would raise."""
+    try:
+        return read_sealed(path, "sealed", "")
+    except UserError:
+        return None
 
 
 def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
@@ -79,7 +115,8 @@ def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
 
 def write_folder(path: Path, content: Mapping[str, Any], more: Iterable[Path] = ()) -> None:
     """Seal `content` together with the SHA-256 of every file beside and below `path`, and of `more`."""
-    files = [file for file in (*path.parent.rglob("*"), *more) if file.is_file() and file != path]
+    there = (*path.parent.rglob("*"), *more)
+    files = [file for file in there if file.is_file() and file != path and file.suffix != PART]
     hashes = {Path(os.path.relpath(file, path.parent)).as_posix(): sha256_file(file) for file in files}
     write_sealed(path, {**content, "files": dict(sorted(hashes.items()))})
 

@@ -22,9 +22,19 @@ def encode(image, kind):
 
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "JPEG"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"), ("LA", "PNG"),
-     ("RGBA", "PNG"), ("RGB", "WEBP"), ("L", "BMP")],
-)  # fmt: skip
+    [
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "JPEG"),
+        ("P", "PNG"),
+        ("P", "GIF"),
+        ("1", "PNG"),
+        ("LA", "PNG"),
+        ("RGBA", "PNG"),
+        ("RGB", "WEBP"),
+        ("L", "BMP"),
+    ],
+)
 @pytest.mark.parametrize("size", [(1, 1), (7, 501), (640, 3)])
 def test_every_usual_kind_of_image_becomes_rgb(mode, kind, size):
     opened = open_image(encode(Image.new("RGB", size, (255, 255, 255)).convert(mode), kind), "x", PIXELS)

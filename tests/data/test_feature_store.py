@@ -141,7 +141,7 @@ def begun(folder):
     for number in (0, 2):
         store.write(shard(number, features))
     (parts,) = (path for path in folder.with_name("features.parts").iterdir() if path.is_dir())
-    (parts / f"{NAMES[1]}.123.tmp").write_bytes(b"torn")
+    (parts / f"{NAMES[1]}.part").write_bytes(b"torn")
     store._lock_file.close()
     return features, parts
 
@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_with_the_missing_shard(folder, caplog):
     caplog.set_level(logging.INFO)
     store = writer(folder, batch_size=4)
     assert store.begin() == [1] and "going on after 2 of 3 shards" in caplog.text
-    assert not list(parts.glob("*.tmp"))
+    assert not list(parts.glob("*.part"))
     store.write(shard(1, features))
     store.publish()
     assert torch.equal(FeatureStore.open(folder).batch(IDS), features)
@@ -293,9 +293,13 @@ def test_a_shard_of_too_few_images_is_not_written(folder):
 
 @pytest.mark.parametrize(
     ("dtype", "value"),
-    [(StoreDtype.FLOAT16, float("nan")), (StoreDtype.FLOAT16, 1e6), (StoreDtype.INT8, float("nan")),
-     (StoreDtype.INT8, float("-inf"))],
-)  # fmt: skip
+    [
+        (StoreDtype.FLOAT16, float("nan")),
+        (StoreDtype.FLOAT16, 1e6),
+        (StoreDtype.INT8, float("nan")),
+        (StoreDtype.INT8, float("-inf")),
+    ],
+)
 def test_features_that_do_not_fit_the_dtype_are_named(dtype, value):
     features = features_of(2)
     features[1, 2, 3] = value

@@ -65,8 +65,9 @@ def test_the_counts_are_those_of_the_data(vqav2_folder, directory_params, tmp_pa
 
     def blank(annotations):
         annotations[0]["multiple_choice_answer"] = ""
-        annotations[0]["answers"] = [{**answer, "answer": "" if n < 3 else str(n)} for n, answer in
-                                     enumerate(annotations[0]["answers"])]  # fmt: skip
+        annotations[0]["answers"] = [
+            {**answer, "answer": "" if n < 3 else str(n)} for n, answer in enumerate(annotations[0]["answers"])
+        ]
 
     change(folder / ANNOTATIONS, "annotations", blank)
     change(folder / QUESTIONS, "questions", lambda questions: questions[1].update(question=questions[0]["question"]))
@@ -106,7 +107,7 @@ def test_equal_data_give_equal_pages(vqav2_folder, directory_params, tmp_path):
     assert page(tmp_path / "one" / "records") == page(tmp_path / "three" / "records")
 
 
-def test_strangers_words_are_no_markup(vqav2_folder, directory_params, tmp_path):
+def test_untrusted_words_are_no_markup(vqav2_folder, directory_params, tmp_path):
     folder, evil = vqav2_folder(train_images=1), "<script>alert('x')</script>&\"'"
 
     def spoil(annotations):
@@ -134,9 +135,15 @@ def test_equal_images_are_counted(vqav2_folder, directory_params, tmp_path):
 
 def row(number, kind):
     return {
-        "question_id": number, "image_id": number // 2, "question": "Is it?", "question_type": "is it", "answer_type": kind,
-        "multiple_choice_answer": "yes", "answers": ("yes",) * 10, "answer_confidences": ("yes",) * 10,
-    }  # fmt: skip
+        "question_id": number,
+        "image_id": number // 2,
+        "question": "Is it?",
+        "question_type": "is it",
+        "answer_type": kind,
+        "multiple_choice_answer": "yes",
+        "answers": ("yes",) * 10,
+        "answer_confidences": ("yes",) * 10,
+    }
 
 
 def test_examples_are_of_all_types_and_of_different_images():

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -22,6 +23,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.fetch import write_records as fetching
 from vlm_vqa.fetch.contract import Violations
 from vlm_vqa.fetch.sources import download, official_archives, official_layout
+from vlm_vqa.fetch.sources.download import Download
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import OfficialParams, Source
 
@@ -74,8 +76,8 @@ def pin(tmp_path, monkeypatch):
 @pytest.fixture
 def server(vqav2_folder, pin, monkeypatch):
     """A server of six good archives; downloads wait little."""
-    monkeypatch.setattr(download, "_FIRST_WAIT", 0.001)
-    monkeypatch.setattr(download, "_LONGEST_WAIT", 0.01)
+    quick = download._RETRY.new(backoff_factor=0.001, backoff_max=0.01, retry_after_max=0.01)
+    monkeypatch.setattr(download, "_RETRY", quick)
     monkeypatch.setattr(download, "_TIMEOUT", (2.0, 0.3))
     files = archives(vqav2_folder())
     pin(files)
@@ -199,6 +201,22 @@ def test_what_passes_is_tried_again_and_goes_on_where_it_stopped(fault, server, 
         assert [one.start for one in server.gets(IMAGES)] == [None, size // 2, size // 2 + (size - size // 2) // 2]
 
 
+@pytest.mark.parametrize(
+    ("asked", "seconds"), [("5", 5), ("Mon, 03 Feb 2200 07:28:00 GMT", 60), ("7200", 60), ("soon", 0)]
+)
+def test_a_server_is_waited_for_as_long_as_it_asks_but_no_longer_than_a_minute(
+    asked, seconds, server, official_params, target, monkeypatch
+):
+    waited, stop = [], threading.Event()
+    monkeypatch.setattr(download, "_RETRY", download._RETRY.new(retry_after_max=60))
+    monkeypatch.setattr(stop, "wait", waited.append)
+    server.retry_after, server.faults[IMAGES] = asked, [503, 503]
+    task = Download(server.url + IMAGES, target / IMAGES, checksum(server.files[IMAGES]), "data.official.images_url")
+    download._fetch(task, lambda count: None, stop)
+    assert (target / IMAGES).read_bytes() == server.files[IMAGES]
+    assert waited == [pytest.approx(seconds, abs=0.01)] * 2
+
+
 def test_a_server_without_ranges_is_asked_for_all_again(server, official_params, target):
     server.ranges, server.faults[IMAGES] = False, ["drop"]
     assert fetch(official_params(server.url), target)["images"] == 6
@@ -307,7 +325,7 @@ def test_a_part_longer_than_the_file_is_thrown_away(server, official_params, tar
 def test_a_part_that_is_whole_is_not_asked_for_again(server, official_params, target, monkeypatch):
     with monkeypatch.context() as patch:
         # As if killed between the last byte and what comes after it.
-        patch.setattr(download._Part, "checksum", lambda part: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(download, "_checksum", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fetch(official_params(server.url, downloads=1), target)
     fetch(official_params(server.url), target)
@@ -590,10 +608,11 @@ def test_killed_in_mid_conversion_it_fetches_nothing_and_ends_the_same(server, v
     whole = Stage(tmp_path / "whole", server)
     whole.run()
     stage = Stage(tmp_path / "killed", server)
-    stage.kill_when(lambda: (stage.records / ".part" / "0.parquet").is_file())
+    stage.kill_when(lambda: (stage.records.with_name("records.part") / "0.parquet").is_file())
     assert not (stage.records / records.MANIFEST).exists()
     server.requests.clear()
     stage.run()
     assert not server.requests
     made, unbroken = ({path.name: path.read_bytes() for path in one.records.iterdir()} for one in (stage, whole))
     assert made == unbroken and records.count_images(stage.records) == 4002
+    assert not stage.records.with_name("records.part").exists()

@@ -32,16 +32,22 @@ def test_questions_and_all_ten_answers(shared_data, folder, suffix, count):
     tokenizer = train_tokenizer([*[prompt.instruction] * count, *texts], 8192)
     layout = TokenLayout(
         SimpleNamespace(backend_tokenizer=tokenizer.backend_tokenizer, pad_token_id=0, bos_token_id=2, eos_token_id=1),
-        mask=prompt.mask, instruction=prompt.instruction, num_patches=257, text_length=prompt.text_length, image_token_id=3,
-    )  # fmt: skip
+        mask=prompt.mask,
+        instruction=prompt.instruction,
+        num_patches=257,
+        text_length=prompt.text_length,
+        image_token_id=3,
+    )
     long = [
         question.question_id
         for question, annotation in pairs
         if not all(fits(layout, question.question, answer) for answer in set(annotation.answers) if answer.strip())
     ]
     taught = [q.question_id for q, a in pairs if not fits(layout, q.question, a.multiple_choice_answer)]
-    print(f"{folder}: of {count} questions {len(taught)} do not fit {prompt.text_length} tokens with the majority's answer, "
-          f"{len(long)} with one of the ten")  # fmt: skip
+    print(
+        f"{folder}: of {count} questions {len(taught)} do not fit {prompt.text_length} tokens with the majority's answer, "
+        f"{len(long)} with one of the ten"
+    )
     # Presets leave those out, and say how many: people's longest answers are sentences.
     assert len(long) <= 0.005 * count and len(taught) <= 0.002 * count
 

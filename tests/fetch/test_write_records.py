@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm_vqa import files
+from vlm_vqa import files, sealed
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
@@ -81,18 +81,12 @@ def test_what_is_no_file_is_not_read(make, which, vqav2_folder, directory_params
         fetch(directory_params(folder), tmp_path / "records")
 
 
-def test_two_at_once_are_refused(vqav2_folder, directory_params, tmp_path, monkeypatch, caplog):
+def test_two_at_once_are_refused(vqav2_folder, directory_params, tmp_path):
     params, target = directory_params(vqav2_folder()), tmp_path / "records"
     with files.claim(tmp_path / "records.lock", "held"):
         with pytest.raises(UserError, match="records: another fetch-vqav2 is writing there"):
             fetch(params, target)
-    before = fetch(params, target)
-
-    def no_locks(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
-    assert fetch(params, target) == before and "cannot be locked" in caplog.text
+    assert fetch(params, target)["images"] == 6
 
 
 def test_archives_and_gzip_give_the_same_data(vqav2_folder, directory_params, tmp_path):
@@ -106,10 +100,14 @@ def test_archives_and_gzip_give_the_same_data(vqav2_folder, directory_params, tm
         shutil.rmtree(folder / f"{split}2014")
     params = directory_params(folder)
     train, val = (
-        replace(files, images=f"{files.images}.zip", questions=f"{files.questions}.gz",
-                annotations=f"{files.annotations}.gz")
+        replace(
+            files,
+            images=f"{files.images}.zip",
+            questions=f"{files.questions}.gz",
+            annotations=f"{files.annotations}.gz",
+        )
         for files in (params.train, params.val)
-    )  # fmt: skip
+    )
     packed = fetch(replace(params, train=train, val=val), tmp_path / "packed-records")
     assert packed["data_hash"] == plain["data_hash"] and packed["files"] == plain["files"]
 
@@ -164,10 +162,9 @@ def test_a_failed_fetch_leaves_earlier_records_as_they_were(vqav2_folder, direct
 def test_records_half_moved_do_not_count_as_records(vqav2_folder, directory_params, tmp_path, monkeypatch):
     folder, target = vqav2_folder(), tmp_path / "records"
     fetch(directory_params(folder), target)
-    with monkeypatch.context() as patch:
-        patch.setattr(fetching, "_replace", partial(move_one, fetching._replace, patch))
-        with pytest.raises(KeyboardInterrupt):
-            fetch(directory_params(folder), target)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sealed, "_remove", partial(interrupt_at, target.resolve(), sealed._remove))
+        fetch(directory_params(folder), target)
     with pytest.raises(UserError, match="manifest.json"):
         records.read_manifest(target)
     fetch(directory_params(folder), target)
@@ -178,10 +175,12 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def move_one(replace, patch, *folders):
-    """Be interrupted at the first file that is moved into place."""
-    patch.setattr(fetching.os, "replace", interrupt)
-    replace(*folders)
+def interrupt_at(target, remove, path):
+    """Be interrupted when half of the old folder is removed."""
+    if path == target:
+        next(path.glob("*.parquet")).unlink()
+        raise KeyboardInterrupt
+    remove(path)
 
 
 def test_files_of_an_earlier_run_do_not_stay(vqav2_folder, directory_params, tmp_path, monkeypatch):
@@ -191,11 +190,12 @@ def test_files_of_an_earlier_run_do_not_stay(vqav2_folder, directory_params, tmp
         patch.setattr(fetching, "_IMAGES_PER_GROUP", 1)
         fetch(directory_params(folder), target)
     # What a run that was killed outright leaves behind.
-    (target / ".part").mkdir()
-    (target / ".part" / "0.parquet").write_text("half")
+    part = target.with_name("records.part")
+    part.mkdir()
+    (part / "0.parquet").write_text("half")
     manifest = fetch(directory_params(folder), target)
     assert {path.name for path in target.iterdir()} == {*manifest["files"], records.REPORT, records.MANIFEST}
-    assert records.count_images(target) == 6
+    assert records.count_images(target) == 6 and not part.exists()
 
 
 def test_large_images_make_smaller_row_groups(monkeypatch):

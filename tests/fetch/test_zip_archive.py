@@ -1,4 +1,4 @@
-"""Zip archives from strangers: whatever is wrong with one, its error is one that readers expect."""
+"""Untrusted zip archives: whatever is wrong with one, its error is one that readers expect."""
 
 import io
 import random

@@ -7,7 +7,6 @@ Legend of shape suffixes: N images, T tokens an image, D width.
 
 import itertools
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from vlm_vqa.data.feature_store import MANIFEST, SCHEMA_VERSION, Layout, as_arra
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.hashing import hash_json, sha256_file
 from vlm_vqa.params import StoreDtype
-from vlm_vqa.sealed import flush, read_sealed, write_sealed
+from vlm_vqa.sealed import PART, aside, read_sealed, write_sealed
 
 _HASHING_THREADS = 8
 _REMAKE = make_again("extract-features")
@@ -138,8 +137,8 @@ class FeatureStoreWriter:
             if other.is_dir() and other != self._parts:
                 logger.info("%s: removed; it was begun with another encoder, other data or parameters", other)
                 shutil.rmtree(other)
-        for torn in self._parts.glob("*.tmp"):
-            torn.unlink()
+        for unfinished in self._parts.glob(f"*{PART}"):
+            unfinished.unlink()
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
             whole = list(pool.map(self._is_whole, range(self.layout.shards)))
         missing = [number for number, done in enumerate(whole) if not done]
@@ -157,19 +156,17 @@ class FeatureStoreWriter:
         expected, found = len(self.layout.places(shard.number)), len(shard.image_ids)
         if found != expected:
             raise UserError(f"shard {shard.number}: {found} images came where the records count {expected}. {_RECORDS}")
-        part = self._parts / self.layout.name(shard.number)
-        torn = part.with_suffix(f".{os.getpid()}.tmp")
-        save_file({**shard.tensors, **shard.index()}, torn)
-        torn.chmod(0o644)  # safetensors makes files that only their owner can read
-        seal = {
-            "bytes": torn.stat().st_size,
-            "sha256": sha256_file(torn),
-            "first": shard.image_ids[0],
-            "last": shard.image_ids[-1],
-        }
-        flush(torn)
-        torn.replace(part)
-        write_sealed(part.with_suffix(".json"), seal)
+        path = self._parts / self.layout.name(shard.number)
+        with aside(path) as part:
+            save_file({**shard.tensors, **shard.index()}, part)
+            part.chmod(0o644)  # safetensors makes files that only their owner can read
+            seal = {
+                "bytes": part.stat().st_size,
+                "sha256": sha256_file(part),
+                "first": shard.image_ids[0],
+                "last": shard.image_ids[-1],
+            }
+        write_sealed(path.with_suffix(".json"), seal)
 
     def publish(self) -> None:
         """Make the store of all shards, then remove them beside it.

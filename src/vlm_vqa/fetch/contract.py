@@ -1,7 +1,7 @@
 """What data must hold before anything is made of it.
 
 Every violation is collected, so that one run shows all that is wrong, each with its file and id; the end is one
-`UserError`. The remedy of each kind stands beside its name in `Kind`.
+`UserError`. The remedy of each kind stands beside its name in `ViolationKind`.
 """
 
 import sys
@@ -20,7 +20,7 @@ _LARGEST_ID = 2**63 - 1
 _SHOWN_PER_KIND = 20
 
 
-class Kind(Enum):
+class ViolationKind(Enum):
     """A way in which data can be wrong: its name in messages, and the remedy."""
 
     MISSING_FILE = (
@@ -62,10 +62,10 @@ class Violations:
     """All that is wrong with the data, counted by kind; the first few of a kind are kept in words."""
 
     def __init__(self) -> None:
-        self.count: Counter[Kind] = Counter()
-        self._shown: defaultdict[Kind, list[str]] = defaultdict(list)
+        self.count: Counter[ViolationKind] = Counter()
+        self._shown: defaultdict[ViolationKind, list[str]] = defaultdict(list)
 
-    def add(self, kind: Kind, text: str) -> None:
+    def add(self, kind: ViolationKind, text: str) -> None:
         """Note one violation; `text` names its file and id."""
         self.count[kind] += 1
         if len(self._shown[kind]) < _SHOWN_PER_KIND:
@@ -87,10 +87,10 @@ class Violations:
         raise UserError("\n".join(lines))
 
 
-class Malformed(Exception):
+class MalformedRecord(Exception):
     """One entry is not what its layout says; the message says how, without naming file or id."""
 
-    def __init__(self, kind: Kind, text: str):
+    def __init__(self, kind: ViolationKind, text: str):
         super().__init__(text)
         self.kind = kind
 
@@ -116,8 +116,8 @@ class Annotation(NamedTuple):
 
 
 def parse_question(entry: Any) -> Question:
-    """Turn a JSON object into a `Question`, or raise `Malformed`."""
-    kind = Kind.BAD_QUESTION
+    """Turn a JSON object into a `Question`, or raise `MalformedRecord`."""
+    kind = ViolationKind.BAD_QUESTION
     _check_object(entry, ("question_id", "image_id", "question"), kind)
     _check_id(entry, "question_id", kind)
     _check_id(entry, "image_id", kind)
@@ -126,8 +126,8 @@ def parse_question(entry: Any) -> Question:
 
 
 def parse_annotation(entry: Any) -> Annotation:
-    """Turn a JSON object into an `Annotation`, or raise `Malformed`."""
-    kind = Kind.BAD_ANNOTATION
+    """Turn a JSON object into an `Annotation`, or raise `MalformedRecord`."""
+    kind = ViolationKind.BAD_ANNOTATION
     texts = ("question_type", "answer_type", "multiple_choice_answer")
     _check_object(entry, ("question_id", "image_id", *texts, "answers"), kind)
     _check_id(entry, "question_id", kind)
@@ -136,16 +136,16 @@ def parse_annotation(entry: Any) -> Annotation:
     _check_text(entry, "answer_type", kind)
     # People may have answered nothing; the manifest counts such questions.
     if not _is_text(entry["multiple_choice_answer"]):
-        raise Malformed(kind, f"multiple_choice_answer is {entry['multiple_choice_answer']!r:.60}, not text")
+        raise MalformedRecord(kind, f"multiple_choice_answer is {entry['multiple_choice_answer']!r:.60}, not text")
     answers = entry["answers"]
     if not isinstance(answers, list):
-        raise Malformed(kind, f"answers is {answers!r:.60}, not a list")
+        raise MalformedRecord(kind, f"answers is {answers!r:.60}, not a list")
     if len(answers) != ANSWERS_PER_QUESTION:
-        raise Malformed(Kind.ANSWER_COUNT, f"{len(answers)} answers, not {ANSWERS_PER_QUESTION}")
+        raise MalformedRecord(ViolationKind.ANSWER_COUNT, f"{len(answers)} answers, not {ANSWERS_PER_QUESTION}")
     for answer in answers:
         _check_object(answer, ("answer", "answer_confidence"), kind)
         if not _is_text(answer["answer"]) or not _is_text(answer["answer_confidence"]):
-            raise Malformed(kind, f"answer {answer!r:.60} is not text")
+            raise MalformedRecord(kind, f"answer {answer!r:.60} is not text")
     # Interned, because a few thousand different strings make up VQAv2's 13 million answers and confidences.
     return Annotation(
         entry["question_id"],
@@ -172,27 +172,29 @@ def pair(questions: Entries, annotations: Entries, violations: Violations) -> It
     by_question: dict[int, Annotation] = {}
     for annotation in annotations.good:
         if annotation.question_id in by_question:
-            violations.add(Kind.DUPLICATE_ANNOTATION, f"{annotations.name}: question_id {annotation.question_id}")
+            violations.add(
+                ViolationKind.DUPLICATE_ANNOTATION, f"{annotations.name}: question_id {annotation.question_id}"
+            )
         by_question[annotation.question_id] = annotation
     seen: set[int] = set()
     for question in questions.good:
         where = f"{questions.name}: question_id {question.question_id}"
         annotation = by_question.get(question.question_id)
         if question.question_id in seen:
-            violations.add(Kind.DUPLICATE_QUESTION, where)
+            violations.add(ViolationKind.DUPLICATE_QUESTION, where)
         elif annotation is None:
             if question.question_id not in annotations.reported:
-                violations.add(Kind.NO_ANNOTATION, f"{where} is not in {annotations.name}")
+                violations.add(ViolationKind.NO_ANNOTATION, f"{where} is not in {annotations.name}")
         elif annotation.image_id != question.image_id:
             there = f"{annotation.image_id} in {annotations.name}"
-            violations.add(Kind.IMAGE_MISMATCH, f"{where} has image_id {question.image_id}, but {there}")
+            violations.add(ViolationKind.IMAGE_MISMATCH, f"{where} has image_id {question.image_id}, but {there}")
         else:
             yield question, annotation
         seen.add(question.question_id)
     for question_id in by_question:
         if question_id not in seen and question_id not in questions.reported:
             violations.add(
-                Kind.NO_QUESTION, f"{annotations.name}: question_id {question_id} is not in {questions.name}"
+                ViolationKind.NO_QUESTION, f"{annotations.name}: question_id {question_id} is not in {questions.name}"
             )
 
 
@@ -211,25 +213,25 @@ class ImageNames:
         return self.pattern.format(image_id=image_id) if len(str(image_id)) <= self._digits else None
 
 
-def _check_object(entry: Any, keys: tuple[str, ...], kind: Kind) -> None:
+def _check_object(entry: Any, keys: tuple[str, ...], kind: ViolationKind) -> None:
     if not isinstance(entry, dict):
-        raise Malformed(kind, f"{entry!r:.60} is not an object")
+        raise MalformedRecord(kind, f"{entry!r:.60} is not an object")
     missing = [key for key in keys if key not in entry]
     if missing:
-        raise Malformed(kind, f"without {', '.join(missing)}")
+        raise MalformedRecord(kind, f"without {', '.join(missing)}")
 
 
-def _check_id(entry: dict[str, Any], key: str, kind: Kind) -> None:
+def _check_id(entry: dict[str, Any], key: str, kind: ViolationKind) -> None:
     value = entry[key]
     # bool is a subclass of int.
     if type(value) is not int or not 0 <= value <= _LARGEST_ID:
-        raise Malformed(kind, f"{key} is {value!r:.60}, not a whole number from 0 up")
+        raise MalformedRecord(kind, f"{key} is {value!r:.60}, not a whole number from 0 up")
 
 
-def _check_text(entry: dict[str, Any], key: str, kind: Kind) -> None:
+def _check_text(entry: dict[str, Any], key: str, kind: ViolationKind) -> None:
     value = entry[key]
     if not _is_text(value) or not value.strip():
-        raise Malformed(kind, f"{key} is {value!r:.60}, not text that says something")
+        raise MalformedRecord(kind, f"{key} is {value!r:.60}, not text that says something")
 
 
 def _is_text(value: Any) -> bool:

@@ -57,6 +57,11 @@ class QuestionStatistics:
         self._asked.add(asked)
         self._offer(row)
 
+    @property
+    def questions_of_image(self) -> Counter[int]:
+        """How many questions an image has; counts images."""
+        return Counter(self.of_image.values())
+
     def finish(self) -> None:
         """Free what only the counting needed."""
         self._asked.clear()

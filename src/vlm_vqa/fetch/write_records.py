@@ -7,8 +7,6 @@ but all is still checked.
 
 import hashlib
 import json
-import os
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +24,7 @@ from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import Annotation, Kind, Question, Violations, pair
+from vlm_vqa.fetch.contract import Annotation, Question, ViolationKind, Violations, pair
 from vlm_vqa.fetch.data_report import render_report
 from vlm_vqa.fetch.sources import open_source
 from vlm_vqa.fetch.sources.official_layout import (
@@ -42,7 +40,7 @@ from vlm_vqa.files import claim
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
 from vlm_vqa.params import DataParams
 from vlm_vqa.prefetch import ordered_map
-from vlm_vqa.sealed import fingerprint, write_sealed
+from vlm_vqa.sealed import aside, fingerprint, write_sealed
 
 _HASHED_VERSION = 1
 """Of what `data_hash` is made of: raised when records mean something else, not when they are written in another way."""
@@ -59,29 +57,25 @@ _FILE_HEADER_BYTES = 2**20
 def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
     """Read and check the data that `data` names, store them in `folder`, and return their manifest.
 
-    What stood in `folder` before is replaced only after everything has been checked and written, the manifest last.
+    What stood in `folder` before is replaced only after everything has been checked and written.
 
     Raises:
         UserError: the source is not there, or its data break the contract; every violation is named. Or another process is
             at work in `folder`.
     """
     folder = Path(folder)
-    part = folder / ".part"
-    # Beside the folder, which DVC removes before the stage runs.
-    lock = claim(
-        folder.with_name(f"{folder.name}.lock"),
-        f"{folder}: another fetch-vqav2 is writing there. Wait for its end, or end it, then run `dvc repro` again.",
-    )
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        with open_source(data, folder) as source:
-            manifest = _store(source, data, part)
-            write_sealed(part / records.MANIFEST, manifest)
-            _replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        lock.close()
+    busy = f"{folder}: another fetch-vqav2 is writing there. Wait for its end, or end it, then run `dvc repro` again."
+    # Lock and unfinished records lie beside the folder, which DVC removes before the stage runs.
+    with (
+        claim(folder.with_name(f"{folder.name}.lock"), busy),
+        open_source(data, folder) as source,
+        aside(folder.resolve()) as part,
+    ):
+        part.mkdir()
+        manifest = _store(source, data, part)
+        write_sealed(part / records.MANIFEST, manifest)
+        # Without its manifest, a folder does not count as records, however much of it is removed when it is replaced.
+        (folder / records.MANIFEST).unlink(missing_ok=True)
     return manifest
 
 
@@ -111,16 +105,6 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     page = render_report(manifest, {text.paths.split: text.statistics for text in texts}, seen, data.max_image_pixels)
     (part / records.REPORT).write_text(page, encoding="utf-8")
     return manifest
-
-
-def _replace(part: Path, folder: Path) -> None:
-    """Move finished files into place. Without its manifest, a folder does not count as records."""
-    (folder / records.MANIFEST).unlink(missing_ok=True)
-    for old in [*folder.glob("questions-*.parquet"), *folder.glob("images-*.parquet")]:
-        old.unlink()
-    for path in [*sorted(part.glob("*.parquet")), part / records.REPORT]:
-        os.replace(path, folder / path.name)
-    os.replace(part / records.MANIFEST, folder / records.MANIFEST)
 
 
 @dataclass
@@ -185,7 +169,9 @@ def _with_images(
         elif question.image_id not in misfits:
             misfits.add(question.image_id)
             where = f"{texts.paths.questions}: question_id {question.question_id}"
-            violations.add(Kind.IMAGE_ID, f"{where} has image_id {question.image_id}, too long for {names.pattern}")
+            violations.add(
+                ViolationKind.IMAGE_ID, f"{where} has image_id {question.image_id}, too long for {names.pattern}"
+            )
 
 
 def _row(question: Question, annotation: Annotation) -> dict[str, Any]:
@@ -197,9 +183,9 @@ def _check_overlap(texts: list[_Texts], violations: Violations) -> None:
     first, second = texts
     names = f"{first.paths.questions} and {second.paths.questions}"
     for image_id in sorted(first.images.keys() & second.images.keys()):
-        violations.add(Kind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
+        violations.add(ViolationKind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
     for question_id in sorted(first.question_ids & second.question_ids):
-        violations.add(Kind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
+        violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
 
 
 class _Place(NamedTuple):
@@ -213,7 +199,7 @@ class _Checked(NamedTuple):
     """An image's row of `IMAGE_FEATURES`, or what is wrong with it."""
 
     row: dict[str, Any]
-    problems: list[tuple[Kind, str]]
+    problems: list[tuple[ViolationKind, str]]
 
 
 def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
@@ -240,9 +226,9 @@ def _open_images(path: Path, violations: Violations) -> ImageFiles | None:
     try:
         return ImageFiles(path)
     except FileNotFoundError:
-        violations.add(Kind.MISSING_FILE, f"{path}: neither a folder nor a zip archive of images")
+        violations.add(ViolationKind.MISSING_FILE, f"{path}: neither a folder nor a zip archive of images")
     except (OSError, zipfile.BadZipFile) as error:
-        violations.add(Kind.BROKEN_FILE, f"{path}: not a usable zip archive ({error})")
+        violations.add(ViolationKind.BROKEN_FILE, f"{path}: not a usable zip archive ({error})")
     return None
 
 
@@ -315,21 +301,21 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
     """Read and decode an image at each of its places; the first one's bytes are the ones stored."""
     image_id, places = item
     rows: list[dict[str, Any]] = []
-    problems: list[tuple[Kind, str]] = []
+    problems: list[tuple[ViolationKind, str]] = []
     for place in places:
         where = place.files.where(place.name)
         try:
             data = place.files.read(place.name, _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES)
             image = open_image(data, where, max_pixels)
         except MissingImage:
-            problems.append((Kind.MISSING_IMAGE, f"{where} (image_id {image_id})"))
+            problems.append((ViolationKind.MISSING_IMAGE, f"{where} (image_id {image_id})"))
         except (UserError, OSError) as error:
-            problems.append((Kind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
+            problems.append((ViolationKind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
         else:
             rows.append(_image_row(image_id, place.name, data, image.size))
     if len({row["sha256"] for row in rows}) > 1:
         named = " and ".join(place.files.where(place.name) for place in places)
-        problems.append((Kind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
+        problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
     return _Checked(rows[0] if rows else {}, problems)
 
 

@@ -5,34 +5,33 @@ Beside a file NAME lie `NAME.part` (its first bytes), `NAME.part.json` (which of
 """
 
 import hashlib
-import json
 import logging
-import os
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import requests
 import urllib3
 from tqdm import tqdm
+from urllib3.exceptions import HTTPError, InvalidHeader
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.hashing import write_json
+from vlm_vqa.sealed import PART, find_sealed, publish, write_sealed
 from vlm_vqa.secrets import without_secrets
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-# So many failures in a row that brought nothing new end the download; the waits between them add up to two minutes.
-_ATTEMPTS = 8
-_FIRST_WAIT = 1.0
-_LONGEST_WAIT = 60.0
+# Failures in a row that bring nothing new, before the download ends; the waits between them add up to two minutes.
+_RETRY = urllib3.Retry(
+    7, status_forcelist=(408, 425, 429, 500, 502, 503, 504), backoff_factor=1, backoff_max=60, retry_after_max=60
+)
 # Seconds to connect, and seconds without a byte.
 _TIMEOUT = (20.0, 30.0)
 # Slower than this over a window, an attempt has failed: a byte a second would be progress for ever.
@@ -41,8 +40,8 @@ _WINDOW = 30.0
 # Where no server tells a size; VQAv2's largest archive has 13.5 GB.
 _MOST_BYTES = 20 * 2**30
 _BLOCK_BYTES = 2**20
-# Answers that may be others a minute later.
-_TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+_AS_IT_IS = {"Accept-Encoding": "identity"}
+"""Headers: a compressed answer could not be resumed."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,11 @@ class Download:
 class _Transient(Exception):
     """An attempt has failed in a way that may pass; `seconds` is how long the server asks to wait."""
 
-    def __init__(self, reason: str, seconds: float = 0.0):
-        super().__init__(reason)
-        self.seconds = seconds
+    seconds = 0.0
 
 
 class _Slow(_Transient):
     """What has come is kept, but is no progress."""
-
-
-class _Stopped(Exception):
-    """Another file has failed, or a person stops the program; what has come so far is kept."""
 
 
 def is_verified(download: Download) -> bool:
@@ -84,29 +77,27 @@ def is_verified(download: Download) -> bool:
     """
     if not download.path.is_file():
         return False
-    if _read_json(download.beside(".verified.json")) == _facts(download):
+    if find_sealed(download.beside(".verified.json")) == _metadata(download):
         return True
     log.info("checking %s", download.path)
-    algorithm, digest = download.checksum.split(":")
-    with open(download.path, "rb") as file:
-        found = hashlib.file_digest(file, algorithm).hexdigest()
-    if found != digest:
-        log.warning("%s: deleted, its %s is %s and not %s", download.path, algorithm, found, digest)
+    found = _checksum(download, download.path)
+    if found != download.checksum:
+        log.warning("%s: deleted, its checksum is %s and not %s", download.path, found, download.checksum)
         download.path.unlink()
         return False
-    write_json(download.beside(".verified.json"), _facts(download))
+    write_sealed(download.beside(".verified.json"), _metadata(download))
     return True
 
 
 def bytes_here(download: Download) -> int:
     """Return how many bytes of an unfinished file are there."""
-    part = download.beside(".part")
+    part = download.beside(PART)
     return part.stat().st_size if part.is_file() else 0
 
 
 def remove(download: Download) -> None:
     """Delete the file and what lies beside it."""
-    for ending in ("", ".verified.json", ".part", ".part.json"):
+    for ending in ("", ".verified.json", PART, f"{PART}.json"):
         download.beside(ending).unlink(missing_ok=True)
 
 
@@ -118,14 +109,12 @@ def remote_size(download: Download) -> int | None:
     """
 
     def ask() -> int | None:
-        with requests.Session() as session:
-            headers = {"Accept-Encoding": "identity"}
-            response = session.head(download.url, headers=headers, timeout=_TIMEOUT, allow_redirects=True)
-            # A server need not know HEAD.
-            if response.status_code in (405, 501):
-                return None
-            _check_status(response, download)
-            return _length(response)
+        response = requests.head(download.url, headers=_AS_IT_IS, timeout=_TIMEOUT, allow_redirects=True)
+        # A server need not know HEAD.
+        if response.status_code in (405, 501):
+            return None
+        _check_status(response, download)
+        return _description(response)["bytes"]
 
     return _with_retries(ask, download, threading.Event())
 
@@ -153,99 +142,89 @@ def fetch_all(downloads: Mapping[Download, int | None], at_once: int) -> None:
 
         futures = [pool.submit(_fetch, download, advance, stop) for download in downloads]
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in as_completed(futures):
+                future.result()
         finally:
-            # On an error, and on Ctrl-C, which reaches this thread alone.
+            # On an error, and on Ctrl-C, which reaches this thread alone: the others end by CancelledError.
             stop.set()
-        for future in done:
-            future.result()
 
 
 def _fetch(download: Download, advance: Callable[[int], None], stop: threading.Event) -> None:
     """Download one file; wrong bytes are thrown away and fetched once more."""
     download.path.parent.mkdir(parents=True, exist_ok=True)
+    part = _Part(download, advance)
     for _ in range(2):
-        part = _bring(download, advance, stop)
-        found = part.checksum()
+        _with_retries(lambda: _attempt(part, stop), download, stop, lambda: part.furthest)
+        found = _checksum(download, part.path)
         if found == download.checksum:
-            os.replace(part.path, download.path)
-            write_json(download.beside(".verified.json"), _facts(download))
-            download.beside(".part.json").unlink()
+            publish(part.path, download.path)
+            write_sealed(download.beside(".verified.json"), _metadata(download))
+            download.beside(f"{PART}.json").unlink()
             log.info("%s: complete, %s", download.path.name, found)
             return
-        url = without_secrets(download.url)
-        log.warning("%s: thrown away, its checksum is %s and not %s", url, found, download.checksum)
-        advance(-part.size)
-        part.path.unlink()
+        log.warning("%s: thrown away, its checksum is %s and not %s", part.path, found, download.checksum)
+        part.restart()
+        part.furthest = 0
     raise UserError(
         f"{download.url}: has checksum {found} instead of {download.checksum}, twice. It is another file, or damaged on "
         f"the way: correct {download.option}, or put an intact {download.path.name} into {download.path.parent}."
     )
 
 
-def _bring(download: Download, advance: Callable[[int], None], stop: threading.Event) -> "_Part":
-    """Return the part that holds all of the file; what it is worth, its checksum says."""
-    part = _Part(download)
-    with requests.Session() as session:
-        _with_retries(partial(_attempt, session, part, advance, stop), download, stop, lambda: part.furthest)
-    return part
-
-
-def _attempt(session: requests.Session, part: "_Part", advance: Callable[[int], None], stop: threading.Event) -> None:
+def _attempt(part: "_Part", stop: threading.Event) -> None:
     """Ask for what is missing of a file and take it as far as it comes."""
     if part.is_complete():
         return
     if stop.is_set():
-        raise _Stopped
-    headers = {"Accept-Encoding": "identity", **part.range_headers()}
-    with session.get(part.download.url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
-        if response.status_code == 416 or (response.status_code == 206 and not part.goes_on_with(response)):
-            advance(-part.size)
-            part.restart(None)
+        raise CancelledError
+    headers = {**_AS_IT_IS, **part.range_headers()}
+    with requests.get(part.download.url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+        if response.status_code == 416 or (response.status_code == 206 and not part.continues_with(response)):
+            part.restart()
             raise _Transient("the file has changed on the server; starting again")
         _check_status(response, part.download)
         if response.status_code != 206:
             # The server sends the whole file: it knows no ranges, or the file has changed, or this is the start.
-            advance(-part.size)
             part.restart(response)
-        begun, before, most = time.monotonic(), part.size, part.server.get("bytes") or _MOST_BYTES
-        with open(part.path, "ab") as file:
-            # `read1` hands over what has come; `iter_content` would lose up to a block when the connection ends.
-            while block := response.raw.read1(_BLOCK_BYTES):
-                part.append(file, block)
-                advance(len(block))
-                if stop.is_set():
-                    raise _Stopped
-                if part.size > most:
-                    advance(-part.size)
-                    part.restart(None)
-                    raise UserError(
-                        f"{part.download.url}: sends more than the {most:,} bytes that there should be. It is another file: "
-                        f"correct {part.download.option}."
-                    )
-                if (seconds := time.monotonic() - begun) > _WINDOW:
-                    if part.size - before < _LEAST_RATE * seconds:
-                        raise _Slow(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
-                    begun, before = time.monotonic(), part.size
+        _receive(response, part, stop)
     # Where no length was told, urllib3 still knows the end of a chunked answer from a broken connection.
     part.server["bytes"] = part.server.get("bytes") or part.size
     if not part.is_complete():
         raise _Transient(f"the answer ended after {part.size} bytes")
 
 
-class _Part:
-    """The first bytes of a file, the hash over them, and what the server said about the file when they came."""
+def _receive(response: requests.Response, part: "_Part", stop: threading.Event) -> None:
+    """Take what comes, no more of it than there should be, and no slower than `_LEAST_RATE`."""
+    begun, before, most = time.monotonic(), part.size, part.server.get("bytes") or _MOST_BYTES
+    with open(part.path, "ab") as file:
+        # `read1` hands over what has come; `iter_content` would lose up to a block when the connection ends.
+        while block := response.raw.read1(_BLOCK_BYTES):
+            part.append(file, block)
+            if stop.is_set():
+                raise CancelledError
+            if part.size > most:
+                part.restart()
+                raise UserError(
+                    f"{part.download.url}: sends more than the {most:,} bytes that there should be. It is another file: "
+                    f"correct {part.download.option}."
+                )
+            if (seconds := time.monotonic() - begun) > _WINDOW:
+                if part.size - before < _LEAST_RATE * seconds:
+                    raise _Slow(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
+                begun, before = time.monotonic(), part.size
 
-    def __init__(self, download: Download):
-        self.download = download
-        self.path = download.beside(".part")
-        self._start()
-        server = _read_json(download.beside(".part.json"))
-        if self.path.is_file() and server is not None and server.get("url") == without_secrets(download.url):
-            self.server = server
-            with open(self.path, "rb") as file:
-                while block := file.read(_BLOCK_BYTES):
-                    self._count(block)
+
+class _Part:
+    """The first bytes of a file, and what the server said about the file when they came."""
+
+    def __init__(self, download: Download, advance: Callable[[int], None]):
+        """`advance` is called with the number of bytes that have come, below 0 for those that were thrown away."""
+        self.download, self.path, self._advance = download, download.beside(PART), advance
+        server = find_sealed(download.beside(f"{PART}.json")) or {}
+        same = server.get("url") == without_secrets(download.url)
+        self.server: dict[str, Any] = server if same else {}
+        self.size = bytes_here(download) if same else 0
+        if self.size:
             log.info("%s: going on at byte %d", download.path.name, self.size)
         self.furthest = self.size
         """Most bytes there ever were: only more than that is progress."""
@@ -263,69 +242,59 @@ class _Part:
         same = etag if etag and not etag.startswith("W/") else modified
         return {"Range": f"bytes={self.size}-", **({"If-Range": same} if same else {})}
 
-    def goes_on_with(self, response: requests.Response) -> bool:
+    def continues_with(self, response: requests.Response) -> bool:
         """Tell whether a partial answer begins where this ends, and is of the same file."""
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if found is None or int(found[1]) != self.size:
             return False
-        told = {**_told(response), "bytes": int(found[2])}
-        return all(told[key] is None or self.server.get(key) in (None, told[key]) for key in told)
+        markers = {**_description(response), "bytes": int(found[2])}
+        return all(value is None or self.server.get(key) in (None, value) for key, value in markers.items())
 
-    def restart(self, response: requests.Response | None) -> None:
+    def restart(self, response: requests.Response | None = None) -> None:
         """Throw everything away, to begin with the whole answer in `response` or with the next one."""
-        with open(self.path, "wb"):
-            pass
-        self._start()
+        self.path.unlink(missing_ok=True)
+        self._advance(-self.size)
+        self.size, self.server = 0, {}
         if response is not None:
-            self.server = {"url": without_secrets(self.download.url), "bytes": _length(response), **_told(response)}
-        write_json(self.download.beside(".part.json"), self.server)
+            self.server = {"url": without_secrets(self.download.url), **_description(response)}
+        write_sealed(self.download.beside(f"{PART}.json"), self.server)
 
     def append(self, file: Any, block: bytes) -> None:
         """Write bytes through to the disk's cache, so that they outlive a killed process."""
         file.write(block)
         file.flush()
-        self._count(block)
-        self.furthest = max(self.furthest, self.size)
-
-    def checksum(self) -> str:
-        """Return the checksum so far, written as `Download.checksum` is."""
-        return f"{self._hash.name}:{self._hash.hexdigest()}"
-
-    def _start(self) -> None:
-        self.size = 0
-        self.server: dict[str, Any] = {}
-        self._hash = hashlib.new(self.download.checksum.split(":")[0])
-
-    def _count(self, block: bytes) -> None:
+        self._advance(len(block))
         self.size += len(block)
-        self._hash.update(block)
+        self.furthest = max(self.furthest, self.size)
 
 
 def _with_retries(
     attempt: Callable[[], Result], download: Download, stop: threading.Event, furthest: Callable[[], int] = lambda: 0
 ) -> Result:
     """Call until it succeeds; `furthest` says how far all attempts have come, and what comes further is no failure."""
-    failures, reached = 0, furthest()
+    # Not as requests' adapter would use it: its waits could not be stopped, and it knows nothing of progress.
+    retry, reached = _RETRY, furthest()
     while True:
         try:
             return attempt()
         except requests.exceptions.SSLError as error:
             raise UserError(f"{download.url}: {error}. Correct {download.option} or the certificates.") from error
-        except (_Transient, requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
-            progress = furthest() > reached and not isinstance(error, _Slow)
-            failures, reached = (0 if progress else failures) + 1, furthest()
+        except (_Transient, requests.ConnectionError, requests.Timeout, HTTPError) as error:
+            if furthest() > reached and not isinstance(error, _Slow):
+                retry = _RETRY
+            reached = furthest()
             # urllib3 repeats itself in its second argument.
             reason = error.args[0] if error.args else error
-            if failures == _ATTEMPTS:
+            if retry.total == 0:
                 raise UserError(
-                    f"{download.url}: failed {failures} times in a row ({reason}). Run `dvc repro` again to go on where it "
-                    f"stopped, or correct {download.option}."
+                    f"{download.url}: failed {_RETRY.total + 1} times in a row ({reason}). Run `dvc repro` again to go on "
+                    f"where it stopped, or correct {download.option}."
                 ) from error
-            seconds = max(_FIRST_WAIT * 2 ** (failures - 1), getattr(error, "seconds", 0.0))
-            told = without_secrets(f"{download.url}: {reason}")
-            log.warning("%s; again in %.0f s", told, min(seconds, _LONGEST_WAIT))
-            if stop.wait(min(seconds, _LONGEST_WAIT)):
-                raise _Stopped from error
+            retry = retry.increment()
+            seconds = max(retry.get_backoff_time(), getattr(error, "seconds", 0.0))
+            log.warning("%s; again in %.0f s", without_secrets(f"{download.url}: {reason}"), seconds)
+            if stop.wait(seconds):
+                raise CancelledError from error
         except requests.RequestException as error:
             raise UserError(f"{download.url}: cannot be fetched ({error}). Correct {download.option}.") from error
 
@@ -333,9 +302,11 @@ def _with_retries(
 def _check_status(response: requests.Response, download: Download) -> None:
     """Raise for an answer without the file: `_Transient` where it may come later."""
     status = f"the server answers {response.status_code} ({response.reason})"
-    if response.status_code in _TRY_AGAIN:
-        asked = response.headers.get("Retry-After", "")
-        raise _Transient(status, float(asked) if asked.isdecimal() else 0.0)
+    if _RETRY.is_retry("GET", response.status_code, "Retry-After" in response.headers):
+        error = _Transient(status)
+        with suppress(InvalidHeader):
+            error.seconds = _RETRY.get_retry_after(response.raw) or 0.0
+        raise error
     if response.status_code not in (200, 206):
         raise UserError(
             f"{download.url}: {status}. Correct {download.option}, or put {download.path.name} into "
@@ -343,25 +314,24 @@ def _check_status(response: requests.Response, download: Download) -> None:
         )
 
 
-def _told(response: requests.Response) -> dict[str, str | None]:
-    """Return by what a server tells one version of a file from another."""
-    return {"etag": response.headers.get("ETag"), "last_modified": response.headers.get("Last-Modified")}
-
-
-def _length(response: requests.Response) -> int | None:
+def _description(response: requests.Response) -> dict[str, Any]:
+    """Return the size that the server tells, and its version markers (ETag, Last-Modified); None where it does not."""
     length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() else None
+    return {
+        "bytes": int(length) if length.isdecimal() else None,
+        "etag": response.headers.get("ETag"),
+        "last_modified": response.headers.get("Last-Modified"),
+    }
 
 
-def _facts(download: Download) -> dict[str, Any]:
+def _checksum(download: Download, path: Path) -> str:
+    """Return the checksum of a file, written as `Download.checksum` is."""
+    algorithm = download.checksum.split(":")[0]
+    with open(path, "rb") as file:
+        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+
+
+def _metadata(download: Download) -> dict[str, Any]:
+    """Return by what a verified file is known again without being read."""
     status = download.path.stat()
     return {"checksum": download.checksum, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a file, or None where there is none: a file that was being written when its process died."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -9,7 +9,6 @@ never meet.
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +33,7 @@ from vlm_vqa.fetch.sources.official_layout import Source, SplitPaths, official_p
 from vlm_vqa.hashing import hash_json, sha256_bytes
 from vlm_vqa.hf_hub import Repository, translate_errors
 from vlm_vqa.params import HubParams, HubRepository
+from vlm_vqa.sealed import aside, flush
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -264,27 +264,28 @@ class _PartWriter:
 
     def write(self, file: str, part: Path) -> None:
         """Write what `file` holds; nothing of it counts before all of it is there."""
-        unfinished = part.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
         before = self.progress.n
         images: dict[int, str] = {}
         try:
-            with open(unfinished / "questions", "w") as questions, open(unfinished / "annotations", "w") as annotations:
-                for row in _rows(self.repository, file):
-                    ids = {"question_id": row["question_id"], "image_id": row["image_id"]}
-                    kinds = {key: row[key] for key in ("question_type", "answer_type", "multiple_choice_answer")}
-                    questions.write(_line({**ids, "question": row["question"]}))
-                    annotations.write(_line({**ids, **kinds, "answers": _answers(row["answers"])}))
-                    self._write_image(row, images)
-                    self.progress.update()
+            with aside(part) as folder:
+                folder.mkdir()
+                with open(folder / "questions", "w") as questions, open(folder / "annotations", "w") as annotations:
+                    for row in _rows(self.repository, file):
+                        ids = {"question_id": row["question_id"], "image_id": row["image_id"]}
+                        kinds = {key: row[key] for key in ("question_type", "answer_type", "multiple_choice_answer")}
+                        questions.write(_line({**ids, "question": row["question"]}))
+                        annotations.write(_line({**ids, **kinds, "answers": _answers(row["answers"])}))
+                        self._write_image(row, images)
+                        self.progress.update()
+                (folder / "images").write_text(json.dumps(list(images.items())))
+                # They count with the part, so they must be on the disk before it.
+                for path in (*map(self._image, images), self.paths.images):
+                    flush(path)
         except pa.ArrowInvalid as error:
             raise UserError(f"{self.repository}: {file} is no intact Parquet file ({error}).") from error
         except BaseException:
             self.progress.update(before - self.progress.n)
             raise
-        (unfinished / "images").write_text(json.dumps(list(images.items())))
-        unfinished.rename(part)
 
     def _write_image(self, row: dict[str, Any], images: dict[int, str]) -> None:
         """Write a row's image unless its id is known; `images` notes the ids of this part."""
@@ -293,19 +294,19 @@ class _PartWriter:
         data = row["image"].get("bytes") if isinstance(row["image"], dict) else row["image"]
         if not isinstance(data, bytes):
             raise UserError(f"{where} comes without the bytes of its image. Name a repository that embeds images.")
-        name = self.paths.names.name(image_id) if type(image_id) is int and image_id >= 0 else None
-        if name is None:
+        if type(image_id) is not int or image_id < 0 or self.paths.names.name(image_id) is None:
             # The contract, which reads all that is written here, names the bad id.
             return
         sha256 = sha256_bytes(data)
         if image_id not in self.hashes:
-            unfinished = self.paths.images / f"{name}.unfinished"
-            unfinished.write_bytes(data)
-            unfinished.rename(self.paths.images / name)
+            self._image(image_id).write_bytes(data)
             self.hashes[image_id] = sha256
         elif self.hashes[image_id] != sha256:
             raise UserError(f"{where} has another image than earlier questions about image_id {image_id}.")
         images[image_id] = sha256
+
+    def _image(self, image_id: int) -> Path:
+        return self.paths.images / self.paths.names.name(image_id)
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -315,8 +316,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 def _join(parts: Iterable[Path], key: str, target: Path) -> None:
     """Write VQAv2's questions or annotations file from the lines of all parts."""
-    unfinished = target.with_suffix(".unfinished")
-    with open(unfinished, "w") as file:
+    with aside(target) as unfinished, open(unfinished, "w") as file:
         file.write(f'{{"{key}": [')
         separator = "\n"
         for part in parts:
@@ -325,4 +325,3 @@ def _join(parts: Iterable[Path], key: str, target: Path) -> None:
                     file.write(separator + line.rstrip("\n"))
                     separator = ",\n"
         file.write("\n]}\n")
-    os.replace(unfinished, target)

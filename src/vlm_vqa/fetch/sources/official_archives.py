@@ -76,7 +76,7 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         records: folder that the records will be written to; the archives' folder lies beside it.
 
     Raises:
-        UserError: an archive cannot be had with the right checksum, holds what it should not, or the disk is too small.
+        UserError: an archive cannot be downloaded with the right checksum or holds what it should not, or the disk is full.
     """
     checksums, replaced = _checksums()
     downloads = [_download(archive, params, records, checksums) for archive in _ARCHIVES]

@@ -20,9 +20,9 @@ from vlm_vqa.fetch.contract import (
     Annotation,
     Entries,
     ImageNames,
-    Kind,
-    Malformed,
+    MalformedRecord,
     Question,
+    ViolationKind,
     Violations,
     parse_annotation,
     parse_question,
@@ -121,7 +121,7 @@ def _read_entries(
             return entry
         try:
             return parse(entry)
-        except Malformed:
+        except MalformedRecord:
             return entry
 
     try:
@@ -135,17 +135,17 @@ def _read_entries(
         text = text.decode("utf-8")
         content = json.loads(text, object_hook=compact)
     except FileNotFoundError:
-        violations.add(Kind.MISSING_FILE, f"{path}")
+        violations.add(ViolationKind.MISSING_FILE, f"{path}")
         return None
     # JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError.
     except (OSError, RecursionError, *_DAMAGE) as error:
-        violations.add(Kind.BROKEN_FILE, f"{path}: not complete JSON ({error})")
+        violations.add(ViolationKind.BROKEN_FILE, f"{path}: not complete JSON ({error})")
         return None
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        violations.add(Kind.BROKEN_FILE, f"{path}: without a list {key!r}")
+        violations.add(ViolationKind.BROKEN_FILE, f"{path}: without a list {key!r}")
         return None
     if not content[key]:
-        violations.add(Kind.BROKEN_FILE, f"{path}: the list {key!r} is empty")
+        violations.add(ViolationKind.BROKEN_FILE, f"{path}: the list {key!r} is empty")
         return None
     return _sort_out(path, content[key], kind, parse, violations)
 
@@ -185,7 +185,7 @@ def _sort_out(
             continue
         try:
             result.good.append(parse(entry))
-        except Malformed as error:
+        except MalformedRecord as error:
             question_id = entry.get("question_id") if isinstance(entry, dict) else None
             if isinstance(question_id, int):
                 result.reported.add(question_id)

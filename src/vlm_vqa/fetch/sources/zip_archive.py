@@ -1,6 +1,6 @@
-"""Zip archives from strangers: opened only when every entry is a file of its own below the archive's folder.
+"""Untrusted zip archives: opened only when every entry is a file of its own below the archive's folder.
 
-Nothing is unpacked to disk here, but whoever names an archive will unpack it some day.
+Nothing is unpacked to disk here, but users may unpack the archive that they name elsewhere.
 """
 
 import re
