@@ -25,7 +25,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.sources import download, official_archives
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.hashing import hash_files, write_json
-from vlm_vqa.inference.export import join, read_training, write_export
+from vlm_vqa.inference.export import join, write_export
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import build_processor, hash_weights, initial_model, load_tokenizer, save_trained, trained_state
 from vlm_vqa.params import DataParams, OfficialParams, Source, parse_params
@@ -194,10 +194,10 @@ def make_export(folder: Path) -> str:
     state = trained_state(model)
     save_trained(model.config, state, folder / "trained")
     processor.save_pretrained(folder / "trained")
-    write_json(folder / "trained/training.json", {"weights_hash": hash_weights(state)})
+    weights_hash = hash_weights(state)
     data = {"source": "drawn", "notes": [], "splits": {}}
-    write_export(folder / "export", join(folder / "trained", encoder), processor, params, read_training(folder / "trained"),
-                 {"steps": 0}, data)  # fmt: skip
+    model = join(folder / "trained", encoder, weights_hash)
+    write_export(folder / "export", model, processor, params, {"weights_hash": weights_hash}, {"steps": 0}, data)
     (folder / "picture.jpg").write_bytes(vqav2.draw_picture((60, 40), seed=0))
     command("ask", str(folder / "picture.jpg"), "What is it?", "--model", str(folder / "export"))
     return ""
@@ -205,7 +205,7 @@ def make_export(folder: Path) -> str:
 
 def damaged_export(place: Path, rng: random.Random, whole: Path) -> Outcome:
     """Ask a model of which one file is damaged."""
-    mutations.load_state(whole / "export", place / "export")
+    mutations.restore(whole / "export", place / "export")
     path = rng.choice(sorted((place / "export").iterdir()))
     said = f"{path.name} {mutations.damage(path, rng)}"
     words = ("ask", str(whole / "picture.jpg"), "What is it?", "--model", str(place / "export"))

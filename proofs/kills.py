@@ -110,7 +110,7 @@ def run(states: States, number: int, seed: str) -> Trial:
     """Begin at a state, kill, repeat, compare."""
     rng = random.Random(seed)
     trial = Trial(number, states.launch, rng.randrange(len(STAGES)), rng.choice((BARE, MAKE)), number % 2 == 0)
-    states.load_state(trial.state)
+    states.restore(trial.state)
     for _ in range(rng.randint(1, 4)):
         with states.call(rng.choice((trial.command, MAKE))) as call:
             if (kill := strike(states, call, rng)) is not None:

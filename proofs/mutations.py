@@ -121,7 +121,7 @@ def _change(where: Any, key: Any, rng: random.Random) -> str:
     return f"{key} {str(where[key])[:20]!r}"
 
 
-def load_state(whole: Path, place: Path) -> None:
+def restore(whole: Path, place: Path) -> None:
     """Put a folder back as it was."""
     remove(place)
     shutil.copytree(whole, place)

@@ -73,7 +73,10 @@ def read_trained(root: Path, encoder: Encoder) -> str:
         read_manifest(root / "data/records"),
         read_training(folder),
     )
-    model, processor = join(folder, encoder), AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    model, processor = (
+        join(folder, encoder, training["weights_hash"]),
+        AutoProcessor.from_pretrained(folder, trust_remote_code=False),
+    )
     with tempfile.TemporaryDirectory() as place:
         write_export(Path(place) / "export", model, processor, params, training, {"steps": 1}, manifest)
         return hash_files((path for path in Path(place).rglob("*") if path.is_file()), place)

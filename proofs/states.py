@@ -44,10 +44,10 @@ class States:
         """Run everything once undisturbed, then stage by stage, and keep a copy after each."""
         shutil.rmtree(self.folder, ignore_errors=True)
         Project(self.folder / "state-0", {**data, **SETTINGS, "train.launch": self.launch, **LAUNCHES[self.launch]})
-        self.load_state(0)
+        self.restore(0)
         self._undisturbed(BARE)
         whole, seconds = (self.place / "dvc.lock").read_bytes(), {}
-        self.load_state(0)
+        self.restore(0)
         for number, stage in enumerate(STAGES, 1):
             seconds[stage] = self._undisturbed(f"{BARE} {stage}")
             copy(self.place, self.folder / f"state-{number}")
@@ -65,7 +65,7 @@ class States:
                 raise UserError(f"{self.launch}: {command} failed undisturbed: {wrong}\n{call.text()[-3000:]}")
             return call.seconds()
 
-    def load_state(self, state: int) -> None:
+    def restore(self, state: int) -> None:
         """Begin anew with so many stages done."""
         shutil.rmtree(self.place, ignore_errors=True)
         copy(self.folder / f"state-{state}", self.place)

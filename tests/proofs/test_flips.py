@@ -15,8 +15,9 @@ import yaml
 from proofs import fault_cases, flips
 from proofs.project import TINY, with_changes
 from proofs.readers import KINDS
-from vlm_vqa.data.feature_store import FeatureStoreWriter, Layout
+from vlm_vqa.data.feature_store import Layout
 from vlm_vqa.data.records import iter_images, load_questions
+from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.params import StoreDtype, parse_params
@@ -52,7 +53,7 @@ def project(tmp_path_factory):
     made_by = {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"], "compute_dtype": "float32"}
     writer = FeatureStoreWriter(root / "data/features", layout, made_by)
     (number,) = writer.begin()
-    shard = layout.shard(number)
+    shard = Shard.of(layout, number)
     shard.add(ids, torch.randn(len(ids), 3, 4))
     writer.write(shard)
     writer.publish()
