@@ -12,7 +12,8 @@ undisturbed for each launch. A trial begins where none to four of the stages are
 
 and after one to four such calls the command is called once more and left alone. It must succeed; dvc.lock must be the
 undisturbed run's to the byte, and every output what dvc.lock says; no process may have lived for more than 10 s after its
-parent; no traceback may have been printed, by killed calls neither. Where DVC refuses its own torn lock file, which no stage
+parent; no traceback may have been printed, by killed calls neither, but torchrun's own report of a process that ended
+before it could say why, which is counted apart. Where DVC refuses its own torn lock file, which no stage
 of ours can mend, the bare `dvc repro` is followed by `make repro`'s command; the counts say how often.
 
 Shared with the undisturbed run: the packages, the sample, and outputs and DVC's cache of the stages that are done when a
@@ -51,7 +52,9 @@ WATCHED = {
                 "reports", "checkpoints", "mlflow.db"),
 }  # fmt: skip
 PATIENCE = 600.0
-TRACEBACK = "Traceback (most recent call last)"
+TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(.*)")
+LAUNCHER = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
+"""How torchrun ends its own report of a process that a signal has ended before it could say why."""
 
 
 @dataclass
@@ -152,8 +155,11 @@ def after(states: States, call: tree.Call, kill: dict[str, Any]) -> list[str]:
     kill |= {"ended": call.shell.poll(), "outlived": round(call.outlived, 1),
              "seconds_to_end": round(time.monotonic() - begun, 1)}  # fmt: skip
     where = f"{kill['signal']} to {kill['victim']} ({kill['moment']}, stage {kill['stage']})"
-    problems = [f"{wrong} ({keep(states, call)})"] if wrong else []
-    return [f"{where}: {text}" for text in problems + traceback(states, call)]
+    found = tracebacks(call)
+    kill["launcher_reports"] = sum(LAUNCHER in text for text in found)
+    problems = [wrong] if wrong else []
+    problems += [f"a traceback: {text}" for text in found if LAUNCHER not in text]
+    return [f"{where}: {text} ({keep(states, call)})" for text in problems]
 
 
 def repeat(states: States, trial: Trial) -> None:
@@ -167,7 +173,7 @@ def repeat(states: States, trial: Trial) -> None:
             continue
         if wrong or code:
             trial.problems.append(f"{command} again ended with {code}: {wrong or text.strip()[-600:]}")
-        trial.problems += traceback(states, call)
+        trial.problems += [f"{command} again: a traceback: {text} ({keep(states, call)})" for text in tracebacks(call)]
         break
     lock = states.place / "dvc.lock"
     if not lock.exists() or lock.read_bytes() != states.expected:
@@ -177,13 +183,9 @@ def repeat(states: States, trial: Trial) -> None:
             trial.problems += [f"output: {fault}" for fault in verify(outs)]
 
 
-def traceback(states: States, call: tree.Call) -> list[str]:
-    """Return what is wrong with what was printed."""
-    text = call.text()
-    if TRACEBACK not in text:
-        return []
-    last = text[text.rindex(TRACEBACK) :].strip().splitlines()[-1][:120]
-    return [f"a traceback on the terminal ({keep(states, call)}): {last}"]
+def tracebacks(call: tree.Call) -> list[str]:
+    """Return the last lines of the tracebacks that were printed."""
+    return [found[:150] for found in TRACEBACK.findall(call.text())]
 
 
 def keep(states: States, call: tree.Call) -> str:
@@ -223,6 +225,7 @@ def report(trials: Sequence[Trial], options: argparse.Namespace) -> None:
     )
     for key in ("signal", "moment", "stage"):
         print("  " + ", ".join(f"{name} {count}" for name, count in Counter(kill[key] for kill in kills).most_common()))
+    print(f"  torchrun's own report after {sum(bool(kill.get('launcher_reports')) for kill in kills)} kills")
     print(f"  dvc repro alone sufficed in {sum(not t.refused for t in bare)} of {len(bare)} trials that end with it")
     for trial in trials:
         if trial.problems:
