@@ -198,6 +198,14 @@ def test_files_of_an_earlier_run_do_not_stay(vqav2_folder, directory_params, tmp
     assert records.count_images(target) == 6 and not part.exists()
 
 
+def test_a_link_to_another_disk_stays_one(vqav2_folder, directory_params, tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "records").symlink_to("large")
+    params = directory_params(vqav2_folder())
+    assert fetch(params, tmp_path / "records") == fetch(params, tmp_path / "records")
+    assert records.count_images(tmp_path / "large") == 6 and (tmp_path / "records").is_symlink()
+
+
 def test_large_images_make_smaller_row_groups(monkeypatch):
     monkeypatch.setattr(fetching, "_BYTES_PER_GROUP", 10)
     rows = [{"image": {"bytes": b"x" * size}} for size in (3, 3, 9, 12, 1)]

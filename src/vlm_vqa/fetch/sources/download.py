@@ -40,8 +40,7 @@ _WINDOW = 30.0
 # Where no server tells a size; VQAv2's largest archive has 13.5 GB.
 _MOST_BYTES = 20 * 2**30
 _BLOCK_BYTES = 2**20
-_AS_IT_IS = {"Accept-Encoding": "identity"}
-"""Headers: a compressed answer could not be resumed."""
+_AS_IT_IS = {"Accept-Encoding": "identity"}  # a compressed answer could not be resumed
 
 
 @dataclass(frozen=True)
@@ -233,14 +232,13 @@ class _Part:
         """Tell whether there is as much as the server has told."""
         return self.size == self.server.get("bytes")
 
-    def range_headers(self) -> dict[str, str]:
+    def range_headers(self) -> dict[str, str | None]:
         """Return what asks for the rest of the same file, and for the whole of another one (RFC 9110, 13.1.5)."""
-        if self.size == 0:
-            return {}
         etag, modified = self.server.get("etag"), self.server.get("last_modified")
         # Weak tags (W/) do not stand for equal bytes.
         same = etag if etag and not etag.startswith("W/") else modified
-        return {"Range": f"bytes={self.size}-", **({"If-Range": same} if same else {})}
+        # requests leaves out what is None.
+        return {"Range": f"bytes={self.size}-", "If-Range": same} if self.size else {}
 
     def continues_with(self, response: requests.Response) -> bool:
         """Tell whether a partial answer begins where this ends, and is of the same file."""
