@@ -162,7 +162,8 @@ def faulty_mirror(place: Path, rng: random.Random) -> Outcome:
 def _from_mirror(place: Path, files: dict[str, bytes], faults: dict[str, list[Any]], always: dict[str, Any],
                  switches: dict[str, bool]) -> str:  # fmt: skip
     # As patient as a person who watches a test.
-    download._FIRST_WAIT, download._LONGEST_WAIT, download._TIMEOUT = 0.001, 0.01, (2.0, 0.3)
+    download._TIMEOUT = (2.0, 0.3)
+    download._RETRY = download._RETRY.new(backoff_factor=0.001, backoff_max=0.01, retry_after_max=0.01)
     download._WINDOW, download._MOST_BYTES = 0.3, 10**7
     checksums = {name: f"sha256:{hashlib.sha256(data).hexdigest()}" for name, data in files.items()}
     write_json(place / "checksums.json", checksums)

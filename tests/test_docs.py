@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from benchmarks.__main__ import DEFAULT
+from proofs import strategies
 from scripts import parameters_page
 from vlm_vqa import cli
 
@@ -27,23 +28,14 @@ TEXT = "\n\n".join(PAGES.values())
 FLAT = " ".join(TEXT.split())
 PAGE = [pytest.param(name, id=name) for name in PAGES]
 
-# New names that the documents use, and the old ones, until the branches that move them are merged. Then both go.
-MOVING = {"proofs/": "benchmarks/", "src/vlm_vqa/estimate/": "src/vlm_vqa/preflight/"}
-
 
 def there(path: str) -> bool:
     """Tell whether a path or pattern of the repository leads somewhere."""
-    names = [path, *(old + path.removeprefix(new) for new, old in MOVING.items() if path.startswith(new))]
-    return any(next(ROOT.glob(name), None) for name in names)
+    return any(ROOT.glob(path))
 
 
 def results(name: str) -> dict:
     return json.loads(next(ROOT.glob(f"*/results/{name}.json")).read_text(encoding="utf-8"))
-
-
-def strategies():
-    """Return the proof's module, which knows how its table is written."""
-    return importlib.import_module("proofs.strategies" if (ROOT / "proofs").is_dir() else "benchmarks.strategies")
 
 
 def table_rows(text: str) -> Iterator[list[str]]:
@@ -194,7 +186,7 @@ def test_speed_is_what_was_measured():
 def test_what_comes_out_is_what_was_measured():
     found = {name: results(name) for name in ("learning", "strategies", "kills")}
     assert all(claim["met"] for result in found.values() for claim in result["claims"])
-    details, made = found["strategies"]["details"], strategies()
+    details, made = found["strategies"]["details"], strategies
     assert made.table(details["distances"], details["8_from_32_bits"], list(made.LAUNCHES)) in PAGES["docs/training.md"]
     assert f"after {details['losses']} steps" in FLAT
     measured = {claim["what"]: claim["ratio"] for result in found.values() for claim in result["claims"]}
