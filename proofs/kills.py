@@ -48,8 +48,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 MOMENTS = {"any time": 6, "between": 3, "writing": 2}
 WATCHED = {
     "between": ("dvc.lock", ".dvc/tmp/rwlock"),
-    "writing": ("data", "data/records.part", "data/records", "data/features", "data/features.parts", "models", "models/trained", "models/export",
-                "reports", "checkpoints", "mlflow.db"),
+    "writing": (
+        "data", "data/records.part", "data/records", "data/features", "data/features.parts", "models", "models/trained",
+        "models/export", "reports", "checkpoints", "mlflow.db",
+    ),
 }  # fmt: skip
 PATIENCE = 600.0
 TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(.*)")
