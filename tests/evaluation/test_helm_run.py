@@ -40,6 +40,13 @@ def test_a_child_that_fails_is_shown_by_the_end_of_its_log(tmp_path, monkeypatch
         _run_child(["failing"], Path("logs/log"), {})
 
 
+def test_a_child_that_was_killed_is_no_fault_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "killed.py").write_text("import os\nos.kill(os.getpid(), 15)\n")
+    with pytest.raises(UserError, match="killed was ended by SIGTERM. Run `dvc repro` again"):
+        _run_child(["killed"], Path("log"), {})
+
+
 def test_the_clients_words_are_found_in_the_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "failing.py").write_text("print('12:00 INFO   vlm-vqa client failed: no image.')\nraise SystemExit(1)")

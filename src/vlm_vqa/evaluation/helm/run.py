@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import vlm_vqa
 from vlm_vqa import cores
-from vlm_vqa.errors import UserError
+from vlm_vqa.errors import GO_ON, UserError
 from vlm_vqa.pipeline import orphans
 
 # What the client writes into HELM's log for us to read.
@@ -157,7 +157,9 @@ def _end(child: subprocess.Popen) -> None:
 
 
 def _explain(log_path: Path, program: str, code: int) -> None:
-    """Raise what the log says: the client's own words where there are any, else its last lines."""
+    """Raise what the log says: the client's own words where there are any, else its last lines; or which signal it was."""
+    if code < 0:
+        raise UserError(f"{program} was ended by {signal.Signals(-code).name}. {GO_ON}")
     lines = log_path.read_text(encoding="utf-8").splitlines()
     for line in lines:
         if FAILED in line and "Request(" not in line:
