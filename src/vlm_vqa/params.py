@@ -649,7 +649,7 @@ def _keys(path: list[str]) -> list[str]:
     """Return the names of the keys in the group at `path`."""
     group: Any = Params
     for name in path:
-        hint = typing.get_type_hints(group)[name]
+        hint = DataParams if name == "data" else typing.get_type_hints(group)[name]
         group = next(filter(is_dataclass, typing.get_args(hint)), hint)
     return [one.name for one in fields(group)]
 
