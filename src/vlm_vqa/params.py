@@ -41,11 +41,13 @@ Optimizer = StrEnum("Optimizer", {"ADAMW_TORCH": "adamw_torch", "ADAMW_BNB_8BIT"
 """The optimizers this project supports, by the HF Trainer's names."""
 Attention = StrEnum("Attention", {"EAGER": "eager", "FLEX": "flex_attention"})
 """How attention is computed in training; see `vlm_vqa.model.attention`."""
-Scheduler = StrEnum("Scheduler", {name.upper(): name for name in ("cosine", "linear", "constant_with_warmup")})
+Scheduler = StrEnum(
+    "Scheduler", {"COSINE": "cosine", "LINEAR": "linear", "CONSTANT_WITH_WARMUP": "constant_with_warmup"}
+)
 """Learning-rate schedules, by the HF Trainer's names."""
 Dtype = StrEnum("Dtype", {"FLOAT32": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16"})
 """Floating-point types, by torch's names."""
-StoreDtype = StrEnum("StoreDtype", {**{one.name: one.value for one in Dtype}, "INT8": "int8"})
+StoreDtype = StrEnum("StoreDtype", {"FLOAT32": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "INT8": "int8"})
 """Types of stored features; see `vlm_vqa.data.feature_store`."""
 Rounding = StrEnum("Rounding", {"NEAREST": "nearest", "STOCHASTIC": "stochastic"})
 """How an updated weight is rounded to `train.weights_dtype`."""
@@ -73,7 +75,7 @@ _MOST_WEIGHTS = 28 * 10**9
 """Gemma 2's largest has 27 billion."""
 
 
-def _names(value: Any) -> Any:
+def _projections(value: Any) -> Any:
     if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
         raise ValueError(f"is {shown(value)}; it must be a list of names.")
     unknown = ", ".join(sorted(set(value) - set(PROJECTIONS)))
@@ -82,6 +84,7 @@ def _names(value: Any) -> Any:
     return value
 
 
+_LAYERS = pydantic.WithJsonSchema({"type": "array", "items": {"enum": [*PROJECTIONS]}, "minItems": 1})
 Truth = Annotated[bool, BeforeValidator(truth)]
 Count = Annotated[int, Range(2**31 - 1)]
 Natural = Annotated[int, Range(2**31 - 1, least=0)]
@@ -367,7 +370,7 @@ class LoraParams(Section):
     """Adapters are scaled by alpha / rank."""
     dropout: Share
     """On what enters an adapter."""
-    targets: Annotated[tuple[Literal[PROJECTIONS], ...], pydantic.Field(min_length=1), BeforeValidator(_names)]
+    targets: Annotated[tuple[str, ...], BeforeValidator(_projections), _LAYERS]
     """Linear layers of Gemma 2 that get one, by the last part of their names."""
 
 
@@ -439,7 +442,7 @@ class TrainParams(Section):
 
     @rules
     def _rules(cls, name: str, value: Any, above: Above) -> str | None:
-        """Return what the installed libraries would drop without a word, or what is known to train wrongly."""
+        """Refuse what the installed libraries would drop without a word, or what is known to train wrongly."""
         weights, compute = above.get("weights_dtype"), above.get("compute_dtype")
         match name:
             case "questions_per_row" if value != 1 and above.get("mask") is Mask.PREFIX_LM:
@@ -475,7 +478,7 @@ class TrainParams(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _rows_as_before(cls, values: Any, info: ValidationInfo) -> Any:
-        """Before it had `questions_per_row`, `image-prefix` put all of a batch's questions of an image in one."""
+        """Before there was `questions_per_row`, all questions of a batch about an image shared a row, or none."""
         if isinstance(values, dict) and "questions_per_row" not in values and "batch_size" in values:
             alone = info.context.get("mask") is Mask.PREFIX_LM
             return values | {"questions_per_row": 1 if alone else values["batch_size"]}
@@ -597,7 +600,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     """
     values = read_yaml(path)
     params = parse_params(values, str(path))
-    lacking = _lacking(params.as_dict(), values)
+    lacking = _lacking(params, values)
     if lacking:
         taken = ", ".join(map(_written, lacking.values()))
         them = "it" if len(lacking) == 1 else "them"
@@ -660,15 +663,10 @@ def _say(line: str) -> None:
         logging.getLogger(__name__).warning("%s", line)
 
 
-def _lacking(whole: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `values` lack of `whole`, by full names."""
-    found = {}
-    for name, value in whole.items():
-        if name not in values:
-            found[name] = value
-        elif isinstance(value, dict):
-            found |= {f"{name}.{key}": inner for key, inner in _lacking(value, values[name]).items()}
-    return found
+def _lacking(params: Params, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys that a file's values lack, by full names, and what was taken for them."""
+    given = dict(_flatten(values, ""))
+    return {key: value for key, value in params.flat().items() if key not in given}
 
 
 def _written(value: Any) -> str:
@@ -682,7 +680,7 @@ def fill_in(path: Path) -> list[str]:
         UserError: the file is not valid, or its layout has no place for a line.
     """
     values, text = read_yaml(path), path.read_text(encoding="utf-8")
-    lacking = _lacking(parse_params(values, str(path)).as_dict(), values)
+    lacking = _lacking(parse_params(values, str(path)), values)
     for key, value in lacking.items():
         *section, name = key.split(".")
         names, line = _keys(section), f"{name}: {_written(value)}"

@@ -131,7 +131,7 @@ def _read_mapping(node: MappingNode, key: str, count: Iterator[int]) -> dict[str
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes: above 0, or from `least` on."""
+    """The numbers that a field takes: above 0, or from `least` on, up to `most`; `why` not others."""
 
     most: float
     least: float | None = None
@@ -202,6 +202,7 @@ def _number(text: str) -> int | float | None:
 
 
 def truth(value: Any) -> bool:
+    """Return the truth value that a text writes; Python's own passes."""
     truth = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
     if type(truth) is not bool:
         raise ValueError(f"is {shown(value)}; it must be true or false.")
