@@ -5,23 +5,18 @@
 A test compares the committed page with what this writes.
 """
 
-import ast
-import dataclasses
-import enum
-import inspect
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vlm_vqa import params
+from scripts.schema import schema_of
+from vlm_vqa.params import DataParams, Params
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/parameters.md"
-UNBOUNDED = " and at most 2,147,483,647"
+UNBOUNDED = 2**31 - 1
 """A limit that only says which integers a computer has."""
 HEAD = """\
 # Parameters
@@ -30,58 +25,58 @@ HEAD = """\
 
 Every key of `params.yaml`. Unknown keys are refused, so that a run is what its file says. The column *small run* shows the
 values of `presets/small.yaml`, which `params.yaml` starts with; `presets/` has whole files for the
-[full scale](full-scale.md). `vlm-vqa check FILE` checks a file without running anything.
+[full scale](full-scale.md). `vlm-vqa check FILE` checks a file without running anything and names every mistake in it.
 
 The type of a key decides how its value is read: `1e-5`, `.00001` and `"1e-5"` are the same number, and `no` stays text where
 text is wanted. Truth values are `true` and `false`, never `yes` or `on`.
+
+A file of an earlier version keeps working: a key that came later may be missing, and its value is then what was done before
+it came. `vlm-vqa check` says so, and `vlm-vqa check --write` adds the key to the file.
+
+Editors that know YAML schemas (VS Code with the extension *YAML*, for one) complete keys and mark mistakes while you type. The
+first line of every parameter file names `params.schema.json`, which lies beside `params.yaml` and, as a link, in `presets/`.
 """
 
 
-def docstrings(source: str) -> dict[str, dict[str, str]]:
-    """Return `{class: {field: docstring}}`: the text directly below a field, on one line."""
-    found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef):
-            fields = found.setdefault(node.name, {})
-            for field, below in zip(node.body, node.body[1:], strict=False):
-                text = getattr(getattr(below, "value", None), "value", None)
-                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(text, str):
-                    fields[field.target.id] = " ".join(text.split())
-    return found
+def resolved(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return a key's schema, what it refers to in its place; `nullable` says whether it may be null, too."""
+    options = [one for one in node.get("anyOf", [node]) if one.get("type") != "null"]
+    found = {**options[0], **{key: value for key, value in node.items() if key != "anyOf"}}
+    if "$ref" in found:
+        found = definitions[found["$ref"].rpartition("/")[2]] | found
+    return found | {"nullable": any(one.get("type") == "null" for one in node.get("anyOf", []))}
 
 
-def takes(kind: Any) -> str:
-    """Return what a field of this type takes, in words."""
-    if typing.get_origin(kind) is typing.Annotated:
-        base, *limits = typing.get_args(kind)
-        words = {int: "whole number", float: "number"}[base]
-        return " ".join([words, *(limit.words().removesuffix(UNBOUNDED) for limit in limits)])
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return ", ".join(f"`{member.value}`" for member in kind)
-    if typing.get_origin(kind) is tuple:
-        return "list of texts"
-    return {bool: "`true`, `false`", str: "text", int: "whole number", float: "number"}[kind]
+def takes(node: dict[str, Any]) -> str:
+    """Return what a key takes, in words."""
+    if "enum" in node:
+        return ", ".join(f"`{one}`" for one in node["enum"])
+    kind = {"object": "group", "boolean": "`true`, `false`", "string": "text", "array": "list of texts",
+            "integer": "whole number", "number": "number"}[node["type"]]  # fmt: skip
+    least = "above 0" if "exclusiveMinimum" in node else f"at least {node.get('minimum')}"
+    most = node.get("maximum")
+    if most is None:
+        return kind
+    limit = f" and at most {most:,}" if isinstance(most, int) else f" and at most {most:g}"
+    return f"{kind} {least}{limit if most != UNBOUNDED else ''}"
 
 
-def rows(kind: type, prefix: str, values: Any, texts: dict[str, dict[str, str]]) -> Iterator[str]:
-    """Yield the table's lines of one class and of those inside it."""
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        inner = [part for part in typing.get_args(hint) if part is not type(None)]
-        optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
-        hint = inner[0] if optional else hint
+def rows(group: dict[str, Any], definitions: dict[str, Any], prefix: str, values: Any) -> Iterator[str]:
+    """Yield the table's lines of one group and of those inside it."""
+    for name, node in group["properties"].items():
+        node = resolved(node, definitions)
         value = values.get(name) if isinstance(values, dict) else None
-        text = texts[kind.__name__].get(name, "")
-        if dataclasses.is_dataclass(hint):
-            text = text or " ".join(inspect.getdoc(hint).split())
-            what = "group" + (" or null" if optional else "")
-            shown = "null" if isinstance(values, dict) and value is None else ""
-        else:
-            if not text and isinstance(hint, type) and issubclass(hint, enum.Enum):
-                text = " ".join(inspect.getdoc(hint).split())
-            what, shown = takes(hint) + (" or null" if optional else ""), plain(values, value)
-        yield " ".join(f"| {cell}".rstrip() for cell in (f"`{prefix}{name}`", what, shown, text)) + " |"
-        if dataclasses.is_dataclass(hint):
-            yield from rows(hint, f"{prefix}{name}.", value, texts)
+        is_group = "properties" in node
+        shown = ("null" if isinstance(values, dict) and value is None else "") if is_group else plain(values, value)
+        cells = f"`{prefix}{name}`", takes(node) + (" or null" if node["nullable"] else ""), shown, flat(node)
+        yield " ".join(f"| {cell}".rstrip() for cell in cells) + " |"
+        if is_group:
+            yield from rows(node, definitions, f"{prefix}{name}.", value)
+
+
+def flat(node: dict[str, Any]) -> str:
+    """Return the description on one line."""
+    return " ".join(node["description"].split())
 
 
 def plain(values: Any, value: Any) -> str:
@@ -95,16 +90,18 @@ def plain(values: Any, value: Any) -> str:
 
 def page() -> str:
     """Return the whole page."""
-    texts = docstrings(inspect.getsource(params))
     values = yaml.safe_load((ROOT / "presets/small.yaml").read_text(encoding="utf-8"))
-    lines, table = [HEAD], ["| key | takes | small run | meaning |", "|---|---|---|---|"]
-    alone = [name for name, kind in typing.get_type_hints(params.Params).items() if not dataclasses.is_dataclass(kind)]
-    everything = list(rows(params.Params, "", values, texts))
-    lines += ["## At the top\n", *table, *(row for row in everything if row.split("`")[1] in alone), ""]
-    for name, kind in typing.get_type_hints(params.Params).items():
-        if dataclasses.is_dataclass(kind):
-            lines += [f"## {name}\n", f"{' '.join(inspect.getdoc(kind).split())}\n", *table]
-            lines += [*(row for row in everything if row.split("`")[1].startswith(f"{name}.")), ""]
+    whole, data = schema_of(Params), schema_of(DataParams)
+    definitions = whole["$defs"] | data["$defs"]
+    # One table for all kinds of data.
+    sections = whole["properties"] | {"data": {key: value for key, value in data.items() if key != "$defs"}}
+    groups = {name: resolved(node, definitions) for name, node in sections.items()}
+    groups = {name: node for name, node in groups.items() if "properties" in node}
+    alone = {"properties": {name: node for name, node in sections.items() if name not in groups}}
+    table = ["| key | takes | small run | meaning |", "|---|---|---|---|"]
+    lines = [HEAD, "## At the top\n", *table, *rows(alone, definitions, "", values), ""]
+    for name, node in groups.items():
+        lines += [f"## {name}\n", f"{flat(node)}\n", *table, *rows(node, definitions, f"{name}.", values[name]), ""]
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
         "from vlm_vqa.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'mlflow', 'pandas', 'datasets'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'pandas', 'datasets', 'pydantic', 'ruamel'} & set(sys.modules)\n"
         "print('heavy:', sorted(heavy))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=True)
@@ -40,6 +40,17 @@ def test_check_names_a_misspelt_key(tmp_path, capsys):
     (tmp_path / "params.yaml").write_text(text)
     assert main(["check", str(tmp_path / "params.yaml")]) == 2
     assert "train.learning_rat" in capsys.readouterr().err
+
+
+def test_check_fills_in_what_a_file_of_an_earlier_version_lacks(tmp_path, capsys, caplog):
+    whole = (REPO / "presets/small.yaml").read_text()
+    path = tmp_path / "params.yaml"
+    path.write_text(whole.replace("  lora: null\n", ""))
+    assert main(["check", str(path)]) == 0 and "train.lora" not in path.read_text()
+    assert caplog.messages == [f"{path} lacks train.lora: taken as null, as before; `vlm-vqa check --write` adds it."]
+    assert main(["check", "--write", str(path)]) == 0 and path.read_text() == whole
+    assert f"{path}: added train.lora" in capsys.readouterr().out
+    assert main(["check", "--write", str(path)]) == 0 and path.read_text() == whole and len(caplog.messages) == 1
 
 
 def test_easy_vqa_is_written_where_asked(tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """params.yaml: every mistake is refused by the key's full name, and every spelling of a number is read as that number."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
+from scripts import schema
 from vlm_vqa.errors import UserError
-from vlm_vqa.params import INTERPOLATED, Mask, load_params, parse_params
+from vlm_vqa.params import Mask, Rounding, fill_in, load_params, parse_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,8 +62,8 @@ def test_the_hash_names_all_but_the_tracking(values):
         ("train.optimizer", "sgd", "train.optimizer is 'sgd'"),
         ("train.block_wise", False, "train.block_wise"),
         ("train.percentile_clipping", 95, "train.percentile_clipping is 95"),
-        ("train.weights_dtype", "bfloat16", "train.weights_dtype is bfloat16 with train.rounding nearest"),
-        ("train.weights_dtype", "float16", "train.weights_dtype is float16"),
+        ("train.weights_dtype", "bfloat16", "train.weights_dtype is bfloat16, but train.compute_dtype is float32"),
+        ("train.weights_dtype", "float16", "train.weights_dtype is 'float16'; it must be one of float32, bfloat16"),
         ("train.rounding", "stochastic", "train.rounding is stochastic"),
         ("train.stall_seconds", 0, "train.stall_seconds is 0"),
         ("train.answers", "all", "train.answers is 'all'"),
@@ -87,7 +89,7 @@ def test_the_hash_names_all_but_the_tracking(values):
             },
             "data.hub must be null",
         ),
-        ("train.compute_dtype", "float16", "train.compute_dtype is float16"),
+        ("train.compute_dtype", "float16", "train.compute_dtype is 'float16'; it must be one of float32, bfloat16"),
         ("train.warmup_ratio", 1.0, "train.warmup_ratio is 1.0"),
         ("train.launch", "../evil", "train.launch"),
         ("train.questions_per_row", 0, "train.questions_per_row is 0"),
@@ -95,7 +97,7 @@ def test_the_hash_names_all_but_the_tracking(values):
         ("train.attention", "sdpa", "train.attention is 'sdpa'"),
         ("prompt.mask", "prefix-lm", "train.questions_per_row is 32"),
         ("prompt.mask", "causal", "prompt.mask is 'causal'"),
-        ("vision.model", "facebook/dinov2-base", "vision.revision is None"),
+        ("vision.model", "facebook/dinov2-base", "vision.revision is null"),
         ("vision.revision", "0" * 40, "vision.revision"),
         ("language.config", None, "language.config must be given"),
         ("language.model", "./gemma", "language.vocab_size must be null"),
@@ -104,11 +106,19 @@ def test_the_hash_names_all_but_the_tracking(values):
         ("seed", -1, "seed is -1"),
         ("seed", 2**32, "seed is 4294967296; it must be at least 0 and at most 4,294,967,295"),
         ("evaluation.max_new_tokens", 21, "evaluation.max_new_tokens is 21; it must be above 0 and at most 20"),
-        ("evaluation.vqa_questions", 999, "evaluation.vqa_questions is 999, below evaluation.helm_instances (1000)"),
+        (
+            "evaluation.vqa_questions",
+            999,
+            "evaluation.helm_instances is 1000, but evaluation.vqa_questions, of which they are, is 999",
+        ),
         ("prompt.instruction", "Answer.", "prompt.instruction is 'Answer.', but HELM's vqa run asks with"),
-        ("prompt.text_length", 20, "the instruction alone leaves room for no question below"),
-        ("language.config.num_key_value_heads", 3, "num_attention_heads is 4; it must be a multiple"),
-        ("language.config.num_attention_heads", 6, "divide hidden_size (128)"),
+        (
+            "prompt.text_length",
+            20,
+            "prompt.text_length is 20; it must be at least 36 and at most 1,048,576: below, the instruction",
+        ),
+        ("language.config.num_key_value_heads", 3, "num_key_value_heads is 3; it must divide num_attention_heads (4)"),
+        ("language.config.num_attention_heads", 6, "num_attention_heads is 6; it must divide hidden_size (128)"),
         ("language.config.head_dim", 31, "language.config.head_dim is 31; it must be even"),
         ("language.config.hidden_size", -1, "language.config.hidden_size is -1; it must be above 0"),
         (
@@ -123,7 +133,11 @@ def test_the_hash_names_all_but_the_tracking(values):
             ),
             "language.config makes 3,299,080,142,848 weights",
         ),  # fmt: skip
-        ("language.vocab_size", 259, "language.vocab_size is 259; bytes and special tokens alone are 260"),
+        (
+            "language.vocab_size",
+            259,
+            "language.vocab_size is 259; it must be at least 260 and at most 1,048,576: bytes and special",
+        ),
         ("vision.num_patches", 64, "vision.num_patches is 64, but 'small' makes 65"),
         ("vision.visual_embed_dim", 0, "vision.visual_embed_dim is 0; it must be above 0"),
         ("train.learning_rate", 1e300, "train.learning_rate is 1e+300; it must be above 0 and at most 1e+06"),
@@ -156,6 +170,51 @@ def test_refused_by_name(values, key, value, words):
     assert words in str(error.value)
 
 
+def test_bfloat16_weights_want_stochastic_rounding(values):
+    values["train"] |= {"weights_dtype": "bfloat16", "compute_dtype": "bfloat16"}
+    with pytest.raises(UserError, match="train.rounding is nearest, but train.weights_dtype is bfloat16"):
+        parse_params(values)
+    put(values, "train.rounding", "stochastic")
+    assert parse_params(values).train.rounding is Rounding.STOCHASTIC
+
+
+def test_every_mistake_stands_in_one_message_a_line_each(values):
+    """Of one key and between keys, in every section, whatever else is wrong there; but for what follows from another."""
+    for key, value in {
+        "seed": -1, "data.hub": {}, "data.train.images": 5, "vision.model": "facebook/dinov2-base",
+        "language.config.head_dim": 31, "language.config.hidden_size": "wide", "prompt.mask": "prefix-lm",
+        "train.learnig_rate": 1.0, "train.dropout": 0.5, "train.attention": "flex_attention", "train.block_wise": False,
+        "tracking.experiment": None,
+    }.items():  # fmt: skip
+        put(values, key, value)
+    del values["train"]["learning_rate"]
+    with pytest.raises(UserError) as caught:
+        parse_params(values)
+    found = str(caught.value).splitlines()
+    assert found[0].startswith(
+        "params.yaml: unknown key train.learnig_rate. Known here: launch, answers, lora, batch_size, "
+    )
+    for line, start in zip(found[1:], [
+        "seed is -1", "data.train.images is 5", "data.hub must be null", "vision.revision is null",
+        "vision.num_patches is 65", "vision.visual_embed_dim is 128", "language.config.hidden_size is 'wide'",
+        "language.config.head_dim is 31", "train.questions_per_row is 32", "missing key train.learning_rate",
+        "train.dropout is 0.5", "train.block_wise is false", "tracking.experiment is null",
+    ], strict=True):  # fmt: skip
+        assert line.startswith(f"params.yaml: {start}")
+    with pytest.raises(UserError) as caught:
+        parse_params(values | {f"key{number}": 1 for number in range(1000)})
+    assert len(str(caught.value).splitlines()) == 21 and str(caught.value).endswith("more mistakes.")
+
+
+@pytest.mark.parametrize("key", [5, None, ("a",), "\ud800", "a" * 5000])
+@pytest.mark.parametrize("section", [None, "data", "train"])
+def test_a_key_that_is_no_name_is_refused(values, section, key):
+    (values if section is None else values[section])[key] = 1
+    with pytest.raises(UserError, match="^params.yaml: ") as caught:
+        parse_params(values)
+    assert len(str(caught.value)) < 1000
+
+
 def test_flex_attention_with_dropout_is_refused(values):
     put(values, "train.attention", "flex_attention")
     put(values, "train.dropout", 0.1)
@@ -164,9 +223,122 @@ def test_flex_attention_with_dropout_is_refused(values):
 
 
 def test_a_missing_key_is_refused_by_name(values):
-    del values["train"]["dropout"]
-    with pytest.raises(UserError, match="missing key train.dropout"):
+    del values["train"]["dropout"], values["data"]["source"]
+    with pytest.raises(UserError, match="missing key data.source.*\n.*missing key train.dropout"):
         parse_params(values)
+
+
+# --- files of earlier versions -----------------------------------------------------------------------------------------
+
+LATER = {"data": ["official", "hub"],
+         "train": ["answers", "lora", "questions_per_row", "attention", "freeze_embeddings", "dataloader_workers",
+                   "rounding", "restart_optimizer", "stall_seconds"]}  # fmt: skip
+"""Keys that the first version did not have; those that DVC fills in (vision.launch) have to be there."""
+
+
+def first_version(text):
+    """Return a file's text as the first version had it."""
+    return re.sub(rf"^  ({'|'.join(sum(LATER.values(), []))}): .*\n", "", text, flags=re.M)
+
+
+@pytest.mark.parametrize("preset", ["small", "vqav2-reference"])
+def test_a_file_of_the_first_version_means_what_it_meant(tmp_path, caplog, preset):
+    path, whole = tmp_path / "params.yaml", (ROOT / f"presets/{preset}.yaml").read_text()
+    if preset != "small":
+        whole = re.sub(
+            r"source: official\n", "source: directory\n", re.sub(r"official:\n(    .*\n)+", "official: null\n", whole)
+        )
+    path.write_text(first_version(whole))
+    params = load_params(path)
+    # All of an image's questions in a batch shared a row, where the mask lets them; reference froze no embedding then.
+    before = {"lora": None, "attention": "eager", "freeze_embeddings": False, "dataloader_workers": 0, "rounding": "nearest",
+              "questions_per_row": 64 if preset == "small" else 1}  # fmt: skip
+    path.write_text(whole)
+    values = load_params(path).as_dict()
+    assert params == parse_params(values | {"train": values["train"] | before})
+    (said,) = caplog.messages
+    assert said.startswith(
+        f"{path} lacks data.official, data.hub, train.answers, train.lora, train.questions_per_row, "
+    )
+    assert said.endswith("600, as before; `vlm-vqa check --write` adds them.")
+
+
+@pytest.mark.parametrize("key", [f"{section}.{name}" for section, names in LATER.items() for name in names])
+def test_a_key_that_came_later_may_be_missing_and_is_written_in_its_place(tmp_path, caplog, key):
+    path, name = tmp_path / "params.yaml", key.rpartition(".")[2]
+    before = COMMITTED.replace("rounding: nearest", "rounding: nearest  # as ever").replace("row: 32", "row: 64")
+    text, count = re.subn(rf"^  {name}: .*\n", "", before, flags=re.M)
+    path.write_text(text)
+    params = load_params(path)
+    assert count == 1 and caplog.messages[0].startswith(f"{path} lacks {key}: taken as ")
+    assert fill_in(path) == [key] and load_params(path) == params and len(caplog.messages) == 1
+    assert path.read_text() == before.replace(
+        "nearest  # as ever", "nearest" if name == "rounding" else "nearest  # as ever"
+    )
+    assert fill_in(path) == [] and load_params(path).hash() == params.hash()
+
+
+def test_a_line_is_written_whatever_its_neighbours_look_like(tmp_path):
+    path = tmp_path / "params.yaml"
+    text = first_version(COMMITTED).replace(
+        "  allow_split_overlap: false", "  allow_split_overlap:\n    false  # none\n"
+    )
+    path.write_text(
+        "# first\n" + text.replace("  save_total_limit: 2", "  save_total_limit: !!int\n\n    '2' # kept") + "\n# last"
+    )
+    params = load_params(path)
+    assert len(fill_in(path)) == 11 and load_params(path) == params
+    written = path.read_text()
+    assert "    false  # none\n  official: null\n  hub: null\n\n" in written and written.endswith("\n\n# last")
+    assert "    '2' # kept\n  restart_optimizer: false\n  stall_seconds: 600\n\nevaluation:" in written
+    flow = yaml.safe_load(first_version(COMMITTED))
+    path.write_text(yaml.safe_dump(flow, default_flow_style=True, sort_keys=False, width=9999))
+    before = path.read_text()
+    with pytest.raises(UserError, match="params.yaml: data is not in lines of its own. Write `official: null` into it"):
+        fill_in(path)
+    assert path.read_text() == before
+
+
+def test_only_what_came_later_may_be_missing(values):
+    for name, section in values.items():
+        for key in [*section] if isinstance(section, dict) else []:
+            if key not in LATER.get(name, []):
+                kept = {other: value for other, value in section.items() if other != key}
+                with pytest.raises(UserError, match=f"missing key {name}.{key}"):
+                    parse_params(values | {name: kept})
+
+
+# --- the schema --------------------------------------------------------------------------------------------------------
+
+
+def test_the_schema_is_current():
+    """If not: python -m scripts.schema."""
+    assert json.loads((ROOT / "params.schema.json").read_text()) == schema.schema()
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda path: path.stem
+)
+def test_every_parameter_file_names_the_schema_that_lies_beside_it(path):
+    first, _, text = path.read_text().partition("\n")
+    assert first == "# yaml-language-server: $schema=params.schema.json"
+    assert (path.parent / "params.schema.json").resolve() == ROOT / "params.schema.json"
+    assert "yaml-language-server" not in text
+
+
+def test_every_key_has_its_meaning_in_the_schema():
+    made = schema.schema()
+    groups = [made, *(group for group in made["$defs"].values() if "properties" in group)]
+    assert len(groups) == 16
+    for group in groups:
+        for name, node in group["properties"].items():
+            about = (
+                made["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node and "description" not in node else node
+            )
+            assert len(about.get("description", "")) > 5 or name == "data", name
+
+
+# --- files that are none -----------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_is_no_yaml_is_refused(tmp_path):
@@ -284,8 +456,9 @@ def test_other_words_for_truth_are_refused(read, written):
 
 
 def test_what_dvc_fills_into_its_commands_is_the_text_that_we_read(read):
-    assert set(re.findall(r"\$\{(.*?)\}", (ROOT / "dvc.yaml").read_text())) == set(INTERPOLATED)
-    for key in INTERPOLATED:
+    keys = set(re.findall(r"\$\{(.*?)\}", (ROOT / "dvc.yaml").read_text()))
+    assert keys == {"data.directory", "vision.launch", "train.launch"}
+    for key in keys:
         for written in ("1e5", "007", "true", "2026-11-26"):
             with pytest.raises(UserError, match=f"{key} is {written}, .* in quotes: '{written}'"):
                 read(key, written)
@@ -300,13 +473,13 @@ def test_a_date_that_stops_dvc_is_said(read, caplog):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (COMMITTED + "seed: 1\n", "line {last}: seed stands in line 3 already"),
+        (COMMITTED + "seed: 1\n", "line {last}: seed stands in line 4 already"),
         (COMMITTED + "  experiment: b\n", "line {last}: tracking.experiment stands in line"),
-        (COMMITTED.replace("seed: 0", "seed: 0\n'seed': 1"), "line 4: seed stands in line 3 already"),
-        (COMMITTED.replace("seed: 0", "? [seed]\n: 0"), "line 3: a key of the file is not a name"),
-        (COMMITTED.replace("seed: 0", "<<: 3"), "line 3: << must be an alias of a mapping"),
-        (COMMITTED.replace("seed: 0", "seed: !!python/name:os.system x"), "line 3: seed has the tag python/name"),
-        (COMMITTED.replace("seed: 0", "seed: !!binary aGk="), "line 3: seed has the tag binary"),
+        (COMMITTED.replace("seed: 0", "seed: 0\n'seed': 1"), "line 5: seed stands in line 4 already"),
+        (COMMITTED.replace("seed: 0", "? [seed]\n: 0"), "line 4: a key of the file is not a name"),
+        (COMMITTED.replace("seed: 0", "<<: 3"), "line 4: << must be an alias of a mapping"),
+        (COMMITTED.replace("seed: 0", "seed: !!python/name:os.system x"), "line 4: seed has the tag python/name"),
+        (COMMITTED.replace("seed: 0", "seed: !!binary aGk="), "line 4: seed has the tag binary"),
         ("&a [*a]", "inside itself"),
         ("- " * 2000, "nested too deeply"),
         ("a: &a [x]\n" + "".join(f"{b}: &{b} [{'*' + a}{(', *' + a) * 9}]\n" for a, b in ("ab", "bc", "cd", "de", "ef")),

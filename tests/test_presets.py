@@ -25,6 +25,38 @@ def test_valid_and_its_launch_is_one_that_accelerate_reads(path):
     assert config.num_processes == read_launch(launch.stem, launch.parent)["num_processes"]
 
 
+HASHES = {
+    "small": ("24c4aa7d462bda4b08d5fa34b15d2f9530025fddb409c5c540094e3823e112df",
+              "d7f3972c226ed1515934d81efa0d9a1db307e62fb9f2669f7b87dff8dd3f1844",
+              "217c03bce8b1d677d02e3ad230f5db2e3d8a9561a4bf7b805291c6c37fb46a20",
+              "2e2cfd26ea92f00080c9ffc6ae5d9bd0726d2ed6d12aeb63b37cfd24df7f95ae"),
+    "vqav2-1gpu": ("de771c0319854d33c79ff25a0f7026b6922ee5da83671753f5f283d0f835ab15",
+                   "f6d5afa82041da2bd826729b6272560113594e30c452ddfe28e1c98bf1fc939f",
+                   "5071dae33a1dc5a41e3cc18d5a5201e8b73cdb5ed2a895e435a4df02c9d9d554",
+                   "353e1894fe67b6caf6b8756fe2f3049c092dc9324a535d811dd5f92d4ac9869d"),
+    "vqav2-lora": ("9c2e344542a31851dfc0c47a5fe666b3cd5e4b2d4904b16df529df25f68a9863",
+                   "e057bdcc9c703300dc267a36e971e25c146bcc11c8588082c8512bcf3a87dc85",
+                   "a7510a1e0222a466db96803f0aaae7b840a1e95057321d1b9aeffae857d450ad",
+                   "87c0861726ecfb92ab6a69be367a7a53725b0dc1d0a217f54ded949b703f3bfa"),
+    "vqav2-reference": ("956adb707dac00db879a52d6383eba28ac205b52dc499bb14310031e40a2b3f6",
+                        "1c819a32244a67dba20d31032bdcfd8d252a287905e18ea792cf55c9543401ad",
+                        "4e5cb83cb1fd8252248db5e0fdaacf507a51d545ce29e9c98457aeb5b9e6a683",
+                        "aaba864b3e2a1fce50686db70b7d3443052993869648f38f96d0a005014c640f"),
+    "vqav2": ("ea8ef025fc2375f14f80cda6c6212191a6d37965e1b5549da67e5b5773630557",
+              "39c3c453097d9bfbdcf1d377d36c565a08eace48b03a461da3fd02592771f8bd",
+              "dccff200349959d2965947952db55afd5fd4ade9bcc7764790d2c33ec1057f77",
+              "fbd7323df6322a5f453fdd7d900971de934aa0106b768f5a5fba6ecdf000ff3f"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_its_hashes_are_those_under_which_runs_are_stored(path):
+    """Runs, weights and checkpoints are found by them: a change of these lines loses what users have trained."""
+    params = load_params(path)
+    found = params.hash(), params.training_hash(), params.recipe_hash(1), params.recipe_hash(4)
+    assert found == HASHES[path.stem]
+
+
 FULL = [path for path in PRESETS if path.stem.startswith("vqav2")]
 
 

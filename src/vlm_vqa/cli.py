@@ -48,8 +48,11 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from vlm_vqa.checks import check_here
-    from vlm_vqa.params import load_params
+    from vlm_vqa.params import fill_in, load_params
 
+    if arguments.write:
+        for key in fill_in(arguments.params):
+            print(f"{arguments.params}: added {key}")
     params = load_params(arguments.params)
     check_here(params)
     print(f"{arguments.params}: {len(params.flat())} parameters, valid; params_hash {params.hash()}")
@@ -232,6 +235,11 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("check", _check, "Check a parameter file without running anything.")
     sub.add_argument("params", type=Path, nargs="?", default=Path("params.yaml"), help="default: %(default)s")
+    sub.add_argument(
+        "--write",
+        action="store_true",
+        help="add the keys that a file of an earlier version lacks, each as it was before",
+    )
 
     _add_compare_options(
         command(

@@ -1,118 +1,58 @@
 """`params.yaml` as typed, validated, frozen objects.
 
-Every key is required and unknown ones are refused: a run is what its file says, and nothing else. The meaning of a key
-stands in the docstring below its field. Names of the reference recipe are kept as they are.
+Unknown keys are refused, and so are missing ones but for those that came after the first version: their default is the
+value that means "as before". Below its field stands the meaning of a key; its type says which values it takes, and the
+class's rules what must agree with others. pydantic applies both to a file; `scripts.schema` writes the types for editors.
+Objects that are made in Python are not validated.
 
-The file is read by DVC's own parser (ruamel, YAML 1.2), but no scalar is resolved by its looks: a key's type says what its
-text is. So `1e-5`, `+1e-5`, `.00001` and `"1e-5"` are one number where a number is wanted, `2.0` and `1e3` are whole ones,
-`010` is ten as it is for DVC, and `2024`, `no` or `2026-11-26` stay text where text is wanted. Truth values are `true` and
-`false`; `yes`, `no`, `on` and `off`, which YAML 1.2 takes for text, are refused there.
+A key's type also says what its text is. So `1e-5`, `+1e-5`, `.00001` and `"1e-5"` are one number where a number is wanted,
+`2.0` and `1e3` are whole ones, `010` is ten as it is for DVC, and `2024`, `no` or `2026-11-26` stay text where text is
+wanted. Truth values are `true` and `false`; `yes`, `no`, `on` and `off`, which YAML 1.2 takes for text, are refused there.
 """
 
-import dataclasses
-import itertools
+import functools
+import json
 import logging
 import os
 import re
-import sys
-import types
 import typing
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ruamel.yaml import YAML, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+import pydantic
+from pydantic import BeforeValidator, ValidationInfo
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.files import check_regular
 from vlm_vqa.hashing import hash_json
-from vlm_vqa.secrets import without_secrets
+from vlm_vqa.yaml_file import Line, Range, read_yaml, shown, truth, with_line
 
-
-class Source(Enum):
-    """Where questions and images come from."""
-
-    EASY_VQA = "easy-vqa"
-    DIRECTORY = "directory"
-    OFFICIAL = "official"
-    HUB = "hub"
-
-
-class Mask(Enum):
-    """What a position may see; see `vlm_vqa.model.layout`."""
-
-    IMAGE_PREFIX = "image-prefix"
-    PREFIX_LM = "prefix-lm"
-
-
-class TooLong(Enum):
-    """What happens to a record that does not fit `prompt.text_length`."""
-
-    ERROR = "error"
-    DROP = "drop"
-
-
-class Answers(Enum):
-    """Which of a question's ten answers is taught."""
-
-    MAJORITY = "majority"
-    DRAWN = "drawn"
-
-
-class Optimizer(Enum):
-    """The optimizers this project supports, by the HF Trainer's names."""
-
-    ADAMW_TORCH = "adamw_torch"
-    ADAMW_BNB_8BIT = "adamw_bnb_8bit"
-
-
-class Attention(Enum):
-    """How attention is computed in training; see `vlm_vqa.model.attention`."""
-
-    EAGER = "eager"
-    FLEX = "flex_attention"
-
-
-class Scheduler(Enum):
-    """Learning-rate schedules, by the HF Trainer's names."""
-
-    COSINE = "cosine"
-    LINEAR = "linear"
-    CONSTANT_WITH_WARMUP = "constant_with_warmup"
-
-
-class Dtype(Enum):
-    """Floating-point types, by torch's names."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class StoreDtype(Enum):
-    """Types of stored features; see `vlm_vqa.data.feature_store`."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    INT8 = "int8"
-
-
-class Rounding(Enum):
-    """How an updated weight is rounded to `train.weights_dtype`."""
-
-    NEAREST = "nearest"
-    STOCHASTIC = "stochastic"
-
-
-class Punkt(Enum):
-    """Where HELM's metrics take nltk's sentence splitter from."""
-
-    BUNDLED = "bundled"
-    INSTALLED = "installed"
-
+Source = StrEnum("Source", {"EASY_VQA": "easy-vqa", "DIRECTORY": "directory", "OFFICIAL": "official", "HUB": "hub"})
+"""Where questions and images come from."""
+Mask = StrEnum("Mask", {"IMAGE_PREFIX": "image-prefix", "PREFIX_LM": "prefix-lm"})
+"""What a position may see; see `vlm_vqa.model.layout`."""
+TooLong = StrEnum("TooLong", {"ERROR": "error", "DROP": "drop"})
+"""What happens to a record that does not fit `prompt.text_length`."""
+Answers = StrEnum("Answers", {"MAJORITY": "majority", "DRAWN": "drawn"})
+"""Which of a question's ten answers is taught."""
+Optimizer = StrEnum("Optimizer", {"ADAMW_TORCH": "adamw_torch", "ADAMW_BNB_8BIT": "adamw_bnb_8bit"})
+"""The optimizers this project supports, by the HF Trainer's names."""
+Attention = StrEnum("Attention", {"EAGER": "eager", "FLEX": "flex_attention"})
+"""How attention is computed in training; see `vlm_vqa.model.attention`."""
+Scheduler = StrEnum(
+    "Scheduler", {"COSINE": "cosine", "LINEAR": "linear", "CONSTANT_WITH_WARMUP": "constant_with_warmup"}
+)
+"""Learning-rate schedules, by the HF Trainer's names."""
+Dtype = StrEnum("Dtype", {"FLOAT32": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16"})
+"""Floating-point types, by torch's names."""
+StoreDtype = StrEnum("StoreDtype", {"FLOAT32": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "INT8": "int8"})
+"""Types of stored features; see `vlm_vqa.data.feature_store`."""
+Rounding = StrEnum("Rounding", {"NEAREST": "nearest", "STOCHASTIC": "stochastic"})
+"""How an updated weight is rounded to `train.weights_dtype`."""
+Punkt = StrEnum("Punkt", {"BUNDLED": "bundled", "INSTALLED": "installed"})
+"""Where HELM's metrics take nltk's sentence splitter from."""
 
 HELM_INSTRUCTION = (
     'Answer the question using a single word or phrase. When the question asks "How many...", '
@@ -127,122 +67,189 @@ ENCODERS = {"small": (65, 128)} | {
     for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536))
 }
 """Tokens an image becomes, and their width."""
-_LEAST_VOCABULARY = 260
-"""Every byte, and four special tokens."""
-_MOST_PARAMETERS = 28 * 10**9
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a `Gemma2DecoderLayer`."""
+MOST_MISTAKES = 20
+"""Lines of a message."""
+_MOST_WEIGHTS = 28 * 10**9
 """Gemma 2's largest has 27 billion."""
 
 
-@dataclass(frozen=True)
-class Range:
-    """The numbers that a field takes; 0 is none of them where `above_0`, and `most` is."""
-
-    most: float
-    above_0: bool = True
-
-    def words(self) -> str:
-        """Return the range for a message."""
-        most = f"{self.most:,}" if isinstance(self.most, int) else f"{self.most:g}"
-        return f"{'above 0' if self.above_0 else 'at least 0'} and at most {most}"
-
-    def __contains__(self, number: float) -> bool:
-        return (number > 0 if self.above_0 else number >= 0) and number <= self.most
+def _projections(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"is {shown(value)}; it must be a list of names.")
+    unknown = ", ".join(sorted(set(value) - set(PROJECTIONS)))
+    if unknown:
+        raise ValueError(f"has {shown(unknown)[1:-1]}; Gemma 2's linear layers are {', '.join(PROJECTIONS)}.")
+    return value
 
 
-Count = typing.Annotated[int, Range(2**31 - 1)]
-Natural = typing.Annotated[int, Range(2**31 - 1, above_0=False)]
-Seed = typing.Annotated[int, Range(2**32 - 1, above_0=False)]
+_LAYERS = pydantic.WithJsonSchema({"type": "array", "items": {"enum": [*PROJECTIONS]}, "minItems": 1})
+Truth = Annotated[bool, BeforeValidator(truth)]
+Count = Annotated[int, Range(2**31 - 1)]
+Natural = Annotated[int, Range(2**31 - 1, least=0)]
+Seed = Annotated[int, Range(2**32 - 1, least=0)]
 """What numpy and torch both take."""
-Few = typing.Annotated[int, Range(4096)]
+Few = Annotated[int, Range(4096)]
 """Of what every one costs memory, whatever the data."""
-Size = typing.Annotated[int, Range(2**20)]
+Size = Annotated[int, Range(2**20)]
 """A tensor's edge."""
-Rate = typing.Annotated[float, Range(1e6)]
+Rate = Annotated[float, Range(1e6)]
 """Larger ones overflow in float32, whatever they stand for."""
-Decay = typing.Annotated[float, Range(1e6, above_0=False)]
-Share = typing.Annotated[float, Range(0.999, above_0=False)]
+Decay = Annotated[float, Range(1e6, least=0)]
+Share = Annotated[float, Range(0.999, least=0)]
+Wide = Literal[Dtype.FLOAT32, Dtype.BFLOAT16]
+"""DINOv2 and Gemma 2 overflow in float16."""
+Text = Annotated[str, Line()]
+Commit = Annotated[str, Line("[0-9a-f]{40}", "a commit of 40 hex digits")]
+Launch = Annotated[str, Line("[a-z0-9-]{1,100}", "the NAME of a file launch/NAME.yaml", dvc=True)]
+_IMAGE = "a file name (no folder) with one {image_id} or {image_id:012d}, such as COCO_train2014_{image_id:012d}.jpg"
+
+Above = Mapping[str, Any]
+"""The valid fields above one, and what other sections have told."""
+
+
+def rules(check: Callable[[type, str, Any, Above], str | None]) -> Any:
+    """Make a method the rules of its class: from a field's name and valid value, it returns what is wrong beside others."""
+
+    def validate(cls: type, value: Any, info: ValidationInfo) -> Any:
+        wrong = check(cls, str(info.field_name), value, {**info.context, **info.data})
+        if wrong is not None:
+            raise ValueError(wrong)
+        return value
+
+    return pydantic.field_validator("*")(classmethod(validate))
+
+
+def is_local(model: str) -> bool:
+    """Tell a local folder from a hub id: it exists, or it is written as a path."""
+    return os.path.isdir(model) or model.startswith(("/", "./", "../"))
+
+
+def _pinned(model: str, revision: str | None, own: str) -> str | None:
+    """Return what is wrong with a tower's revision; it must be loaded the same way next month."""
+    from_hub = model != own and not is_local(model)
+    if from_hub and revision is None:
+        return f"is null, but {model!r} comes from the hub (no such local folder): give its commit of 40 hex digits."
+    return None if from_hub or revision is None else f"is {revision!r}; it must be null: {model!r} has no revisions."
+
+
+class Section:
+    """A group of keys."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+
+# --- the keys -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class SplitFiles:
+class SplitFiles(Section):
     """The files of one split, relative to `data.directory`, in VQAv2's official layout."""
 
-    questions: str
+    questions: Text
     """Questions file, JSON or gzipped JSON."""
-    annotations: str
+    annotations: Text
     """Annotations file, JSON or gzipped JSON."""
-    images: str
+    images: Text
     """Folder of images, or a zip archive of them."""
-    image_name: str
+    image_name: Annotated[str, Line(IMAGE_NAME.pattern, _IMAGE)]
     """Name of an image's file as a format string of `image_id`."""
 
 
 @dataclass(frozen=True)
-class OfficialParams:
+class OfficialParams(Section):
     """Where source `official` downloads VQAv2's six archives from; their names and checksums are fixed."""
 
-    texts_url: str
+    texts_url: Text
     """Folder of the four archives of questions and annotations."""
-    images_url: str
+    images_url: Text
     """Folder of the two archives of images."""
-    keep_archives: bool
+    keep_archives: Truth
     """Leave the archives in data/archives when the records are made; else they are removed then."""
     downloads: Few
     """Archives downloaded at once."""
 
 
 @dataclass(frozen=True)
-class HubRepository:
+class HubRepository(Section):
     """One split in a `datasets` repository on the hub."""
 
-    repository: str
+    repository: Text
     """`owner/name`."""
-    revision: str
+    revision: Commit
     """Its commit, 40 hex digits."""
-    split: str
+    split: Text
     """The name of the split there."""
 
 
 @dataclass(frozen=True)
-class HubParams:
+class HubParams(Section):
     """What source `hub` streams."""
 
     train: HubRepository
     val: HubRepository
 
 
-@dataclass(frozen=True)
-class DataParams:
+@dataclass(frozen=True, kw_only=True)
+class DataParams(Section):
     """What `fetch-vqav2` reads."""
 
     source: Source
     """`easy-vqa` (from its PyPI package), `directory` (VQAv2's official layout in a local folder), `official` (its six
     archives, downloaded) or `hub` (a `datasets` repository)."""
-    directory: str
+    directory: Annotated[str, Line(dvc=True)]
     """Folder of the official files, for source `directory`. It is a dependency of the stage, so it must exist."""
     train: SplitFiles
     """Files of the training split, for source `directory`."""
     val: SplitFiles
     """Files of the validation split, for source `directory`."""
-    allow_split_overlap: bool
+    allow_split_overlap: Truth
     """Accept images that stand in both splits. Only plumbing tests want that."""
-    official: OfficialParams | None
+    official: OfficialParams | None = None
     """For source `official`; null otherwise."""
-    hub: HubParams | None
+    hub: HubParams | None = None
     """For source `hub`; null otherwise."""
     max_image_pixels: Count
     """Images with more pixels are refused before they are decoded."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LocalData(DataParams):
+    """Data of a package or in a folder."""
+
+    source: Literal[Source.EASY_VQA, Source.DIRECTORY]
+    official: None = None
+    hub: None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialData(DataParams):
+    """VQAv2's own archives."""
+
+    source: Literal[Source.OFFICIAL]
+    official: OfficialParams = field()
+    hub: None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubData(DataParams):
+    """A repository on the hub."""
+
+    source: Literal[Source.HUB]
+    official: None = None
+    hub: HubParams = field()
+
+
 @dataclass(frozen=True)
-class VisionParams:
+class VisionParams(Section):
     """The frozen DINOv2 and how `extract-features` runs it."""
 
-    launch: str
+    launch: Launch
     """Name of the accelerate config in `launch/` that extract-features runs under."""
-    model: str
+    model: Text
     """`small` (the encoder in this package), a hub id, or a local folder in HF format."""
-    revision: str | None
+    revision: Commit | None
     """Commit of a hub id (40 hex digits); null for `small` and for folders."""
     num_patches: Size
     """Tokens an image becomes, CLS included; checked against the encoder."""
@@ -250,74 +257,132 @@ class VisionParams:
     """Width of such a token; checked against the encoder."""
     batch_size: Count
     """Images per forward pass."""
-    compute_dtype: Dtype
+    compute_dtype: Wide
     """Weights and activations of the encoder. DINOv2 in float16 is not supported."""
     store_dtype: StoreDtype
     """Type of the stored features; `int8` has a scale for every token and takes half the disk of 16 bits."""
 
+    @rules
+    def _rules(cls, name: str, value: Any, above: Above) -> str | None:
+        model = above.get("model")
+        if name == "revision" and model:
+            return _pinned(model, value, "small")
+        if name in ("num_patches", "visual_embed_dim") and model in ENCODERS:
+            makes = ENCODERS[model][name == "visual_embed_dim"]
+            return f"is {value}, but {model!r} makes {makes}. Set it to {makes}." if value != makes else None
+        return None
+
 
 @dataclass(frozen=True)
-class LanguageConfig:
+class LanguageConfig(Section):
     """Shape of a randomly initialised Gemma 2; everything else is `Gemma2Config`'s default."""
 
     hidden_size: Size
+    """Width of a token; `num_attention_heads` must divide it."""
     intermediate_size: Size
+    """Width inside a feed-forward part."""
     num_hidden_layers: Few
+    """Transformer layers."""
     num_attention_heads: Few
+    """Query heads of a layer."""
     num_key_value_heads: Few
+    """Key and value heads of a layer, each for as many query heads; it must divide `num_attention_heads`."""
     head_dim: Few
+    """Width of a head; even, since positions rotate pairs."""
+
+    @rules
+    def _rules(cls, name: str, value: Any, above: Above) -> str | None:
+        width, heads = above.get("hidden_size", 0), above.get("num_attention_heads", 0)
+        if name == "num_attention_heads" and width % value:
+            return f"is {value}; it must divide hidden_size ({width}), as transformers wants it."
+        if name == "num_key_value_heads" and heads % value:
+            return f"is {value}; it must divide num_attention_heads ({heads}), as transformers wants it."
+        if name == "head_dim" and value % 2:
+            return f"is {value}; it must be even: positions rotate pairs."
+        return None
 
 
 @dataclass(frozen=True)
-class LanguageParams:
+class LanguageParams(Section):
     """The Gemma 2 that is trained."""
 
-    model: str
+    model: Text
     """`random` (from `language.config` and `seed`), a hub id, or a local folder in HF format."""
-    revision: str | None
+    revision: Commit | None
     """Commit of a hub id (40 hex digits); null otherwise."""
-    vocab_size: Size | None
+    vocab_size: Annotated[int, Range(2**20, least=260, why="bytes and special tokens alone are 260")] | None
     """Size of the tokenizer trained on the training records, for `random`; null otherwise."""
     config: LanguageConfig | None
     """Shape, for `random`; null otherwise."""
 
+    @rules
+    def _rules(cls, name: str, value: Any, above: Above) -> str | None:
+        model, random = above.get("model"), above.get("model") == "random"
+        if name == "revision" and model:
+            return _pinned(model, value, "random")
+        if name in ("vocab_size", "config") and model and (value is not None) != random:
+            return f"must be {'given' if random else 'null'}: language.model is {model!r}."
+        if name == "config" and value is not None:
+            heads = 2 * (value.num_attention_heads + value.num_key_value_heads)
+            layer = value.hidden_size * (heads * value.head_dim + 3 * value.intermediate_size)
+            weights = value.num_hidden_layers * layer + (above.get("vocab_size") or 0) * value.hidden_size
+            if weights > _MOST_WEIGHTS:
+                return f"makes {weights:,} weights; more than {_MOST_WEIGHTS:,} are refused. Make it smaller."
+        return None
+
 
 @dataclass(frozen=True)
-class PromptParams:
+class PromptParams(Section):
     """The token layout: image, `<bos>`, instruction, question, newline, answer, `<eos>`."""
 
     mask: Mask
     """`image-prefix`: image tokens see each other, text is causal. `prefix-lm`: PaliGemma's, all before the answer too."""
-    instruction: str
+    instruction: Text
     """What is asked of the model before each question; HELM's `vqa` scenario sends the same words."""
-    text_length: Size
+    # A token holds no more than a word; the question and the answer have at least one each, and there are two newlines.
+    text_length: Annotated[
+        int, Range(2**20, 6 + len(HELM_INSTRUCTION.split()), "below, the instruction leaves no room")
+    ]
     """Most tokens after the image tokens: `<bos>`, instruction, question, newline, answer, `<eos>`."""
     too_long: TooLong
     """`error` stops at a record over `text_length`, `drop` leaves it out and reports how many. Answers are never cut."""
 
+    @rules
+    def _rules(cls, name: str, value: Any, above: Above) -> str | None:
+        if name == "instruction" and value != HELM_INSTRUCTION:
+            return f"is {value!r}, but HELM's vqa run asks with {HELM_INSTRUCTION!r}. Set it to HELM's text."
+        return None
+
+    @pydantic.field_validator("mask")
+    @classmethod
+    def _tell(cls, mask: Mask, info: ValidationInfo) -> Mask:
+        info.context["mask"] = mask
+        return mask
+
 
 @dataclass(frozen=True)
-class LoraParams:
+class LoraParams(Section):
     """Low-rank adapters instead of all of Gemma 2's weights; merged into them at the end of training."""
 
     rank: Few
+    """Width of an adapter: more can learn more, and have more weights."""
     alpha: Rate
     """Adapters are scaled by alpha / rank."""
     dropout: Share
     """On what enters an adapter."""
-    targets: tuple[str, ...]
+    targets: Annotated[tuple[str, ...], BeforeValidator(_projections), _LAYERS]
     """Linear layers of Gemma 2 that get one, by the last part of their names."""
 
 
-@dataclass(frozen=True)
-class TrainParams:
+@dataclass(frozen=True, kw_only=True)
+class TrainParams(Section):
     """Fine-tuning with the HF Trainer."""
 
-    launch: str
+    launch: Launch
     """Name of the accelerate config in `launch/`."""
-    answers: Answers
+    answers: Answers = Answers.MAJORITY
     """`majority` teaches the most common of a question's ten answers; `drawn` one of the ten, drawn anew each epoch."""
-    lora: LoraParams | None
+    lora: LoraParams | None = None
     """Train adapters and the projector; null trains all weights."""
     batch_size: Count
     """Questions per process and forward pass, on average: an optimizer step takes exactly batch_size x
@@ -327,83 +392,143 @@ class TrainParams:
     questions_per_row: Count
     """Most questions of one image that share a row under `image-prefix`; its others come in rows of other steps. Fewer cost
     more time and show more different images a step; 1 is one row per question, in random order. `prefix-lm` wants 1."""
-    attention: Attention
+    attention: Attention = Attention.EAGER
     """`eager` runs everywhere; `flex_attention` is for GPUs (it compiles, and knows no dropout)."""
-    freeze_embeddings: bool
+    freeze_embeddings: Truth = False
     """Leave Gemma 2's token embedding, which is its output head too, as it is."""
-    dataloader_workers: typing.Annotated[int, Range(256, above_0=False)]
+    dataloader_workers: Annotated[int, Range(256, least=0)] = 0
     """Processes that prepare the next batches while this one is computed; 0 prepares each when it is needed, which is
     faster where the cores that would prepare are the ones that compute."""
     learning_rate: Rate
+    """The highest, after warm-up."""
     weight_decay: Decay
+    """AdamW's, on all trained weights but norms and biases."""
     dropout: Share
     """Dropout on Gemma 2's attention probabilities, the only dropout that Gemma 2 has. The projector has none."""
     optimizer: Optimizer
-    block_wise: bool
+    """`adamw_torch`, or bitsandbytes' `adamw_bnb_8bit`, whose states take a quarter of the memory."""
+    block_wise: Truth
     """8-bit optimizer states quantised block by block; bitsandbytes has no other mode left, so false is refused."""
-    percentile_clipping: typing.Annotated[int, Range(100, above_0=False)]
+    percentile_clipping: Annotated[int, Range(100, least=0)]
     """8-bit AdamW: clip each parameter's gradient norm to this percentile of its last 100; 0 and 100 are off."""
     lr_scheduler_type: Scheduler
+    """How the learning rate falls to 0 after warm-up; `constant_with_warmup` keeps it."""
     warmup_ratio: Share
     """Share of all optimizer steps over which the learning rate rises from 0."""
-    max_grad_norm: typing.Annotated[float, Range(1e30)]
+    max_grad_norm: Annotated[float, Range(1e30)]
     """Global gradient norm is clipped to this."""
     num_train_epochs: Count
-    compute_dtype: Dtype
+    """Times that each training question is seen."""
+    compute_dtype: Wide
     """float32, or bfloat16 by autocast. float16 overflows in Gemma 2 and is refused."""
-    weights_dtype: Dtype
+    weights_dtype: Wide
     """Type of the weights that the optimizer updates: float32, or bfloat16 where memory allows no more; see `rounding`."""
-    rounding: Rounding
+    rounding: Rounding = Rounding.NEAREST
     """`nearest` for float32 weights. `stochastic` for bfloat16 ones, whose spacing is wider than most updates: rounded up or
     down by chance, in proportion, they move on average as float32 weights do."""
-    gradient_checkpointing: bool
+    gradient_checkpointing: Truth
     """Recompute activations in the backward pass: less memory, about a third more time."""
     logging_steps: Count
+    """Optimizer steps between log lines and points of the loss curve."""
     save_steps: Count
     """Optimizer steps between checkpoints."""
     save_total_limit: Count
     """Checkpoints kept while training; all go when the stage has succeeded."""
-    restart_optimizer: bool
+    restart_optimizer: Truth = False
     """Go on with fresh optimizer states where those of the checkpoint do not fit, after a change of the number of processes
     for instance; false refuses."""
-    stall_seconds: typing.Annotated[int, Range(30 * 24 * 3600)]
+    stall_seconds: Annotated[int, Range(30 * 24 * 3600)] = 600
     """With several processes: when none has made progress for so long, all stop and the one that holds them up is named."""
+
+    @rules
+    def _rules(cls, name: str, value: Any, above: Above) -> str | None:
+        """Refuse what the installed libraries would drop without a word, or what is known to train wrongly."""
+        weights, compute = above.get("weights_dtype"), above.get("compute_dtype")
+        match name:
+            case "questions_per_row" if value != 1 and above.get("mask") is Mask.PREFIX_LM:
+                return (
+                    f"is {value}; prompt.mask prefix-lm lets the image see the question, so no two questions can share it. "
+                    "Set it to 1, or prompt.mask to image-prefix."
+                )
+            case "freeze_embeddings" if not value and above.get("lora"):
+                return "is false; it must be true with train.lora: only adapters are trained."
+            case "dropout" if value > 0 and above.get("attention") is Attention.FLEX:
+                other = "Set it to 0.0, or train.attention to eager."
+                return f"is {value}; flex_attention cannot drop attention probabilities. {other}"
+            case "block_wise" if not value:
+                return "is false; it must be true: bitsandbytes has no other 8-bit mode any more."
+            case "percentile_clipping" if value not in (0, 100) and above.get("optimizer") is Optimizer.ADAMW_TORCH:
+                return (
+                    f"is {value}, which belongs to train.optimizer adamw_bnb_8bit; set it to 100 (off) for adamw_torch."
+                )
+            case "weights_dtype" if value is Dtype.BFLOAT16 and compute is Dtype.FLOAT32:
+                return (
+                    "is bfloat16, but train.compute_dtype is float32: set that to bfloat16, train.rounding to stochastic. "
+                    "Or set both the other way round, to compute in 16 bits over float32 weights."
+                )
+            case "rounding" if value is Rounding.STOCHASTIC and weights is Dtype.FLOAT32:
+                return "is stochastic, but train.weights_dtype is float32; set it to nearest."
+            case "rounding" if value is Rounding.NEAREST and weights is Dtype.BFLOAT16:
+                return (
+                    "is nearest, but train.weights_dtype is bfloat16: most updates are smaller than the spacing of such "
+                    "weights and would be lost. Set it to stochastic, or train.weights_dtype to float32."
+                )
+        return None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _rows_as_before(cls, values: Any, info: ValidationInfo) -> Any:
+        """Before there was `questions_per_row`, all questions of a batch about an image shared a row, or none."""
+        if isinstance(values, dict) and "questions_per_row" not in values and "batch_size" in values:
+            alone = info.context.get("mask") is Mask.PREFIX_LM
+            return values | {"questions_per_row": 1 if alone else values["batch_size"]}
+        return values
 
 
 @dataclass(frozen=True)
-class EvaluationParams:
+class EvaluationParams(Section):
     """What `helm-eval` measures."""
 
     vqa_questions: Count | None
     """Validation questions for VQA accuracy, the first of HELM's own random order; null is all."""
     helm_instances: Count
     """Instances of HELM's `vqa` run."""
-    helm_threads: typing.Annotated[int, Range(1024)]
+    helm_threads: Annotated[int, Range(1024)]
     """HELM's request threads; one worker answers them in batches."""
     punkt_tab: Punkt
     """nltk data for HELM's metrics: `bundled` (in this repo, offline) or `installed` (nltk's own, downloaded)."""
     batch_size: Count
     """Questions answered at once."""
-    max_new_tokens: typing.Annotated[int, Range(HELM_MAX_TOKENS)]
+    max_new_tokens: Annotated[int, Range(HELM_MAX_TOKENS)]
     """Longest answer, in tokens."""
+
+    @rules
+    def _rules(cls, name: str, value: Any, above: Above) -> str | None:
+        most = above.get("vqa_questions")
+        if name == "helm_instances" and most is not None and most < value:
+            return (
+                f"is {value}, but evaluation.vqa_questions, of which they are, is {most}. Raise that or set it to null."
+            )
+        return None
 
 
 @dataclass(frozen=True)
-class TrackingParams:
+class TrackingParams(Section):
     """MLflow."""
 
-    experiment: str
+    experiment: Text
     """Name of the MLflow experiment."""
     max_artifact_mib: Natural
     """Larger files are logged by reference (path, size, hash) and not copied."""
 
 
 @dataclass(frozen=True)
-class Params:
+class Params(Section):
     """All of `params.yaml`."""
 
     seed: Seed
-    data: DataParams
+    """What all random numbers of a run come from: first weights, orders, dropout."""
+    data: Annotated[LocalData | OfficialData | HubData, pydantic.Discriminator("source")]
     vision: VisionParams
     language: LanguageParams
     prompt: PromptParams
@@ -413,7 +538,7 @@ class Params:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested values, as in the file."""
-        return _plain(self)
+        return json.loads(json.dumps(asdict(self)))
 
     def flat(self) -> dict[str, Any]:
         """Return `{"train.learning_rate": 0.001, ...}` in the file's order."""
@@ -457,382 +582,119 @@ DIVISION = {
 """Keys of `train` that say how the work is divided and watched, not what is computed."""
 
 
-class Unquoted(str):
-    """A scalar that YAML takes for a number, a truth value or a date, as its text stands in the file."""
-
-    __repr__ = str.__str__
+# --- files --------------------------------------------------------------------------------------------------------------
 
 
-INTERPOLATED = ("data.directory", "vision.launch", "train.launch")
-"""Texts that DVC fills into `dvc.yaml` as YAML reads them."""
-MOST_VALUES = 10_000
-"""In a parameter file; the longest has a hundred. Aliases of aliases make millions out of ten lines."""
-MOST_BYTES = 2**20
-"""Of a parameter file; the longest has three thousand."""
-MOST_CHARACTERS = 1000
-"""In a text; the longest has two hundred."""
-_TAG = "tag:yaml.org,2002:"
-_TAGS = {_TAG + kind for kind in "map seq str int float bool null timestamp merge value".split()}
+@functools.cache
+def adapter() -> pydantic.TypeAdapter[Params]:
+    """Return what validates; made when it is first needed."""
+    return pydantic.TypeAdapter(Params)
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
-    """Read and validate a parameter file.
+    """Read and validate a parameter file; say which keys it lacks, being of an earlier version.
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a
-            combination is impossible; the message holds the key's full name.
+            combination is impossible; the message has a line for each mistake, with the key's full name.
     """
-    try:
-        check_regular(path, MOST_BYTES)
-        node = YAML(typ="safe", pure=True).compose(Path(path).read_text(encoding="utf-8"))
-        values = None if node is None else _read(node, "", itertools.count(1))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Run from the project's root folder.") from error
-    except (YAMLError, ValueError, OverflowError) as error:
-        # Alone: the error quotes the line, in which a password may stand.
-        raise UserError(f"{path}: not valid YAML in UTF-8: {error}. Mend the place it names.") from None
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply, or inside itself. Compare with presets/small.yaml.") from error
-    return parse_params(values, str(path))
-
-
-def _read(node: Node, key: str, count: typing.Iterator[int]) -> Any:
-    """Return what a YAML node holds, with every scalar but null as its text; `key` is its full name."""
-    line = node.start_mark.line + 1
-    if next(count) > MOST_VALUES:
-        raise UserError(f"line {line}: more than {MOST_VALUES:,} values. Compare with presets/small.yaml.")
-    if node.tag not in _TAGS:
-        raise UserError(f"line {line}: {key} has the tag {node.tag.removeprefix(_TAG)}. Write the value without a tag.")
-    if isinstance(node, MappingNode):
-        return _read_mapping(node, key, count)
-    if isinstance(node, SequenceNode):
-        return [_read(item, key, count) for item in node.value]
-    if node.tag == _TAG + "null":
-        return None
-    if node.tag == _TAG + "timestamp":
-        logging.getLogger(__name__).warning("%s is %s: DVC cannot read a date, put it in quotes", key, node.value)
-    return node.value if node.style or node.tag == _TAG + "str" else Unquoted(node.value)
-
-
-def _read_mapping(node: MappingNode, key: str, count: typing.Iterator[int]) -> dict[str, Any]:
-    """Return a mapping whose keys are texts; what `<<` brings gives way to its own keys."""
-    lines, merged, own = {}, {}, {}
-    for name, value in node.value:
-        line = name.start_mark.line + 1
-        if not isinstance(name, ScalarNode):
-            raise UserError(f"line {line}: a key of {key or 'the file'} is not a name.")
-        full = _join(key, name.value)
-        if name.value in lines:
-            raise UserError(f"line {line}: {full} stands in line {lines[name.value]} already. Keep one of them.")
-        lines[name.value] = line
-        found = _read(value, full, count)
-        if name.tag != _TAG + "merge":
-            own[name.value] = found
-            continue
-        for part in reversed(found if isinstance(found, list) else [found]):
-            if not isinstance(part, dict):
-                raise UserError(f"line {line}: {full} must be an alias of a mapping.")
-            merged |= part
-    return merged | own
+    values = read_yaml(path)
+    params = parse_params(values, str(path))
+    lacking = _lacking(params, values)
+    if lacking:
+        taken = ", ".join(map(_written, lacking.values()))
+        them = "it" if len(lacking) == 1 else "them"
+        _say(f"{path} lacks {', '.join(lacking)}: taken as {taken}, as before; `vlm-vqa check --write` adds {them}.")
+    return params
 
 
 def parse_params(values: Any, name: str = "params.yaml") -> Params:
     """Validate nested plain values as `load_params` does; `name` stands in error messages."""
     try:
-        params = _build(Params, values, "")
-        _check(params)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-    return params
+        return adapter().validate_python(values, context={})
+    except pydantic.ValidationError as error:
+        found = [_mistake(one) for one in error.errors(include_url=False)]
+    # Out of its reach: pydantic's error shows values.
+    found.sort(key=lambda line: not line.startswith("unknown key"))
+    more = [f"and {len(found) - MOST_MISTAKES} more mistakes."] if len(found) > MOST_MISTAKES else []
+    raise UserError("\n".join(f"{name}: {line}" for line in found[:MOST_MISTAKES] + more))
 
 
-def _build(kind: type, values: Any, key: str) -> Any:
-    """Turn a mapping into dataclass `kind`; `key` is its full name."""
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{key or 'the file'} must be a mapping, not {_shown(values)}. Compare with presets/small.yaml."
-        )
-    hints = typing.get_type_hints(kind, include_extras=True)
-    names = [field.name for field in dataclasses.fields(kind)]
-    for unknown in values.keys() - set(names):
-        raise UserError(f"unknown key {_join(key, unknown)}. Known here: {', '.join(names)}.")
-    for missing in (name for name in names if name not in values):
-        raise UserError(f"missing key {_join(key, missing)}. Every key is required; compare with presets/small.yaml.")
-    return kind(**{name: _convert(hints[name], values[name], _join(key, name)) for name in names})
+def _mistake(error: Mapping[str, Any]) -> str:
+    """Return pydantic's error as a line of ours."""
+    value, path = error["input"], [str(part) for part in error["loc"]]
+    if path[:1] == ["data"]:
+        del path[1:2]  # The union's member.
+    key = ".".join(path)
+    match error["type"]:
+        case "value_error":
+            return f"{key} {error['ctx']['error']}"
+        case "missing":
+            return f"missing key {key}. Compare with presets/small.yaml."
+        case "union_tag_not_found":
+            return f"missing key {key}.source. Compare with presets/small.yaml."
+        case "unexpected_keyword_argument" | "invalid_key":
+            return f"unknown key {shown(key)[1:-1]}. Known here: {', '.join(_keys(path[:-1]))}."
+        case "dataclass_type" | "model_attributes_type" if value is None and path:
+            return f"{key} must be given, as a mapping of {', '.join(_keys(path))}."
+        case "dataclass_type" | "model_attributes_type":
+            return f"{key or 'the file'} must be a mapping, not {shown(value)}. Compare with presets/small.yaml."
+        case "none_required":
+            return f"{key} must be null, as data.source is not {path[-1]}."
+        case "enum" | "literal_error" | "union_tag_invalid" as kind:
+            key, value = (f"{key}.source", value["source"]) if kind == "union_tag_invalid" else (key, value)
+            allowed = re.findall("'(.*?)'", error["ctx"].get("expected") or error["ctx"]["expected_tags"])
+            return f"{key} is {shown(value)}; it must be one of {', '.join(allowed)}."
+    return f"{key or 'the file'}: {error['msg']}. Compare with presets/small.yaml."
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """Check one value against its type; enums and nested dataclasses are built."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        (hint,) = (option for option in hint.__args__ if option is not type(None))
-    if typing.get_origin(hint) is typing.Annotated:
-        number, (allowed,) = _scalar(hint.__origin__, value, key), hint.__metadata__
-        if number not in allowed:
-            raise UserError(f"{key} is {number}; it must be {allowed.words()}.")
-        return number
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, key)
-    if issubclass(hint, Enum):
-        allowed = [option.value for option in hint]
-        if value not in allowed:
-            raise UserError(f"{key} is {_shown(value)}; it must be one of {', '.join(allowed)}.")
-        return hint(value)
-    if hint == tuple[str, ...]:
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{key} is {_shown(value)}; it must be a list of names.")
-        return tuple(_scalar(str, item, key) for item in value)
-    return _scalar(hint, value, key)
+def _keys(path: list[str]) -> list[str]:
+    """Return the names of the keys in the group at `path`."""
+    group: Any = Params
+    for name in path:
+        hint = DataParams if name == "data" else typing.get_type_hints(group)[name]
+        group = next(filter(is_dataclass, typing.get_args(hint)), hint)
+    return [one.name for one in fields(group)]
 
 
-_WANTED = {
-    str: "text: put it in quotes",
-    bool: "true or false",
-    int: "a whole number below 2^63, such as 64",
-    float: "a finite number, such as 1e-5",
-}
-_GREATEST = {int: 2**63 - 1, float: sys.float_info.max}
+@functools.cache
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).warning("%s", line)
 
 
-def _scalar(hint: type, value: Any, key: str) -> Any:
-    """Return the text, truth value or number that a key of type `hint` wants; Python's own values pass if they are that."""
-    if hint is str and isinstance(value, str):
-        if isinstance(value, Unquoted) and key in INTERPOLATED:
-            raise UserError(f"{key} is {value}, which DVC fills in as YAML reads it. Put it in quotes: '{value}'.")
-        if not value.isprintable() or len(value) > MOST_CHARACTERS:
-            raise UserError(
-                f"{key} is {_shown(value)}; it must be one line of at most {MOST_CHARACTERS:,} printable characters."
-            )
-        return str(value)
-    if hint is bool:
-        truth = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
-        if type(truth) is bool:
-            return truth
-    if hint in _GREATEST:
-        number = _number(value) if isinstance(value, str) else value
-        if type(number) in (int, float) and abs(number) <= _GREATEST[hint] and (hint is float or number == int(number)):
-            return hint(number)
-    raise UserError(f"{key} is {_shown(value)}; it must be {_WANTED[hint]}.")
+def _lacking(params: Params, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys that a file's values lack, by full names, and what was taken for them."""
+    given = dict(_flatten(values, ""))
+    return {key: value for key, value in params.flat().items() if key not in given}
 
 
-def _number(text: str) -> int | float | None:
-    """Return the number that a text writes, or None; nan, inf and 12:30 are none."""
-    if not re.fullmatch(r"[-+.0-9_a-fA-Fxo]+", text.strip()):
-        return None
-    for read in (int, float, lambda prefixed: int(prefixed, 0)):
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def fill_in(path: Path) -> list[str]:
+    """Write into a valid file the keys that it lacks, each below the one before it; return them.
+
+    Raises:
+        UserError: the file is not valid, or its layout has no place for a line.
+    """
+    values, text = read_yaml(path), path.read_text(encoding="utf-8")
+    lacking = _lacking(parse_params(values, str(path)), values)
+    for key, value in lacking.items():
+        *section, name = key.split(".")
+        names, line = _keys(section), f"{name}: {_written(value)}"
         try:
-            return read(text)
-        except ValueError:
-            continue
-    return None
+            text = with_line(text, section, names[names.index(name) - 1], line)
+        except LookupError as error:
+            raise UserError(f"{path}: {section[-1]} is not in lines of its own. Write `{line}` into it.") from error
+    path.write_text(text, encoding="utf-8")
+    return list(lacking)
 
 
-def _shown(value: Any) -> str:
-    """Return a value for a message, in one short line."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _check(params: Params) -> None:
-    _check_secrets(params)
-    _check_source(params.data)
-    _check_models(params)
-    _check_shape(params)
-    _check_helm(params)
-    _check_train(params.train)
-    for key, name in (("vision.launch", params.vision.launch), ("train.launch", params.train.launch)):
-        if not re.fullmatch(r"[a-z0-9-]{1,100}", name):
-            raise UserError(f"{key} is {name!r}; it must name a file launch/NAME.yaml.")
-    if params.prompt.mask is Mask.PREFIX_LM and params.train.questions_per_row != 1:
-        raise UserError(
-            f"train.questions_per_row is {params.train.questions_per_row}; prompt.mask prefix-lm lets the image see the "
-            "question, so no two questions can share it. Set it to 1, or prompt.mask to image-prefix."
-        )
-
-
-def _check_secrets(params: Params) -> None:
-    """Refuse addresses with a login or a query: this file, dvc.lock and MLflow are for all to read."""
-    for key, value in params.flat().items():
-        if isinstance(value, str) and key != "prompt.instruction" and without_secrets(value) != value:
-            raise UserError(
-                f"{key} holds a login or a query (?...). Such secrets do not belong here: DVC copies this file's values "
-                "into dvc.lock, which is committed. Write the address without them, and the login into ~/.netrc, which "
-                "downloads read: machine HOST login NAME password PASSWORD."
-            )
-
-
-def _check_helm(params: Params) -> None:
-    """Refuse what HELM's unmodified run could not measure, hours before it would."""
-    if params.prompt.instruction != HELM_INSTRUCTION:
-        raise UserError(
-            f"prompt.instruction is {params.prompt.instruction!r}, but HELM's vqa run asks with {HELM_INSTRUCTION!r}. "
-            "Set it to HELM's text."
-        )
-    # A token holds no more than a word; the question and the answer have at least one each, and there are two newlines.
-    least = 1 + len(HELM_INSTRUCTION.split()) + 2 + 1 + 1 + 1
-    if params.prompt.text_length < least:
-        raise UserError(
-            f"prompt.text_length is {params.prompt.text_length}; the instruction alone leaves room for no question below "
-            f"{least}. Raise it; the presets have 64."
-        )
-    most, instances = params.evaluation.vqa_questions, params.evaluation.helm_instances
-    if most is not None and most < instances:
-        raise UserError(
-            f"evaluation.vqa_questions is {most}, below evaluation.helm_instances ({instances}), which are among them. Set "
-            f"it to {instances} or more, or to null for the whole split."
-        )
-
-
-def _check_source(data: DataParams) -> None:
-    """Refuse settings of a source that is not used, unpinned repositories, and names that make no file names."""
-    for split in ("train", "val"):
-        pattern = getattr(data, split).image_name
-        if not IMAGE_NAME.fullmatch(pattern):
-            raise UserError(
-                f"data.{split}.image_name is {pattern!r}; it must be a file name (no folder) with one {{image_id}} or "
-                "{image_id:012d}, such as COCO_train2014_{image_id:012d}.jpg."
-            )
-    for name, source in (("official", Source.OFFICIAL), ("hub", Source.HUB)):
-        if (getattr(data, name) is not None) != (data.source is source):
-            raise UserError(
-                f"data.{name} must {'be given' if data.source is source else 'be null'}: data.source is {data.source.value}."
-            )
-    if data.hub is not None:
-        for split in ("train", "val"):
-            revision = getattr(data.hub, split).revision
-            if not re.fullmatch(r"[0-9a-f]{40}", revision):
-                raise UserError(f"data.hub.{split}.revision is {revision!r}; it must be a commit of 40 hex digits.")
-
-
-def _check_models(params: Params) -> None:
-    """Refuse towers that could not be loaded the same way next month."""
-    for key, model, revision, own in (
-        ("vision", params.vision.model, params.vision.revision, "small"),
-        ("language", params.language.model, params.language.revision, "random"),
-    ):
-        from_hub = model != own and not is_local(model)
-        if from_hub and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-            raise UserError(
-                f"{key}.revision is {revision!r}; {key}.model {model!r} comes from the hub (no such local folder), and a "
-                "hub model is pinned by its commit of 40 hex digits."
-            )
-        if not from_hub and revision is not None:
-            raise UserError(f"{key}.revision is {revision!r}; it must be null: {key}.model {model!r} has no revisions.")
-    random = params.language.model == "random"
-    for name in ("vocab_size", "config"):
-        if (getattr(params.language, name) is not None) != random:
-            raise UserError(f"language.{name} must {'be given' if random else 'be null'}: language.model is "
-                            f"{params.language.model!r}.")  # fmt: skip
-    if params.vision.compute_dtype is Dtype.FLOAT16:
-        raise UserError("vision.compute_dtype is float16; use float32 or bfloat16: DINOv2 overflows in float16.")
-
-
-def _check_shape(params: Params) -> None:
-    """Refuse towers that cannot be built."""
-    vision, shape, vocabulary = params.vision, params.language.config, params.language.vocab_size
-    known = ENCODERS.get(vision.model, (vision.num_patches, vision.visual_embed_dim))
-    for name, number in zip(("num_patches", "visual_embed_dim"), known, strict=True):
-        if getattr(vision, name) != number:
-            raise UserError(
-                f"vision.{name} is {getattr(vision, name)}, but {vision.model!r} makes {number}. Set it to {number}."
-            )
-    if shape is None:
-        return
-    if vocabulary < _LEAST_VOCABULARY:
-        raise UserError(f"language.vocab_size is {vocabulary}; bytes and special tokens alone are {_LEAST_VOCABULARY}.")
-    heads, shared = shape.num_attention_heads, shape.num_key_value_heads
-    if heads % shared or shape.hidden_size % heads:
-        raise UserError(
-            f"language.config.num_attention_heads is {heads}; it must be a multiple of num_key_value_heads ({shared}) and "
-            f"divide hidden_size ({shape.hidden_size}), as transformers wants it."
-        )
-    if shape.head_dim % 2:
-        raise UserError(f"language.config.head_dim is {shape.head_dim}; it must be even: positions rotate pairs.")
-    layer = shape.hidden_size * (2 * (heads + shared) * shape.head_dim + 3 * shape.intermediate_size)
-    parameters = shape.num_hidden_layers * layer + vocabulary * shape.hidden_size
-    if parameters > _MOST_PARAMETERS:
-        raise UserError(f"language.config makes {parameters:,} weights; more than {_MOST_PARAMETERS:,} are refused.")
-
-
-def is_local(model: str) -> bool:
-    """Tell a local folder from a hub id: it exists, or it is written as a path."""
-    return os.path.isdir(model) or model.startswith(("/", "./", "../"))
-
-
-def _check_train(train: TrainParams) -> None:
-    """Refuse what the installed libraries would drop without a word, or what is known to train wrongly."""
-    _check_rounding(train)
-    if train.compute_dtype is Dtype.FLOAT16:
-        raise UserError("train.compute_dtype is float16; use bfloat16 or float32: Gemma 2 overflows in float16.")
-    if not train.block_wise:
-        raise UserError("train.block_wise is false; it must be true: bitsandbytes has no other 8-bit mode any more.")
-    if train.percentile_clipping not in (0, 100) and train.optimizer is not Optimizer.ADAMW_BNB_8BIT:
-        raise UserError(
-            f"train.percentile_clipping is {train.percentile_clipping}, which belongs to train.optimizer adamw_bnb_8bit; "
-            f"set it to 100 (off) for {train.optimizer.value}."
-        )
-    if train.attention is Attention.FLEX and train.dropout > 0:
-        raise UserError(
-            f"train.dropout is {train.dropout}; flex_attention cannot drop attention probabilities. Set train.dropout: 0.0 "
-            "or train.attention: eager."
-        )
-    _check_lora(train)
-
-
-def _check_lora(train: TrainParams) -> None:
-    if train.lora is None:
-        return
-    unknown = sorted(set(train.lora.targets) - set(PROJECTIONS))
-    if unknown:
-        raise UserError(
-            f"train.lora.targets has {', '.join(unknown)}; Gemma 2's linear layers are {', '.join(PROJECTIONS)}."
-        )
-    if not train.freeze_embeddings:
-        raise UserError("train.freeze_embeddings is false; it must be true with train.lora: only adapters are trained.")
-
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a `Gemma2DecoderLayer`."""
-
-
-def _check_rounding(train: TrainParams) -> None:
-    """Refuse weights that would lose their updates, or a rounding that does nothing."""
-    if train.weights_dtype is Dtype.FLOAT16:
-        raise UserError("train.weights_dtype is float16; use float32 or bfloat16: Gemma 2 overflows in float16.")
-    if train.weights_dtype is Dtype.FLOAT32 and train.rounding is not Rounding.NEAREST:
-        raise UserError("train.rounding is stochastic, but train.weights_dtype is float32; set it to nearest.")
-    if train.weights_dtype is Dtype.BFLOAT16 and train.rounding is not Rounding.STOCHASTIC:
-        raise UserError(
-            "train.weights_dtype is bfloat16 with train.rounding nearest: most updates are smaller than the spacing of such "
-            "weights and would be lost. Set train.rounding: stochastic, or train.weights_dtype: float32 with "
-            "train.compute_dtype: bfloat16 to compute in 16 bits over float32 weights."
-        )
-    if train.weights_dtype is Dtype.BFLOAT16 and train.compute_dtype is not Dtype.BFLOAT16:
-        raise UserError(
-            f"train.weights_dtype is bfloat16, but train.compute_dtype is {train.compute_dtype.value}; set it to bfloat16."
-        )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, tuple):
-        return list(value)
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return value
-
-
-def _flatten(values: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, Any]]:
+def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _join(key: str, name: object) -> str:
-    return f"{key}.{name}" if key else str(name)
