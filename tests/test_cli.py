@@ -30,7 +30,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
         assert f"\n    {command} " in done.stdout
 
 
-def test_check_accepts_the_committed_parameters(capsys):
+def test_check_accepts_the_committed_parameters(capsys, clean_checkout):
     assert main(["check", str(REPO / "presets/small.yaml")]) == 0
     assert "valid; params_hash" in capsys.readouterr().out
 
@@ -42,7 +42,7 @@ def test_check_names_a_misspelt_key(tmp_path, capsys):
     assert "train.learning_rat" in capsys.readouterr().err
 
 
-def test_check_fills_in_what_a_file_of_an_earlier_version_lacks(tmp_path, capsys, caplog):
+def test_check_fills_in_what_a_file_of_an_earlier_version_lacks(tmp_path, capsys, caplog, clean_checkout):
     whole = (REPO / "presets/small.yaml").read_text()
     path = tmp_path / "params.yaml"
     path.write_text(whole.replace("  lora: null\n", ""))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "vlm_vqa"
 # From below to above: a room imports only itself, rooms of lower lines and lone files that allow it.
 LEVELS = (
-    ("errors", "secrets", "hashing", "files", "cores", "prefetch", "sealed"),
+    ("errors", "secrets", "hashing", "files", "cores", "prefetch", "sealed", "yaml_file"),
     ("params", "hf_hub", "launch_file", "pipeline"),
     ("data",),
     ("model",),
@@ -25,7 +25,7 @@ LEVELS = (
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # One room of a level may use another where the one is what the other is about.
 BESIDE = {("secrets", "errors"), ("errors", "secrets"), ("sealed", "errors"), ("sealed", "files"), ("sealed", "hashing"),
-          ("files", "errors"), ("cores", "errors"), ("launch_file", "params"), ("hf_hub", "params")}  # fmt: skip
+          ("files", "errors"), ("yaml_file", "errors"), ("yaml_file", "files"), ("yaml_file", "secrets"), ("cores", "errors"), ("launch_file", "params"), ("hf_hub", "params")}  # fmt: skip
 
 
 def imports_of(path: Path) -> Iterator[Path]:
