@@ -33,9 +33,8 @@ text is wanted. Truth values are `true` and `false`, never `yes` or `on`.
 A file of an earlier version keeps working: a key that came later may be missing, and its value is then what was done before
 it came. `vlm-vqa check` says so, and `vlm-vqa check --write` adds the key to the file.
 
-Editors that know YAML schemas (VS Code with the extension *YAML*, for one) complete keys and mark mistakes while you type.
-The first line of every parameter file names `params.schema.json`, which lies beside `params.yaml` and, as a link, in
-`presets/`.
+Editors that know YAML schemas (such as VS Code with the extension *YAML*) complete keys and mark mistakes as you type. The
+first line of every parameter file names `params.schema.json`, which lies beside `params.yaml` and, as a link, in `presets/`.
 """
 
 

@@ -12,8 +12,9 @@ import yaml
 from dvc.utils.hydra import apply_overrides
 
 from scripts import schema
+from vlm_vqa.checks import fill_in
 from vlm_vqa.errors import UserError
-from vlm_vqa.params import Mask, Rounding, fill_in, load_params, parse_params
+from vlm_vqa.params import Mask, Rounding, load_params, parse_params
 
 ROOT = Path(__file__).parents[1]
 

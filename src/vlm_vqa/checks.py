@@ -2,19 +2,32 @@
 
 `load_params` knows what a file alone can tell. Here stands the rest: this machine (`check_machine`) and the records, once
 there are some (`check_records`). `vlm-vqa check`, preflight and the stages up to the training call them, so that no hour of
-extraction or training is spent on what a later stage must refuse.
+extraction or training is spent on what a later stage must refuse. And `fill_in` brings an older file up to date.
 """
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from ruamel.yaml.nodes import MappingNode, ScalarNode
 
 from vlm_vqa.data.records import load_questions, manifest_for_a_look, read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.launch_file import check_params, read_copies, read_launch, strategy_of
-from vlm_vqa.params import Answers, Params, Punkt, TooLong, is_local
+from vlm_vqa.params import (
+    Answers,
+    Params,
+    Punkt,
+    TooLong,
+    is_local,
+    keys_of,
+    lacking_keys,
+    parse_params,
+    written,
+)
+from vlm_vqa.yaml_file import compose, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -82,3 +95,42 @@ def check_records(params: Params, records: Path = RECORDS) -> None:
             f"{records}: the {len(images)} validation questions to evaluate are all about one image, so none can be shown "
             "another (baselines.shuffled_images). Give data.val a second image, or raise evaluation.vqa_questions."
         )
+
+
+def fill_in(path: Path) -> list[str]:
+    """Write into a valid parameter file the keys that it lacks, each below the one before it; return them.
+
+    Raises:
+        UserError: the file is not valid, or its layout has no place for a line.
+    """
+    values, text = read_yaml(path), path.read_text(encoding="utf-8")
+    lacking = lacking_keys(parse_params(values, str(path)), values)
+    for key, value in lacking.items():
+        *section, name = key.split(".")
+        names, line = keys_of(section), f"{name}: {written(value)}"
+        try:
+            text = _with_line(text, section, names[names.index(name) - 1], line)
+        except LookupError as error:
+            raise UserError(f"{path}: {section[-1]} is not in lines of its own. Write `{line}` into it.") from error
+    path.write_text(text, encoding="utf-8")
+    return list(lacking)
+
+
+def _with_line(text: str, section: Sequence[str], after: str, line: str) -> str:
+    """Return a file's text with one more line in a section: below key `after` and its value, indented like it.
+
+    Raises:
+        LookupError: the section is not written in lines of its own, or has no such key.
+    """
+    node = compose(text)
+    for name in section:
+        node = {key.value: value for key, value in node.value}[name]
+    if node.flow_style:
+        raise LookupError(section)
+    key, last = {key.value: (key, value) for key, value in node.value}[after]
+    while not isinstance(last, ScalarNode) and not last.flow_style:
+        last = last.value[-1][1] if isinstance(last, MappingNode) else last.value[-1]
+    lines = text.split("\n")
+    # A block scalar ends where the next line begins.
+    end = last.end_mark.line + (last.style not in ("|", ">") if isinstance(last, ScalarNode) else 1)
+    return "\n".join([*lines[:end], " " * key.start_mark.column + line, *lines[end:]])

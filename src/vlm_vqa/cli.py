@@ -47,8 +47,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from vlm_vqa.checks import check_here
-    from vlm_vqa.params import fill_in, load_params
+    from vlm_vqa.checks import check_here, fill_in
+    from vlm_vqa.params import load_params
 
     if arguments.write:
         for key in fill_in(arguments.params):

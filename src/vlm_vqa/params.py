@@ -27,7 +27,7 @@ from pydantic import BeforeValidator, ValidationInfo
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
-from vlm_vqa.yaml_file import Line, Range, read_yaml, shown, truth, with_line
+from vlm_vqa.yaml_file import Line, Range, read_yaml, shown, truth
 
 Source = StrEnum("Source", {"EASY_VQA": "easy-vqa", "DIRECTORY": "directory", "OFFICIAL": "official", "HUB": "hub"})
 """Where questions and images come from."""
@@ -600,9 +600,9 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     """
     values = read_yaml(path)
     params = parse_params(values, str(path))
-    lacking = _lacking(params, values)
+    lacking = lacking_keys(params, values)
     if lacking:
-        taken = ", ".join(map(_written, lacking.values()))
+        taken = ", ".join(map(written, lacking.values()))
         them = "it" if len(lacking) == 1 else "them"
         _say(f"{path} lacks {', '.join(lacking)}: taken as {taken}, as before; `vlm-vqa check --write` adds {them}.")
     return params
@@ -634,9 +634,9 @@ def _mistake(error: Mapping[str, Any]) -> str:
         case "union_tag_not_found":
             return f"missing key {key}.source. Compare with presets/small.yaml."
         case "unexpected_keyword_argument" | "invalid_key":
-            return f"unknown key {shown(key)[1:-1]}. Known here: {', '.join(_keys(path[:-1]))}."
+            return f"unknown key {shown(key)[1:-1]}. Known here: {', '.join(keys_of(path[:-1]))}."
         case "dataclass_type" | "model_attributes_type" if value is None and path:
-            return f"{key} must be given, as a mapping of {', '.join(_keys(path))}."
+            return f"{key} must be given, as a mapping of {', '.join(keys_of(path))}."
         case "dataclass_type" | "model_attributes_type":
             return f"{key or 'the file'} must be a mapping, not {shown(value)}. Compare with presets/small.yaml."
         case "none_required":
@@ -648,7 +648,7 @@ def _mistake(error: Mapping[str, Any]) -> str:
     return f"{key or 'the file'}: {error['msg']}. Compare with presets/small.yaml."
 
 
-def _keys(path: list[str]) -> list[str]:
+def keys_of(path: list[str]) -> list[str]:
     """Return the names of the keys in the group at `path`."""
     group: Any = Params
     for name in path:
@@ -663,33 +663,15 @@ def _say(line: str) -> None:
         logging.getLogger(__name__).warning("%s", line)
 
 
-def _lacking(params: Params, values: dict[str, Any]) -> dict[str, Any]:
+def lacking_keys(params: Params, values: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that a file's values lack, by full names, and what was taken for them."""
     given = dict(_flatten(values, ""))
     return {key: value for key, value in params.flat().items() if key not in given}
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """Return a value as the file writes it."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def fill_in(path: Path) -> list[str]:
-    """Write into a valid file the keys that it lacks, each below the one before it; return them.
-
-    Raises:
-        UserError: the file is not valid, or its layout has no place for a line.
-    """
-    values, text = read_yaml(path), path.read_text(encoding="utf-8")
-    lacking = _lacking(parse_params(values, str(path)), values)
-    for key, value in lacking.items():
-        *section, name = key.split(".")
-        names, line = _keys(section), f"{name}: {_written(value)}"
-        try:
-            text = with_line(text, section, names[names.index(name) - 1], line)
-        except LookupError as error:
-            raise UserError(f"{path}: {section[-1]} is not in lines of its own. Write `{line}` into it.") from error
-    path.write_text(text, encoding="utf-8")
-    return list(lacking)
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ import itertools
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -48,7 +48,7 @@ def read_yaml(path: str | Path) -> Any:
     """
     try:
         check_regular(path, MOST_BYTES)
-        node = _compose(Path(path).read_text(encoding="utf-8"))
+        node = compose(Path(path).read_text(encoding="utf-8"))
         return None if node is None else _read(node, "", itertools.count(1))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -61,28 +61,8 @@ def read_yaml(path: str | Path) -> Any:
         raise UserError(f"{path}: nested too deeply, or inside itself. Compare with presets/small.yaml.") from error
 
 
-def with_line(text: str, section: Sequence[str], after: str, line: str) -> str:
-    """Return a file's text with one more line in a section: below key `after` and its value, indented like it.
-
-    Raises:
-        LookupError: the section is not written in lines of its own, or has no such key.
-    """
-    node: Any = _compose(text)
-    for name in section:
-        node = {key.value: value for key, value in node.value}[name]
-    if node.flow_style:
-        raise LookupError(section)
-    key, last = {key.value: (key, value) for key, value in node.value}[after]
-    while not isinstance(last, ScalarNode) and not last.flow_style:
-        last = last.value[-1][1] if isinstance(last, MappingNode) else last.value[-1]
-    lines = text.split("\n")
-    # A block scalar ends where the next line begins.
-    end = last.end_mark.line + (last.style not in ("|", ">") if isinstance(last, ScalarNode) else 1)
-    return "\n".join([*lines[:end], " " * key.start_mark.column + line, *lines[end:]])
-
-
-def _compose(text: str) -> Node | None:
-    # DVC's own parser: YAML 1.2.
+def compose(text: str) -> Any:
+    """Return a text's root node, None where there is none; by DVC's own parser: YAML 1.2."""
     return YAML(typ="safe", pure=True).compose(text)
 
 
