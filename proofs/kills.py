@@ -7,8 +7,8 @@ undisturbed for each launch. A trial begins where none to four of the stages are
 `dvc repro` alone. The call gets a signal, SIGTERM, SIGINT or SIGKILL, to any process of its tree or to all, at
 
     any time      a random moment of what is left to do
-    between       just after DVC has rewritten dvc.lock or its lock file, where a stage begins or ends
-    writing       just after something has appeared in data, models, reports or checkpoints
+    between       the next time after it that DVC has rewritten dvc.lock or its lock file, where a stage begins or ends
+    writing       the next time after it that something has appeared in data, models, reports or checkpoints
 
 and after one to four such calls the command is called once more and left alone. It must succeed; dvc.lock must be the
 undisturbed run's to the byte, and every output what dvc.lock says; no process may have lived for more than 10 s after its
@@ -133,13 +133,14 @@ def strike(states: States, call: tree.Call, rng: random.Random) -> dict[str, Any
     """Wait for a drawn moment and send a drawn signal; None if the call has ended before."""
     moment = rng.choices(list(MOMENTS), list(MOMENTS.values()))[0]
     left = states.left()
-    share, count, delay, number = rng.random(), rng.randint(1, 8), rng.uniform(0, 0.1), rng.choice(SIGNALS)
-    if moment == "any time":
-        came = not call.wait(lambda: False, share * left) and call.shell.poll() is None
-    else:
+    share, count, delay, number = rng.random(), rng.randint(1, 3), rng.uniform(0, 0.1), rng.choice(SIGNALS)
+    call.wait(lambda: False, share * left)
+    if moment != "any time":
+        # The next change, or one of those that follow it at once.
         changes = Changes([states.place / path for path in WATCHED[moment]])
-        came = call.wait(lambda: changes.seen() >= count, 2 * left) and not call.wait(lambda: False, delay)
-    if not came or call.shell.poll() is not None:
+        call.wait(lambda: changes.seen() >= count, PATIENCE)
+        call.wait(lambda: False, delay)
+    if call.shell.poll() is not None:
         return None
     everyone, living = rng.random() < 0.2, sorted(call.victims(), key=lambda one: one.pid)
     victim = None if everyone or not living else rng.choice(living)
