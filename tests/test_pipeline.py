@@ -42,6 +42,34 @@ def test_a_stage_declares_what_it_imports_and_no_more(name):
     }  # fmt: skip
 
 
+OUTPUTS = ("data/records/manifest.json", "data/features/manifest.json", "models/trained/training.json", "reports/train.json",
+           "reports/train_curve.csv", "models/export/vlm_vqa.json", "reports/metrics.json", "reports/predictions.parquet",
+           "reports/helm_predictions.parquet", "reports/evaluation.json", "reports/helm/stats.json")  # fmt: skip
+
+
+def test_a_comment_reruns_what_imports_it_and_no_more(tmp_path, shared_data):
+    project = Project(tmp_path, sample_params(shared_data))
+    for name in OUTPUTS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert project.command("dvc commit --force --quiet").returncode == 0
+
+    def stale_after(*names: str) -> list[str]:
+        for name in names:
+            with open(tmp_path / "src/vlm_vqa" / name, "a") as file:
+                file.write("# A comment\n")
+        return list(json.loads(project.command("dvc status --json").stdout))
+
+    assert (
+        stale_after(
+            "cli.py", "errors.py", "tracking/store.py", "evaluation/gallery.py", "model/small_encoder/README.md"
+        )
+        == []
+    )
+    assert stale_after("training/sampler.py") == ["train"]
+    assert stale_after("fetch/sources/download.py", "evaluation/bleu.py") == ["fetch-vqav2", "train", "helm-eval"]
+
+
 def test_a_stages_code_is_what_it_imports_wherever_the_import_stands(tmp_path):
     """Imports in functions count, those of imported modules too, rooms' docstrings and what decides nothing do not."""
     stage = tmp_path / "stage.py"

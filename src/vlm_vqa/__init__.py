@@ -14,7 +14,7 @@ _NOISE = {
 }
 """Messages of libraries that read as failures and are none, by logger; nothing else of theirs is kept back."""
 
-_PROGRAMS = {"vlm-vqa", "fetch_vqav2.py", "extract_features.py", "train.py", "export.py", "helm_eval.py"}
+_STAGES = {"fetch_vqav2.py", "extract_features.py", "train.py", "export.py", "helm_eval.py"}
 
 # DeepSpeed's, at every step of ZeRO: torch 2.14 has new names for what it calls.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -28,9 +28,12 @@ def end_quietly(signum: int, frame: object) -> None:
     os._exit(128 + signum)
 
 
-# Programs of ours, before their other imports; `stage.run` and the command line's `main` then take over. A notebook that
-# imports the package keeps its own way.
-if os.path.basename(sys.argv[0] if sys.argv else "") in _PROGRAMS and (
-    signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
+# Programs of ours, before their other imports, which take many seconds on a busy machine; `entrypoint.run` and the command
+# line's `main` then take over. A notebook that imports the package keeps its own way.
+_program = os.path.basename(sys.argv[0] if sys.argv else "")
+if _program in {"vlm-vqa", *_STAGES} and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, end_quietly)
+if _program in _STAGES:
+    from vlm_vqa.pipeline import orphans
+
+    orphans.end_with_parents()

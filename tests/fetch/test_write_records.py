@@ -231,3 +231,13 @@ def test_the_real_sample_runs_through(shared_data, directory_params, tmp_path):
         assert image.data == (shared_data / "vqav2-sample" / "images" / image.file_name).read_bytes()
         assert open_image(image.data, image.file_name, params.max_image_pixels).mode == "RGB"
     assert records.count_images(tmp_path / "records") == 75
+
+
+def test_a_link_that_leads_to_itself_is_no_picture(vqav2_folder, directory_params, tmp_path):
+    folder = vqav2_folder()
+    (folder / "train2014/loop.jpg").symlink_to("loop.jpg")
+    assert fetch(directory_params(folder), tmp_path / "records")["images"] == 6
+    (folder / IMAGE).unlink()
+    (folder / IMAGE).symlink_to(Path(IMAGE).name)
+    with pytest.raises(UserError, match=rf"Too many levels of symbolic links: .*{Path(IMAGE).name}"):
+        fetch(directory_params(folder), tmp_path / "records")

@@ -113,7 +113,7 @@ entrypoint.run("train", main)
 def test_every_stage_imports_the_package_first(path):
     imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert isinstance(imports[0], ast.Import) and imports[0].names[0].name == "vlm_vqa"
-    assert path.name in vlm_vqa._PROGRAMS
+    assert path.name in vlm_vqa._STAGES
 
 
 def test_a_disks_error_is_found_inside_a_librarys_own():

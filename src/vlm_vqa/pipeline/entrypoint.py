@@ -54,7 +54,7 @@ def run(name: str, main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGINT) is end_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    orphans.end_with_parents(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    orphans.end_with_parents()
     keep_dvc_lock()
     if not checks_blocks() and os.environ.get("RANK", "0") == "0":
         logging.warning("%s is off: damaged bytes of records and features are read as they are", SWITCH)

@@ -22,6 +22,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_END = 5.0
 """Between being asked to end and being ended: with the rest, less than ten, on a busy machine too."""
 _PR_SET_PDEATHSIG = 1
+_NAME = "parents"
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +57,25 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-def end_with_parents(end: Callable[[], None], parents: Iterable[psutil.Process] | None = None) -> None:
+def ask_to_end() -> None:
+    """Send this process SIGTERM."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_parents(end: Callable[[], None] = ask_to_end, parents: Iterable[psutil.Process] | None = None) -> None:
     """Call `end` from a thread of its own as soon as one of the programs that have started this process is gone.
+
+    Called again, it does nothing: a stage calls it before its imports and when it starts.
 
     Args:
         end: asks this process to end; if it has not within `SECONDS_TO_END`, the process is ended.
         parents: by default `started_by()`.
     """
+    if any(thread.name == _NAME for thread in threading.enumerate()):
+        return
     watched = started_by() if parents is None else list(parents)
     if watched or _left_behind():
-        threading.Thread(target=_watch, args=(watched, end), daemon=True, name="parents").start()
+        threading.Thread(target=_watch, args=(watched, end), daemon=True, name=_NAME).start()
 
 
 def _left_behind() -> bool:

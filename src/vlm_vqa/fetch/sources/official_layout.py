@@ -240,7 +240,7 @@ class ImageFiles:
         """Return how many files there are."""
         if self._zip is not None:
             return len(files(self._zip))
-        return sum(entry.is_file() for entry in os.scandir(self.path))
+        return sum(map(_is_file, os.scandir(self.path)))
 
     def where(self, name: str) -> str:
         """Return the place of a file, for messages."""
@@ -264,3 +264,11 @@ class ImageFiles:
             places = " and ".join(member.filename for member in members)
             raise UserError(f"{self.where(name)}: {len(members)} files of this name ({places})")
         return members[0].file_size
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        # A link that leads to itself.
+        return False
