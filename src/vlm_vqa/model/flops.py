@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, PaliGemmaConfig
+from transformers import Dinov2Config, Gemma2Config, PaliGemmaConfig
 
 from vlm_vqa.model.layout import IGNORED, PAD_SEGMENT, Row, TokenLayout
 from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Mask
@@ -61,8 +61,12 @@ class Cost:
 
 def model_cost(config: PaliGemmaConfig, *, frozen_embeddings: bool) -> Cost:
     """Return the `cost` of the model that `config` describes."""
-    language = config.text_config
-    return cost(language, language.vocab_size, config.vision_config.hidden_size, frozen_embeddings=frozen_embeddings)
+    language, vision = parts_of(config)
+    return cost(language, language.vocab_size, vision.hidden_size, frozen_embeddings=frozen_embeddings)
+
+
+def parts_of(config: PaliGemmaConfig) -> tuple[Gemma2Config, Dinov2Config]:
+    return config.text_config, config.vision_config  # ty: ignore[invalid-explicit-return] - transformers leaves a PaliGemma's parts open
 
 
 def cost(
