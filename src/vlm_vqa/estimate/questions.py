@@ -131,6 +131,7 @@ def _laid_out(
     shape: GlobalBatchShape, mask: Mask, num_patches: int, instruction: int, sample: Sample
 ) -> tuple[list[Batch], list[float], float]:
     """Return batches, the mean work of a question, and the questions of a row."""
+    # What `rows_work` asks of a `TokenLayout`.
     layout: Any = SimpleNamespace(mask=mask, num_patches=num_patches, prefix=range(instruction))
     questions = [QuestionTokens([0] * one, [0] * two) for _, one, two in sample]
     lengths, prefix = [len(one.read) for one in questions], num_patches + instruction

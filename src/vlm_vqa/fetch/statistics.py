@@ -7,7 +7,7 @@ from typing import Any
 
 _EXAMPLES = 6
 _Row = dict[str, Any]
-_Files = dict[int, bytes]
+_Files = dict[int, bytes]  # said here, for a class with a field `bytes` means that by `bytes`
 
 
 @dataclass

@@ -10,11 +10,11 @@ Shapes: B rows, S grid width (tokens of the longest row, image tokens included).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Dinov2Config, Gemma2Config, PaliGemmaConfig
+from transformers import Gemma2Config, PaliGemmaConfig
 
 from vlm_vqa.model.layout import IGNORED, PAD_SEGMENT, Row, TokenLayout
 from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Mask
@@ -61,12 +61,13 @@ class Cost:
 
 def model_cost(config: PaliGemmaConfig, *, frozen_embeddings: bool) -> Cost:
     """Return the `cost` of the model that `config` describes."""
-    language, vision = parts_of(config)
+    language = language_of(config)
+    vision: Any = config.vision_config
     return cost(language, language.vocab_size, vision.hidden_size, frozen_embeddings=frozen_embeddings)
 
 
-def parts_of(config: PaliGemmaConfig) -> tuple[Gemma2Config, Dinov2Config]:
-    return config.text_config, config.vision_config  # ty: ignore[invalid-explicit-return] - transformers leaves a PaliGemma's parts open
+def language_of(config: PaliGemmaConfig) -> Gemma2Config:
+    return config.text_config  # ty: ignore[invalid-explicit-return] - transformers leaves a PaliGemma's parts open
 
 
 def cost(

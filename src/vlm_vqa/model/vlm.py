@@ -34,7 +34,7 @@ from transformers import (
 from vlm_vqa.errors import UserError
 from vlm_vqa.hf_hub import download_snapshot
 from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
-from vlm_vqa.model.flops import parts_of
+from vlm_vqa.model.flops import language_of
 from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, LoraParams
 
@@ -82,7 +82,7 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
         places_N = torch.cat([prefix_places.flatten(), rest_places])
         embeds_1ND = _embed_packed(self, image_features, input_ids.flatten(), prefix_places, rest_places)
         mask = packed_mask(
-            parts_of(self.config)[0]._attn_implementation, prefix_places, rest_places, segment_ids, position_ids,
+            language_of(self.config)._attn_implementation, prefix_places, rest_places, segment_ids, position_ids,
             bidirectional, closed_prefix=prefix_places.shape[1] > image_features.shape[1], dtype=embeds_1ND.dtype,
         )  # fmt: skip
         hidden_ND = _run_layers(self, embeds_1ND, mask, position_ids.flatten()[places_N][None])[0]
@@ -137,7 +137,7 @@ def text_hidden(
 
 def _check_window(model: PaliGemmaForConditionalGeneration, keys: int) -> None:
     """Refuse more keys than Gemma 2's sliding window, where its layers would need a second mask."""
-    window = parts_of(model.config)[0].sliding_window
+    window = language_of(model.config).sliding_window
     if keys > window:  # ty: ignore[unsupported-operator] - a Gemma 2 has one
         raise UserError(
             f"a row has {keys} tokens, but Gemma 2's sliding window holds {window}. Lower prompt.text_length, "
@@ -171,7 +171,7 @@ def _run_layers(
 def text_logits(model: PaliGemmaForConditionalGeneration, hidden: Tensor) -> Tensor:
     """Return the soft-capped logits [..., V] of hidden states [..., D]."""
     logits = model.lm_head(hidden)
-    cap = parts_of(model.config)[0].final_logit_softcapping
+    cap = language_of(model.config).final_logit_softcapping
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
@@ -206,8 +206,8 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
         **_special_tokens(tokenizer),
     )
     # Where the towers were read from is a path of this machine; it would make equal runs differ.
-    for part in parts_of(config):
-        part._name_or_path = ""
+    vision: Any = config.vision_config
+    language_of(config)._name_or_path = vision._name_or_path = ""
     return _assemble(config, lm)
 
 
@@ -223,7 +223,7 @@ def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
         layer.self_attn.config = model.config.text_config  # ty: ignore[invalid-assignment] - nn.Module hides its type
     projector = model.model.multi_modal_projector.to_empty(device="cpu")
     # Image tokens enter Gemma 2 about as large as the features are.
-    nn.init.normal_(projector.linear.weight, std=parts_of(config)[1].hidden_size ** -0.5)
+    nn.init.normal_(projector.linear.weight, std=projector.linear.in_features**-0.5)
     nn.init.zeros_(projector.linear.bias)
     model.tie_weights()
     set_attention(model, Attention.EAGER)
@@ -256,7 +256,7 @@ def _special_tokens(tokenizer) -> dict[str, Any]:
 
 def set_dropout(model: VlmForTraining, probability: float) -> None:
     """Set the dropout on Gemma 2's attention probabilities, the only dropout that Gemma 2 has."""
-    parts_of(model.config)[0].attention_dropout = probability
+    language_of(model.config).attention_dropout = probability
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = probability
 

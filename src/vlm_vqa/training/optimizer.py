@@ -44,7 +44,7 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         """
         super().__init__(params, **options)
         self.percentile = percentile_clipping if percentile_clipping != 100 else 0
-        self.seed: Any = seed
+        self.seed: Any = seed  # None where no weights are bfloat16, and nobody asks
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         """Return bitsandbytes' settings for one parameter."""
