@@ -29,8 +29,8 @@ test: setup  ## cheap tests first, slow ones after them
 bench: setup  ## measure speed and memory side by side: close everything else first
 	source $(BIN)/activate && python -m benchmarks
 
-lint: setup  ## style, spelling
-	source $(BIN)/activate && ruff check . && ruff format --check . && codespell
+lint: setup  ## style, spelling, types
+	source $(BIN)/activate && ruff check . && ruff format --check . && codespell && ty check
 
 docs: setup  ## build the documentation's site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -8,7 +8,7 @@ The token is huggingface_hub's own affair: it finds it in HF_TOKEN or where `hf 
 project reads, passes or prints it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ class Repository:
 
 
 @contextmanager
-def translate_errors(repository: Repository) -> Iterator[None]:
+def translate_errors(repository: Repository) -> Generator[None]:
     """Turn what huggingface_hub raises inside into one message that says what to do.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, MutableSequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -14,7 +14,7 @@ _COMPILER = ("torch._dynamo", "torch._dynamo.utils", "torch._dynamo._trace_wrapp
 class _Later(ModuleType):
     """Stands for a module of torch's compiler while others are imported: its decorators leave functions as they are."""
 
-    __path__: list[str] = []
+    __path__: MutableSequence[str] = []
 
     def __getattr__(self, name: str) -> Callable:
         if name.startswith("__"):
@@ -29,7 +29,7 @@ class _Later(ModuleType):
 
 
 @contextmanager
-def quick_start() -> Iterator[None]:
+def quick_start() -> Generator[None]:
     """Import and load models without torch's compiler and without collecting garbage: half of the time that it takes.
 
     torchvision and transformers import the compiler for a few decorators and for two functions that compiled models use.

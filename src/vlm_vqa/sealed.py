@@ -9,11 +9,11 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
@@ -41,7 +41,7 @@ def checksum(data: Any, seed: int = 0) -> int:
 
 
 @contextmanager
-def aside(target: Path) -> Iterator[Path]:
+def aside(target: Path) -> Generator[Path]:
     """Yield `TARGET.part`, where a file or folder is to be made: published if the block succeeds, removed if it fails."""
     part = target.with_name(target.name + PART)
     _remove(part)
@@ -149,7 +149,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path), "blocks": "".join(blocks)}
 
 
-def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> BinaryIO:
+def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> io.RawIOBase | io.BufferedReader:
     """Open a file of which every block is compared with its checksum when it is read.
 
     Args:

@@ -6,7 +6,6 @@ of parameters. Gradients are given, so nothing has to be communicated.
 
 import random
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -223,7 +222,7 @@ def test_a_launch_that_cannot_go_on_is_refused(tmp_path, monkeypatch, strategy, 
     launch = Launch("it", strategy, processes, 0, 1, "cpu", "gloo", 1)
     monkeypatch.setattr(distributed, "broadcast_object_list", lambda choice: None)
     trainer = VqaTrainer.__new__(VqaTrainer)
-    trainer.launch, trainer.args = launch, SimpleNamespace(output_dir=str(tmp_path))
+    trainer.launch, trainer.folder = launch, tmp_path
     words = f"checkpoint-2 was written by 2 processes as {written}; {processes} processes with ({strategy.value}|rows) "
     with pytest.raises(UserError, match=words):
         trainer._newest_checkpoint()

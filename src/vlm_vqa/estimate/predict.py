@@ -134,7 +134,7 @@ def _candidates(params: Params, launches: Path) -> Iterator[dict[str, Any]]:
     train, accumulation = params.train, "train.gradient_accumulation_steps"
     passes = train.gradient_accumulation_steps
     sizes = {"vision": params.vision.batch_size, "evaluation": params.evaluation.batch_size}
-    single = [{f"{name}.batch_size": max(1, size // 4)} for name, size in sizes.items()]
+    single: list[dict[str, Any]] = [{f"{name}.batch_size": max(1, size // 4)} for name, size in sizes.items()]
     single += [{"vision.store_dtype": "int8"}, {"train.gradient_checkpointing": True}]
     for part in (part for part in (2, 8) if train.batch_size % part == 0):
         single.append({"train.batch_size": train.batch_size // part, accumulation: passes * part})

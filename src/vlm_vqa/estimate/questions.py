@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,15 +121,18 @@ def plan_batches(params: Params, processes: int, size: DatasetSize) -> Batches:
     shape = GlobalBatchShape(train.batch_size * micro_batches, train.questions_per_row, micro_batches)
     # <bos>, the instruction, a newline.
     instruction = tokens(prompt.instruction) + 2
-    found = _laid_out(shape, prompt.mask, params.vision.num_patches, instruction, size.sample)
-    work = Work(*(train.num_train_epochs * round(part * size.train) for part in found.work))
-    return found._replace(work=work, steps=-(-size.train // shape.questions) * train.num_train_epochs)
+    sample, means, row = _laid_out(shape, prompt.mask, params.vision.num_patches, instruction, size.sample)
+    work = Work(*(train.num_train_epochs * round(part * size.train) for part in means))
+    return Batches(sample, work, -(-size.train // shape.questions) * train.num_train_epochs, shape.questions, row)
 
 
 @lru_cache(maxsize=64)
-def _laid_out(shape: GlobalBatchShape, mask: Mask, num_patches: int, instruction: int, sample: Sample) -> Batches:
-    """Return batches, with the mean work of a question."""
-    layout = SimpleNamespace(mask=mask, num_patches=num_patches, prefix=range(instruction))
+def _laid_out(
+    shape: GlobalBatchShape, mask: Mask, num_patches: int, instruction: int, sample: Sample
+) -> tuple[list[Batch], list[float], float]:
+    """Return batches, the mean work of a question, and the questions of a row."""
+    # What `rows_work` asks of a `TokenLayout`.
+    layout: Any = SimpleNamespace(mask=mask, num_patches=num_patches, prefix=range(instruction))
     questions = [QuestionTokens([0] * one, [0] * two) for _, one, two in sample]
     lengths, prefix = [len(one.read) for one in questions], num_patches + instruction
     sampler = GlobalBatchSampler([image for image, *_ in sample], lambda epoch: lengths, prefix, shape, seed=0)
@@ -140,4 +143,4 @@ def _laid_out(shape: GlobalBatchShape, mask: Mask, num_patches: int, instruction
         batches.append(Batch(rows_work(layout, rows), len(rows), prefix * (mask is Mask.IMAGE_PREFIX), width))
         taught += [len(row.questions) for row in rows if row.questions]
     work = [sum(getattr(one.work, name) for one in batches) / sum(taught) for name in Work.__dataclass_fields__]
-    return Batches(batches, work, WINDOWS, shape.questions, sum(taught) / len(taught))
+    return batches, work, sum(taught) / len(taught)

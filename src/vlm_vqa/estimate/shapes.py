@@ -97,6 +97,7 @@ def model_of(params: Params) -> Model:
     name, train = params.language.model, params.train
     if name == "random":
         shape, vocabulary = params.language.config, params.language.vocab_size
+        assert shape is not None and vocabulary is not None, "load_params asks for both where the model is random"
     elif name in LANGUAGE:
         shape, vocabulary = LANGUAGE[name], GEMMA_VOCABULARY
     else:

@@ -4,7 +4,7 @@ Legend of shape suffixes: N images, C channels, H and W pixels.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import NamedTuple
@@ -79,7 +79,7 @@ def extract(
             pass
 
 
-def preprocessed(batches: Iterable[Batch], encoder: Encoder, max_pixels: int) -> Iterator[Prepared]:
+def preprocessed(batches: Iterable[Batch], encoder: Encoder, max_pixels: int) -> Generator[Prepared]:
     """Decode and preprocess images in threads, ahead of what is asked for.
 
     There is one thread a core that torch uses, `MOST_THREADS` at most, and one batch more under way or waiting than

@@ -203,10 +203,11 @@ class ImageNames:
 
     def __init__(self, pattern: str):
         """`pattern` matches `vlm_vqa.params.IMAGE_NAME`, as `load_params` has checked."""
-        digits = IMAGE_NAME.fullmatch(pattern)[1]
+        found = IMAGE_NAME.fullmatch(pattern)
+        assert found is not None, pattern
         self.pattern = pattern
         # Without a width any id fits.
-        self._digits = int(digits) if digits else sys.maxsize
+        self._digits = int(found[1]) if found[1] else sys.maxsize
 
     def name(self, image_id: int) -> str | None:
         """Return the image's file name, or None where the id has more digits than the pattern."""

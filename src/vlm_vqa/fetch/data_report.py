@@ -38,7 +38,7 @@ def render_report(
     folder = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": _flatten}
-    pages.globals |= {"shares": _shares, "columns": _columns, "mean": mean, "some": _some}
+    pages.globals |= {"shares": _shares, "columns": _columns, "mean": mean, "some": _some}  # ty: ignore[unsupported-operator] - typed by jinja2's own
     return pages.get_template("data_report.html.j2").render(
         manifest=manifest,
         splits=splits,

@@ -7,6 +7,7 @@ from typing import Any
 
 _EXAMPLES = 6
 _Row = dict[str, Any]
+_Files = dict[int, bytes]  # said here, for a class with a field `bytes` means that by `bytes`
 
 
 @dataclass
@@ -98,7 +99,7 @@ class ImageStatistics:
     """Images whose bytes are those of an earlier one under another id."""
     wanted: set[int] = field(default_factory=set)
     """Ids of the images that the report shows."""
-    pictures: dict[int, bytes] = field(default_factory=dict)
+    pictures: _Files = field(default_factory=dict)
     """Those images' files by id."""
     _seen: set[str] = field(default_factory=set)
 

@@ -210,14 +210,13 @@ def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations
         path = text.paths.images
         if path not in opened:
             opened[path] = _open_images(path, violations)
-            if opened[path] is not None:
-                stack.callback(opened[path].close)
-        if opened[path] is not None:
-            text.statistics.files_without_questions = opened[path].count() - len(text.images)
+            if (new := opened[path]) is not None:
+                stack.callback(new.close)
+        if (files := opened[path]) is not None:
+            text.statistics.files_without_questions = files.count() - len(text.images)
         for image_id, name in text.images.items():
             found = places.setdefault(image_id, [])
-            place = _Place(opened[path], name)
-            if opened[path] is not None and place not in found:
+            if files is not None and (place := _Place(files, name)) not in found:
                 found.append(place)
     return dict(sorted(places.items()))
 

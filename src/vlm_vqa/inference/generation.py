@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PaliGemmaForConditionalGeneration
 
+from vlm_vqa.model.flops import language_of
 from vlm_vqa.model.layout import PAD_SEGMENT, PREFIX_SEGMENT, QuestionTokens, Row, TokenLayout, rows_of, visible
 from vlm_vqa.model.vlm import text_hidden, text_logits
 from vlm_vqa.params import Mask
@@ -44,7 +45,7 @@ def generate(
     batch = {name: value.to(device) for name, value in layout.collate(rows).items()}
     segments_RK, positions_RS = batch["segment_ids"], batch["position_ids"]
     row_Q, number_Q, segment_RJ = _places(rows, layout.mask, device)
-    cache = DynamicCache(config=model.config.text_config)
+    cache = DynamicCache(config=language_of(model.config))
     allowed = visible(segments_RK, positions_RS, batch["bidirectional"])
     row_features = features[[row.image_id for row in rows]]
     hidden_RSD = text_hidden(model, row_features, batch["input_ids"], positions_RS, allowed, cache)

@@ -77,7 +77,7 @@ class Predictor:
         """Load a folder, asking no hub for what it lacks, and try its parts on each other."""
         facts = read_folder(folder / FACTS_FILE, "the seal of an export", make_again("export"))
         _check_size(folder)
-        model, found = PaliGemmaForConditionalGeneration.from_pretrained(
+        model, found = PaliGemmaForConditionalGeneration.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
             folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, trust_remote_code=False,
             local_files_only=True, output_loading_info=True,
         )  # fmt: skip

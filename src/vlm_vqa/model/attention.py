@@ -44,14 +44,14 @@ class PackedRows:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Return [1, N, H, C] for packed queries [1, H, N, C] and keys and values [1, H / G, N, C]."""
-        prefix = [self._prefixes(states) for states in (query, key, value)]
+        prefix_query, prefix_key, prefix_value = (self._prefixes(states) for states in (query, key, value))
         rest_query, rest_key, rest_value = (self._spread(states) for states in (query, key, value))
-        keys, values = torch.cat([prefix[1], rest_key], dim=2), torch.cat([prefix[2], rest_value], dim=2)
+        keys, values = torch.cat([prefix_key, rest_key], dim=2), torch.cat([prefix_value, rest_value], dim=2)
         rest_BRHC = _attend(rest_query, keys, values, self.rest_mask_B1RS, **options)
         rest_XHC = rest_BRHC.flatten(0, 1).index_select(0, self.rest_places_X)
         if not self.prefix:
             return rest_XHC[None]
-        prefix_BPHC = _attend(*prefix, self.prefix_mask_11PP, **options)
+        prefix_BPHC = _attend(prefix_query, prefix_key, prefix_value, self.prefix_mask_11PP, **options)
         return torch.cat([prefix_BPHC.flatten(0, 1), rest_XHC])[None]
 
     def _prefixes(self, packed_1HNC: Tensor) -> Tensor:

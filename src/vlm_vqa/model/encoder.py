@@ -95,7 +95,7 @@ class Encoder:
 
     def processor_for_export(self) -> BitImageProcessor:
         """A copy of the processor that says how many image tokens it stands for, as `PaliGemmaProcessor` asks."""
-        processor = copy.deepcopy(self.processor)
+        processor: Any = copy.deepcopy(self.processor)
         processor.image_seq_length = self.num_tokens
         return processor
 
@@ -108,7 +108,7 @@ def crop_elongated(image: Image.Image, processor: BitImageProcessor) -> Image.Im
     centre lies well within. A processor that squeezes all images into one size has no such bound, and needs none.
     """
     longest = MOST_ELONGATED * min(image.size)
-    if not processor.size.shortest_edge or max(image.size) <= longest:
+    if not processor.size.shortest_edge or max(image.size) <= longest:  # ty: ignore[missing-attribute] - a SizeDict
         return image
     width, height = image.size
     left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
@@ -199,7 +199,7 @@ def _load_processor(vision: VisionParams, folder: Path) -> BitImageProcessor:
 
 def _load_model(vision: VisionParams, folder: Path) -> Dinov2Model:
     try:
-        model, found = Dinov2Model.from_pretrained(
+        model, found = Dinov2Model.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
@@ -223,7 +223,7 @@ def _unreadable(vision: VisionParams, file: str, error: Exception) -> UserError:
 
 def _count_tokens(vision: VisionParams, config: Dinov2Config, processor: BitImageProcessor) -> int:
     """CLS and one token a patch, at the size to which the processor brings every image."""
-    size = processor.crop_size if processor.do_center_crop else processor.size
+    size: Any = processor.crop_size if processor.do_center_crop else processor.size
     height, width = size.height, size.width
     patch = config.patch_size
     if not height or not width or height % patch or width % patch:

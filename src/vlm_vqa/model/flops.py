@@ -10,7 +10,7 @@ Shapes: B rows, S grid width (tokens of the longest row, image tokens included).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,8 +61,13 @@ class Cost:
 
 def model_cost(config: PaliGemmaConfig, *, frozen_embeddings: bool) -> Cost:
     """Return the `cost` of the model that `config` describes."""
-    language = config.text_config
-    return cost(language, language.vocab_size, config.vision_config.hidden_size, frozen_embeddings=frozen_embeddings)
+    language = language_of(config)
+    vision: Any = config.vision_config
+    return cost(language, language.vocab_size, vision.hidden_size, frozen_embeddings=frozen_embeddings)
+
+
+def language_of(config: PaliGemmaConfig) -> Gemma2Config:
+    return config.text_config  # ty: ignore[invalid-explicit-return] - transformers leaves a PaliGemma's parts open
 
 
 def cost(

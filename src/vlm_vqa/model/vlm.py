@@ -11,6 +11,7 @@ all rows, no padding), M supervised positions, E image feature width, D hidden w
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +34,7 @@ from transformers import (
 from vlm_vqa.errors import UserError
 from vlm_vqa.hf_hub import download_snapshot
 from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
+from vlm_vqa.model.flops import language_of
 from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, LoraParams
 
@@ -80,7 +82,7 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
         places_N = torch.cat([prefix_places.flatten(), rest_places])
         embeds_1ND = _embed_packed(self, image_features, input_ids.flatten(), prefix_places, rest_places)
         mask = packed_mask(
-            self.config.text_config._attn_implementation, prefix_places, rest_places, segment_ids, position_ids,
+            language_of(self.config)._attn_implementation, prefix_places, rest_places, segment_ids, position_ids,
             bidirectional, closed_prefix=prefix_places.shape[1] > image_features.shape[1], dtype=embeds_1ND.dtype,
         )  # fmt: skip
         hidden_ND = _run_layers(self, embeds_1ND, mask, position_ids.flatten()[places_N][None])[0]
@@ -135,8 +137,8 @@ def text_hidden(
 
 def _check_window(model: PaliGemmaForConditionalGeneration, keys: int) -> None:
     """Refuse more keys than Gemma 2's sliding window, where its layers would need a second mask."""
-    window = model.config.text_config.sliding_window
-    if keys > window:
+    window = language_of(model.config).sliding_window
+    if keys > window:  # ty: ignore[unsupported-operator] - a Gemma 2 has one
         raise UserError(
             f"a row has {keys} tokens, but Gemma 2's sliding window holds {window}. Lower prompt.text_length, "
             "train.questions_per_row or evaluation.batch_size: so many questions of one image share a row."
@@ -169,7 +171,7 @@ def _run_layers(
 def text_logits(model: PaliGemmaForConditionalGeneration, hidden: Tensor) -> Tensor:
     """Return the soft-capped logits [..., V] of hidden states [..., D]."""
     logits = model.lm_head(hidden)
-    cap = model.config.text_config.final_logit_softcapping
+    cap = language_of(model.config).final_logit_softcapping
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
@@ -186,6 +188,7 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     if language.model == "random":
+        assert language.config is not None, "load_params asks for it where the model is random"
         lm = Gemma2ForCausalLM(random_config(language.config, tokenizer))
     else:
         lm = _load_gemma(language)
@@ -199,13 +202,12 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
         hidden_size=lm.config.hidden_size,
         vocab_size=lm.config.vocab_size,
         image_token_index=processor.image_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         dtype="float32",
+        **_special_tokens(tokenizer),
     )
     # Where the towers were read from is a path of this machine; it would make equal runs differ.
-    config.text_config._name_or_path = config.vision_config._name_or_path = ""
+    vision: Any = config.vision_config
+    language_of(config)._name_or_path = vision._name_or_path = ""
     return _assemble(config, lm)
 
 
@@ -218,10 +220,10 @@ def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
     # One configuration object for the frame and its language model: what is saved is what ran.
     lm.model.config = model.config.text_config
     for layer in lm.model.layers:
-        layer.self_attn.config = model.config.text_config
+        layer.self_attn.config = model.config.text_config  # ty: ignore[invalid-assignment] - nn.Module hides its type
     projector = model.model.multi_modal_projector.to_empty(device="cpu")
     # Image tokens enter Gemma 2 about as large as the features are.
-    nn.init.normal_(projector.linear.weight, std=config.vision_config.hidden_size**-0.5)
+    nn.init.normal_(projector.linear.weight, std=projector.linear.in_features**-0.5)
     nn.init.zeros_(projector.linear.bias)
     model.tie_weights()
     set_attention(model, Attention.EAGER)
@@ -244,15 +246,17 @@ def random_config(shape: LanguageConfig, tokenizer) -> Gemma2Config:
         head_dim=shape.head_dim,
         query_pre_attn_scalar=shape.head_dim,
         initializer_range=shape.hidden_size**-0.5,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **_special_tokens(tokenizer),
     )
+
+
+def _special_tokens(tokenizer) -> dict[str, Any]:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
 
 
 def set_dropout(model: VlmForTraining, probability: float) -> None:
     """Set the dropout on Gemma 2's attention probabilities, the only dropout that Gemma 2 has."""
-    model.config.text_config.attention_dropout = probability
+    language_of(model.config).attention_dropout = probability
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = probability
 
@@ -275,8 +279,9 @@ def add_adapters(model: VlmForTraining, lora: LoraParams) -> None:
     # Here, for it takes two seconds to load, and few runs have adapters.
     from peft import LoraConfig, inject_adapter_in_model
 
+    alpha: Any = lora.alpha  # peft says int and takes any number
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"
+        r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"
     )
     inject_adapter_in_model(config, model.model.language_model)
     for name, parameter in model.named_parameters():
@@ -307,6 +312,7 @@ _BASE = ".base_layer.weight"
 def load_tokenizer(language: LanguageParams, texts: list[str]) -> PreTrainedTokenizerFast:
     """Return the language model's tokenizer; for `random`, one trained on `texts`."""
     if language.model == "random":
+        assert language.vocab_size is not None, "load_params asks for it where the model is random"
         return train_tokenizer(texts, language.vocab_size)
     return _from_pretrained(AutoTokenizer, language)
 

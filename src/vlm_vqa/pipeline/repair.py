@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def _md5(path: Path) -> str | None:
 
 
 @contextmanager
-def recorded(root: Path, stages: Sequence[str]) -> Iterator[list[Output]]:
+def recorded(root: Path, stages: Sequence[str]) -> Generator[list[Output]]:
     """Give the stages' outputs that `dvc.lock` records, all stages' by default.
 
     Raises:
@@ -115,6 +115,7 @@ def _object(out: Output, value: str) -> Path:
 
 def _listing(out: Output) -> dict[str, str] | None:
     """Return relative path -> hash of an output's files, as the cache's list says; None where that is damaged."""
+    assert out.hash_info is not None and out.hash_info.value is not None, "`recorded` leaves such outputs out"
     value = out.hash_info.value
     if not out.hash_info.isdir:
         return {".": value}
@@ -135,16 +136,18 @@ def _in_git(out: Output) -> dict[str, bytes]:
     """Return relative path -> content of an output's files as committed, nothing where DVC's cache keeps them."""
     if out.use_cache:
         return {}
+    assert out.repo is not None, "`recorded` has it from a repository"
+    root = out.repo.root_dir
 
     def git(*words: str) -> bytes:
-        return subprocess.run(["git", *words], cwd=out.repo.root_dir, capture_output=True, check=False).stdout
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, check=False).stdout
 
-    path = os.path.relpath(out.fs_path, out.repo.root_dir)
+    path = os.path.relpath(out.fs_path, root)
     names = git("ls-tree", "-rz", "--name-only", "HEAD", path).decode().split("\0")[:-1]
     return {os.path.relpath(name, path): git("show", f"HEAD:./{name}") for name in names}
 
 
-def _tree(hashes: dict[str, str | None]) -> Tree:
+def _tree(hashes: Mapping[str, str | None]) -> Tree:
     tree = Tree()
     for name, value in hashes.items():
         tree.add(tuple(name.split("/")), None, HashInfo("md5", value))
@@ -153,6 +156,7 @@ def _tree(hashes: dict[str, str | None]) -> Tree:
 
 
 def _faults(out: Output, contents: Contents) -> Iterator[Fault]:
+    assert out.hash_info is not None and out.hash_info.value is not None, "`recorded` leaves such outputs out"
     folder, record, stage = Path(out.fs_path), _object(out, out.hash_info.value), out.stage.addressing
     if (listing := _listing(out)) is None:
         here = (
@@ -172,6 +176,7 @@ def _faults(out: Output, contents: Contents) -> Iterator[Fault]:
         if out.use_cache:
             yield Fault(stage, record, "DVC's list of files is damaged", _tree(listing).as_bytes(), lost=False)
     for name, value in listing.items():
+        assert value is not None, "no list that is whole names an unreadable file"
         yield from _pair(out, name, value, contents)
     for path in set(_files(out)) - {folder / name for name in listing}:
         yield Fault(stage, path, _FOREIGN)

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def refuse_at_work(root: Path, why: str) -> None:
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
+def _held(path: Path) -> Generator[None]:
     """Hold one of DVC's locks, as `dvc` itself does (zc.lockfile), without writing into the file."""
     if not path.exists():
         yield

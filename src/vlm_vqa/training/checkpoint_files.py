@@ -19,7 +19,7 @@ import pickle
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -150,7 +150,7 @@ def _remedy(path: Path) -> str:
 
 
 @contextmanager
-def nothing_but_tensors(checkpoint: Path | None) -> Iterator[None]:
+def nothing_but_tensors(checkpoint: Path | None) -> Generator[None]:
     """Let torch read no pickle that could run code, even where DeepSpeed, whose files are pickles, asks it to.
 
     Tensors, plain values and three classes of DeepSpeed's settings are read. At anything else reading stops with a

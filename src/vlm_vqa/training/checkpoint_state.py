@@ -8,6 +8,7 @@ The one thing that cannot always be divided anew is an 8-bit state whose blocks 
 """
 
 import logging
+import math
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -111,7 +112,7 @@ def save_random_state(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]
         tensors["random/cuda"] = torch.cuda.random.get_rng_state()
     kind, keys, *rest = numpy.random.get_state()
     version, words, gauss = random.getstate()
-    generators = {"python": [version, list(words), gauss], "numpy": [kind, keys.tolist(), *rest]}
+    generators = {"python": [version, list(words), gauss], "numpy": [kind, keys.tolist(), *rest]}  # ty: ignore[missing-attribute] - a tuple
     return tensors, {"random": generators, "scheduler": scheduler.state_dict()}
 
 
@@ -208,7 +209,7 @@ class Checkpoint:
         yield from scalars.items()
         if any(key.endswith("absmax1") for key in keys):
             for state, kind in (("qmap1", "dynamic"), ("qmap2", "udynamic")):
-                yield state, optimizer.name2qmap[kind].to(local(parameter).device)
+                yield state, optimizer.name2qmap[kind].to(local(parameter).device)  # ty: ignore[missing-attribute] - bitsandbytes'
 
     def _read(self, key: str, name: str, rows: Rows) -> Tensor:
         """Read `rows` of a tensor from the processes that hold them."""
@@ -231,7 +232,7 @@ class Checkpoint:
             Unfit: a border runs through a block. All processes find the same: some with old states, some with fresh ones
                 would train no one model.
         """
-        width = parameter.shape[1:].numel()
+        width = math.prod(parameter.shape[1:])
         stored = {held.start for _, held in self._holders(name) if held.start < held.stop}
         asked = first_rows(parameter)
         if asked != stored and any(edge * width % BLOCK for edge in asked | stored):

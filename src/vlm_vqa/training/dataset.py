@@ -100,7 +100,7 @@ class QuestionDataset(Dataset):
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def __getitem__(self, planned: PlannedRow) -> Row:
+    def __getitem__(self, planned: PlannedRow) -> Row:  # ty: ignore[lost-keyword-for-regular-parameter] - loaders pass it by place
         return Row(planned.image_id, tuple(self.tokens(question, planned.epoch) for question in planned.questions))
 
 

@@ -95,7 +95,7 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     if strategy is Strategy.FSDP2 and device == "cpu":
         # accelerate turns MULTI_GPU into FSDP and would leave MULTI_CPU as DDP; nothing else depends on the name.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    found = {"num_processes": state.num_processes, "device": state.device.type}
+    found = {"num_processes": state.num_processes, "device": state.device.type}  # ty: ignore[missing-union-attribute] - it has one when it is made
     _compare(path, {"num_processes": asked["num_processes"], "device": device}, found)
     torch.set_num_threads(threads.count)
     backend = distributed.get_backend() if distributed.is_initialized() else "none"
@@ -207,7 +207,7 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
             "optimizer": type(optimizer).__name__}  # fmt: skip
 
 
-def _updated_parts(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def _updated_parts(strategy: Strategy, model: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Return the tensors that this process's optimizer updates."""
     if strategy is Strategy.ZERO2:
         return model.optimizer.single_partition_of_fp32_groups

@@ -5,7 +5,7 @@ alone and are plain tensors: bitsandbytes has no sharded operations, and needs n
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import bitsandbytes
 import torch
@@ -44,7 +44,7 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         """
         super().__init__(params, **options)
         self.percentile = percentile_clipping if percentile_clipping != 100 else 0
-        self.seed = seed
+        self.seed: Any = seed  # None where no weights are bfloat16, and nobody asks
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         """Return bitsandbytes' settings for one parameter."""
@@ -55,7 +55,7 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         return config | {"optim_bits": 8 if eight else 32, "min_8bit_size": 0}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # ty: ignore[incompatible-method-override] - see the assertion
         """Clip, then update every parameter that has a gradient."""
         assert closure is None, "no closure: the Trainer has the gradients already"
         work = [
@@ -83,7 +83,7 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
 
     def _clip(self, parameters: list[Tensor]) -> None:
         """Scale each gradient down to the percentile of its history, by the norm over all its shards."""
-        squared = torch.stack([local(parameter.grad).float().pow(2).sum() for parameter in parameters])
+        squared = torch.stack([local(parameter.grad).float().pow(2).sum() for parameter in parameters])  # ty: ignore[invalid-argument-type] - `step` looked
         sharded = torch.tensor([is_sharded(parameter) for parameter in parameters], device=squared.device)
         if sharded.any():
             everywhere = squared.clone()
@@ -92,12 +92,12 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         for parameter, norm in zip(parameters, squared, strict=True):
             state = self.state[parameter]
             factor = clipping_factor(norm, state["gnorm_vec"], state["step"], self.percentile)
-            gradient = local(parameter.grad)
+            gradient = local(parameter.grad)  # ty: ignore[invalid-argument-type] - `step` looked
             gradient.mul_(factor.to(gradient.dtype))
 
     def _update(self, number: int, config: dict[str, Any], parameter: Tensor) -> None:
         state = self.state[parameter]
-        weights, gradient = local(parameter).view(-1), local(parameter.grad).contiguous().view(-1)
+        weights, gradient = local(parameter).view(-1), local(parameter.grad).contiguous().view(-1)  # ty: ignore[invalid-argument-type] - `step` looked
         if weights.dtype == torch.float32:
             self._update_part(config, state, weights, gradient, slice(0, weights.numel()))
             return
@@ -139,7 +139,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         self.seed = seed
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # ty: ignore[incompatible-method-override] - see the assertion
         """Update every parameter that has a gradient."""
         assert closure is None, "no closure: the Trainer has the gradients already"
         number = 0
@@ -151,7 +151,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], parameter: Tensor, number: int) -> None:
         state, weights = self.state[parameter], local(parameter).view(-1)
-        gradient = local(parameter.grad).contiguous().view(-1)
+        gradient = local(parameter.grad).contiguous().view(-1)  # ty: ignore[invalid-argument-type] - `step` looked
         if not state:
             zeros = torch.zeros_like(local(parameter), dtype=torch.float32)
             state.update(step=torch.zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
@@ -211,7 +211,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether this process holds only a part of a tensor."""
     return isinstance(tensor, DTensor) and any(isinstance(placement, Shard) for placement in tensor.placements)
 

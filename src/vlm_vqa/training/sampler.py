@@ -82,7 +82,7 @@ class GlobalBatchSampler(BatchSampler):
     def __len__(self) -> int:
         return -(-len(self.image_ids) // self.shape.questions) * self.shape.micro_batches
 
-    def __iter__(self) -> Iterator[list[PlannedRow]]:
+    def __iter__(self) -> Iterator[list[PlannedRow]]:  # ty: ignore[incompatible-method-override] - torch says int
         for batch in self.global_batches():
             parts = self._divide(self._rows(batch))
             yield from parts[self.shape.process :: self.shape.processes]

@@ -13,7 +13,7 @@ in the batch as plain numbers, and the Trainer takes them out before the forward
 
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -204,7 +204,7 @@ class Meter:
         self._interval.flops += counts.flops
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Leave out the time spent inside, as of saving a checkpoint; for all ranks."""
         # Otherwise the device would finish its steps inside, unmeasured.
         self._finish()

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback as ProgressBar
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -92,8 +93,15 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: 
 class VqaTrainer(Trainer):
     """The Trainer with our batches: rows that share an image, in an order of seed and epoch."""
 
+    # Of the Trainer's own attributes, what ours hold.
+    model: VlmForTraining
+    model_wrapped: Any
+    train_dataset: QuestionDataset
+    data_collator: Collator
+    lr_scheduler: Any
+
     def __init__(self, model: VlmForTraining, args: TrainingArguments, train: TrainParams, data: QuestionDataset,
-                 collator: Collator, callbacks: list[TrainerCallback], launch: Launch,
+                 collator: Collator, callbacks: Sequence[TrainerCallback], launch: Launch,
                  watchdog: Watchdog | None = None):  # fmt: skip
         """`watchdog` watches over the processes of a launch; one process needs none."""
         self.train_settings = train
@@ -103,16 +111,16 @@ class VqaTrainer(Trainer):
         self.meter = Meter(args.device, computed)
         self.cost = model_cost(model.config, frozen_embeddings=not model.lm_head.weight.requires_grad)
         self.facts: dict[str, Any] = dict(launch.facts)
-        self.writer = checkpoint_files.Writer(
-            Path(args.output_dir), launch.process, launch.processes, args.save_total_limit
-        )
+        assert args.output_dir is not None and args.save_total_limit is not None, "as training_arguments has them"
+        self.folder = Path(args.output_dir)
+        self.writer = checkpoint_files.Writer(self.folder, launch.process, launch.processes, args.save_total_limit)
         self.opened: checkpoint_state.Checkpoint | None = None
         self.pass_losses: list[Tensor] = []
         if train.weights_dtype is Dtype.BFLOAT16:
             model.to(torch.bfloat16)
-        super().__init__(model=model, args=args, train_dataset=data, data_collator=collator, callbacks=callbacks)
+        super().__init__(model=model, args=args, train_dataset=data, data_collator=collator, callbacks=list(callbacks))
         for callback in callbacks:
-            callback.trainer = self
+            callback.trainer = self  # ty: ignore[missing-attribute] - for those of ours
         assert self.model_accepts_loss_kwargs, "the loss must be divided by the step's tokens, not by its batches"
         weights = getattr(torch, train.weights_dtype.value)
         assert all(weight.dtype == weights for weight in model.parameters()), f"the weights must be {weights}"
@@ -120,7 +128,8 @@ class VqaTrainer(Trainer):
 
     def _set_precision(self) -> None:
         """Fill in what accelerate's FSDP2 and DeepSpeed would decide by themselves."""
-        state, train = self.accelerator.state, self.train_settings
+        train = self.train_settings
+        state: Any = self.accelerator.state
         if self.launch.strategy is Strategy.FSDP2 and self.args.bf16:
             # Gradients are added up in float32, as under DDP.
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -151,13 +160,13 @@ class VqaTrainer(Trainer):
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that updates weights, without accelerate's and DeepSpeed's frames."""
-        optimizer = self.optimizer
+        optimizer: Any = self.optimizer
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
         return optimizer
 
-    def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, DataLoader]:
-        model, loader = super()._prepare_for_training(*args)
+    def _prepare_for_training(self, *args: Any, **options: Any) -> tuple[nn.Module, DataLoader]:
+        model, loader = super()._prepare_for_training(*args, **options)
         self.facts |= check_prepared(self.launch, model, self.inner_optimizer)
         if self.launch.processes > 1 and self.opened is None:
             # All have built the same model from the same seed; dropout must not be the same everywhere.
@@ -179,7 +188,7 @@ class VqaTrainer(Trainer):
             process=args.process_index,
         )
         prefix = self.data_collator.layout.num_patches + len(self.data_collator.layout.prefix)
-        sampler = GlobalBatchSampler(data.image_ids, data.text_lengths, prefix, shape, args.data_seed)
+        sampler = GlobalBatchSampler(data.image_ids, data.text_lengths, prefix, shape, args.data_seed)  # ty: ignore[invalid-argument-type] - data_seed is set
         if self.launch.main and (idle := sampler.idle_share()) > 0.01:
             log.warning(
                 "%.0f%% of the micro-batches are empty: the questions of a step make fewer rows than it has micro-batches. "
@@ -221,7 +230,7 @@ class VqaTrainer(Trainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Compute one forward and backward pass and remember its loss."""
         self.heartbeat(Phase.COMPUTING)
@@ -299,7 +308,7 @@ class VqaTrainer(Trainer):
 
     def _newest_checkpoint(self) -> Path | None:
         """Let process 0 choose a checkpoint, and verify this process's share of its files."""
-        folder, launch = Path(self.args.output_dir), self.launch
+        folder, launch = self.folder, self.launch
         if launch.main:
             self.lock = checkpoint_files.claim(folder)
         choice = [checkpoint_files.latest(folder) if launch.main else None]
@@ -314,6 +323,7 @@ class VqaTrainer(Trainer):
                 "project's folder."
             )
         world = checkpoint_files.world_of(last)
+        assert world is not None, "it was whole when it was chosen"
         for writer in range(launch.process, world, launch.processes):
             checkpoint_files.verify(last, writer, world)
         kind = checkpoint_files.read_seal(last, 0, world)["kind"]
@@ -354,7 +364,7 @@ class VqaTrainer(Trainer):
     def _save_deepspeed(self, step: int) -> list[str]:
         """Let DeepSpeed write its own files; return those that process 0 is to seal."""
         self.writer.wait()
-        checkpoint = checkpoint_files.folder_of(Path(self.args.output_dir), step)
+        checkpoint = checkpoint_files.folder_of(self.folder, step)
         self.model_wrapped.save_checkpoint(str(checkpoint))
         distributed.barrier()
         if not self.launch.main:
@@ -409,7 +419,7 @@ def whole(parameter: Tensor, strategy: Strategy) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 class ProgressCallback(TrainerCallback):
@@ -418,7 +428,7 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, run: Any):
         """`run` is a `tracking.TrainingRun`."""
         self.run = run
-        self.trainer: VqaTrainer | None = None
+        self.trainer: VqaTrainer
 
     def on_train_begin(self, args, state, control, **_):
         trainer = self.trainer

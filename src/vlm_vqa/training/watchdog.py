@@ -366,7 +366,7 @@ class Watchdog:
             if self._started and _is_lost_connection(error):
                 # Another rank's end came first. This one's thread names it and does not come back from that.
                 time.sleep(self._dead_seconds + 8 * self._tick_seconds + PRINT_SECONDS + TELL_SECONDS + ON_END_SECONDS)
-            self.fail(str(error) if isinstance(error, UserError) else f"{kind.__name__}: {error}")
+            self.fail(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
 
     def _cease(self) -> None:
         # Python kills threads that come back from C++ while it shuts down, and torch answers that with SIGABRT.
@@ -389,22 +389,24 @@ class Watchdog:
             self._last_word.set()
             # The others must not take this rank's silence for its death.
             with suppress(Exception):
+                assert self._store is not None
                 self._store.set(str(self._rank), self._heartbeat().encode())
 
     def _publish(self) -> None:
         """Publish this rank's record and read the others', once a tick, until this rank has had its last word."""
         unknown = set(range(self._world_size)) - {self._rank}
-        connected = True
+        connected, store = True, self._store
+        assert store is not None, "a rank alone has nobody to tell"
         while True:
             record = self._heartbeat()
             try:
                 # A client whose connection broke never mends it.
-                self._store = self._store if connected else self._store.clone()
-                self._store.set(str(self._rank), record.encode())
+                self._store = store = store if connected else store.clone()
+                store.set(str(self._rank), record.encode())
                 # multi_get would wait for a rank that has not reported yet.
-                unknown = {other for other in unknown if not self._store.check([str(other)])}
+                unknown = {other for other in unknown if not store.check([str(other)])}
                 known = [other for other in range(self._world_size) if other != self._rank and other not in unknown]
-                values = self._store.multi_get([str(other) for other in known])
+                values = store.multi_get([str(other) for other in known])
             except RuntimeError:
                 # The base of all that torch's stores raise. How long this may last is the judge's matter.
                 connected = False
@@ -430,7 +432,7 @@ class Watchdog:
             now = time.monotonic()
             self._judge.advance(now, self._place)
             answer = self._answer
-            if answer is not taken:
+            if answer is not None and answer is not taken:
                 self._judge.take(now, answer)
                 taken = answer
             diagnosis = self._diagnosis(now)
@@ -456,8 +458,8 @@ class Watchdog:
         self._end = diagnosis.reason
         if self._judge.is_heard:
             self._publish_once()
-        if self.on_end is not None:
-            _within(ON_END_SECONDS, lambda: self.on_end(diagnosis.reason))
+        if (on_end := self.on_end) is not None:
+            _within(ON_END_SECONDS, lambda: on_end(diagnosis.reason))
         os._exit(EXIT_ENDED)
 
 

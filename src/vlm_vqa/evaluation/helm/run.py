@@ -103,6 +103,7 @@ def _run_child(
         # Where this process is killed, nobody is left to end it.
         preexec_fn=orphans.die_with_parent,
     )
+    assert child.stdout is not None, "it is a pipe"
     try:
         # Line by line, so that it can be watched.
         with open(log_path, "w", encoding="utf-8", buffering=1) as file:

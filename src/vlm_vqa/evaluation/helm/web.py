@@ -7,6 +7,7 @@ import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from vlm_vqa.errors import UserError
@@ -99,7 +100,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
-    def handle_error(self, *where: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         # A browser that goes on to another page hangs up in the middle of an answer.
         if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(*where)
+            super().handle_error(request, client_address)

@@ -5,7 +5,7 @@ A new source is a value of `params.Source`, a module here that brings its files 
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from vlm_vqa.fetch.sources.official_layout import Source, directory_source
 
 
 @contextmanager
-def open_source(data: params.DataParams, records: Path = Path("data/records")) -> Iterator[Source]:
+def open_source(data: params.DataParams, records: Path = Path("data/records")) -> Generator[Source]:
     """Yield the source that `data.source` names; files that it had to write are gone afterwards.
 
     Archives that were downloaded stay, whatever goes wrong; only where `data.official.keep_archives` is false do they go
@@ -37,9 +37,11 @@ def open_source(data: params.DataParams, records: Path = Path("data/records")) -
             with tempfile.TemporaryDirectory(prefix="vlm-vqa-easy-vqa-") as folder:
                 yield easy_vqa_source(Path(folder))
         case params.Source.OFFICIAL:
+            assert data.official is not None, "load_params asks for it"
             yield official_source(data.official, records)
             if not data.official.keep_archives:
                 remove_archives(data.official, records)
         case params.Source.HUB:
+            assert data.hub is not None, "load_params asks for it"
             with hub_source(data.hub, records.parent / "hub") as source:
                 yield source

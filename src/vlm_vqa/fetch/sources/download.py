@@ -285,7 +285,7 @@ def _with_retries(
             reason = error.args[0] if error.args else error
             if retry.total == 0:
                 raise UserError(
-                    f"{download.url}: failed {_RETRY.total + 1} times in a row ({reason}). Run `dvc repro` again to go on "
+                    f"{download.url}: failed {_RETRY.total + 1} times in a row ({reason}). Run `dvc repro` again to go on "  # ty: ignore[unsupported-operator] - never None here
                     f"where it stopped, or correct {download.option}."
                 ) from error
             retry = retry.increment()

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +61,7 @@ _PAUSES = (5, 15, 45, 135)
 
 
 @contextmanager
-def hub_source(hub: HubParams, folder: Path) -> Iterator[Source]:
+def hub_source(hub: HubParams, folder: Path) -> Generator[Source]:
     """Stream both splits into `folder` and yield them; they are removed if the block succeeds, and kept if it fails.
 
     Raises:
@@ -174,7 +174,7 @@ def _card(base: str, names: list[str]) -> DatasetCardData:
     if "README.md" not in names:
         return DatasetCardData()
     with fsspec.open(f"{base}/README.md", "rt", encoding="utf-8") as file:
-        return DatasetCard(file.read(), ignore_metadata_errors=True).data
+        return DatasetCard(file.read(), ignore_metadata_errors=True).data  # ty: ignore[invalid-explicit-return] - typed as its base
 
 
 def _patterns(repository: Repository, base: str, card: DatasetCardData) -> dict[Any, list[str]]:
@@ -206,6 +206,7 @@ def _rows(repository: Repository, file: str) -> Iterator[dict[str, Any]]:
         batch_size=_ROWS_AT_ONCE,
         trust_remote_code=False,
     )
+    assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "parquet names its columns"
     columns = _columns(repository, stream.features)
     if isinstance(stream.features[columns["image"]], datasets.Image):
         stream = stream.cast_column(columns["image"], datasets.Image(decode=False))
@@ -306,7 +307,7 @@ class _PartWriter:
         images[image_id] = sha256
 
     def _image(self, image_id: int) -> Path:
-        return self.paths.images / self.paths.names.name(image_id)
+        return self.paths.images / self.paths.names.name(image_id)  # ty: ignore[unsupported-operator] - _write_image looked
 
 
 def _line(entry: dict[str, Any]) -> str:

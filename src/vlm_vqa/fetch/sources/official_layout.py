@@ -8,7 +8,7 @@ import os
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -151,7 +151,7 @@ def _read_entries(
 
 
 @contextmanager
-def _open_text(path: Path) -> Iterator[IO[bytes]]:
+def _open_text(path: Path) -> Generator[IO[bytes] | gzip.GzipFile]:
     """Open a file of JSON as it is, gzipped, or as the one JSON file of a zip archive."""
     check_regular(path)
     with open(path, "rb") as file:
