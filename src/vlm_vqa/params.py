@@ -109,11 +109,17 @@ Above = Mapping[str, Any]
 """The valid fields above one, and what other sections have told."""
 
 
-def rules(check: Callable[[type, str, Any, Above], str | None]) -> Any:
+def _context(info: ValidationInfo) -> dict[str, Any]:
+    """What sections tell each other while a file is validated; `parse_params` always gives one."""
+    assert info.context is not None
+    return info.context
+
+
+def rules(check: Callable[[Any, str, Any, Above], str | None]) -> Any:
     """Make a method the rules of its class: from a field's name and valid value, it returns what is wrong beside others."""
 
     def validate(cls: type, value: Any, info: ValidationInfo) -> Any:
-        wrong = check(cls, str(info.field_name), value, {**info.context, **info.data})
+        wrong = check(cls, str(info.field_name), value, {**_context(info), **info.data})
         if wrong is not None:
             raise ValueError(wrong)
         return value
@@ -356,7 +362,7 @@ class PromptParams(Section):
     @pydantic.field_validator("mask")
     @classmethod
     def _tell(cls, mask: Mask, info: ValidationInfo) -> Mask:
-        info.context["mask"] = mask
+        _context(info)["mask"] = mask
         return mask
 
 
@@ -480,7 +486,7 @@ class TrainParams(Section):
     def _rows_as_before(cls, values: Any, info: ValidationInfo) -> Any:
         """Before there was `questions_per_row`, all questions of a batch about an image shared a row, or none."""
         if isinstance(values, dict) and "questions_per_row" not in values and "batch_size" in values:
-            alone = info.context.get("mask") is Mask.PREFIX_LM
+            alone = _context(info).get("mask") is Mask.PREFIX_LM
             return values | {"questions_per_row": 1 if alone else values["batch_size"]}
         return values
 

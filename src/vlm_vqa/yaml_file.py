@@ -29,7 +29,7 @@ MOST_BYTES = 2**20
 """Of a file; the longest of ours has three thousand."""
 MOST_CHARACTERS = 1000
 """In a text; the longest of ours has two hundred."""
-_GREATEST = {int: 2**63 - 1, float: sys.float_info.max}
+_GREATEST: dict[type, float] = {int: 2**63 - 1, float: sys.float_info.max}
 _TAG = "tag:yaml.org,2002:"
 _TAGS = {_TAG + kind for kind in "map seq str int float bool null timestamp merge value".split()}
 
@@ -81,7 +81,8 @@ def _read(node: Node, key: str, count: Iterator[int]) -> Any:
         return None
     if node.tag == _TAG + "timestamp":
         logging.getLogger(__name__).warning("%s is %s: DVC cannot read a date, put it in quotes", key, node.value)
-    return node.value if node.style or node.tag == _TAG + "str" else Unquoted(node.value)
+    quoted = isinstance(node, ScalarNode) and node.style
+    return node.value if quoted or node.tag == _TAG + "str" else Unquoted(node.value)
 
 
 def _read_mapping(node: MappingNode, key: str, count: Iterator[int]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class Range:
 
     def read(self, kind: type, value: Any) -> Any:
         """Return the number that a text writes; Python's own pass if they are such a number."""
-        number = _number(value) if isinstance(value, str) else value
+        number: Any = _number(value) if isinstance(value, str) else value
         # nan and inf are not at most anything; a truth value is another type.
         if type(number) not in _GREATEST or not abs(number) <= _GREATEST[kind] or number != kind(number):
             wanted = "whole number below 2^63, such as 64" if kind is int else "finite number, such as 1e-5"

@@ -176,7 +176,7 @@ def _attempt(part: "_Part", stop: threading.Event) -> None:
         return
     if stop.is_set():
         raise CancelledError
-    headers = {**_AS_IT_IS, **part.range_headers()}
+    headers: Any = {**_AS_IT_IS, **part.range_headers()}  # one that is None is left out
     with requests.get(part.download.url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
         if response.status_code == 416 or (response.status_code == 206 and not part.continues_with(response)):
             part.restart()
