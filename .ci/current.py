@@ -23,8 +23,12 @@ ABSENT = ("deleted", "not in cache")
 
 def in_git(pipeline: Mapping[str, Any]) -> set[str]:
     """Return the outputs that dvc.yaml leaves to git."""
-    listed = [out for stage in pipeline["stages"].values() for kind in ("outs", "metrics", "plots")
-              for out in stage.get(kind, [])]  # fmt: skip
+    listed = [
+        out
+        for stage in pipeline["stages"].values()
+        for kind in ("outs", "metrics", "plots")
+        for out in stage.get(kind, [])
+    ]
     return {
         path for out in listed if isinstance(out, Mapping) for path, how in out.items() if how.get("cache") is False
     }

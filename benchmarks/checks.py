@@ -105,10 +105,16 @@ def write_records(folder: Path, images: Sequence[bytes]) -> None:
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
         for start in range(0, len(images), 100):
             rows = [
-                {"image_id": at, "file_name": str(at), "width": 1, "height": 1, "sha256": "",
-                 "image": {"bytes": images[at], "path": None}}
+                {
+                    "image_id": at,
+                    "file_name": str(at),
+                    "width": 1,
+                    "height": 1,
+                    "sha256": "",
+                    "image": {"bytes": images[at], "path": None},
+                }
                 for at in range(start, min(start + 100, len(images)))
-            ]  # fmt: skip
+            ]
             writer.write_table(pa.Table.from_pylist(rows, schema))
     manifest = {"schema_version": records.SCHEMA_VERSION, "files": {path.name: fingerprint(path)}}
     write_sealed(folder / records.MANIFEST, manifest)

@@ -96,18 +96,24 @@ def small_shape() -> Shape:
     """The committed small run."""
     params = load_params(PRESET)
     return Shape(
-        "small", params.vision.num_patches, params.vision.visual_embed_dim, params.language.config,
-        tokenizer_limit=params.language.vocab_size, vocabulary=None, whole_set=1000, helm=HELM_INSTANCES, alone=100,
-        batch_size=params.evaluation.batch_size, helm_threads=params.evaluation.helm_threads,
-    )  # fmt: skip
+        "small",
+        params.vision.num_patches,
+        params.vision.visual_embed_dim,
+        params.language.config,
+        tokenizer_limit=params.language.vocab_size,
+        vocabulary=None,
+        whole_set=1000,
+        helm=HELM_INSTANCES,
+        alone=100,
+        batch_size=params.evaluation.batch_size,
+        helm_threads=params.evaluation.helm_threads,
+    )
 
 
 def medium_shape() -> Shape:
     """Large enough that arithmetic counts; few questions, as each takes a quarter of a second alone."""
     language = LanguageConfig(512, 2048, 4, 8, 4, 64)
-    return Shape(
-        "medium", 257, 768, language, TOKENIZER_LIMIT, vocabulary=32_000, whole_set=96, helm=32, alone=12
-    )  # fmt: skip
+    return Shape("medium", 257, 768, language, TOKENIZER_LIMIT, vocabulary=32_000, whole_set=96, helm=32, alone=12)
 
 
 def compare(shape: Shape, texts: Sequence[str], rounds: int = ROUNDS) -> tuple[list[Claim], dict[str, Any]]:
@@ -192,9 +198,7 @@ def check_equal(alone: Sequence[str], in_batches: Sequence[str]) -> None:
 def asked_of_images(texts: Sequence[str], seed: int = 0) -> list[Question]:
     """Shuffle the questions and deal them to images."""
     order, images = workload.deal(len(texts), torch.Generator().manual_seed(seed))
-    return [
-        {"question_id": at, "image_id": images[at], "question": texts[place]} for at, place in enumerate(order)
-    ]  # fmt: skip
+    return [{"question_id": at, "image_id": images[at], "question": texts[place]} for at, place in enumerate(order)]
 
 
 def whole_images(questions: Sequence[Question], count: int) -> list[Question]:
@@ -238,9 +242,12 @@ def _sharpen(model: VlmForTraining) -> None:
 def answerer_of(shape: Shape, model: VlmForTraining, processor: PaliGemmaProcessor, mask: Mask) -> Predictor:
     """Return what the evaluation asks."""
     facts = {
-        "weights_hash": "random", "mask": mask.value, "instruction": HELM_INSTRUCTION, "num_patches": shape.num_patches,
+        "weights_hash": "random",
+        "mask": mask.value,
+        "instruction": HELM_INSTRUCTION,
+        "num_patches": shape.num_patches,
         "text_length": TEXT_LENGTH,
-    }  # fmt: skip
+    }
     return Predictor(model, processor, facts, max_new_tokens=NEW_TOKENS)
 
 

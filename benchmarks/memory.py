@@ -45,8 +45,12 @@ MIB = 2**20
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `memory.json`."""
     parser = measure.parser("memory", __doc__)
-    parser.add_argument("--one", metavar="RECIPE,KIND", choices=[f"{one},{kind}" for one in RECIPES for kind in KINDS],
-                        help="measure in this process and print JSON")  # fmt: skip
+    parser.add_argument(
+        "--one",
+        metavar="RECIPE,KIND",
+        choices=[f"{one},{kind}" for one in RECIPES for kind in KINDS],
+        help="measure in this process and print JSON",
+    )
     options = measure.parse(parser, arguments)
     if options.one:
         print(json.dumps(measure_one(*options.one.split(","), draw_step(read_questions()), SHAPE, GEMMA_VOCABULARY)))

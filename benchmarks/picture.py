@@ -61,8 +61,15 @@ def _bar(axes: Axes, place: float, one: Mapping[str, Any]) -> None:
     if target is not None:
         axes.plot([target, target], [place - 0.45, place + 0.45], color=TARGET, linewidth=2.6, zorder=4)
         ends.append(target)
-    axes.annotate(f"{ratio:.3g}", (max(ends), place), xytext=(6, 0), textcoords="offset points", va="center",
-                  fontsize=9, color=INK)  # fmt: skip
+    axes.annotate(
+        f"{ratio:.3g}",
+        (max(ends), place),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+        color=INK,
+    )
 
 
 def _frame(axes: Axes, contents: Mapping[str, Mapping[str, Any]]) -> None:
@@ -75,8 +82,11 @@ def _frame(axes: Axes, contents: Mapping[str, Mapping[str, Any]]) -> None:
     # Room for the value behind the longest bar.
     axes.set_xlim(right=axes.get_xlim()[1] * 1.3)
     machines = dict.fromkeys(_machine(content["machine"]) for content in contents.values())
-    axes.set_xlabel("ratio (logarithmic); 1 is no difference; thin line: spread over the rounds\n" + "\n".join(machines),
-                    fontsize=9, color=INK)  # fmt: skip
+    axes.set_xlabel(
+        "ratio (logarithmic); 1 is no difference; thin line: spread over the rounds\n" + "\n".join(machines),
+        fontsize=9,
+        color=INK,
+    )
     met = {one["met"] for content in contents.values() for one in content["claims"]}
     handles = [Line2D([], [], color=COLOURS[one], linewidth=7, label=LABELS[one]) for one in LABELS if one in met]
     target = Line2D([], [], linestyle="", marker="|", markersize=11, markeredgewidth=2.6, color=TARGET, label="target")

@@ -140,13 +140,16 @@ def ours(model: VlmForTraining, workload: Workload, tokens: int | None = None, *
     layout = workload.layout
     batches = [
         MicroBatch(
-            _on_device({
-                "image_features": workload.features[[row.image_id for row in rows]], **layout.collate(rows),
-            }),
+            _on_device(
+                {
+                    "image_features": workload.features[[row.image_id for row in rows]],
+                    **layout.collate(rows),
+                }
+            ),
             sum(row_tokens(layout, row) for row in rows),
         )
         for rows in pack(workload, tokens)
-    ]  # fmt: skip
+    ]
     supervised = workload.supervised
     return Recipe(model, batches, lambda inputs: model(**inputs, num_items_in_batch=supervised)["loss"], **options)
 

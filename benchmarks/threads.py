@@ -146,9 +146,20 @@ def run(case: Case, seconds: float) -> Outcome:
         environment[cores.VARIABLE] = "1"
     with tempfile.TemporaryDirectory() as scratch, busy(case.busy):
         result = Path(scratch) / "result.json"
-        command = [*("taskset", "-c", "0") * case.one_core, "accelerate", "launch", "--quiet", "--config_file",
-                   "launch/cpu.yaml", "-m", "benchmarks.threads", "--worker", str(result), "--seconds",
-                   str(seconds)]  # fmt: skip
+        command = [
+            *("taskset", "-c", "0") * case.one_core,
+            "accelerate",
+            "launch",
+            "--quiet",
+            "--config_file",
+            "launch/cpu.yaml",
+            "-m",
+            "benchmarks.threads",
+            "--worker",
+            str(result),
+            "--seconds",
+            str(seconds),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode != 0:
             raise UserError(f"{case.name}: failed:\n{done.stderr[-9000:]}")

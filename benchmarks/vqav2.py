@@ -134,11 +134,17 @@ def draw(count: int, images: int, seed: int = 0) -> tuple[Rows, Rows]:
         answers = say.answers(kind)
         say.chance.shuffle(answers)
         questions.append({**ids, "question": say.question()})
-        annotations.append({
-            **ids, "question_type": f"type {int(66 ** say.chance.random())}", "answer_type": kind,
-            "multiple_choice_answer": max(answers, key=answers.count),
-            "answers": [{"answer": text, "answer_confidence": "yes", "answer_id": at} for at, text in enumerate(answers, 1)],
-        })  # fmt: skip
+        annotations.append(
+            {
+                **ids,
+                "question_type": f"type {int(66 ** say.chance.random())}",
+                "answer_type": kind,
+                "multiple_choice_answer": max(answers, key=answers.count),
+                "answers": [
+                    {"answer": text, "answer_confidence": "yes", "answer_id": at} for at, text in enumerate(answers, 1)
+                ],
+            }
+        )
     return questions, annotations
 
 

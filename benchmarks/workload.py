@@ -100,9 +100,13 @@ def draw_step(
     size = len(tokenizer)
     processor = build_processor(BitImageProcessor(), tokenizer, num_patches)
     layout = TokenLayout(
-        processor.tokenizer, mask=Mask.IMAGE_PREFIX, instruction=HELM_INSTRUCTION, num_patches=num_patches,
-        text_length=text_length, image_token_id=processor.image_token_id,
-    )  # fmt: skip
+        processor.tokenizer,
+        mask=Mask.IMAGE_PREFIX,
+        instruction=HELM_INSTRUCTION,
+        num_patches=num_patches,
+        text_length=text_length,
+        image_token_id=processor.image_token_id,
+    )
     tokenized = list(_that_fit(pairs, layout))
     steps = list(_steps(tokenized, layout, step_questions, seed))
     median = statistics.median_low(map(len, steps))

@@ -63,9 +63,15 @@ _PLACES = (
     "on the left|on the right|in the background|behind the fence|near the water|under the tree|in the photo".split("|")
 )
 _TYPES = {
-    "what color is the": "other", "how many": "number", "is the": "yes/no", "what is the": "other", "are there": "yes/no",
-    "where is the": "other", "is this a": "yes/no", "what kind of": "other",
-}  # fmt: skip
+    "what color is the": "other",
+    "how many": "number",
+    "is the": "yes/no",
+    "what is the": "other",
+    "are there": "yes/no",
+    "where is the": "other",
+    "is this a": "yes/no",
+    "what kind of": "other",
+}
 
 
 def make_archives(folder: Path, counts: dict[str, tuple[int, int]] = COUNTS) -> dict[str, str]:

@@ -144,8 +144,10 @@ def faulty_mirror(place: Path, rng: random.Random) -> Outcome:
     right = child.in_child(lambda: fetch_and_read(layout(place / "data", zipped=False), place / "right"))
     files = {}
     for split in records.SPLITS:
-        for title, name in (("Questions", f"v2_OpenEnded_mscoco_{split}2014_questions.json"),
-                            ("Annotations", f"v2_mscoco_{split}2014_annotations.json")):  # fmt: skip
+        for title, name in (
+            ("Questions", f"v2_OpenEnded_mscoco_{split}2014_questions.json"),
+            ("Annotations", f"v2_mscoco_{split}2014_annotations.json"),
+        ):
             files[f"v2_{title}_{split.capitalize()}_mscoco.zip"] = pack([(name, (place / "data" / name).read_bytes())])
         images = sorted((place / "data" / f"{split}2014").iterdir())
         files[f"{split}2014.zip"] = pack([(f"{split}2014/{path.name}", path.read_bytes()) for path in images])
@@ -159,8 +161,13 @@ def faulty_mirror(place: Path, rng: random.Random) -> Outcome:
     return f"{faults} {always} {switches}", "silent" if what == "done" and said != right[1] else what, said
 
 
-def _from_mirror(place: Path, files: dict[str, bytes], faults: dict[str, list[Any]], always: dict[str, Any],
-                 switches: dict[str, bool]) -> str:  # fmt: skip
+def _from_mirror(
+    place: Path,
+    files: dict[str, bytes],
+    faults: dict[str, list[Any]],
+    always: dict[str, Any],
+    switches: dict[str, bool],
+) -> str:
     # As patient as a person who watches a test.
     download._TIMEOUT = (2.0, 0.3)
     download._RETRY = download._RETRY.new(backoff_factor=0.001, backoff_max=0.01, retry_after_max=0.01)
@@ -173,8 +180,9 @@ def _from_mirror(place: Path, files: dict[str, bytes], faults: dict[str, list[An
     server.always = always
     for name, on in switches.items():
         setattr(server, name, on)
-    data = dataclasses.replace(parse_params(SMALL).data, source=Source.OFFICIAL,
-                               official=OfficialParams(server.url, server.url, True, 3))  # fmt: skip
+    data = dataclasses.replace(
+        parse_params(SMALL).data, source=Source.OFFICIAL, official=OfficialParams(server.url, server.url, True, 3)
+    )
     try:
         return fetch_and_read(data, place / "run/records")
     finally:
@@ -244,8 +252,10 @@ def started(place: Path, rng: random.Random, project: Project) -> Outcome:
         path.write_text(yaml.safe_dump(base | draw(part, number), sort_keys=False), encoding="utf-8")
         if child.in_child(lambda: _at(project.folder, lambda: command("check", "params.yaml")), PATIENCE)[0] == "done":
             break
-    done = project.command(f"timeout -k 20 {PATIENCE_OF_A_START:.0f} {project.stage_command('train')} 2>&1",
-                           MLFLOW_TRACKING_URI="sqlite:///mlflow.db")  # fmt: skip
+    done = project.command(
+        f"timeout -k 20 {PATIENCE_OF_A_START:.0f} {project.stage_command('train')} 2>&1",
+        MLFLOW_TRACKING_URI="sqlite:///mlflow.db",
+    )
     text = done.stdout
     if "Traceback (most recent call last)" in text:
         return f"draw {number}", "raised", text.strip().splitlines()[-1]

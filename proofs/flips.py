@@ -180,10 +180,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             names = ("data", "models", "reports", "checkpoints", "params.yaml", "launch")
             subprocess.run(["cp", "-r", *(str(root / name) for name in names), place], check=True)
             draws = all_draws(Path(place), options.kinds, options.draws, options.seed, encoder)
-        repairs = {} if options.no_repair else {
-            name: mended(root, next(d for d in draws if (d.kind, d.verdict) == (name, "detected")))
-            for name in options.kinds if any((d.kind, d.verdict) == (name, "detected") for d in draws)
-        }  # fmt: skip
+        repairs = (
+            {}
+            if options.no_repair
+            else {
+                name: mended(root, next(d for d in draws if (d.kind, d.verdict) == (name, "detected")))
+                for name in options.kinds
+                if any((d.kind, d.verdict) == (name, "detected") for d in draws)
+            }
+        )
     report(draws, repairs, options.seed)
 
 
@@ -197,14 +202,30 @@ def report(draws: Sequence[Draw], repairs: Mapping[str, str | None], seed: int) 
         row = " ".join(f"{counts[verdict]:>9}" for verdict in (*GOOD, *BAD))
         print(f"{name:<12} {counts.total():>6} {row}  {repaired}")
         share = sum(counts[verdict] for verdict in GOOD) / counts.total()
-        claims.append(Claim(f"flipped bits that are found or decide nothing, {name}", share, share, share, target=1.0,
-                            note=f"{counts.total()} draws, {counts['detected']} detected"))  # fmt: skip
+        claims.append(
+            Claim(
+                f"flipped bits that are found or decide nothing, {name}",
+                share,
+                share,
+                share,
+                target=1.0,
+                note=f"{counts.total()} draws, {counts['detected']} detected",
+            )
+        )
     for one in draws:
         if one.verdict in BAD:
             print(f"{one.verdict}: {one.file}, byte {one.byte}, bit {one.bit} {one.said[:300]}".rstrip())
     whole = sum(words is None for words in repairs.values())
-    claims.append(Claim("kinds that the named command mends, of those tried", whole / max(len(repairs), 1), 0.0, 1.0, 1.0,
-                        note=f"{whole} of {len(repairs)}"))  # fmt: skip
+    claims.append(
+        Claim(
+            "kinds that the named command mends, of those tried",
+            whole / max(len(repairs), 1),
+            0.0,
+            1.0,
+            1.0,
+            note=f"{whole} of {len(repairs)}",
+        )
+    )
     details = {"draws": [asdict(one) for one in draws], "repairs": dict(repairs), "seed": seed}
     measure.write("flips", claims, details, {"questions and photographs": vqav2.origin(vqav2.SAMPLE)})
 

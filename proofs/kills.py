@@ -49,10 +49,19 @@ MOMENTS = {"any time": 6, "between": 3, "writing": 2}
 WATCHED = {
     "between": ("dvc.lock", ".dvc/tmp/rwlock"),
     "writing": (
-        "data", "data/records.part", "data/records", "data/features", "data/features.parts", "models", "models/trained",
-        "models/export", "reports", "checkpoints", "mlflow.db",
+        "data",
+        "data/records.part",
+        "data/records",
+        "data/features",
+        "data/features.parts",
+        "models",
+        "models/trained",
+        "models/export",
+        "reports",
+        "checkpoints",
+        "mlflow.db",
     ),
-}  # fmt: skip
+}
 PATIENCE = 600.0
 TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(.*)")
 LAUNCHER = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
@@ -145,8 +154,13 @@ def strike(states: States, call: tree.Call, rng: random.Random) -> dict[str, Any
     everyone, living = rng.random() < 0.2, sorted(call.victims(), key=lambda one: one.pid)
     victim = None if everyone or not living else rng.choice(living)
     running = re.findall(r"Running stage '([\w-]+)'", call.text())
-    kill = {"moment": moment, "signal": number.name, "victim": "all" if victim is None else tree.name(victim),
-            "seconds": round(call.seconds(), 2), "stage": running[-1] if running else "none"}  # fmt: skip
+    kill = {
+        "moment": moment,
+        "signal": number.name,
+        "victim": "all" if victim is None else tree.name(victim),
+        "seconds": round(call.seconds(), 2),
+        "stage": running[-1] if running else "none",
+    }
     call.signal(number, victim)
     return kill
 
@@ -155,8 +169,11 @@ def after(states: States, call: tree.Call, kill: dict[str, Any]) -> list[str]:
     """Wait for the end of a call that was hit; return what is wrong with it."""
     begun = time.monotonic()
     wrong = call.end(PATIENCE)
-    kill |= {"ended": call.shell.poll(), "outlived": round(call.outlived, 1),
-             "seconds_to_end": round(time.monotonic() - begun, 1)}  # fmt: skip
+    kill |= {
+        "ended": call.shell.poll(),
+        "outlived": round(call.outlived, 1),
+        "seconds_to_end": round(time.monotonic() - begun, 1),
+    }
     where = f"{kill['signal']} to {kill['victim']} ({kill['moment']}, stage {kill['stage']})"
     found = tracebacks(call)
     kill["launcher_reports"] = sum(LAUNCHER in text for text in found)
@@ -215,8 +232,16 @@ def report(trials: Sequence[Trial], options: argparse.Namespace) -> None:
         mine = [trial for trial in trials if trial.launch == launch and trial.kills]
         share = sum(not trial.problems for trial in mine) / max(len(mine), 1)
         count = sum(len(trial.kills) for trial in mine)
-        claims.append(Claim(f"killed runs that end as the undisturbed one, {launch}", share, share, share, target=1.0,
-                            note=f"{count} kills"))  # fmt: skip
+        claims.append(
+            Claim(
+                f"killed runs that end as the undisturbed one, {launch}",
+                share,
+                share,
+                share,
+                target=1.0,
+                note=f"{count} kills",
+            )
+        )
     slowest = max((kill["outlived"] for kill in kills), default=0.0) / tree.OUTLIVES_BY
     claims.append(
         Claim(f"longest life after a parent's, over {tree.OUTLIVES_BY:.0f} s", slowest, 0.0, slowest, 1.0, True)

@@ -51,16 +51,25 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    facts = {"weights_hash": "", "mask": params.prompt.mask.value, "instruction": params.prompt.instruction,
-             "num_patches": params.vision.num_patches, "text_length": params.prompt.text_length}  # fmt: skip
+    facts = {
+        "weights_hash": "",
+        "mask": params.prompt.mask.value,
+        "instruction": params.prompt.instruction,
+        "num_patches": params.vision.num_patches,
+        "text_length": params.prompt.text_length,
+    }
     predictor = Predictor(model, processor, facts, params.evaluation.max_new_tokens)
     validation = load_questions(RECORDS, "val").to_list()
     given = answer_questions(predictor, features, validation, params.evaluation.batch_size, "questions")
     scored = vqa_accuracy(
         {row["question_id"]: answer for row, answer in zip(validation, given, strict=True)}, validation
     )
-    return {"accuracy": scored.overall, "seconds": seconds, "steps": trainer.state.global_step,
-            "questions": len(data) * epochs}  # fmt: skip
+    return {
+        "accuracy": scored.overall,
+        "seconds": seconds,
+        "steps": trainer.state.global_step,
+        "questions": len(data) * epochs,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,12 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     within_a_point = 1 - 0.01 / statistics.mean(plain)
     claim = measure.Claim(
         f"accuracy of packed training over that of one row per question, {seeds} seeds, {epochs} epochs",
-        statistics.mean(packed) / statistics.mean(plain), min(ratios), max(ratios), target=within_a_point,
-    )  # fmt: skip
+        statistics.mean(packed) / statistics.mean(plain),
+        min(ratios),
+        max(ratios),
+        target=within_a_point,
+    )
     measure.write(
-        "learning", [claim], {"runs": done, "mean_accuracy": {k: statistics.mean(v) for k, v in accuracy.items()}},
+        "learning",
+        [claim],
+        {"runs": done, "mean_accuracy": {k: statistics.mean(v) for k, v in accuracy.items()}},
         {"questions and pictures": params.data.source.value},
-    )  # fmt: skip
+    )
     PARTS.unlink(missing_ok=True)
 
 

@@ -19,10 +19,16 @@ from vlm_vqa.errors import UserError
 ROOT = Path(__file__).parents[1]
 # Never what a user changes or a run writes: not params.yaml (the small preset stands for it), not what lies in data/vqav2.
 PARTS = {
-    ".dvc/config": ".dvc/config", ".dvcignore": ".dvcignore", "dvc.yaml": "dvc.yaml",
-    "presets/small.yaml": "params.yaml", "data/vqav2/README.md": "data/vqav2/README.md", "evaluation": "evaluation",
-    "launch": "launch", "src": "src", "stages": "stages",
-}  # fmt: skip
+    ".dvc/config": ".dvc/config",
+    ".dvcignore": ".dvcignore",
+    "dvc.yaml": "dvc.yaml",
+    "presets/small.yaml": "params.yaml",
+    "data/vqav2/README.md": "data/vqav2/README.md",
+    "evaluation": "evaluation",
+    "launch": "launch",
+    "src": "src",
+    "stages": "stages",
+}
 
 # Small enough for a minute, and everything that a real run has.
 TINY = {
@@ -74,8 +80,14 @@ class Project:
         Threads that wait for each other sleep: on a busy machine spinning ones take fifteen times as long.
         """
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, "PATH": programs, "PYTHONPATH": "src:.", "OMP_NUM_THREADS": "1",
-                "OMP_WAIT_POLICY": "PASSIVE", **more}  # fmt: skip
+        return {
+            **os.environ,
+            "PATH": programs,
+            "PYTHONPATH": "src:.",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            **more,
+        }
 
     def command(self, command: str, **more: str) -> subprocess.CompletedProcess:
         """Run a shell command in the copy and return its outcome, output captured."""
@@ -116,12 +128,18 @@ def with_changes(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
 
 def sample_params(shared_data: Path) -> dict[str, Any]:
     """Return the changes that make the real VQAv2 sample both splits: it shows the plumbing, not a score."""
-    files = {"questions": "questions.json", "annotations": "annotations.json", "images": "images",
-             "image_name": "COCO_train2014_{image_id:012d}.jpg"}  # fmt: skip
+    files = {
+        "questions": "questions.json",
+        "annotations": "annotations.json",
+        "images": "images",
+        "image_name": "COCO_train2014_{image_id:012d}.jpg",
+    }
     return {
-        "data.directory": str(shared_data / "vqav2-sample"), "data.train": files, "data.val": files,
+        "data.directory": str(shared_data / "vqav2-sample"),
+        "data.train": files,
+        "data.val": files,
         "data.allow_split_overlap": True,
-    }  # fmt: skip
+    }
 
 
 @contextmanager

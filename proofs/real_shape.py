@@ -93,16 +93,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def settings(layers: int, questions: int, steps: int) -> Params:
     """Return the preset for one GPU, on the CPU, for a few steps over the same questions."""
-    return changed(load_params(PRESET), {
-        "vision.launch": "cpu", "vision.compute_dtype": "float32", "vision.batch_size": 8,
-        "language": {"model": "random", "revision": None, "vocab_size": GEMMA_VOCABULARY,
-                     "config": vars(replace(GEMMA_2_2B, num_hidden_layers=layers))},
-        "train.launch": "cpu", "train.answers": "majority", "train.batch_size": questions // 2,
-        "train.gradient_accumulation_steps": 2,
-        "train.lr_scheduler_type": "constant_with_warmup",
-        "train.warmup_ratio": 0.0, "train.num_train_epochs": steps, "train.logging_steps": 1, "train.dataloader_workers": 0,
-        "train.save_steps": 10**9,
-    })  # fmt: skip
+    return changed(
+        load_params(PRESET),
+        {
+            "vision.launch": "cpu",
+            "vision.compute_dtype": "float32",
+            "vision.batch_size": 8,
+            "language": {
+                "model": "random",
+                "revision": None,
+                "vocab_size": GEMMA_VOCABULARY,
+                "config": vars(replace(GEMMA_2_2B, num_hidden_layers=layers)),
+            },
+            "train.launch": "cpu",
+            "train.answers": "majority",
+            "train.batch_size": questions // 2,
+            "train.gradient_accumulation_steps": 2,
+            "train.lr_scheduler_type": "constant_with_warmup",
+            "train.warmup_ratio": 0.0,
+            "train.num_train_epochs": steps,
+            "train.logging_steps": 1,
+            "train.dataloader_workers": 0,
+            "train.save_steps": 10**9,
+        },
+    )
 
 
 def run(params: Params, folder: Path) -> tuple[list[Claim], dict[str, Any]]:
@@ -114,10 +128,13 @@ def run(params: Params, folder: Path) -> tuple[list[Claim], dict[str, Any]]:
     tokenizer = train_tokenizer([params.prompt.instruction, *records["question"], *records["answer"]], TOKENIZER)
     processor = build_processor(encoder.processor_for_export(), tokenizer, params.vision.num_patches)
     layout = TokenLayout(
-        processor.tokenizer, mask=params.prompt.mask, instruction=params.prompt.instruction,
-        num_patches=params.vision.num_patches, text_length=params.prompt.text_length,
+        processor.tokenizer,
+        mask=params.prompt.mask,
+        instruction=params.prompt.instruction,
+        num_patches=params.vision.num_patches,
+        text_length=params.prompt.text_length,
         image_token_id=processor.image_token_id,
-    )  # fmt: skip
+    )
     chosen = records.select(range(params.train.batch_size * 2)).rename_column("answer", "multiple_choice_answer")
     data = QuestionDataset(chosen, layout, params.prompt.too_long)
     predicted = prediction(params, data)
@@ -301,8 +318,18 @@ def details_of(
     params: Params, found: dict[str, float], predicted: Stage, losses: list[float], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Return what a reader of the claims wants to know."""
-    kept = ("batch_size", "gradient_accumulation_steps", "optimizer", "weights_dtype", "rounding", "compute_dtype",
-            "gradient_checkpointing", "freeze_embeddings", "learning_rate", "questions_per_row")  # fmt: skip
+    kept = (
+        "batch_size",
+        "gradient_accumulation_steps",
+        "optimizer",
+        "weights_dtype",
+        "rounding",
+        "compute_dtype",
+        "gradient_checkpointing",
+        "freeze_embeddings",
+        "learning_rate",
+        "questions_per_row",
+    )
     train = params.as_dict()["train"]
     return {
         "train": {key: train[key] for key in kept},

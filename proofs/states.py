@@ -22,8 +22,13 @@ LAUNCHES = {
 }
 # Whatever a resumed run could lose shows in its weights: dropout draws random numbers, epochs draw other answers, the logged
 # loss is a mean that begins before a checkpoint and ends after it.
-SETTINGS = {"train.answers": "drawn", "train.dropout": 0.1, "train.logging_steps": 3, "train.save_steps": 2,
-            "prompt.text_length": 192}  # fmt: skip
+SETTINGS = {
+    "train.answers": "drawn",
+    "train.dropout": 0.1,
+    "train.logging_steps": 3,
+    "train.save_steps": 2,
+    "prompt.text_length": 192,
+}
 BARE, MAKE = "dvc repro", "make repro"
 PATIENCE = 600.0
 

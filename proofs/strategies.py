@@ -109,11 +109,18 @@ def _trainer(
 ) -> VqaTrainer:
     per_row = params.train.questions_per_row if case.shared_rows else 1
     train = dataclasses.replace(
-        params.train, launch=name, batch_size=QUESTIONS // LAUNCHES[name] // case.accumulation,
-        gradient_accumulation_steps=case.accumulation, optimizer=case.optimizer, dropout=0.0, logging_steps=1,
-        percentile_clipping=case.percentile_clipping, questions_per_row=per_row,
-        dataloader_workers=0, save_steps=10**9,
-    )  # fmt: skip
+        params.train,
+        launch=name,
+        batch_size=QUESTIONS // LAUNCHES[name] // case.accumulation,
+        gradient_accumulation_steps=case.accumulation,
+        optimizer=case.optimizer,
+        dropout=0.0,
+        logging_steps=1,
+        percentile_clipping=case.percentile_clipping,
+        questions_per_row=per_row,
+        dataloader_workers=0,
+        save_steps=10**9,
+    )
     running = launch.start(train, folder)
     data, layout, processor = prepare(params, encoder)
     count = min(len(data), steps * QUESTIONS)
@@ -164,9 +171,23 @@ def start(name: str, folder: Path, steps: int, cases: Sequence[Case]) -> None:
     Raises:
         UserError: it failed; what it said is shown.
     """
-    command = ["accelerate", "launch", "--quiet", "--config_file", str(folder / f"{name}.yaml"), "-m",
-               "proofs.strategies", "--worker", name, "--folder", str(folder), "--steps", str(steps), "--cases",
-               *(case.name for case in cases)]  # fmt: skip
+    command = [
+        "accelerate",
+        "launch",
+        "--quiet",
+        "--config_file",
+        str(folder / f"{name}.yaml"),
+        "-m",
+        "proofs.strategies",
+        "--worker",
+        name,
+        "--folder",
+        str(folder),
+        "--steps",
+        str(steps),
+        "--cases",
+        *(case.name for case in cases),
+    ]
     here = Path(__file__).parents[1]
     paths = os.pathsep.join(map(str, (here / "src", here)))
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
@@ -233,8 +254,16 @@ def claims(found: Mapping[str, Mapping[str, Mapping[str, float]]], bits: Mapping
     for name, launches in found.items():
         off = [distance["weights"] for distance in launches.values()]
         if name in bits:
-            made.append(Claim(f"{name}: a launch's distance from one process over that of 8 from 32 bits",
-                              max(off) / bits[name], min(off) / bits[name], max(off) / bits[name], 1.0, True))  # fmt: skip
+            made.append(
+                Claim(
+                    f"{name}: a launch's distance from one process over that of 8 from 32 bits",
+                    max(off) / bits[name],
+                    min(off) / bits[name],
+                    max(off) / bits[name],
+                    1.0,
+                    True,
+                )
+            )
         elif name == "one process misled":
             made.append(Claim(f"{name}: distance from one process", max(off), min(off), max(off), 100 * TARGET))
         else:
@@ -244,8 +273,11 @@ def claims(found: Mapping[str, Mapping[str, Mapping[str, float]]], bits: Mapping
     losses = [
         d["loss"] for name, launches in found.items() for d in launches.values() if name in {c.name for c in CASES[:3]}
     ]
-    made.append(Claim("32 bits: largest relative difference of a step's loss", max(losses), min(losses), max(losses),
-                      TARGET, True))  # fmt: skip
+    made.append(
+        Claim(
+            "32 bits: largest relative difference of a step's loss", max(losses), min(losses), max(losses), TARGET, True
+        )
+    )
     return made
 
 
@@ -281,8 +313,13 @@ def compare(names: Sequence[str], steps: int, cases: Sequence[Case], results: Pa
         states = {c.name: {n: _facts(folder, n, c)["states"] for n in names if c.runs_under(n)} for c in cases}
         losses = len(_facts(folder, names[0], cases[0])["losses"])
     print(table(found, bits, names))
-    details: dict[str, Any] = {"losses": losses, "questions_a_step": QUESTIONS, "distances": found, "8_from_32_bits": bits,
-                               "states": states}  # fmt: skip
+    details: dict[str, Any] = {
+        "losses": losses,
+        "questions_a_step": QUESTIONS,
+        "distances": found,
+        "8_from_32_bits": bits,
+        "states": states,
+    }
     data = {"questions and pictures": params.data.source.value}
     measure.write("strategies", claims(found, bits), details, data, results)
 

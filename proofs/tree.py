@@ -35,9 +35,14 @@ class Call:
         self.outlived, self.started, self._output = 0.0, time.monotonic(), output
         with output.open("wb") as file:
             self.shell = subprocess.Popen(
-                ["/bin/bash", "-c", command], cwd=folder, env={**environment, MARK: self._mark},
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                ["/bin/bash", "-c", command],
+                cwd=folder,
+                env={**environment, MARK: self._mark},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -51,8 +51,14 @@ def takes(node: dict[str, Any]) -> str:
     """Return what a key takes, in words."""
     if "enum" in node:
         return ", ".join(f"`{one}`" for one in node["enum"])
-    kind = {"object": "group", "boolean": "`true`, `false`", "string": "text", "array": "list of texts",
-            "integer": "whole number", "number": "number"}[node["type"]]  # fmt: skip
+    kind = {
+        "object": "group",
+        "boolean": "`true`, `false`",
+        "string": "text",
+        "array": "list of texts",
+        "integer": "whole number",
+        "number": "number",
+    }[node["type"]]
     least = "above 0" if "exclusiveMinimum" in node else f"at least {node.get('minimum')}"
     most = node.get("maximum")
     if most is None:

@@ -26,8 +26,11 @@ from vlm_vqa.params import load_params
 from vlm_vqa.pipeline import entrypoint
 
 RECORDS, FEATURES, TRAINED, EXPORT = (
-    Path("data/records"), Path("data/features"), Path("models/trained"), Path("models/export"),
-)  # fmt: skip
+    Path("data/records"),
+    Path("data/features"),
+    Path("models/trained"),
+    Path("models/export"),
+)
 CHECKED_IMAGES = 8
 
 

@@ -56,8 +56,12 @@ def main() -> None:
     if running.main:
         logger.info(
             "%d images with %s on %d x %s, threads %s",
-            layout.images, vision.model, running.size, running.device.type, running.threads,
-        )  # fmt: skip
+            layout.images,
+            vision.model,
+            running.size,
+            running.device.type,
+            running.threads,
+        )
         running.broadcast("missing", writer.begin())
     make(running.wait_for("missing"), running, loaded, writer, vision.batch_size, params.data.max_image_pixels)
     if running.main:

@@ -70,9 +70,15 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
             return
         report(trainer, data)
         made_of["weights_hash"] = save(model.config, weights, processor, made_of)
-        run.log_metrics({"train_loss": result.training_loss, "train_minutes": result.metrics["train_runtime"] / 60,
-                         "train_questions_per_second": result.metrics["train_samples_per_second"],
-                         "peak_memory_gib": peak_memory_gib(arguments.device)}, trainer.state.global_step)  # fmt: skip
+        run.log_metrics(
+            {
+                "train_loss": result.training_loss,
+                "train_minutes": result.metrics["train_runtime"] / 60,
+                "train_questions_per_second": result.metrics["train_samples_per_second"],
+                "peak_memory_gib": peak_memory_gib(arguments.device),
+            },
+            trainer.state.global_step,
+        )
         run.log_weights(TRAINED, made_of["weights_hash"])
         run.log_artifact(REPORTS / "train.json", "reports")
         run.log_artifact(REPORTS / "train_curve.csv", "reports")

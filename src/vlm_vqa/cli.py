@@ -253,8 +253,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path, help="new folder for questions, annotations and images")
 
     sub = command("gallery", _gallery, "Draw test questions with the model's answers, right and wrong ones.")
-    sub.add_argument("--out", type=Path, metavar="FILE", default=Path("evaluation/helm/images/gallery.png"),
-                     help="PNG to write (default: %(default)s)")  # fmt: skip
+    sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=Path("evaluation/helm/images/gallery.png"),
+        help="PNG to write (default: %(default)s)",
+    )
     sub.add_argument("--seed", type=int, default=0, help="another one draws other questions (default: %(default)s)")
 
     sub = command(

@@ -95,8 +95,12 @@ def strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
 
 
 def _check_fsdp(config: dict[str, Any], path: Path) -> Strategy:
-    wanted = {"fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": False, "fsdp_activation_checkpointing": False,
-              "fsdp_offload_params": False}  # fmt: skip
+    wanted = {
+        "fsdp_version": 2,
+        "fsdp_cpu_ram_efficient_loading": False,
+        "fsdp_activation_checkpointing": False,
+        "fsdp_offload_params": False,
+    }
     for key, value in wanted.items():
         # accelerate's defaults are other ones for the version alone.
         if config.get(key, 1 if key == "fsdp_version" else False) != value:

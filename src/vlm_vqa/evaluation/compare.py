@@ -77,8 +77,10 @@ def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tole
     """
     if not 0 <= tolerance <= 1:
         raise UserError(f"--tolerance {tolerance:g} is not between 0 and 1: scores are fractions, 0.01 is one point")
-    counts = {name: (_score(base, name, "the base's") if base else None, _score(new, name, "this checkout's"))
-              for name in dict.fromkeys(SCORES.values())}  # fmt: skip
+    counts = {
+        name: (_score(base, name, "the base's") if base else None, _score(new, name, "this checkout's"))
+        for name in dict.fromkeys(SCORES.values())
+    }
     then, now = counts[SCORES[GATE]]
     if base and then != now:
         raise UserError(

@@ -56,9 +56,14 @@ def read_training(folder: str | Path) -> dict[str, str]:
 
 
 def write_export(
-    folder: Path, model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, params: Params,
-    training: dict[str, str], results: dict[str, Any], data: dict[str, Any],
-) -> None:  # fmt: skip
+    folder: Path,
+    model: PaliGemmaForConditionalGeneration,
+    processor: PaliGemmaProcessor,
+    params: Params,
+    training: dict[str, str],
+    results: dict[str, Any],
+    data: dict[str, Any],
+) -> None:
     """Write model, processor, facts and card.
 
     Args:
@@ -68,9 +73,12 @@ def write_export(
     """
     shutil.rmtree(folder, ignore_errors=True)
     model.generation_config.update(
-        max_new_tokens=params.evaluation.max_new_tokens, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id,
-        bos_token_id=processor.tokenizer.bos_token_id, eos_token_id=processor.tokenizer.eos_token_id,
-    )  # fmt: skip
+        max_new_tokens=params.evaluation.max_new_tokens,
+        do_sample=False,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        bos_token_id=processor.tokenizer.bos_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     facts = {
@@ -95,7 +103,10 @@ def card(params: Params, training: dict[str, str], results: dict[str, Any], data
     pins = " ".join(f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES)
     tower = f"`{params.vision.model}` as its authors pretrained it"
     if params.vision.model == "small":
-        tower = "the project's small one, pretrained on drawn pictures with labels for shape and colour"
+        tower = (
+            "the project's small one, pretrained on drawn pictures with labels for shape and colour: those that easy-VQA "
+            "asks about"
+        )
     return template.substitute(
         python="{}.{}".format(*sys.version_info),
         packages=pins,

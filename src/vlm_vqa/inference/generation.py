@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PaliGemmaForConditionalGeneration
 
-from vlm_vqa.model.flops import language_of
 from vlm_vqa.model.layout import PAD_SEGMENT, PREFIX_SEGMENT, QuestionTokens, Row, TokenLayout, rows_of, visible
-from vlm_vqa.model.vlm import text_hidden, text_logits
+from vlm_vqa.model.vlm import language_of, text_hidden, text_logits
 from vlm_vqa.params import Mask
 
 

@@ -78,9 +78,14 @@ class Predictor:
         facts = read_folder(folder / FACTS_FILE, "the seal of an export", make_again("export"))
         _check_size(folder)
         model, found = PaliGemmaForConditionalGeneration.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
-            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, trust_remote_code=False,
-            local_files_only=True, output_loading_info=True,
-        )  # fmt: skip
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
         lacking = sorted(set(found["missing_keys"]) - {"lm_head.weight"})
         assert not lacking and not found["mismatched_keys"], f"weights that do not fit config.json: {lacking[:3]}"
         set_attention(model, Attention.EAGER)

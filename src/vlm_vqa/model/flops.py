@@ -61,13 +61,9 @@ class Cost:
 
 def model_cost(config: PaliGemmaConfig, *, frozen_embeddings: bool) -> Cost:
     """Return the `cost` of the model that `config` describes."""
-    language = language_of(config)
+    language: Any = config.text_config
     vision: Any = config.vision_config
     return cost(language, language.vocab_size, vision.hidden_size, frozen_embeddings=frozen_embeddings)
-
-
-def language_of(config: PaliGemmaConfig) -> Gemma2Config:
-    return config.text_config  # ty: ignore[invalid-explicit-return] - transformers leaves a PaliGemma's parts open
 
 
 def cost(

@@ -139,8 +139,13 @@ class TokenLayout:
             raise ValueError("prefix-lm rows hold one question: the image sees it")
         columns = [self._columns(row) for row in rows]
         width = max(len(column["input_ids"]) for column in columns)
-        padding = {"input_ids": self.pad_id, "position_ids": 1, "segment_ids": PAD_SEGMENT, "labels": IGNORED,
-                   "bidirectional": False}  # fmt: skip
+        padding = {
+            "input_ids": self.pad_id,
+            "position_ids": 1,
+            "segment_ids": PAD_SEGMENT,
+            "labels": IGNORED,
+            "bidirectional": False,
+        }
         grid = {
             name: torch.tensor([column[name] + [fill] * (width - len(column[name])) for column in columns])
             for name, fill in padding.items()
@@ -168,8 +173,13 @@ class TokenLayout:
             positions += range(start + 1, start + 1 + len(read))
             bidirectional += [prefix_lm] * len(prompt) + [False] * (len(read) - len(prompt))
             labels += [IGNORED] * (len(prompt) - 1) + (answer or [IGNORED])
-        return {"input_ids": input_ids, "segment_ids": segments, "position_ids": positions, "labels": labels,
-                "bidirectional": bidirectional}  # fmt: skip
+        return {
+            "input_ids": input_ids,
+            "segment_ids": segments,
+            "position_ids": positions,
+            "labels": labels,
+            "bidirectional": bidirectional,
+        }
 
     def _encode(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
@@ -186,8 +196,9 @@ def plain_text_tokenizer(tokenizer) -> Tokenizer:
     `PaliGemmaProcessor` would otherwise read `<image>` or `<loc0001>` typed inside a question as tokens of its own.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return Tokenizer.from_str(json.dumps({**state, "added_tokens": [], "post_processor": None, "truncation": None,
-                                          "padding": None}))  # fmt: skip
+    return Tokenizer.from_str(
+        json.dumps({**state, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
+    )
 
 
 def visible(segment_ids: Tensor, position_ids: Tensor, bidirectional: Tensor) -> Tensor:

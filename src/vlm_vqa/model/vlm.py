@@ -34,7 +34,6 @@ from transformers import (
 from vlm_vqa.errors import UserError
 from vlm_vqa.hf_hub import download_snapshot
 from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
-from vlm_vqa.model.flops import language_of
 from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, LoraParams
 
@@ -43,6 +42,10 @@ TRAINING_FILE = "training.json"
 """Seals a folder of trained weights and says what they were made of."""
 VISION_PREFIX = "model.vision_tower."
 """Names of the tower's weights in the stock model begin so."""
+
+
+def language_of(config: PaliGemmaConfig) -> Gemma2Config:
+    return config.text_config  # ty: ignore[invalid-explicit-return] - transformers leaves a PaliGemma's parts open
 
 
 class VlmForTraining(PaliGemmaForConditionalGeneration):
@@ -82,9 +85,15 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
         places_N = torch.cat([prefix_places.flatten(), rest_places])
         embeds_1ND = _embed_packed(self, image_features, input_ids.flatten(), prefix_places, rest_places)
         mask = packed_mask(
-            language_of(self.config)._attn_implementation, prefix_places, rest_places, segment_ids, position_ids,
-            bidirectional, closed_prefix=prefix_places.shape[1] > image_features.shape[1], dtype=embeds_1ND.dtype,
-        )  # fmt: skip
+            language_of(self.config)._attn_implementation,
+            prefix_places,
+            rest_places,
+            segment_ids,
+            position_ids,
+            bidirectional,
+            closed_prefix=prefix_places.shape[1] > image_features.shape[1],
+            dtype=embeds_1ND.dtype,
+        )
         hidden_ND = _run_layers(self, embeds_1ND, mask, position_ids.flatten()[places_N][None])[0]
         # Only supervised positions pass through the output head, which is wide.
         logits_MV = text_logits(self, hidden_ND[supervised])
@@ -376,9 +385,13 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
         padding_side="left",
-    )  # fmt: skip
+    )
 
 
 def build_processor(image_processor, tokenizer, num_patches: int) -> PaliGemmaProcessor:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.pipeline.unlock import refuse_at_work, unlock
+from vlm_vqa.sealed import aside
 
 _FOREIGN = "no part of the stage's output: move it away, DVC would delete it"
 
@@ -242,10 +243,9 @@ def _mend(fault: Fault) -> str:
     if fault.content is None:
         return "removed"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    if isinstance(fault.content, bytes):
-        part.write_bytes(fault.content)
-    else:
-        shutil.copyfile(fault.content, part)
-    part.replace(path)
+    with aside(path) as part:
+        if isinstance(fault.content, bytes):
+            part.write_bytes(fault.content)
+        else:
+            shutil.copyfile(fault.content, part)
     return "written anew"

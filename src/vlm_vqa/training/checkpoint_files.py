@@ -209,9 +209,13 @@ class Writer:
         self._error: BaseException | None = None
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], texts: Mapping[str, str],
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        texts: Mapping[str, str],
         others: Iterable[str] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Begin to write the checkpoint after `step`; waits for the one before it.
 
         Args:

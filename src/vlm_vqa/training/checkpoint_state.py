@@ -264,7 +264,11 @@ def _like(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) ->
     value = value.to(local(parameter).device)
     if isinstance(parameter, DTensor) and isinstance(optimizer, torch.optim.AdamW):
         return DTensor.from_local(
-            value, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+            value,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
             stride=parameter.stride(),
-        )  # fmt: skip
+        )
     return value

@@ -99,8 +99,9 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     _compare(path, {"num_processes": asked["num_processes"], "device": device}, found)
     torch.set_num_threads(threads.count)
     backend = distributed.get_backend() if distributed.is_initialized() else "none"
-    return Launch(name, strategy, state.num_processes, state.process_index, state.num_processes // local, device, backend,
-                  threads)  # fmt: skip
+    return Launch(
+        name, strategy, state.num_processes, state.process_index, state.num_processes // local, device, backend, threads
+    )
 
 
 def _check_environment(asked: dict[str, Any], path: Path, device: str) -> None:
@@ -203,8 +204,11 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
             f"train.launch {launch.name} asks for DDP, but the model is a {type(model).__name__}: gradients would not be "
             "averaged. Install the pinned versions (`make setup`) or choose another train.launch."
         )
-    return {"share_of_weights": round(weights, 4), "share_of_updates": round(updates, 4),
-            "optimizer": type(optimizer).__name__}  # fmt: skip
+    return {
+        "share_of_weights": round(weights, 4),
+        "share_of_updates": round(updates, 4),
+        "optimizer": type(optimizer).__name__,
+    }
 
 
 def _updated_parts(strategy: Strategy, model: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

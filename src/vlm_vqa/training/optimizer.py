@@ -119,16 +119,39 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         beta1, beta2 = config["betas"]
         if first.dtype == torch.float32:
             bnb.optimizer_update_32bit(
-                "adam", gradient, weights, first, beta1, config["eps"], state["step"], config["lr"], second, beta2,
+                "adam",
+                gradient,
+                weights,
+                first,
+                beta1,
+                config["eps"],
+                state["step"],
+                config["lr"],
+                second,
+                beta2,
                 weight_decay=config["weight_decay"],
-            )  # fmt: skip
+            )
             return
         blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
         bnb.optimizer_update_8bit_blockwise(
-            "adam", gradient, weights, first, second, beta1, beta2, 0.0, 0.0, config["eps"], state["step"], config["lr"],
-            state["qmap1"], state["qmap2"], state["absmax1"][blocks], state["absmax2"][blocks],
+            "adam",
+            gradient,
+            weights,
+            first,
+            second,
+            beta1,
+            beta2,
+            0.0,
+            0.0,
+            config["eps"],
+            state["step"],
+            config["lr"],
+            state["qmap1"],
+            state["qmap2"],
+            state["absmax1"][blocks],
+            state["absmax2"][blocks],
             weight_decay=config["weight_decay"],
-        )  # fmt: skip
+        )
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -162,10 +185,21 @@ class StochasticAdamW(torch.optim.Optimizer):
             part = slice(start, start + CHUNK)
             precise, moments = weights[part].float(), [state[name].view(-1)[part] for name in ("exp_avg", "exp_avg_sq")]
             adamw(
-                [precise], [gradient[part].float()], [moments[0]], [moments[1]], [], [count.clone()], foreach=False,
-                amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-            )  # fmt: skip
+                [precise],
+                [gradient[part].float()],
+                [moments[0]],
+                [moments[1]],
+                [],
+                [count.clone()],
+                foreach=False,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
             round_stochastically(weights[part], precise, random)
         count += 1
 

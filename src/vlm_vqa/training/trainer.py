@@ -100,9 +100,17 @@ class VqaTrainer(Trainer):
     data_collator: Collator
     lr_scheduler: Any
 
-    def __init__(self, model: VlmForTraining, args: TrainingArguments, train: TrainParams, data: QuestionDataset,
-                 collator: Collator, callbacks: Sequence[TrainerCallback], launch: Launch,
-                 watchdog: Watchdog | None = None):  # fmt: skip
+    def __init__(
+        self,
+        model: VlmForTraining,
+        args: TrainingArguments,
+        train: TrainParams,
+        data: QuestionDataset,
+        collator: Collator,
+        callbacks: Sequence[TrainerCallback],
+        launch: Launch,
+        watchdog: Watchdog | None = None,
+    ):
         """`watchdog` watches over the processes of a launch; one process needs none."""
         self.train_settings = train
         self.launch = launch
@@ -467,8 +475,9 @@ class ProgressCallback(TrainerCallback):
             if bar.training_bar is not None:
                 bar.training_bar.set_postfix_str(
                     f"{speed['questions_per_second']:,.0f} questions/s, {speed['tokens_per_second']:,.0f} tokens/s{used}, "
-                    f"waiting for data {speed['loading_share']:.0%}, {speed['peak_memory_gib']:.1f} GiB", refresh=False
-                )  # fmt: skip
+                    f"waiting for data {speed['loading_share']:.0%}, {speed['peak_memory_gib']:.1f} GiB",
+                    refresh=False,
+                )
 
 
 def write_curve(history: list[dict[str, Any]], path: Path) -> None:

@@ -12,7 +12,7 @@ What happens to one rank, and when the last of the others has ended (t = `tick_s
 
 The 8 s are there for printing (1), telling the others (2) and `on_end` (5); commonly it takes d + 2 s in all. Time
 counts only while a rank runs and the store answers it: on a machine that is overloaded or was suspended, all of this
-takes longer, and nobody is accused for it. A rank that raised an error has `UNWIND_SECONDS` to end by itself. A frozen
+takes longer, and no rank is blamed for it. A rank that raised an error has `UNWIND_SECONDS` to end by itself. A frozen
 one cannot: its launcher kills it 30 s after another rank of its machine has ended, or it ends soon after it goes on.
 
 A thread cannot run while C code holds the GIL: parsing a JSON file of gigabytes looks frozen. (Collectives, torch's and
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 class Phase(enum.IntEnum):
-    """What a rank does in a step, in the order in which a step does it: of two in one step, the lower is behind."""
+    """The phases of a step, in their order: of two ranks in one step, the one in the lower phase is behind."""
 
     STARTING = 0
     LOADING = 1
@@ -393,7 +393,7 @@ class Watchdog:
                 self._store.set(str(self._rank), self._heartbeat().encode())
 
     def _publish(self) -> None:
-        """Publish this rank's record and read the others', once a tick, until this rank has had its last word."""
+        """Publish this rank's record and read the others', once a tick, until this rank has published its end."""
         unknown = set(range(self._world_size)) - {self._rank}
         connected, store = True, self._store
         assert store is not None, "a rank alone has nobody to tell"

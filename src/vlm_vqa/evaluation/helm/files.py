@@ -90,10 +90,16 @@ def write_extract(folder: Path, results: HelmResults, questions: Sequence[Mappin
     `<folder>_predictions.parquet`, a row an instance: question, answers, prediction and a column for each score."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"question_id": row["question_id"], "image_id": row["image_id"], "question": row["question"],
-         "answers": list(row["answers"]), "prediction": prediction, **scores}
+        {
+            "question_id": row["question_id"],
+            "image_id": row["image_id"],
+            "question": row["question"],
+            "answers": list(row["answers"]),
+            "prediction": prediction,
+            **scores,
+        }
         for row, prediction, scores in zip(questions, results.predictions, results.per_instance, strict=True)
-    ]  # fmt: skip
+    ]
     predictions = folder.with_name(f"{folder.name}_predictions.parquet")
     write_table(pa.Table.from_pylist(rows), predictions)
     contents = {"stats.json": results.scores, "run_spec.json": results.run_spec}
