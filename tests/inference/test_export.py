@@ -173,7 +173,10 @@ def test_the_card_pins_what_is_installed_and_is_the_same_in_every_wheel_of_a_ver
 def test_the_card_says_where_the_weights_come_from(trained):
     _, _, params = trained("prefix-lm")
     text = card(params, {}, {}, DATA)
-    assert "Gemma 2, from random weights too," in text and "drawn pictures with labels for shape and colour." in text
+    assert (
+        "Gemma 2, from random weights too," in text
+        and "drawn pictures with labels for shape and colour: those that easy-VQA asks about." in text
+    )
     assert "data above alone" not in text
     vision = dataclasses.replace(params.vision, model="facebook/dinov2-base")
     language = dataclasses.replace(params.language, model="google/gemma-2-2b-it")

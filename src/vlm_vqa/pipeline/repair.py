@@ -23,9 +23,9 @@ from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.tree import Tree
 from tqdm import tqdm
 
+from vlm_vqa import sealed
 from vlm_vqa.errors import UserError
 from vlm_vqa.pipeline.unlock import refuse_at_work, unlock
-from vlm_vqa.sealed import aside
 
 _FOREIGN = "no part of the stage's output: move it away, DVC would delete it"
 
@@ -243,7 +243,7 @@ def _mend(fault: Fault) -> str:
     if fault.content is None:
         return "removed"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as part:
+    with sealed.aside(path) as part:
         if isinstance(fault.content, bytes):
             part.write_bytes(fault.content)
         else:
