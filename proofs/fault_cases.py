@@ -27,8 +27,17 @@ from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.hashing import hash_files, write_json
 from vlm_vqa.inference.export import join, write_export
 from vlm_vqa.model.encoder import load_encoder
-from vlm_vqa.model.vlm import build_processor, hash_weights, initial_model, load_tokenizer, save_trained, trained_state
+from vlm_vqa.model.vlm import (
+    TRAINING_FILE,
+    build_processor,
+    hash_weights,
+    initial_model,
+    load_tokenizer,
+    save_trained,
+    trained_state,
+)
 from vlm_vqa.params import DataParams, OfficialParams, Source, parse_params
+from vlm_vqa.sealed import write_folder
 
 SMALL = yaml.safe_load((ROOT / "presets/small.yaml").read_text(encoding="utf-8"))
 PATIENCE, PATIENCE_OF_A_START = 20.0, 60.0
@@ -204,6 +213,7 @@ def make_export(folder: Path) -> str:
     save_trained(model.config, state, folder / "trained")
     processor.save_pretrained(folder / "trained")
     weights_hash = hash_weights(state)
+    write_folder(folder / "trained" / TRAINING_FILE, {"weights_hash": weights_hash})
     data = {"source": "drawn", "notes": [], "splits": {}}
     model = join(folder / "trained", encoder, weights_hash)
     write_export(folder / "export", model, processor, params, {"weights_hash": weights_hash}, {"steps": 0}, data)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -17,6 +16,7 @@ from proofs.project import TINY, with_changes
 from proofs.readers import KINDS
 from vlm_vqa.data.feature_store import Layout
 from vlm_vqa.data.records import iter_images, load_questions
+from vlm_vqa.evaluation.helm.files import write_table
 from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.model.encoder import load_encoder
@@ -66,8 +66,8 @@ def project(tmp_path_factory):
     rows = load_questions(root / "data/records", "val").to_list()
     columns = {name: [row[name] for row in rows] for name in ("image_id", "question", "answers")}
     (root / "reports").mkdir()
-    pq.write_table(pa.table({**columns, "prediction": ["yes"] * len(rows), "score": [1.0, 0.0] * (len(rows) // 2)}),
-                   root / "reports/predictions.parquet")  # fmt: skip
+    columns |= {"prediction": ["yes"] * len(rows), "score": [1.0, 0.0] * (len(rows) // 2)}
+    write_table(pa.table(columns), root / "reports/predictions.parquet")
     return root
 
 
