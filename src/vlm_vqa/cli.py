@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vlm_vqa import end_quietly
 from vlm_vqa.errors import UserError
+from vlm_vqa.pipeline.early import end_quietly
 from vlm_vqa.secrets import mask_output, without_secrets
 
 # Everything else is imported by the command that needs it: torch and MLflow cost seconds, `--help` should not.

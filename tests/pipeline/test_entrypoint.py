@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import vlm_vqa
 from vlm_vqa import hashing
+from vlm_vqa.pipeline import early
 from vlm_vqa.pipeline.entrypoint import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER_ERROR, disk_remedy
 
 SCRIPT = """
@@ -97,7 +97,8 @@ def test_after_the_imports_ctrl_c_unwinds_again(tmp_path):
     (tmp_path / "train.py").write_text("""
 import signal
 import vlm_vqa
-assert signal.getsignal(signal.SIGINT) is vlm_vqa.end_quietly
+from vlm_vqa.pipeline import early
+assert signal.getsignal(signal.SIGINT) is early.end_quietly
 from vlm_vqa.pipeline import entrypoint
 def main():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -113,7 +114,7 @@ entrypoint.run("train", main)
 def test_every_stage_imports_the_package_first(path):
     imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert isinstance(imports[0], ast.Import) and imports[0].names[0].name == "vlm_vqa"
-    assert path.name in vlm_vqa._STAGES
+    assert path.name in early._STAGES
 
 
 def test_a_disks_error_is_found_inside_a_librarys_own():

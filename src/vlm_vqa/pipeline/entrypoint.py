@@ -13,9 +13,9 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from vlm_vqa import end_quietly
 from vlm_vqa.errors import GO_ON, UserError
 from vlm_vqa.pipeline import orphans
+from vlm_vqa.pipeline.early import end_quietly
 from vlm_vqa.pipeline.unlock import keep_dvc_lock
 from vlm_vqa.sealed import SWITCH, checks_blocks
 from vlm_vqa.secrets import mask_output
