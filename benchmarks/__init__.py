@@ -8,6 +8,8 @@ import signal
 import sys
 from types import TracebackType
 
+from vlm_vqa.pipeline.early import end_quietly
+
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -25,6 +27,12 @@ def end(kind: type[BaseException], error: BaseException, traceback: TracebackTyp
         return
     print(f"{name}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def begin() -> None:
+    """Let Ctrl-C raise again: a program's imports are done."""
+    if signal.getsignal(signal.SIGINT) is end_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _message(error: BaseException) -> tuple[str | None, int]:
@@ -55,3 +63,5 @@ if sys.argv[0] == "-m":
     sys.excepthook = end
     # SystemExit unwinds: temporary folders go.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Libraries in C++ abort when a KeyboardInterrupt comes while they are imported; `begin` gives Ctrl-C back.
+    signal.signal(signal.SIGINT, end_quietly)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, picture
+from benchmarks import begin, measure, picture
 from benchmarks.measure import Claim, ended
 from vlm_vqa.errors import UserError
 
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS
     parser.add_argument(
         "--draw", action="store_true", help="run nothing: table and picture of the results that are there"
     )
+    begin()
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in KNOWN]
     if unknown:

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks import begin
 from vlm_vqa.cores import usable_cores
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import write_json
@@ -158,6 +159,7 @@ def positive(text: str) -> int:
 
 def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None, results: Path | None = None) -> Any:
     """Return the options, or raise UserError if results could not be written: measuring may take an hour."""
+    begin()
     options = made.parse_args(arguments)
     check_writable(results or RESULTS)
     return options

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import measure
+from benchmarks import begin, measure
 from benchmarks.__main__ import claims, read, report, run
 
 KNOWN = ("strategies", "learning", "real_shape", "data_scale", "kills", "flips", "faults")
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS
     """Return the exit code; `results` is where the proofs write."""
     parser = argparse.ArgumentParser(prog="python -m proofs", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(KNOWN)}; without one, the list")
+    begin()
     names = parser.parse_args(arguments).names
     if unknown := [name for name in names if name not in KNOWN]:
         parser.error(f"no proof is called {', '.join(unknown)}; there are {', '.join(KNOWN)}.")

@@ -27,7 +27,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
-from benchmarks import measure
+from benchmarks import begin, measure
 from benchmarks.measure import Claim
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import read_manifest
@@ -334,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder for strategies.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    begin()
     options = parser.parse_args(arguments)
     chosen = [case for case in CASES if case.name in options.cases]
     if options.worker:
