@@ -50,7 +50,7 @@ WATCHED = {
     "between": ("dvc.lock", ".dvc/tmp/rwlock"),
     "writing": (
         "data",
-        "data/records.part",
+        "data/records/.part",
         "data/records",
         "data/features",
         "data/features.parts",

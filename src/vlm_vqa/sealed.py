@@ -43,11 +43,17 @@ def checksum(data: Any, seed: int = 0) -> int:
 @contextmanager
 def aside(target: Path) -> Generator[Path]:
     """Yield `TARGET.part`, where a file or folder is to be made: published if the block succeeds, removed if it fails."""
-    part = target.with_name(target.name + PART)
+    with scratch(target.with_name(target.name + PART)) as part:
+        yield part
+        publish(part, target)
+
+
+@contextmanager
+def scratch(part: Path) -> Generator[Path]:
+    """Yield a path of which nothing is there before, nor afterwards."""
     _remove(part)
     try:
         yield part
-        publish(part, target)
     finally:
         _remove(part)
 

@@ -608,11 +608,11 @@ def test_killed_in_mid_conversion_it_fetches_nothing_and_ends_the_same(server, v
     whole = Stage(tmp_path / "whole", server)
     whole.run()
     stage = Stage(tmp_path / "killed", server)
-    stage.kill_when(lambda: (stage.records.with_name("records.part") / "0.parquet").is_file())
+    stage.kill_when(lambda: ((stage.records / ".part") / "0.parquet").is_file())
     assert not (stage.records / records.MANIFEST).exists()
     server.requests.clear()
     stage.run()
     assert not server.requests
     made, unbroken = ({path.name: path.read_bytes() for path in one.records.iterdir()} for one in (stage, whole))
     assert made == unbroken and records.count_images(stage.records) == 4002
-    assert not stage.records.with_name("records.part").exists()
+    assert not (stage.records / ".part").exists()

@@ -6,13 +6,12 @@ import os
 import shutil
 import stat
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from vlm_vqa import files, sealed
+from vlm_vqa import files
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
@@ -163,7 +162,7 @@ def test_records_half_moved_do_not_count_as_records(vqav2_folder, directory_para
     folder, target = vqav2_folder(), tmp_path / "records"
     fetch(directory_params(folder), target)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sealed, "_remove", partial(interrupt_at, target.resolve(), sealed._remove))
+        patch.setattr(fetching, "publish", interrupt)
         fetch(directory_params(folder), target)
     with pytest.raises(UserError, match="manifest.json"):
         records.read_manifest(target)
@@ -175,14 +174,6 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def interrupt_at(target, remove, path):
-    """Be interrupted when half of the old folder is removed."""
-    if path == target:
-        next(path.glob("*.parquet")).unlink()
-        raise KeyboardInterrupt
-    remove(path)
-
-
 def test_files_of_an_earlier_run_do_not_stay(vqav2_folder, directory_params, tmp_path, monkeypatch):
     folder, target = vqav2_folder(), tmp_path / "records"
     with monkeypatch.context() as patch:
@@ -190,7 +181,7 @@ def test_files_of_an_earlier_run_do_not_stay(vqav2_folder, directory_params, tmp
         patch.setattr(fetching, "_IMAGES_PER_GROUP", 1)
         fetch(directory_params(folder), target)
     # What a run that was killed outright leaves behind.
-    part = target.with_name("records.part")
+    part = target / ".part"
     part.mkdir()
     (part / "0.parquet").write_text("half")
     manifest = fetch(directory_params(folder), target)

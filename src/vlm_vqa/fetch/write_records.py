@@ -40,7 +40,7 @@ from vlm_vqa.files import claim
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
 from vlm_vqa.params import DataParams
 from vlm_vqa.prefetch import ordered_map
-from vlm_vqa.sealed import aside, fingerprint, write_sealed
+from vlm_vqa.sealed import PART, fingerprint, publish, scratch, write_sealed
 
 _HASHED_VERSION = 1
 """Of what `data_hash` is made of: raised when records mean something else, not when they are written in another way."""
@@ -57,7 +57,7 @@ _FILE_HEADER_BYTES = 2**20
 def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
     """Read and check the data that `data` names, store them in `folder`, and return their manifest.
 
-    What stood in `folder` before is replaced only after everything has been checked and written.
+    What stood in `folder` before is replaced only after everything has been checked and written, the manifest last.
 
     Raises:
         UserError: the source is not there, or its data break the contract; every violation is named. Or another process is
@@ -65,18 +65,28 @@ def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     busy = f"{folder}: another fetch-vqav2 is writing there. Wait for its end, or end it, then run `dvc repro` again."
-    # Lock and unfinished records lie beside the folder, which DVC removes before the stage runs.
+    folder.mkdir(parents=True, exist_ok=True)
+    # The lock lies beside the folder, which DVC removes before the stage runs; unfinished records inside, for it may be a
+    # disk of its own.
     with (
         claim(folder.with_name(f"{folder.name}.lock"), busy),
         open_source(data, folder) as source,
-        aside(folder.resolve()) as part,
+        scratch(folder / PART) as part,
     ):
         part.mkdir()
         manifest = _store(source, data, part)
         write_sealed(part / records.MANIFEST, manifest)
-        # Without its manifest, a folder does not count as records, however much of it is removed when it is replaced.
-        (folder / records.MANIFEST).unlink(missing_ok=True)
+        _replace(part, folder)
     return manifest
+
+
+def _replace(part: Path, folder: Path) -> None:
+    """Move finished files into place. Without its manifest, a folder does not count as records."""
+    (folder / records.MANIFEST).unlink(missing_ok=True)
+    for old in [*folder.glob("questions-*.parquet"), *folder.glob("images-*.parquet")]:
+        old.unlink()
+    for path in [*sorted(part.glob("*.parquet")), part / records.REPORT, part / records.MANIFEST]:
+        publish(path, folder / path.name)
 
 
 def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
