@@ -25,6 +25,6 @@ def test_missing_records_end_the_stage_with_one_message(tmp_path):
     shutil.copytree(ROOT / "evaluation" / "helm" / "nltk_data", tmp_path / "evaluation" / "helm" / "nltk_data")
     done = run_stage(tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "helm-eval: error: data/records/questions-val.parquet: missing" in done.stderr
+    assert "helm-eval: error: data/records/manifest.json: cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "reports").exists()

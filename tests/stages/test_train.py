@@ -14,6 +14,7 @@ from tests.training_run import Training, clear, outcome, step_of
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model, trained_state
 from vlm_vqa.params import load_params
+from vlm_vqa.sealed import read_sealed, write_sealed
 from vlm_vqa.training.prepare import prepare
 
 pytestmark = pytest.mark.slow
@@ -58,8 +59,7 @@ def test_features_of_another_encoder_are_refused(prepared):
     manifest = prepared.folder / "data/features/manifest.json"
     text = manifest.read_text()
     try:
-        found = json.loads(text)
-        manifest.write_text(json.dumps({**found, "encoder_hash": "0" * 64}))
+        write_sealed(manifest, {**read_sealed(manifest, "a manifest", ""), "encoder_hash": "0" * 64})
         done = prepared.stage("train")
         assert done.returncode != 0
         assert (
