@@ -192,9 +192,12 @@ def test_what_comes_out_is_what_was_measured():
     measured = {claim["what"]: claim["ratio"] for result in found.values() for claim in result["claims"]}
     loss = measured["32 bits: largest relative difference of a step's loss"]
     assert f"Every step's loss agrees to {loss:.1e} with 32-bit AdamW" in FLAT
-    ended = 35 * measured["slowest end of all processes after a kill, over 35 s"]
-    assert f"every process had ended within {math.ceil(ended)} s of the kill" in FLAT
-    assert "After each of 20 such kills" in FLAT and len(found["kills"]["details"]["kills"]) == 20
+    details = found["kills"]["details"]
+    trials = [trial for trial in details["trials"] if trial["kills"]]
+    outlived = math.ceil(max(kill["outlived"] for kill in details["kills"]))
+    assert f"After {len(details['kills'])} such kills in {len(trials)} trials" in FLAT
+    assert f"no process lived for more than {outlived} s after its parent" in FLAT
+    assert not [trial for trial in trials if trial["problems"]]
 
 
 def test_the_spread_over_seeds_is_what_was_measured():

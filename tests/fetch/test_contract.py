@@ -165,7 +165,7 @@ def test_a_violation_is_named_alone_and_nothing_is_stored(case, vqav2_folder, di
     # One fault is one violation: nothing that follows from it is reported beside it.
     assert "in 1 places" in message and f"{kind.label}: 1. To do: {kind.remedy}" in message
     assert where in message and str(folder) in message
-    assert [path.name for path in tmp_path.glob("records*")] == ["records.lock"]
+    assert list((tmp_path / "records").iterdir()) == []
 
 
 @pytest.mark.parametrize("question_id", ["25001", True, -1, 25001.0, None])
