@@ -56,6 +56,11 @@ def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS
     print(report(contents))
     picture.draw({name: content for name, content in contents.items() if name in DEFAULT}, results / "speed.png")
     print(f"\n{results / 'speed.png'}")
+    return conclude(contents, failed)
+
+
+def conclude(contents: Mapping[str, Any], failed: Mapping[str, str]) -> int:
+    """Say which claims are missed and which programs failed, why; return the exit code."""
     missed = [one.what for content in contents.values() for one in claims(content) if one.met is False]
     for what in missed:
         print(f"MISSED: {what}", file=sys.stderr)

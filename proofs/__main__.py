@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import begin, measure
-from benchmarks.__main__ import claims, read, report, run
+from benchmarks.__main__ import conclude, read, report, run
 
 KNOWN = ("strategies", "learning", "real_shape", "data_scale", "kills", "flips", "faults")
 
@@ -33,12 +33,7 @@ def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS
     failed = {name: reason for name in names if (reason := run(name, "proofs"))}
     contents = read(results, names, "proofs")
     print(report(contents))
-    missed = [one.what for content in contents.values() for one in claims(content) if one.met is False]
-    for what in missed:
-        print(f"MISSED: {what}", file=sys.stderr)
-    for name, reason in failed.items():
-        print(f"FAILED: {name}: {reason} Its results above, if any, are of an earlier run.", file=sys.stderr)
-    return int(bool(missed or failed))
+    return conclude(contents, failed)
 
 
 def first_line(name: str) -> str:

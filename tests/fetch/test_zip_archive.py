@@ -2,8 +2,11 @@
 
 import io
 import random
+import struct
 import zipfile
 from collections import Counter
+
+import pytest
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.sources.official_layout import ImageFiles, MissingImage
@@ -44,3 +47,18 @@ def test_a_damaged_zip_is_named_whatever_zipfile_makes_of_it(tmp_path):
             except (UserError, OSError, MissingImage) as error:
                 refused[type(error).__name__] += 1
     assert all(refused[kind] > 100 for kind in ("archive", "UserError", "OSError", "MissingImage")), refused
+
+
+def test_a_zip64_offset_that_no_file_has_is_named(tmp_path):
+    """The one way in which reading a member ends in a ValueError that is no UnicodeDecodeError."""
+    data = a_zip(zipfile.ZIP_STORED)
+    directory, end = data.index(b"PK\1\2"), data.index(b"PK\5\6")
+    entry = bytearray(data[directory : data.index(b"PK\1\2", directory + 4)])
+    extra = struct.pack("<HHQ", 1, 8, 2**64 - 1)
+    entry[42:46], entry[30:32] = b"\xff" * 4, struct.pack("<H", len(extra))
+    last = bytearray(data[end:])
+    last[8:16] = struct.pack("<HHL", 1, 1, len(entry) + len(extra))
+    path = tmp_path / "images.zip"
+    path.write_bytes(data[:directory] + entry + extra + last)
+    with pytest.raises(UserError, match="a.jpg: cannot be unpacked"):
+        ImageFiles(path).read("a.jpg", 10**6)

@@ -17,6 +17,7 @@ from packaging.version import Version
 from PIL import Image
 from transformers import Dinov2Model
 
+from proofs.project import with_changes
 from vlm_vqa.errors import UserError
 from vlm_vqa.inference.export import PACKAGES, card, join, read_training, write_export
 from vlm_vqa.inference.predictor import FACTS_FILE, Predictor
@@ -222,14 +223,7 @@ def damaged(name, change):
         elif isinstance(change, float):
             path.write_bytes(data[: int(change * len(data))])
         else:
-            content = json.loads(data)
-            for key, value in change.items():
-                *path_to, last = key.split(".")
-                place = content
-                for step in path_to:
-                    place = place[step]
-                place[last] = value
-            path.write_text(json.dumps(content))
+            path.write_text(json.dumps(with_changes(json.loads(data), change)))
 
     return apply
 

@@ -37,9 +37,9 @@ _ENCRYPTED = 0x1
 """Of a zip member's flags (APPNOTE 4.4.4)."""
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
-# Of damaged bytes zipfile raises its own error, and its decompressors theirs (bz2's is an OSError, which readers expect
-# anyway); EOFError where a member's bytes end early; NotImplementedError for a method that Python lacks; ValueError for a
-# name that is not the UTF-8 that it says, or a place before the file's start.
+# Reading a damaged member, zipfile raises its own error and those of its decompressors (bz2's is an OSError, which readers
+# expect anyway); EOFError where the bytes end early; NotImplementedError for a compression method that Python lacks;
+# ValueError for a ZIP64 offset that no file has, and as UnicodeDecodeError for a name that is not UTF-8 though flagged so.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
 
 

@@ -30,9 +30,9 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     check_regular(path, sys.maxsize)
     try:
         archive = zipfile.ZipFile(path)
-    # Of a directory of nonsense zipfile raises, beside its own: NotImplementedError for a version of the format that it does
-    # not know, ValueError for a name that is not the UTF-8 that it says or a place before the file's start.
-    except (NotImplementedError, ValueError) as error:
+    # From a damaged directory zipfile raises two errors that are not its own: NotImplementedError for a version of the
+    # format above 6.3, UnicodeDecodeError for a name that is not the UTF-8 that its flag says.
+    except (NotImplementedError, UnicodeDecodeError) as error:
         raise zipfile.BadZipFile(f"its directory cannot be read: {error}") from error
     try:
         _check(archive.infolist())
