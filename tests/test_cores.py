@@ -162,9 +162,11 @@ import os
 from vlm_vqa import cores
 from vlm_vqa.errors import UserError
 try:
-    print("found:", cores.threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    found = cores.threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 except UserError as error:
-    print("found:", error)
+    found = error
+# A line is one write: the ranks share a pipe.
+print(f"found: {found}")
 """
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
