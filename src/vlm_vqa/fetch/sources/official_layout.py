@@ -218,7 +218,8 @@ def unreadable(path: Path, error: Exception) -> tuple[ViolationKind, str]:
         cut = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip()) - 4
         if not cut:
             return ViolationKind.BAD_SYNTAX, f"{path}: {error}"
-    return ViolationKind.BROKEN_FILE, f"{path}: not complete ({error})"
+    what = "not complete JSON" if isinstance(error, json.JSONDecodeError | RecursionError) else "cannot be read"
+    return ViolationKind.BROKEN_FILE, f"{path}: {what} ({error})"
 
 
 @contextmanager
