@@ -84,7 +84,13 @@ def _projections(value: Any) -> Any:
     return value
 
 
+def _places(value: Any) -> Any:
+    one = Line().read
+    return tuple(map(one, value)) if isinstance(value, list | tuple) and value else one(value)
+
+
 _LAYERS = pydantic.WithJsonSchema({"type": "array", "items": {"enum": [*PROJECTIONS]}, "minItems": 1})
+_PLACES = pydantic.WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
 Truth = Annotated[bool, BeforeValidator(truth)]
 Count = Annotated[int, Range(2**31 - 1)]
 Natural = Annotated[int, Range(2**31 - 1, least=0)]
@@ -157,8 +163,8 @@ class SplitFiles(Section):
     """Questions file, JSON or gzipped JSON."""
     annotations: Text
     """Annotations file, JSON or gzipped JSON."""
-    images: Text
-    """Folder of images, or a zip archive of them."""
+    images: Annotated[str | tuple[str, ...], BeforeValidator(_places), _PLACES]
+    """Folder of images, with its sub-folders, or a zip archive of them; or a list of such."""
     image_name: Annotated[str, Line(IMAGE_NAME.pattern, _IMAGE)]
     """Name of an image's file as a format string of `image_id`."""
 

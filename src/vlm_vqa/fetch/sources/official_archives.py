@@ -160,7 +160,7 @@ def _split_paths(folder: Path) -> tuple[SplitPaths, ...]:
             split,
             folder / _texts("Questions", split),
             folder / _texts("Annotations", split),
-            folder / f"{split}2014.zip",
+            (folder / f"{split}2014.zip",),
             ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
         )
         for split in SPLITS
