@@ -1,17 +1,16 @@
-"""Source `directory`: VQAv2's official file layout in a local folder. Every other source ends here too."""
+"""Source `directory`: VQAv2's official file layout in a local folder, and what it has in common with other text files."""
 
+import functools
 import gzip
 import json
 import logging
-import lzma
 import os
+import re
 import zipfile
-import zlib
-from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from vlm_vqa.data.records import SPLITS
@@ -22,25 +21,29 @@ from vlm_vqa.fetch.contract import (
     ImageNames,
     MalformedRecord,
     Question,
+    Row,
+    Source,
+    Split,
     ViolationKind,
     Violations,
+    answered,
+    pair,
     parse_annotation,
     parse_question,
 )
+from vlm_vqa.fetch.recognise import refusal
+from vlm_vqa.fetch.sources.image_files import DAMAGE, ENCRYPTED
 from vlm_vqa.fetch.sources.zip_archive import files, open_zip, shown
 from vlm_vqa.files import MOST_BYTES, check_regular
 from vlm_vqa.params import DataParams
 
 log = logging.getLogger(__name__)
 
-_ENCRYPTED = 0x1
-"""Of a zip member's flags (APPNOTE 4.4.4)."""
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
-# Reading a damaged member, zipfile raises its own error and those of its decompressors (bz2's is an OSError, which readers
-# expect anyway); EOFError where the bytes end early; NotImplementedError for a compression method that Python lacks;
-# ValueError for a ZIP64 offset that no file has, and as UnicodeDecodeError for a name that is not UTF-8 though flagged so.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
+_COCO = ("train2014", "val2014")
+READ_ERRORS = (OSError, RecursionError, *DAMAGE)
+"""What reading a file of texts raises: JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,9 @@ class SplitPaths:
     split: str
     questions: Path
     annotations: Path
-    images: Path
-    """A folder of images, or a zip archive of them."""
+    images: tuple[Path, ...]
+    """Folders of images, or zip archives of them."""
     names: ImageNames
-
-
-@dataclass(frozen=True)
-class Source:
-    """Data in official layout, ready to be checked and stored."""
-
-    name: str
-    """The value of `data.source`."""
-    origin: dict[str, Any]
-    """What identifies the data beyond the files read (a package and its version, say); kept in the manifest."""
-    splits: tuple[SplitPaths, ...]
-    notes: tuple[str, ...] = ()
-    """What was changed before the files were written; kept in the manifest."""
 
 
 def directory_source(data: DataParams) -> Source:
@@ -83,9 +73,54 @@ def directory_source(data: DataParams) -> Source:
     splits = []
     for split in SPLITS:
         files = getattr(data, split)
-        paths = (folder / files.questions, folder / files.annotations, folder / files.images)
-        splits.append(SplitPaths(split, *paths, ImageNames(files.image_name)))
+        texts = (folder / files.questions, folder / files.annotations)
+        images = tuple(places(folder, files.images))
+        splits.append(official_split(SplitPaths(split, *texts, images, ImageNames(files.image_name))))
     return Source("directory", {}, tuple(splits))
+
+
+def places(folder: Path, names: str | Sequence[str]) -> list[Path]:
+    """Return the folders and archives that a parameter names."""
+    return [folder / name for name in ([names] if isinstance(names, str) else names)]
+
+
+def official_split(paths: SplitPaths) -> Split:
+    """Return a split that is read from its questions and annotations files."""
+    inputs = {"questions": paths.questions, "annotations": paths.annotations}
+    return Split(paths.split, str(paths.questions), paths.images, functools.partial(_rows, paths), inputs)
+
+
+def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
+    """Yield the pairs of question and annotation whose image has a file name."""
+    questions = read_questions(paths.questions, violations)
+    annotations = read_annotations(paths.annotations, violations)
+    if questions is None or annotations is None:
+        return
+    misfits: set[int] = set()
+    for question, annotation in pair(questions, annotations, violations):
+        where = f"{paths.questions}: question_id {question.question_id}"
+        name = paths.names.name(question.image_id)
+        if name and question.coco_split in _COCO:
+            name = re.sub("|".join(_COCO), question.coco_split, name)
+        try:
+            if name is not None:
+                yield Row(where, name, _record(question, annotation))
+            elif question.image_id not in misfits or violations.drops:
+                misfits.add(question.image_id)
+                long = f"{where} has image_id {question.image_id}, too long for {paths.names.pattern}"
+                violations.add(ViolationKind.IMAGE_ID, long)
+        except MalformedRecord as error:
+            violations.add(error.kind, f"{where}: {error}")
+
+
+def _record(question: Question, annotation: Annotation) -> dict[str, Any]:
+    given = (annotation.answers, annotation.answer_confidences)
+    return {
+        "question_id": question.question_id,
+        "image_id": question.image_id,
+        "question": question.question,
+        **answered(question.question, given, annotation.kinds, annotation.multiple_choice_answer),
+    }
 
 
 def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
@@ -95,7 +130,7 @@ def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
             split,
             folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json",
             folder / f"v2_mscoco_{split}2014_annotations.json",
-            folder / f"{split}2014",
+            (folder / f"{split}2014",),
             ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
         )
         for split in SPLITS
@@ -124,34 +159,75 @@ def _read_entries(
         except MalformedRecord:
             return entry
 
+    content = read_json(path, violations, compact)
+    if content is None:
+        return None
+    entries = content.get(key) if isinstance(content, dict) else content
+    # VQA-CP's files are the bare lists; other data sets' are lists of both at once.
+    foreign = isinstance(content, list) and content and not _is_official(content[0], key)
+    if not isinstance(entries, list) or foreign:
+        violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {refusal(path) or f'without a list {key!r}'}")
+        return None
+    if not entries:
+        violations.add(ViolationKind.EMPTY_FILE, f"{path}: the list {key!r} is empty")
+        return None
+    return _sort_out(path, entries, kind, parse, violations)
+
+
+def _is_official(entry: Any, key: str) -> bool:
+    """Tell an entry of a bare list of questions, or of annotations, from one that holds both."""
+    known = {"question_id", "image_id"} | ({"question"} if key == "questions" else set())
+    both = {"question", "direct_answers", "answers", "answer"} - (
+        {"question"} if key == "questions" else {"answers", "answer"}
+    )
+    return (
+        isinstance(entry, Question | Annotation)
+        or isinstance(entry, dict)
+        and known <= entry.keys()
+        and not both & entry.keys()
+    )
+
+
+def read_json(path: Path, violations: Violations, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Return what a file of JSON holds, as it is, gzipped or in a zip of its own; None, and a violation, if it is none."""
     try:
         log.info("reading %s (%.0f MB)", path.name, path.stat().st_size / 1e6)
-        with _open_text(path) as file:
+        with open_bytes(path) as file:
             # A few MB can unpack to anything.
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise OSError(f"it unpacks to more than {MOST_BYTES:,} bytes")
-        # One name for both: a split's annotations need not be held twice.
-        text = text.decode("utf-8")
-        content = json.loads(text, object_hook=compact)
-    except FileNotFoundError:
-        violations.add(ViolationKind.MISSING_FILE, f"{path}")
+        # One name for all: a split's annotations need not be held twice.
+        text = text.decode("utf-8-sig")
+        return json.loads(text, object_hook=object_hook)
+    except READ_ERRORS as error:
+        violations.add(*unreadable(path, error))
         return None
-    # JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError.
-    except (OSError, RecursionError, *_DAMAGE) as error:
-        violations.add(ViolationKind.BROKEN_FILE, f"{path}: not complete JSON ({error})")
-        return None
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        violations.add(ViolationKind.BROKEN_FILE, f"{path}: without a list {key!r}")
-        return None
-    if not content[key]:
-        violations.add(ViolationKind.BROKEN_FILE, f"{path}: the list {key!r} is empty")
-        return None
-    return _sort_out(path, content[key], kind, parse, violations)
+
+
+def unreadable(path: Path, error: Exception) -> tuple[ViolationKind, str]:
+    """Return the violation that one of `READ_ERRORS` means, raised when a file of texts was read."""
+    if isinstance(error, FileNotFoundError):
+        return ViolationKind.MISSING_FILE, f"{path}"
+    if isinstance(error, UnicodeDecodeError) and isinstance(error.object, bytes):
+        start = error.object[:4]
+        wide = start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start
+        what = "is UTF-16; save it as UTF-8" if wide else f"is not UTF-8 ({error.reason} at byte {error.start})"
+        return ViolationKind.ENCODING, f"{path}: {what}"
+    if (what := refusal(path)) is not None:
+        return ViolationKind.FOREIGN_FILE, f"{path}: {what}"
+    if isinstance(error, json.JSONDecodeError) and len(error.doc) > 4:
+        # What is cut short ends inside of something.
+        cut = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip()) - 4
+        if not cut:
+            kind = ViolationKind.BAD_SYNTAX if error.pos else ViolationKind.FOREIGN_FILE
+            return kind, f"{path}: {'' if error.pos else 'is no JSON: '}{error}"
+    what = "not complete JSON" if isinstance(error, json.JSONDecodeError | RecursionError) else "cannot be read"
+    return ViolationKind.BROKEN_FILE, f"{path}: {what} ({error})"
 
 
 @contextmanager
-def _open_text(path: Path) -> Generator[IO[bytes] | gzip.GzipFile]:
+def open_bytes(path: Path) -> Generator[IO[bytes] | gzip.GzipFile]:
     """Open a file of JSON as it is, gzipped, or as the one JSON file of a zip archive."""
     check_regular(path)
     with open(path, "rb") as file:
@@ -165,7 +241,7 @@ def _open_text(path: Path) -> Generator[IO[bytes] | gzip.GzipFile]:
         if len(members) != 1:
             names = shown(member.filename for member in members)
             raise zipfile.BadZipFile(f"the archive holds {len(members)} files instead of one: {names}")
-        if members[0].flag_bits & _ENCRYPTED:
+        if members[0].flag_bits & ENCRYPTED:
             raise zipfile.BadZipFile(f"{members[0].filename} is encrypted")
         if members[0].file_size > MOST_BYTES:
             raise zipfile.BadZipFile(f"{members[0].filename} would unpack to {members[0].file_size} bytes")
@@ -178,97 +254,20 @@ def _sort_out(
     path: Path, entries: list[Any], kind: type, parse: Callable[[Any], Any], violations: Violations
 ) -> Entries:
     """Part well-formed entries from malformed ones."""
-    result = Entries(str(path), [], set())
+    good: list[Any] = []
+    reported: set[int] = set()
+    unnamed = 0
     for row, entry in enumerate(entries):
         if isinstance(entry, kind):
-            result.good.append(entry)
+            good.append(entry)
             continue
         try:
-            result.good.append(parse(entry))
+            good.append(parse(entry))
         except MalformedRecord as error:
             question_id = entry.get("question_id") if isinstance(entry, dict) else None
-            if isinstance(question_id, int):
-                result.reported.add(question_id)
+            if str(question_id).isdecimal():
+                reported.add(int(question_id))
+            else:
+                unnamed += 1
             violations.add(error.kind, f"{path}: entry {row} (question_id {question_id}): {error}")
-    return result
-
-
-class MissingImage(Exception):
-    """There is no such image; the message says where it was looked for."""
-
-
-class ImageFiles:
-    """Image files by name, in a folder or inside a zip archive (below any folder in it). Reads from several threads."""
-
-    def __init__(self, path: Path):
-        """Open `path`.
-
-        Raises:
-            OSError, zipfile.BadZipFile: it is neither a folder nor a zip archive of files below it, as `open_zip` says.
-        """
-        self.path = path
-        self._zip = None if path.is_dir() else open_zip(path)
-        self._members: defaultdict[str, list[zipfile.ZipInfo]] = defaultdict(list)
-        for info in self._zip.infolist() if self._zip else ():
-            self._members[PurePosixPath(info.filename).name].append(info)
-
-    def read(self, name: str, max_bytes: int) -> bytes:
-        """Return a file's bytes.
-
-        Raises:
-            MissingImage: there is no such file.
-            UserError: it is larger than `max_bytes`, or encrypted, damaged or of an unknown compression inside the archive.
-            OSError: it cannot be read.
-        """
-        where = self.where(name)
-        size = self._size(name)
-        if size > max_bytes:
-            raise UserError(f"{where}: {size} bytes are too many for an image of data.max_image_pixels")
-        if self._zip is None:
-            check_regular(self.path / name, max_bytes)
-            return (self.path / name).read_bytes()
-        member = self._members[name][0]
-        # zipfile would raise a bare RuntimeError, which could be anything.
-        if member.flag_bits & _ENCRYPTED:
-            raise UserError(f"{where}: is encrypted; unpack the archive with its password and name the folder instead")
-        try:
-            return self._zip.read(member)
-        except _DAMAGE as error:
-            raise UserError(f"{where}: cannot be unpacked ({error})") from error
-
-    def count(self) -> int:
-        """Return how many files there are."""
-        if self._zip is not None:
-            return len(files(self._zip))
-        return sum(map(_is_file, os.scandir(self.path)))
-
-    def where(self, name: str) -> str:
-        """Return the place of a file, for messages."""
-        return f"{self.path / name}" if self._zip is None else f"{self.path}: {name}"
-
-    def close(self) -> None:
-        """Close the archive."""
-        if self._zip is not None:
-            self._zip.close()
-
-    def _size(self, name: str) -> int:
-        if self._zip is None:
-            try:
-                return (self.path / name).stat().st_size
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise MissingImage(self.where(name)) from error
-        members = self._members.get(name, [])
-        if not members:
-            raise MissingImage(self.where(name))
-        if len(members) > 1:
-            places = " and ".join(member.filename for member in members)
-            raise UserError(f"{self.where(name)}: {len(members)} files of this name ({places})")
-        return members[0].file_size
-
-
-def _is_file(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:
-        # A link that leads to itself.
-        return False
+    return Entries(str(path), good, reported, unnamed)
