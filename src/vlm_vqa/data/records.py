@@ -113,8 +113,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Keys: `schema_version`; `data_hash`, a hash of all records and image bytes that does not depend on file names,
     shards or time; `source` and `origin`, where they came from; `splits`, per split the counts `questions`, `images`,
     `answer_types` (by type) and `empty_answers` (questions whose main answer is blank) and `inputs` (name and hash of
-    the files read); `images`, the number of images of both splits; `files`, the `sealed.fingerprint` of each Parquet file;
-    `allow_split_overlap`; `notes`, what was changed on the way.
+    the files read); `images`, the number of images of both splits; `pictures`, how many were `changed` on the way in, by
+    how, and how many are there twice: `twins` by split, `twins_across` splits, `alike_across` them by their looks;
+    `files`, the `sealed.fingerprint` of each Parquet file; `allow_split_overlap`; `notes`, what was changed on the way.
 
     Raises:
         UserError: it is missing, damaged, or of another version.

@@ -31,6 +31,7 @@ class ViolationKind(Enum):
         "unreadable file",
         "download or unpack the file again; it is cut short, damaged or of another layout",
     )
+    OTHER_ARCHIVE = ("archive that is not read", "unpack it and name the folder, or make a zip archive of it")
     BAD_QUESTION = ("malformed question", "compare with VQAv2's layout: question_id, image_id, question")
     BAD_ANNOTATION = (
         "malformed annotation",
@@ -46,11 +47,13 @@ class ViolationKind(Enum):
     IMAGE_ID = ("image id does not fit the name pattern", "correct the id, or data.SPLIT.image_name")
     QUESTION_OVERLAP = ("question id in both splits", "renumber one split, or set data.allow_split_overlap: true")
     IMAGE_OVERLAP = ("image in both splits", "keep it in one split, or set data.allow_split_overlap: true")
+    IMAGE_TWIN = ("picture in both splits", "keep it in one split, or set data.allow_split_overlap: true")
+    LOOKALIKE = ("look-alikes in both splits", "keep them in one split, or set data.doubtful: count")
     IMAGE_CONFLICT = ("one image id, two images", "give different images different ids")
     MISSING_IMAGE = ("missing image", "put the file there, or correct data.SPLIT.images and data.SPLIT.image_name")
     BROKEN_IMAGE = (
         "unreadable image",
-        "replace the file by an intact copy, or raise data.max_image_pixels if it is too large",
+        "replace the file by an intact one of a kind that is read, or raise data.max_image_pixels if it is too large",
     )
 
     def __init__(self, label: str, remedy: str):

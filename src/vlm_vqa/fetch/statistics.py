@@ -2,6 +2,7 @@
 
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,21 +96,21 @@ class ImageStatistics:
     bytes: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Images by (width, height)."""
-    twins: int = 0
-    """Images whose bytes are those of an earlier one under another id."""
+    changes: Counter[str] = field(default_factory=Counter)
+    """Images by what was changed beside decoding, see `decoding.Opened`."""
+    alike: list[tuple[int, int]] = field(default_factory=list)
+    """Ids of pictures that look alike, of the first split and the second."""
     wanted: set[int] = field(default_factory=set)
     """Ids of the images that the report shows."""
     pictures: _Files = field(default_factory=dict)
     """Those images' files by id."""
-    _seen: set[str] = field(default_factory=set)
 
-    def add(self, row: _Row) -> None:
+    def add(self, row: _Row, changes: Iterable[str]) -> None:
         """Count one row of `records.IMAGE_FEATURES`."""
         self.images += 1
         self.bytes += len(row["image"]["bytes"])
         self.sizes[row["width"], row["height"]] += 1
-        self.twins += row["sha256"] in self._seen
-        self._seen.add(row["sha256"])
+        self.changes.update(changes)
         if row["image_id"] in self.wanted:
             self.pictures[row["image_id"]] = row["image"]["bytes"]
 

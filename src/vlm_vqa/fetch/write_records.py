@@ -7,6 +7,7 @@ but all is still checked.
 
 import hashlib
 import json
+import logging
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,11 @@ from tqdm import tqdm
 
 from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
-from vlm_vqa.data.decoding import open_image
+from vlm_vqa.data.decoding import open_with_changes
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Annotation, Question, ViolationKind, Violations, pair
-from vlm_vqa.fetch.data_report import render_report
+from vlm_vqa.fetch.data_report import ALIKE_SHOWN, render_report
+from vlm_vqa.fetch.lookalikes import Look, Lookalikes, look
 from vlm_vqa.fetch.sources import open_source
 from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
 from vlm_vqa.fetch.sources.official_layout import Source, SplitPaths, read_annotations, read_questions
@@ -35,6 +37,8 @@ from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
 from vlm_vqa.params import DataParams
 from vlm_vqa.prefetch import ordered_map
 from vlm_vqa.sealed import PART, fingerprint, publish, scratch, write_sealed
+
+log = logging.getLogger(__name__)
 
 _HASHED_VERSION = 1
 """Of what `data_hash` is made of: raised when records mean something else, not when they are written in another way."""
@@ -92,7 +96,9 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
     with ExitStack() as stack:
         images = _wanted_images(texts, stack, violations)
-        images_digest = _store_images(images, data.max_image_pixels, part, seen, violations)
+        alike = Lookalikes([text.images for text in texts])
+        images_digest = _store_images(images, data.max_image_pixels, part, seen, alike, violations)
+        _check_alike(alike, images, data, seen, violations)
     violations.raise_if_any()
     content = {text.paths.split: text.digest.hexdigest() for text in texts}
     manifest = {
@@ -103,6 +109,12 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
         "allow_split_overlap": data.allow_split_overlap,
         "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images_digest, **content}),
         "images": len(images),
+        "pictures": {
+            "changed": dict(sorted(seen.changes.items())),
+            "twins": dict(zip(content, alike.twins, strict=True)),
+            "twins_across": len(alike.equal()),
+            "alike_across": len(seen.alike),
+        },
         "splits": {text.paths.split: text.summary() for text in texts},
         "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
     }
@@ -204,6 +216,8 @@ class _Checked(NamedTuple):
 
     row: dict[str, Any]
     problems: list[tuple[ViolationKind, str]]
+    changes: tuple[str, ...] = ()
+    look: Look | None = None
 
 
 def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
@@ -232,6 +246,8 @@ def _open_images(paths: tuple[Path, ...], violations: Violations) -> ImageFiles 
         return ImageFiles(paths)
     except FileNotFoundError as error:
         violations.add(ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images")
+    except UserError as error:
+        violations.add(ViolationKind.OTHER_ARCHIVE, str(error))
     except (OSError, zipfile.BadZipFile) as error:
         named = " or ".join(map(str, paths))
         violations.add(ViolationKind.BROKEN_FILE, f"{named}: not a usable zip archive ({error})")
@@ -239,7 +255,12 @@ def _open_images(paths: tuple[Path, ...], violations: Violations) -> ImageFiles 
 
 
 def _store_images(
-    images: dict[int, list[_Place]], max_pixels: int, part: Path, seen: ImageStatistics, violations: Violations
+    images: dict[int, list[_Place]],
+    max_pixels: int,
+    part: Path,
+    seen: ImageStatistics,
+    alike: Lookalikes,
+    violations: Violations,
 ) -> str:
     """Check every image, count it and store it once; return a hash over ids and contents."""
     digest = hashlib.sha256()
@@ -248,21 +269,52 @@ def _store_images(
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
         checked = ordered_map(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
-            _write_shards(_good_images(progress, digest, seen, violations), part)
+            _write_shards(_good_images(progress, digest, seen, alike, violations), part)
     return digest.hexdigest()
 
 
 def _good_images(
-    images: Iterable[_Checked], digest: Any, seen: ImageStatistics, violations: Violations
+    images: Iterable[_Checked], digest: Any, seen: ImageStatistics, alike: Lookalikes, violations: Violations
 ) -> Iterator[dict[str, Any]]:
     """Yield rows up to the first violation, and go on checking."""
     for image in images:
         for kind, text in image.problems:
             violations.add(kind, text)
+        if image.look is not None:
+            alike.add(image.row["image_id"], image.row["sha256"], image.look)
         if not violations:
             digest.update(f"{image.row['image_id']} {image.row['sha256']}\n".encode())
-            seen.add(image.row)
+            seen.add(image.row, image.changes)
             yield image.row
+
+
+def _check_alike(
+    alike: Lookalikes, images: dict[int, list[_Place]], data: DataParams, seen: ImageStatistics, violations: Violations
+) -> None:
+    """Note pictures that both splits have under two ids, and those that only look alike; keep some for the report."""
+
+    def named(image_id: int) -> str:
+        return f"{images[image_id][0].files.where(images[image_id][0].name)} (image_id {image_id})"
+
+    if not data.allow_split_overlap:
+        for first, second in alike.equal():
+            violations.add(ViolationKind.IMAGE_TWIN, f"{named(first)} and {named(second)} are byte for byte the same")
+    seen.alike = alike.near()
+    if seen.alike:
+        some = "; ".join(f"{named(first)} and {named(second)}" for first, second in seen.alike[:3])
+        log.warning(
+            "%d pictures of val look like one of train, so a score on them says less: %s", len(seen.alike), some
+        )
+    if getattr(data, "doubtful", "count") == "refuse":
+        for first, second in seen.alike:
+            violations.add(ViolationKind.LOOKALIKE, f"{named(first)} and {named(second)}")
+    for image_id in {one for both in seen.alike[:ALIKE_SHOWN] for one in both} if not violations else ():
+        place = images[image_id][0]
+        seen.pictures[image_id] = place.files.read(place.name, _most_bytes(data.max_image_pixels))
+
+
+def _most_bytes(max_pixels: int) -> int:
+    return _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES
 
 
 def _write_shards(rows: Iterable[dict[str, Any]], part: Path) -> None:
@@ -308,20 +360,22 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
     image_id, places = item
     rows: list[dict[str, Any]] = []
     problems: list[tuple[ViolationKind, str]] = []
+    seen: list[tuple[tuple[str, ...], Look]] = []
     for place in places:
         try:
-            data = place.files.read(place.name, _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES)
-            image = open_image(data, place.files.where(place.name), max_pixels)
+            data = place.files.read(place.name, _most_bytes(max_pixels))
+            image, changes = open_with_changes(data, place.files.where(place.name), max_pixels)
         except MissingImage as error:
             problems.append((ViolationKind.MISSING_IMAGE, f"{error} (image_id {image_id}){error.hint}"))
         except (UserError, OSError) as error:
             problems.append((ViolationKind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
         else:
             rows.append(_image_row(image_id, place.files.file_name(place.name), data, image.size))
+            seen.append((changes, look(image)))
     if len({row["sha256"] for row in rows}) > 1:
         named = " and ".join(place.files.where(place.name) for place in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
-    return _Checked(rows[0] if rows else {}, problems)
+    return _Checked(rows[0], problems, *seen[0]) if rows else _Checked({}, problems)
 
 
 def _image_row(image_id: int, name: str, data: bytes, size: tuple[int, int]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class ImageFiles:
         """Look through `paths`.
 
         Raises:
+            UserError: one is an archive of another kind.
             OSError, zipfile.BadZipFile: one is neither a folder nor a zip archive of files below it, as `open_zip` says.
         """
         self.paths = tuple(paths)
@@ -75,8 +76,9 @@ class ImageFiles:
         self._count = 0
         try:
             for place, path in enumerate(self.paths):
-                self._zips.append(None if path.is_dir() else _open_zip(path))
-                for found in self._of_folder(place, path) if path.is_dir() else self._of_zip(place):
+                archive = None if path.is_dir() else _open_zip(path)
+                self._zips.append(archive)
+                for found in self._of_zip(place, archive) if archive else self._of_folder(place, path):
                     folders, _, name = found.path.rpartition("/")
                     self._folders.add(folders.rpartition("/")[2])
                     key = _spelled(os.path.splitext(name)[0])
@@ -150,8 +152,8 @@ class ImageFiles:
                         self._count += _is(entry, os.DirEntry.is_file)
                         yield _Found(place, path)
 
-    def _of_zip(self, place: int) -> Iterator[_Found]:
-        for info in files(self._zips[place]):
+    def _of_zip(self, place: int, archive: zipfile.ZipFile) -> Iterator[_Found]:
+        for info in files(archive):
             self._count += 1
             yield _Found(place, "/".join(parts(info.filename)), info)
 
@@ -220,7 +222,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
         head = file.read(512)
     for (at, magic), kind in _OTHERS.items():
         if head[at:].startswith(magic):
-            raise zipfile.BadZipFile(f"it is a {kind} archive; unpack it and name the folder")
+            raise UserError(f"{path}: a {kind} archive")
     return open_zip(path)
 
 
