@@ -5,11 +5,12 @@ Apart from the other formats of this folder, so that a question about one pictur
 
 import codecs
 import warnings
+from collections.abc import Callable
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vlm_vqa.errors import UserError
 
@@ -19,21 +20,10 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
 _WANTED = "Give an intact JPEG, PNG, WebP, GIF, BMP, AVIF or TIFF, or convert it into one."
 # libtiff's faults were mostly in its rare codecs: of old JPEG, SGI's logarithms, ThunderScan, and of what wraps libraries.
 _TIFF_CODECS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "jpeg", "group3", "group4")
-_REDUCED, _REDUCED_BIT = 254, 1
-"""TIFF's tag NewSubfileType, and its bit for a small copy of another picture: a camera's raw file begins with one."""
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks of a PNG that may unpack to more than Pillow takes, and that no pixel depends on."""
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What brings each EXIF orientation upright."""
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+"""`Image.Transpose` that brings each EXIF orientation upright."""
 # Pillow warns of metadata and sizes without a file's name; we bound the size ourselves, and below Pillow's own bound.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -55,12 +45,10 @@ _OTHERS = {
 
 
 class Opened(NamedTuple):
-    """A picture as people see it."""
+    """A picture as people see it, RGB, and what had to be done for that beside decoding, in words."""
 
     image: Image.Image
-    """RGB with 8 bits a channel."""
     changes: tuple[str, ...]
-    """What had to be done beside decoding, in words."""
 
 
 def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels") -> Image.Image:
@@ -109,11 +97,12 @@ def _as_seen(image: Image.Image, name: str) -> Opened:
     """Decode what has been opened."""
     if image.format == "TIFF":
         _check_tiff(image, name)
-    several = image.format != "MPO" and _is_animated(image)
-    orientation = _orientation(image)
+    # A GIF's second frame is looked for here, and a PNG's EXIF behind the pixels: a damaged one costs no picture.
+    several = image.format != "MPO" and _whole(lambda: image.is_animated, False)  # ty: ignore[missing-attribute]
+    if image.format != "TIFF":
+        image.load()
+    turn = _TURNS.get(_whole(lambda: image.getexif().get(ExifTags.Base.Orientation), None))
     image.load()
-    # Pillow turns TIFFs itself.
-    upright, turn = image, _TURNS.get(orientation)
     changes = {
         "the first of several frames": several,
         "turned upright, as its EXIF says": turn is not None,
@@ -122,42 +111,31 @@ def _as_seen(image: Image.Image, name: str) -> Opened:
     }
     if image.mode in ("I", "F"):
         raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode}). Convert it to 8 bits.")
-    if image.mode.startswith("I;16"):
-        upright = _eight_bits(image)
+    seen = _eight_bits(image) if image.mode.startswith("I;16") else image
+    # Pillow turns TIFFs itself.
     if turn is not None and image.format != "TIFF":
-        upright = upright.transpose(turn)
-    if upright.has_transparency_data:
-        seen = upright.convert("RGBA")
+        seen = seen.transpose(Image.Transpose(turn))
+    if seen.has_transparency_data:
+        seen = seen.convert("RGBA")
         changes["transparent, laid over white"] = seen.getchannel("A").getextrema() != (255, 255)
-        upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-    rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
+        seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    rgb = seen if seen.mode == "RGB" else seen.convert("RGB")
     return Opened(rgb, tuple(change for change, made in changes.items() if made))
 
 
 def _check_tiff(image: Image.Image, name: str) -> None:
-    codec = image.info.get("compression")
-    if codec not in _TIFF_CODECS:
+    if (codec := image.info.get("compression")) not in _TIFF_CODECS:
         raise UserError(f"{name}: a TIFF compressed as {codec}, which is not read. Save it as PNG.")
-    if image.tag_v2.get(_REDUCED, 0) & _REDUCED_BIT:  # ty: ignore[missing-attribute] - TIFFs have it
-        raise UserError(
-            f"{name}: a camera's raw file, or a TIFF that begins with a small copy. Save it as JPEG or PNG."
-        )
+    # NewSubfileType: the first picture is a small copy of another.
+    if image.tag_v2.get(254, 0) & 1:  # ty: ignore[missing-attribute] - TIFFs have it
+        raise UserError(f"{name}: a camera's raw file, or one that begins with a small copy. Save it as JPEG or PNG.")
 
 
-def _is_animated(image: Image.Image) -> bool:
+def _whole(read: Callable[[], Any], otherwise: Any) -> Any:
     try:
-        return getattr(image, "is_animated", False)
-    # A GIF's second frame is looked for here, and may be damaged.
+        return read()
     except Exception:  # noqa: BLE001 - as on all damaged bytes
-        return True
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_ORIENTATION, 1)
-    # A picture is not worse for its EXIF.
-    except Exception:  # noqa: BLE001 - struct.error, ValueError, SyntaxError and more
-        return 1
+        return otherwise
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlm_vqa.fetch.lookalikes import Look, Lookalikes
+
 _EXAMPLES = 6
 _Row = dict[str, Any]
 _Files = dict[int, bytes]  # said here, for a class with a field `bytes` means that by `bytes`
@@ -92,6 +94,9 @@ class QuestionStatistics:
 class ImageStatistics:
     """Counts over the images of all splits."""
 
+    lookalikes: Lookalikes
+    wanted: set[int]
+    """Ids of the images that the report shows."""
     images: int = 0
     bytes: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -100,17 +105,16 @@ class ImageStatistics:
     """Images by what was changed beside decoding, see `decoding.Opened`."""
     alike: list[tuple[int, int]] = field(default_factory=list)
     """Ids of pictures that look alike, of the first split and the second."""
-    wanted: set[int] = field(default_factory=set)
-    """Ids of the images that the report shows."""
     pictures: _Files = field(default_factory=dict)
     """Those images' files by id."""
 
-    def add(self, row: _Row, changes: Iterable[str]) -> None:
+    def add(self, row: _Row, changes: Iterable[str], look: Look) -> None:
         """Count one row of `records.IMAGE_FEATURES`."""
         self.images += 1
         self.bytes += len(row["image"]["bytes"])
         self.sizes[row["width"], row["height"]] += 1
         self.changes.update(changes)
+        self.lookalikes.add(row["image_id"], row["sha256"], look)
         if row["image_id"] in self.wanted:
             self.pictures[row["image_id"]] = row["image"]["bytes"]
 

@@ -93,12 +93,12 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     texts = [_store_questions(paths, part, violations) for paths in source.splits]
     if not data.allow_split_overlap:
         _check_overlap(texts, violations)
-    seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
+    wanted = {row["image_id"] for text in texts for row in text.statistics.examples()}
+    seen = ImageStatistics(Lookalikes([text.images for text in texts]), wanted)
     with ExitStack() as stack:
         images = _wanted_images(texts, stack, violations)
-        alike = Lookalikes([text.images for text in texts])
-        images_digest = _store_images(images, data.max_image_pixels, part, seen, alike, violations)
-        _check_alike(alike, images, data, seen, violations)
+        images_digest = _store_images(images, data.max_image_pixels, part, seen, violations)
+        _check_alike(images, data, seen, violations)
     violations.raise_if_any()
     content = {text.paths.split: text.digest.hexdigest() for text in texts}
     manifest = {
@@ -111,8 +111,8 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
         "images": len(images),
         "pictures": {
             "changed": dict(sorted(seen.changes.items())),
-            "twins": dict(zip(content, alike.twins, strict=True)),
-            "twins_across": len(alike.equal()),
+            "twins": dict(zip(content, seen.lookalikes.twins, strict=True)),
+            "twins_across": len(seen.lookalikes.equal()),
             "alike_across": len(seen.alike),
         },
         "splits": {text.paths.split: text.summary() for text in texts},
@@ -231,7 +231,7 @@ def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations
             if (new := opened[paths]) is not None:
                 stack.callback(new.close)
         if (files := opened[paths]) is not None:
-            text.statistics.files_without_questions = files.count() - len(text.images)
+            text.statistics.files_without_questions = files.count - len(text.images)
         for image_id, name in text.images.items():
             found = places.setdefault(image_id, [])
             if files is not None and (place := _Place(files, name)) not in found:
@@ -255,12 +255,7 @@ def _open_images(paths: tuple[Path, ...], violations: Violations) -> ImageFiles 
 
 
 def _store_images(
-    images: dict[int, list[_Place]],
-    max_pixels: int,
-    part: Path,
-    seen: ImageStatistics,
-    alike: Lookalikes,
-    violations: Violations,
+    images: dict[int, list[_Place]], max_pixels: int, part: Path, seen: ImageStatistics, violations: Violations
 ) -> str:
     """Check every image, count it and store it once; return a hash over ids and contents."""
     digest = hashlib.sha256()
@@ -269,37 +264,36 @@ def _store_images(
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
         checked = ordered_map(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
-            _write_shards(_good_images(progress, digest, seen, alike, violations), part)
+            _write_shards(_good_images(progress, digest, seen, violations), part)
     return digest.hexdigest()
 
 
 def _good_images(
-    images: Iterable[_Checked], digest: Any, seen: ImageStatistics, alike: Lookalikes, violations: Violations
+    images: Iterable[_Checked], digest: Any, seen: ImageStatistics, violations: Violations
 ) -> Iterator[dict[str, Any]]:
     """Yield rows up to the first violation, and go on checking."""
     for image in images:
         for kind, text in image.problems:
             violations.add(kind, text)
         if image.look is not None:
-            alike.add(image.row["image_id"], image.row["sha256"], image.look)
+            seen.add(image.row, image.changes, image.look)
         if not violations:
             digest.update(f"{image.row['image_id']} {image.row['sha256']}\n".encode())
-            seen.add(image.row, image.changes)
             yield image.row
 
 
 def _check_alike(
-    alike: Lookalikes, images: dict[int, list[_Place]], data: DataParams, seen: ImageStatistics, violations: Violations
+    images: dict[int, list[_Place]], data: DataParams, seen: ImageStatistics, violations: Violations
 ) -> None:
     """Note pictures that both splits have under two ids, and those that only look alike; keep some for the report."""
 
     def named(image_id: int) -> str:
-        return f"{images[image_id][0].files.where(images[image_id][0].name)} (image_id {image_id})"
+        return f"{images[image_id][0].files.find(images[image_id][0].name).where} (image_id {image_id})"
 
     if not data.allow_split_overlap:
-        for first, second in alike.equal():
+        for first, second in seen.lookalikes.equal():
             violations.add(ViolationKind.IMAGE_TWIN, f"{named(first)} and {named(second)} are byte for byte the same")
-    seen.alike = alike.near()
+    seen.alike = seen.lookalikes.near()
     if seen.alike:
         some = "; ".join(f"{named(first)} and {named(second)}" for first, second in seen.alike[:3])
         log.warning(
@@ -363,19 +357,19 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
     seen: list[tuple[tuple[str, ...], Look]] = []
     for place in places:
         try:
-            data = place.files.read(place.name, _most_bytes(max_pixels))
-            image, changes = open_with_changes(data, place.files.where(place.name), max_pixels)
+            data, found = place.files.read(place.name, _most_bytes(max_pixels)), place.files.find(place.name)
+            image, changes = open_with_changes(data, found.where, max_pixels)
         except MissingImage as error:
             problems.append((ViolationKind.MISSING_IMAGE, f"{error} (image_id {image_id}){error.hint}"))
         except (UserError, OSError) as error:
             problems.append((ViolationKind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
         else:
-            rows.append(_image_row(image_id, place.files.file_name(place.name), data, image.size))
+            rows.append(_image_row(image_id, found.path.rpartition("/")[2], data, image.size))
             seen.append((changes, look(image)))
     if len({row["sha256"] for row in rows}) > 1:
-        named = " and ".join(place.files.where(place.name) for place in places)
+        named = " and ".join(place.files.find(place.name).where for place in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
-    return _Checked(rows[0], problems, *seen[0]) if rows else _Checked({}, problems)
+    return _Checked(rows[0], problems, *seen[0]) if rows and not problems else _Checked({}, problems)
 
 
 def _image_row(image_id: int, name: str, data: bytes, size: tuple[int, int]) -> dict[str, Any]:
