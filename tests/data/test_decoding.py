@@ -1,11 +1,13 @@
 """Image files: every usual kind becomes RGB, size is bounded before decoding, and what is no image is called what it is."""
 
 import base64
+import re
 import struct
 import subprocess
 import sys
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 
+import vlm_vqa
 from vlm_vqa.data.decoding import open_image, open_with_changes
 from vlm_vqa.errors import UserError
 
@@ -252,6 +255,37 @@ def test_others_see_the_same(kind, mode):
     loaded = load_image(base64.b64encode(data).decode())
     decoded = datasets.Image().decode_example({"bytes": data, "path": None})
     assert np.array_equal(seen, loaded) and np.array_equal(seen, decoded.convert("RGB"))
+
+
+def by_the_card(data):
+    """Return what the exported card's own lines make of a picture.
+
+    It is given as bytes: where Pillow 13 has the path of an uncompressed TIFF it maps it into memory, and turned ones wrongly.
+    """
+    card = (Path(vlm_vqa.__file__).parent / "inference" / "card.md").read_text()
+    names = {"Image": Image, "ImageOps": ImageOps, "path": BytesIO(data)}
+    exec("\n".join(line for line in card.splitlines() if line.startswith(("picture = ", "image = "))), names)
+    return names["image"]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("kind", [*KINDS, "GIF", "BMP"])
+def test_the_card_sees_the_same(kind, mode, orientation):
+    picture = SEE_THROUGH.convert(mode) if mode.endswith("A") else DRAWING.convert(mode)
+    try:
+        data = encode(picture, kind, **({"exif": exif(orientation)} if kind in KINDS else {}))
+    except (OSError, ValueError):
+        pytest.skip(f"there is no {kind} of mode {mode}")
+    assert np.array_equal(open_image(data, "x", PIXELS), by_the_card(data))
+
+
+def test_nothing_else_opens_pictures():
+    """Records, features, `ask`, HELM's client, gallery and report see through one function."""
+    package = Path(vlm_vqa.__file__).parent
+    found = {path.name for path in package.rglob("*.py") if re.search(r"Image\.open\(|load_image", path.read_text())}
+    # Which writes easy-VQA's own drawings out.
+    assert found == {"decoding.py", "easy_vqa.py"}
 
 
 def test_others_see_what_lies_under_the_transparency():

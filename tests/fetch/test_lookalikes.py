@@ -4,6 +4,7 @@ import io
 import random
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,4 +117,13 @@ def test_look_alikes_are_counted_or_refused(vqav2_folder, directory_params, tmp_
     params = directory_params(folder)
     object.__setattr__(params, "doubtful", "refuse")
     with pytest.raises(UserError, match=rf"look-alikes in both splits: 1\.(.|\n)*{one.name} .*{other.name}"):
+        fetch(params, tmp_path / "records")
+
+
+def test_what_is_missing_is_not_compared(vqav2_folder, directory_params, tmp_path):
+    """An image that stands in both splits and lacks one of its files is a violation, and no pair is looked for."""
+    folder = vqav2_folder()
+    params = directory_params(folder, allow_split_overlap=True)
+    params = replace(params, val=replace(params.train, images="val2014"))
+    with pytest.raises(UserError, match="missing image: 4"):
         fetch(params, tmp_path / "records")
