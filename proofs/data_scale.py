@@ -152,7 +152,9 @@ def _write_images(path: Path, split: str, image_ids: list[int]) -> None:
         pictures.append(buffer.getvalue())
     with zipfile.ZipFile(path, "w") as archive:
         for image_id in sorted(image_ids):
-            archive.writestr(f"{split}2014/COCO_{split}2014_{image_id:012d}.jpg", pictures[image_id % len(pictures)])
+            # What follows a JPEG's end is no part of the picture: equal files may not stand in both splits.
+            data = pictures[image_id % len(pictures)] + str(image_id).encode()
+            archive.writestr(f"{split}2014/COCO_{split}2014_{image_id:012d}.jpg", data)
 
 
 @contextmanager

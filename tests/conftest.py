@@ -56,7 +56,9 @@ def _write_split(folder: Path, split: str, image_ids: list[int], size: tuple[int
     questions, annotations = [], []
     for image_id in image_ids:
         colour = random.Random(image_id).choice(sorted(COLOURS))
-        Image.new("RGB", size, COLOURS[colour]).save(images / f"COCO_{split}2014_{image_id:012d}.jpg", quality=95)
+        # The comment makes equal pictures different files: equal ones may not stand in both splits.
+        path = images / f"COCO_{split}2014_{image_id:012d}.jpg"
+        Image.new("RGB", size, COLOURS[colour]).save(path, quality=95, comment=str(image_id))
         for place, (question, question_type, answer_type, answer) in enumerate(
             (
                 ("What color is the picture?", "what color is the", "other", colour),

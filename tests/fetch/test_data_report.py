@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -88,7 +89,8 @@ def test_the_page_is_whole_and_stands_alone(vqav2_folder, directory_params, tmp_
     fetch(directory_params(vqav2_folder(train_images=20, val_images=20, size=(640, 480))), tmp_path / "records")
     text = page(tmp_path / "records")
     read = Page(text)
-    assert not read.open and len(read.sources) == 12
+    # Six examples of each split, and twelve pairs of the plain pictures that look alike.
+    assert not read.open and len(read.sources) == 12 + 24
     for source in read.sources:
         with Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))) as image:
             assert image.format == "JPEG" and image.size == (293, 220)
@@ -128,9 +130,37 @@ def test_equal_images_are_counted(vqav2_folder, directory_params, tmp_path):
     for image in images[1:]:
         shutil.copy(images[0], image)
     fetch(directory_params(folder), tmp_path / "records")
-    # The two of val may have that colour too.
-    twins = int(Page(page(tmp_path / "records")).rows["the bytes of an earlier image under another id"][0].split()[0])
-    assert twins == 6 - len({path.read_bytes() for path in folder.rglob("*.jpg")}) >= 3
+    rows = Page(page(tmp_path / "records")).rows
+    assert rows["the bytes of an earlier image of train, another id"] == ["3 (50.00 %)"]
+    assert rows["the bytes of an earlier image of val, another id"] == ["0 (0.00 %)"]
+
+
+def test_what_was_changed_on_the_way_in_is_counted(vqav2_folder, directory_params, tmp_path):
+    folder = vqav2_folder()
+    turned, clear = sorted((folder / "train2014").iterdir())[:2]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (32, 24), "red").save(turned, exif=exif)
+    Image.new("RGBA", (32, 24), (0, 0, 0, 0)).save(clear, "PNG")
+    manifest = fetch(directory_params(folder), tmp_path / "records")
+    assert manifest["pictures"]["changed"] == {
+        "transparent, laid over white": 1,
+        "turned upright, as its EXIF says": 1,
+    }
+    rows = Page(page(tmp_path / "records")).rows
+    assert rows["changed: turned upright, as its EXIF says"] == ["1 (16.67 %)"]
+    image = pq.read_table(next((tmp_path / "records").glob("images-*.parquet"))).to_pylist()[0]
+    assert (image["width"], image["height"]) == (24, 32) and image["image"]["bytes"] == turned.read_bytes()
+
+
+def test_look_alikes_stand_side_by_side(vqav2_folder, directory_params, tmp_path):
+    folder = vqav2_folder(train_images=1)
+    one, other = (next((folder / f"{split}2014").iterdir()) for split in ("train", "val"))
+    other.write_bytes(one.read_bytes() + b"not a byte of the picture")
+    manifest = fetch(directory_params(folder), tmp_path / "records")
+    text = page(tmp_path / "records")
+    ids = [int(path.stem.rpartition("_")[2]) for path in (one, other)]
+    assert manifest["pictures"]["alike_across"] >= 1 and f"{ids[0]} and {ids[1]}" in text and 'class="pair"' in text
 
 
 def row(number, kind):

@@ -141,7 +141,8 @@ def test_a_picture_on_standard_input(answers, capsys, monkeypatch, tmp_path):
     assert ask(capsys, "-", "what shape?", "and this?") == (0, ["what shape?\twhat 6", "and this?\tand 6"], [])
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
     assert ask(capsys, "-", "what?")[2] == [
-        "vlm-vqa: error: standard input: not a readable image: it is empty. Give an intact JPEG, PNG, WebP, GIF or BMP."
+        "vlm-vqa: error: standard input: not a readable image: it is empty. Give an intact JPEG, PNG, WebP, GIF, "
+        "BMP, AVIF or TIFF, or convert it into one."
     ]
 
 

@@ -5,39 +5,61 @@ Apart from the other formats of this folder, so that a question about one pictur
 
 import codecs
 import warnings
+from collections.abc import Callable
 from io import BytesIO
+from typing import Any, NamedTuple
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image
 
 from vlm_vqa.errors import UserError
 
-# Decoders that are safe on strangers' bytes; Pillow has others that start programs (EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# Pillow clips more than 8 bits a channel to white without a word.
-_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-# We bound the size ourselves, and below Pillow's own bound.
+# Decoders that are fit for strangers' bytes: small, or fuzzed and kept as browsers' are. Pillow has others that start
+# programs (EPS) or that hardly anyone keeps.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
+_WANTED = "Give an intact JPEG, PNG, WebP, GIF, BMP, AVIF or TIFF, or convert it into one."
+# libtiff's faults were mostly in its rare codecs: of old JPEG, SGI's logarithms, ThunderScan, and of what wraps libraries.
+_TIFF_CODECS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "jpeg", "group3", "group4")
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG that may unpack to more than Pillow takes, and that no pixel depends on."""
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+"""`Image.Transpose` that brings each EXIF orientation upright."""
+# Pillow warns of metadata and sizes without a file's name; we bound the size ourselves, and below Pillow's own bound.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+_DAMAGED = "that is cut short or damaged"
 _CUT = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG", "PNG"), (b"GIF8", "GIF"), (b"RIFF", "WebP"), (b"BM", "BMP"))
 _OTHERS = {
-    b"II*\0": "a TIFF",
-    b"MM\0*": "a TIFF",
+    b"II*\0": f"a TIFF {_DAMAGED}, or of a kind that is not read",
+    b"MM\0*": f"a TIFF {_DAMAGED}, or of a kind that is not read",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000",
+    b"\0\0\0\x0cJXL ": "a JPEG XL",
+    b"\xff\x0a": "a JPEG XL",
     b"%PDF": "a PDF",
     b"%!PS": "a PostScript file (EPS)",
     b"PK\3\4": "a ZIP archive",
     b"version https://git-lfs": "a Git LFS pointer (`git lfs pull` gets the picture)",
-} | {signature: f"a {name} that is cut short or damaged" for signature, name in _CUT}
+} | {signature: f"a {name} {_DAMAGED}" for signature, name in _CUT}
 """What files are that are met in a picture's place, by their first bytes."""
 
 
-def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels") -> Image.Image:
-    """Decode an image file completely, as RGB with 8 bits a channel.
+class Opened(NamedTuple):
+    """A picture as people see it, RGB, and what had to be done for that beside decoding, in words."""
 
-    Greyscale, palette and CMYK become RGB. An EXIF orientation is not applied: DINOv2's `BitImageProcessor` looks at
-    the pixels as stored, and COCO's images are stored upright.
+    image: Image.Image
+    changes: tuple[str, ...]
+
+
+def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels") -> Image.Image:
+    """Decode an image file completely, as people see it: RGB with 8 bits a channel, upright, opaque.
+
+    The EXIF orientation is applied, what is transparent lies over white, 16 bits of grey become 8; greyscale, palette and
+    CMYK become RGB; colour profiles are not applied. `transformers.image_utils.load_image` and `datasets` see the same, but
+    that they show what lies under the transparency, often black, and clip 16 bits.
 
     Args:
-        data: the file's bytes (JPEG, PNG, WebP, GIF or BMP; of an animation the first frame).
+        data: the file's bytes (JPEG, PNG, WebP, GIF, BMP, AVIF or TIFF; of several frames or pages the first).
         name: stands in error messages.
         max_pixels: most pixels, width times height; checked before anything is decoded.
         bound: what the user calls `max_pixels`.
@@ -45,27 +67,94 @@ def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_i
     Raises:
         UserError: not an image of these formats, larger than `max_pixels`, cut short or damaged.
     """
+    return open_with_changes(data, name, max_pixels, bound).image
+
+
+def open_with_changes(data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels") -> Opened:
+    """Do as `open_image`, and say what was changed."""
     try:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height <= max_pixels:
-                if image.mode in _DEEP_MODES:
-                    raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode}). Convert it to 8 bits.")
-                image.load()
-                return image if image.mode == "RGB" else image.convert("RGB")
+                return _as_seen(image, name)
     except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"{name}: more pixels than Pillow decodes at all ({error}). Make the image smaller.") from error
     # On damaged bytes Pillow raises OSError, SyntaxError, struct.error and more.
     except Exception as error:
-        raise UserError(
-            f"{name}: not a readable image: it is {_what_it_is(data)}. Give an intact JPEG, PNG, WebP, GIF or BMP."
-        ) from error
+        if "MAX_TEXT" in str(error) and (smaller := _without_texts(data)) != data:
+            return open_with_changes(smaller, name, max_pixels, bound)
+        what = f"it is {_what_it_is(data)}"
+        raise UserError(f"{name}: not a readable image: {what}. {_WANTED}") from error
     raise UserError(
         f"{name}: {width} x {height} is more than {bound} ({max_pixels}). Make the image smaller, or raise the bound if "
         "you trust the file."
     )
+
+
+def _as_seen(image: Image.Image, name: str) -> Opened:
+    """Decode what has been opened."""
+    if image.format == "TIFF":
+        _check_tiff(image, name)
+    # A GIF's second frame is looked for here, and a PNG's EXIF behind the pixels: a damaged one costs no picture.
+    several = image.format != "MPO" and _whole(lambda: image.is_animated, False)  # ty: ignore[missing-attribute]
+    if image.format != "TIFF":
+        image.load()
+    turn = _TURNS.get(_whole(lambda: image.getexif().get(ExifTags.Base.Orientation), None))
+    image.load()
+    changes = {
+        "the first of several frames": several,
+        "turned upright, as its EXIF says": turn is not None,
+        "CMYK to RGB": image.mode == "CMYK",
+        "16 bits of grey to 8": image.mode.startswith("I;16"),
+    }
+    if image.mode in ("I", "F"):
+        raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode}). Convert it to 8 bits.")
+    seen = _eight_bits(image) if image.mode.startswith("I;16") else image
+    # Pillow turns TIFFs itself.
+    if turn is not None and image.format != "TIFF":
+        seen = seen.transpose(Image.Transpose(turn))
+    if seen.has_transparency_data:
+        seen = seen.convert("RGBA")
+        changes["transparent, laid over white"] = seen.getchannel("A").getextrema() != (255, 255)
+        seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    rgb = seen if seen.mode == "RGB" else seen.convert("RGB")
+    return Opened(rgb, tuple(change for change, made in changes.items() if made))
+
+
+def _check_tiff(image: Image.Image, name: str) -> None:
+    if (codec := image.info.get("compression")) not in _TIFF_CODECS:
+        raise UserError(f"{name}: a TIFF compressed as {codec}, which is not read. Save it as PNG.")
+    # NewSubfileType: the first picture is a small copy of another.
+    if image.tag_v2.get(254, 0) & 1:  # ty: ignore[missing-attribute] - TIFFs have it
+        raise UserError(f"{name}: a camera's raw file, or one that begins with a small copy. Save it as JPEG or PNG.")
+
+
+def _whole(read: Callable[[], Any], otherwise: Any) -> Any:
+    try:
+        return read()
+    except Exception:  # noqa: BLE001 - as on all damaged bytes
+        return otherwise
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16 bits of grey, which Pillow would clip to white, and keep which grey stands for transparent."""
+    values = np.asarray(image)
+    grey = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if (hidden := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _without_texts(png: bytes) -> bytes:
+    """Return a PNG without its texts and profile."""
+    kept, at = [png[:8]], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        kept.append(b"" if png[at + 4 : at + 8] in _TEXTS else png[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _what_it_is(data: bytes) -> str:
@@ -76,7 +165,7 @@ def _what_it_is(data: bytes) -> str:
         if data.startswith(signature):
             return kind
     if data[4:8] == b"ftyp":
-        brands = {b"he": "a HEIC photo, as phones take them", b"mi": "a HEIC photo", b"av": "an AVIF picture"}
+        brands = {b"he": "a HEIC photo, as phones take them", b"mi": "a HEIC photo", b"av": f"an AVIF {_DAMAGED}"}
         return brands.get(data[8:10], "a film (MP4 or QuickTime)")
     try:
         # Bit by bit, for a character may be cut where the first bytes end.

@@ -118,8 +118,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     `answer_types` (by type), `answers_per_question` (questions by the number of their answers, as text),
     `unsaid_answers` (questions whose main answer nobody gave), `asked_in_both` (questions whose picture and words stand in
     the other split too), `dropped` (bad records left out; `dropped_records` names each with its reason) and `inputs` (name
-    and hash of the files read); `images`, the number of images of both splits; `files`, the `sealed.fingerprint` of each
-    Parquet file; `allow_split_overlap`; `notes`, what was changed on the way.
+    and hash of the files read); `images`, the number of images of both splits; `pictures`, how many were `changed` on the
+    way in, by how, and how many are there twice: `twins` by split, `twins_across` splits, `alike_across` them by their
+    looks; `files`, the `sealed.fingerprint` of each Parquet file; `allow_split_overlap`; `notes`, what was changed on the
+    way.
 
     Raises:
         UserError: it is missing, damaged, or of another version.

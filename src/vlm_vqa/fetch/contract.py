@@ -41,6 +41,7 @@ class ViolationKind(Enum):
     EMPTY_FILE = ("file without questions", "name the file that holds them")
     COLUMNS = ("columns that cannot be told", "name them under data.table.columns")
     BAD_ROW = ("malformed row", "mend it; a text with commas or line breaks stands in quotes", True)
+    OTHER_ARCHIVE = ("archive that is not read", "unpack it and name the folder, or make a zip archive of it")
     BAD_QUESTION = ("malformed question", "compare with VQAv2's layout: question_id, image_id, question", True)
     BAD_ANNOTATION = (
         "malformed annotation",
@@ -67,11 +68,13 @@ class ViolationKind(Enum):
     FEW_IMAGES = ("too few images to share out", "give at least three images, or name a table in data.table.val")
     QUESTION_OVERLAP = ("question id in both splits", "renumber one split")
     IMAGE_OVERLAP = ("image in both splits", "keep it in one split, or set data.allow_split_overlap: true")
+    IMAGE_TWIN = ("picture in both splits", "keep it in one split, or set data.allow_split_overlap: true")
+    LOOKALIKE = ("look-alikes in both splits", "keep them in one split, or set data.doubtful: count")
     IMAGE_CONFLICT = ("one image id, two images", "give different images different ids")
     MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name", True)
     BROKEN_IMAGE = (
         "unreadable image",
-        "replace the file by an intact copy, or raise data.max_image_pixels if it is too large",
+        "replace the file by an intact one of a kind that is read, or raise data.max_image_pixels if it is too large",
         True,
     )
 

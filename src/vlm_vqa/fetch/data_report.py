@@ -16,6 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics, mean, quantile
 
+ALIKE_SHOWN = 12
+"""Pairs of pictures that look alike."""
 _THUMBNAIL = (300, 220)
 _ROWS = 15
 """Of a table of the most common values."""
@@ -43,7 +45,8 @@ def render_report(
         splits=splits,
         colours=_COLOURS,
         humans=max(max(counted.humans) for counted in splits.values()),
-        images=_images(images),
+        images=_images(images) | _doubts(manifest["pictures"], images.images),
+        alike=images.alike[:ALIKE_SHOWN],
         pictures=images.pictures,
         thumbnail=lambda image_id: _thumbnail(images.pictures[image_id], str(image_id), max_pixels),
     )
@@ -133,8 +136,18 @@ def _images(images: ImageStatistics) -> dict[str, str]:
         "smallest and largest": "{} x {}, {} x {}".format(*sizes[0], *sizes[-1]),
         "median": f"{quantile(pixels, 0.5) / 1e6:.3g} megapixels",
         "most common sizes": "; ".join(f"{w} x {h}: {_some(images.sizes[w, h], images.images)}" for w, h in common),
-        "the bytes of an earlier image under another id": _some(images.twins, images.images),
     }
+
+
+def _doubts(pictures: Mapping[str, Any], total: int) -> dict[str, str]:
+    """Return what was changed on the way in, and which pictures are there more than once."""
+    changed = {f"changed: {change}": _some(count, total) for change, count in pictures["changed"].items()}
+    twins = {
+        f"the bytes of an earlier image of {split}, another id": count for split, count in pictures["twins"].items()
+    }
+    across = {"in both splits": "twins_across", "in both splits by their looks alone": "alike_across"}
+    twins |= {f"the same picture under two ids {where}": pictures[key] for where, key in across.items()}
+    return changed | {name: _some(count, total) for name, count in twins.items()}
 
 
 def _thumbnail(data: bytes, name: str, max_pixels: int) -> str:

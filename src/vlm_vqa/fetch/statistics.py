@@ -2,8 +2,11 @@
 
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from vlm_vqa.fetch.lookalikes import Look, Lookalikes
 
 _EXAMPLES = 6
 _Row = dict[str, Any]
@@ -102,29 +105,31 @@ class QuestionStatistics:
 class ImageStatistics:
     """Counts over the images of all splits."""
 
+    lookalikes: Lookalikes
+    wanted: set[int]
+    """Ids of the images that the report shows."""
     images: int = 0
     bytes: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Images by (width, height)."""
-    twins: int = 0
-    """Images whose bytes are those of an earlier one under another id."""
+    changes: Counter[str] = field(default_factory=Counter)
+    """Images by what was changed beside decoding, see `decoding.Opened`."""
+    alike: list[tuple[int, int]] = field(default_factory=list)
+    """Ids of pictures that look alike, of the first split and the second."""
     bad: dict[int, tuple[Any, str]] = field(default_factory=dict)
     """Images that are dropped with their questions: the kind of violation, and its words, by id."""
     conflicts: set[int] = field(default_factory=set)
     """Ids that stand for different images."""
-    wanted: set[int] = field(default_factory=set)
-    """Ids of the images that the report shows."""
     pictures: _Files = field(default_factory=dict)
-    """Those images' files by id."""
-    _seen: set[str] = field(default_factory=set)
+    """Files of the images that the report shows, by id."""
 
-    def add(self, row: _Row) -> None:
+    def add(self, row: _Row, changes: Iterable[str], look: Look) -> None:
         """Count one row of `records.IMAGE_FEATURES`."""
         self.images += 1
         self.bytes += len(row["image"]["bytes"])
         self.sizes[row["width"], row["height"]] += 1
-        self.twins += row["sha256"] in self._seen
-        self._seen.add(row["sha256"])
+        self.changes.update(changes)
+        self.lookalikes.add(row["image_id"], row["sha256"], look)
         if row["image_id"] in self.wanted:
             self.pictures[row["image_id"]] = row["image"]["bytes"]
 

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
-from vlm_vqa.data.decoding import open_image
+from vlm_vqa.data.decoding import open_with_changes
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Row, Source, Split, ViolationKind, Violations
-from vlm_vqa.fetch.data_report import render_report
+from vlm_vqa.fetch.data_report import ALIKE_SHOWN, render_report
+from vlm_vqa.fetch.lookalikes import Look, Lookalikes, look
 from vlm_vqa.fetch.sources import open_source
 from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
 from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics
@@ -89,10 +90,12 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     """Write all Parquet files and the report into `part` and return the manifest."""
     violations = Violations(data)
     texts = [_store_questions(paths, part, violations) for paths in source.splits]
-    seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
+    wanted = {row["image_id"] for text in texts for row in text.statistics.examples()}
+    seen = ImageStatistics(Lookalikes([text.images for text in texts]), wanted)
     with ExitStack() as stack:
         images = _wanted_images(texts, stack, violations)
         images_digest = _store_images(images, data.max_image_pixels, part, seen, violations)
+        _check_alike(images, data, seen, violations)
     texts = [_without_bad_images(text, seen, part, violations) for text in texts]
     _check_texts(texts, data, violations)
     if not data.allow_split_overlap:
@@ -107,6 +110,12 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
         "allow_split_overlap": data.allow_split_overlap,
         "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images_digest, **content}),
         "images": len(images) - len(seen.bad),
+        "pictures": {
+            "changed": dict(sorted(seen.changes.items())),
+            "twins": dict(zip(content, seen.lookalikes.twins, strict=True)),
+            "twins_across": len(seen.lookalikes.equal()),
+            "alike_across": len(seen.alike),
+        },
         "splits": {text.paths.split: text.summary(violations) for text in texts},
         "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
     }
@@ -239,6 +248,8 @@ class _Checked(NamedTuple):
 
     row: dict[str, Any]
     problems: list[tuple[ViolationKind, str]]
+    changes: tuple[str, ...] = ()
+    look: Look | None = None
 
 
 def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
@@ -252,7 +263,7 @@ def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations
             if (new := opened[paths]) is not None:
                 stack.callback(new.close)
         if (files := opened[paths]) is not None:
-            text.statistics.files_without_questions = files.count() - len(text.images)
+            text.statistics.files_without_questions = files.count - len(text.images)
         for image_id, name in text.images.items():
             found = places.setdefault(image_id, [])
             if files is not None and (place := _Place(files, name)) not in found:
@@ -267,6 +278,8 @@ def _open_images(paths: tuple[Path, ...], violations: Violations) -> ImageFiles 
         return ImageFiles(paths)
     except FileNotFoundError as error:
         violations.add(ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images")
+    except UserError as error:
+        violations.add(ViolationKind.OTHER_ARCHIVE, str(error))
     except (OSError, zipfile.BadZipFile) as error:
         named = " or ".join(map(str, paths))
         violations.add(ViolationKind.BROKEN_FILE, f"{named}: not a usable zip archive ({error})")
@@ -299,10 +312,40 @@ def _good_images(
             violations.add(kind, text)
             if kind is ViolationKind.IMAGE_CONFLICT:
                 seen.conflicts.add(image_id)
+        if image.look is not None:
+            seen.add(image.row, image.changes, image.look)
         if not violations:
             digest.update(f"{image.row['image_id']} {image.row['sha256']}\n".encode())
-            seen.add(image.row)
             yield image.row
+
+
+def _check_alike(
+    images: dict[int, list[_Place]], data: DataParams, seen: ImageStatistics, violations: Violations
+) -> None:
+    """Note pictures that both splits have under two ids, and those that only look alike; keep some for the report."""
+
+    def named(image_id: int) -> str:
+        return f"{images[image_id][0].files.find(images[image_id][0].name).where} (image_id {image_id})"
+
+    if not data.allow_split_overlap:
+        for first, second in seen.lookalikes.equal():
+            violations.add(ViolationKind.IMAGE_TWIN, f"{named(first)} and {named(second)} are byte for byte the same")
+    seen.alike = seen.lookalikes.near()
+    if seen.alike:
+        some = "; ".join(f"{named(first)} and {named(second)}" for first, second in seen.alike[:3])
+        log.warning(
+            "%d pictures of val look like one of train, so a score on them says less: %s", len(seen.alike), some
+        )
+    if data.doubtful is Doubtful.REFUSE:
+        for first, second in seen.alike:
+            violations.add(ViolationKind.LOOKALIKE, f"{named(first)} and {named(second)}")
+    for image_id in {one for both in seen.alike[:ALIKE_SHOWN] for one in both} if not violations else ():
+        place = images[image_id][0]
+        seen.pictures[image_id] = place.files.read(place.name, _most_bytes(data.max_image_pixels))
+
+
+def _most_bytes(max_pixels: int) -> int:
+    return _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES
 
 
 def _write_shards(rows: Iterable[dict[str, Any]], part: Path) -> None:
@@ -348,20 +391,22 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
     image_id, places = item
     rows: list[dict[str, Any]] = []
     problems: list[tuple[ViolationKind, str]] = []
+    seen: list[tuple[tuple[str, ...], Look]] = []
     for place in places:
         try:
-            data = place.files.read(place.name, _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES)
-            image = open_image(data, place.files.where(place.name), max_pixels)
+            data, found = place.files.read(place.name, _most_bytes(max_pixels)), place.files.find(place.name)
+            image, changes = open_with_changes(data, found.where, max_pixels)
         except MissingImage as error:
             problems.append((ViolationKind.MISSING_IMAGE, f"{error} (image_id {image_id}){error.hint}"))
         except (UserError, OSError) as error:
             problems.append((ViolationKind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
         else:
-            rows.append(_image_row(image_id, place.files.file_name(place.name), data, image.size))
+            rows.append(_image_row(image_id, found.path.rpartition("/")[2], data, image.size))
+            seen.append((changes, look(image)))
     if len({row["sha256"] for row in rows}) > 1:
-        named = " and ".join(place.files.where(place.name) for place in places)
+        named = " and ".join(place.files.find(place.name).where for place in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
-    return _Checked(rows[0] if rows else {}, problems)
+    return _Checked(rows[0], problems, *seen[0]) if rows and not problems else _Checked({}, problems)
 
 
 def _image_row(image_id: int, name: str, data: bytes, size: tuple[int, int]) -> dict[str, Any]:
