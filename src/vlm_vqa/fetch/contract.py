@@ -68,7 +68,7 @@ class ViolationKind(Enum):
     FEW_IMAGES = ("too few images to share out", "give at least three images, or name a table in data.table.val")
     QUESTION_OVERLAP = ("question id in both splits", "renumber one split")
     IMAGE_OVERLAP = ("image in both splits", "keep it in one split, or set data.allow_split_overlap: true")
-    IMAGE_TWIN = ("picture in both splits", "keep it in one split, or set data.allow_split_overlap: true")
+    IMAGE_TWIN = ("image in both splits under two ids", "keep it in one split, or set data.allow_split_overlap: true")
     LOOKALIKE = ("look-alikes in both splits", "keep them in one split, or set data.doubtful: count")
     IMAGE_CONFLICT = ("one image id, two images", "give different images different ids")
     MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name", True)
