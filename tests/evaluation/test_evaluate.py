@@ -27,6 +27,7 @@ from vlm_vqa.evaluation.helm.run import HelmFolders
 from vlm_vqa.params import Params, load_params
 
 ROOT = Path(__file__).parents[2]
+TEN = {"val": {"answers_per_question": {"10": 16}}}
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_number_of_questions_from_params_holds_helms_instances(params):
 
 def test_features_of_other_data_are_refused_before_helm_runs(project, records, features, params, load, monkeypatch):
     monkeypatch.setattr(module, "_ask_helm", lambda *_: pytest.fail("HELM was run"))
-    seal_records(records, data_hash="other")
+    seal_records(records, data_hash="other", splits=TEN)
     with pytest.raises(UserError, match="data_hash"):
         evaluate(params, Folders(), load)
 

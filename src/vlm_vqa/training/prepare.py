@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from transformers import PaliGemmaProcessor
+from datasets import Dataset as Records
+from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.model.encoder import Encoder
@@ -26,24 +27,34 @@ RECORDS, FEATURES = Path("data/records"), Path("data/features")
 
 def prepare(params: Params, encoder: Encoder) -> tuple[QuestionDataset, TokenLayout, PaliGemmaProcessor]:
     """Load the training questions, and build tokenizer, processor and layout for them."""
-    records = load_questions(RECORDS, "train")
+    records, tokenizer = load_texts(params)
+    processor = build_processor(encoder.processor_for_export(), tokenizer, params.vision.num_patches)
+    data = tokenise(params, records, processor.tokenizer, processor.image_token_id)
+    return data, data.layout, processor
+
+
+def load_texts(params: Params, folder: Path = RECORDS) -> tuple[Records, PreTrainedTokenizerFast]:
+    """Load the training questions of the records in `folder`, and the tokenizer for them."""
+    records = load_questions(folder, "train")
     taught = records["multiple_choice_answer"]
     if params.train.answers is Answers.DRAWN:
         taught = [answer for answers in records["answers"] for answer in answers]
-    texts = [params.prompt.instruction, *records["question"], *taught]
-    processor = build_processor(
-        encoder.processor_for_export(), load_tokenizer(params.language, texts), params.vision.num_patches
-    )
+    return records, load_tokenizer(params.language, [params.prompt.instruction, *records["question"], *taught])
+
+
+def tokenise(
+    params: Params, records: Records, tokenizer: PreTrainedTokenizerFast, image_token_id: int
+) -> QuestionDataset:
+    """Return training questions as examples; UserError where they do not fit `prompt.text_length`."""
     layout = TokenLayout(
-        processor.tokenizer,
+        tokenizer,
         mask=params.prompt.mask,
         instruction=params.prompt.instruction,
         num_patches=params.vision.num_patches,
         text_length=params.prompt.text_length,
-        image_token_id=processor.image_token_id,
+        image_token_id=image_token_id,
     )
-    data = QuestionDataset(records, layout, params.prompt.too_long, params.train.answers, params.seed)
-    return data, layout, processor
+    return QuestionDataset(records, layout, params.prompt.too_long, params.train.answers, params.seed)
 
 
 def model_to_train(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:
