@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,11 +89,12 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     """Write all Parquet files and the report into `part` and return the manifest."""
     violations = Violations(data)
     texts = [_store_questions(paths, part, violations) for paths in source.splits]
-    _check_texts(texts, data, violations)
     seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
     with ExitStack() as stack:
         images = _wanted_images(texts, stack, violations)
         images_digest = _store_images(images, data.max_image_pixels, part, seen, violations)
+    texts = [_without_bad_images(text, seen, part, violations) for text in texts]
+    _check_texts(texts, data, violations)
     if not data.allow_split_overlap:
         _check_overlap(texts, seen.conflicts, violations)
     violations.raise_if_any()
@@ -105,7 +106,7 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
         "notes": list(source.notes),
         "allow_split_overlap": data.allow_split_overlap,
         "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images_digest, **content}),
-        "images": len(images),
+        "images": len(images) - len(seen.bad),
         "splits": {text.paths.split: text.summary(violations) for text in texts},
         "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
     }
@@ -170,6 +171,29 @@ def _noted(rows: Iterable[Row], texts: _Texts) -> Iterator[dict[str, Any]]:
     for row in rows:
         texts.add(row)
         yield row.record
+
+
+def _without_bad_images(text: _Texts, seen: ImageStatistics, part: Path, violations: Violations) -> _Texts:
+    """Return a split without the questions about dropped images, written anew if there are any."""
+    if violations or not (bad := seen.bad.keys() & text.images.keys()):
+        return text
+    earlier = part / "with bad images"
+    (part / records.questions_file(text.paths.split)).rename(earlier)
+
+    def rows(violations: Violations) -> Iterator[Row]:
+        with pq.ParquetFile(earlier) as file:
+            for record in (record for batch in file.iter_batches() for record in batch.to_pylist()):
+                where, image_id = f"{text.paths.name}: question_id {record['question_id']}", record["image_id"]
+                if image_id in bad:
+                    kind, problem = seen.bad[image_id]
+                    violations.add(kind, f"{where}: {problem}")
+                else:
+                    yield Row(where, text.images[image_id], record)
+
+    left = _store_questions(replace(text.paths, rows=rows), part, violations)
+    left.statistics.files_without_questions = text.statistics.files_without_questions
+    earlier.unlink()
+    return left
 
 
 def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) -> None:
@@ -259,19 +283,22 @@ def _store_images(
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
         checked = ordered_map(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
-            _write_shards(_good_images(progress, digest, seen, violations), part)
+            _write_shards(_good_images(zip(images, progress, strict=True), digest, seen, violations), part)
     return digest.hexdigest()
 
 
 def _good_images(
-    images: Iterable[_Checked], digest: Any, seen: ImageStatistics, violations: Violations
+    images: Iterable[tuple[int, _Checked]], digest: Any, seen: ImageStatistics, violations: Violations
 ) -> Iterator[dict[str, Any]]:
     """Yield rows up to the first violation, and go on checking."""
-    for image in images:
+    for image_id, image in images:
+        if violations.drops and image.problems and all(kind.of_record for kind, _ in image.problems):
+            seen.bad[image_id] = image.problems[0]
+            continue
         for kind, text in image.problems:
             violations.add(kind, text)
             if kind is ViolationKind.IMAGE_CONFLICT:
-                seen.conflicts.add(image.row["image_id"])
+                seen.conflicts.add(image_id)
         if not violations:
             digest.update(f"{image.row['image_id']} {image.row['sha256']}\n".encode())
             seen.add(image.row)
