@@ -7,6 +7,7 @@ extraction or training is spent on what a later stage must refuse. And `fill_in`
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,32 +87,22 @@ def check_records(params: Params, records: Path = RECORDS, run: bool = True) -> 
             f"{records}: the {len(val)} validation questions to evaluate are all about one image, so none can be shown "
             "another (baselines.shuffled_images). Give data.val a second image, or raise evaluation.vqa_questions."
         )
-
     if os.environ.get("RANK", "0") == "0" and (run or params.language.revision is None):
         _check_lengths(params, records, val["question"])
 
 
 def _check_lengths(params: Params, records: Path, asked: Sequence[str]) -> None:
-    """Refuse texts that the model's own tokenizer makes longer than `prompt.text_length`, as training and evaluation would.
-
-    Args:
-        asked: the validation questions to evaluate.
-    """
+    """Refuse texts that the model's own tokenizer makes too long: those to teach, and the validation questions `asked`."""
     # transformers is only loaded where there are records.
-    from vlm_vqa.model.layout import TooManyTokens
-    from vlm_vqa.training.prepare import load_texts, tokenise
+    from vlm_vqa.training.prepare import examples
 
-    layout, refused = tokenise(params, *load_texts(params, records), image_token_id=-1).layout, list[TooManyTokens]()
-    for question in dict.fromkeys(asked):
-        try:
-            layout.tokenize(question)
-        except TooManyTokens as error:
-            refused.append(error)
-    if refused:
-        longest = max(refused, key=lambda error: error.needed)
+    layout = examples(params, records)[0].layout
+    layout.text_length = sys.maxsize
+    needed, longest = max((layout.text_tokens(layout.tokenize(question)), question) for question in set(asked))
+    if needed > params.prompt.text_length:
         raise UserError(
-            f"{records}: {len(refused)} different validation questions do not fit prompt.text_length, "
-            f"{params.prompt.text_length}; the longest needs {longest.needed}, more with its answer. {longest}"
+            f"{records}: the longest validation question takes {needed} text tokens; prompt.text_length is "
+            f"{params.prompt.text_length}. Set it to {needed} or more, or shorten the question: {longest!r:.200}"
         )
 
 

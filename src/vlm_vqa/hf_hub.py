@@ -138,8 +138,7 @@ def download_snapshot(key: str, model: str, revision: str, wanted: list[str] = W
 
     Args:
         key: the parameter's section, `vision` or `language`, for messages.
-        model: its name.
-        revision: its commit.
+        model, revision: as the parameters name them.
         wanted: the files, `WANTED` or `SETTINGS`.
 
     Raises:

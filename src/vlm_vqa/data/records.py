@@ -132,12 +132,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def metric_of(manifest: Mapping[str, Any]) -> str:
-    """Return what scores val: `vqa_accuracy` where each of its questions has exactly ten answers, else `answer_accuracy`.
-
-    Before there was `answers_per_question`, each had ten.
-    """
-    counts = manifest["splits"]["val"].get("answers_per_question", {"10": 0})
-    return "vqa_accuracy" if set(counts) == {"10"} else "answer_accuracy"
+    """Return what scores val: `vqa_accuracy` where each of its questions has exactly ten answers, else `answer_accuracy`."""
+    return "vqa_accuracy" if set(manifest["splits"]["val"]["answers_per_question"]) == {"10"} else "answer_accuracy"
 
 
 def said_answers(answers: Sequence[str]) -> list[str]:

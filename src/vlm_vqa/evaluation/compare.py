@@ -80,12 +80,11 @@ def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tole
     """
     if not 0 <= tolerance <= 1:
         raise UserError(f"--tolerance {tolerance:g} is not between 0 and 1: scores are fractions, 0.01 is one point")
-    metric = metric_in(new)
-    scores = {name.replace("METRIC", metric): count.replace("METRIC", metric) for name, count in SCORES.items()}
-    other = base is not None and metric_in(base) != metric
+    mine, theirs = metric_in(new), metric_in(base or new)
+    scores = {name.replace("METRIC", mine): count.replace("METRIC", mine) for name, count in SCORES.items()}
     counts = {
         name: (
-            None if base is None or other and metric in name else _score(base, name, "the base's"),
+            _score(base, name.replace(mine, theirs), "the base's") if base else None,
             _score(new, name, "this checkout's"),
         )
         for name in dict.fromkeys(scores.values())
@@ -98,8 +97,8 @@ def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tole
         )
     rows = []
     for name, count in scores.items():
-        comparable = base is not None and counts[count][0] == counts[count][1]
-        before = _score(base, name, "the base's") if base and comparable else None
+        same = base is not None and counts[count][0] == counts[count][1] and (mine == theirs or name == GATE)
+        before = _score(base, name, "the base's") if base and same else None
         rows.append((name, before, _score(new, name, "this checkout's")))
     return Comparison(tuple(rows), tolerance)
 

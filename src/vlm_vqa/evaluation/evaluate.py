@@ -234,11 +234,6 @@ def _score_baseline(
     }
 
 
-def _short(metric: str, name: str) -> str:
-    """Return what `vqa_accuracy` is called for short; the other metric keeps its name, so that neither is taken for it."""
-    return name if metric == "vqa_accuracy" else metric
-
-
 def _write(
     folder: Path,
     metric: str,
@@ -253,7 +248,7 @@ def _write(
     columns = {name: [row[name] for row in questions] for name in names}
     columns |= {
         "prediction": answers.model,
-        _short(metric, "score"): [scored.per_question[row["question_id"]] for row in questions],
+        {"vqa_accuracy": "score"}.get(metric, metric): [scored.per_question[row["question_id"]] for row in questions],
         "shuffled_image_id": [others[row["image_id"]] for row in questions],
         "prediction_shuffled": answers.shuffled,
         "prediction_prior": answers.prior,
@@ -261,7 +256,7 @@ def _write(
     write_table(pa.table(columns), folder / "predictions.parquet")
     write_json(folder / "evaluation.json", report)
     # What DVC prints: few and short.
-    name = _short(metric, "accuracy")
+    name = metric.removeprefix("vqa_")
     metrics = {
         name: report[metric]["overall"],
         f"{name}_blind": report["baselines"]["prior"][metric],
