@@ -40,7 +40,7 @@ def official_structure(
     predictions: Mapping[int, str],
     annotations: Sequence[Annotation],
     contractions: Mapping[str, str] = ours.CONTRACTIONS,
-) -> ours.VqaAccuracy:
+) -> ours.Accuracy:
     """Score as `vqaEval.py` goes about it; the test of our scorer compares with this, by the official table.
 
     Args:
@@ -69,7 +69,7 @@ def official_structure(
         scores[row["question_id"]] = score
         by_question_type.setdefault(row["question_type"], []).append(score)
         by_answer_type.setdefault(row["answer_type"], []).append(score)
-    return ours.VqaAccuracy(
+    return ours.Accuracy(
         overall=_mean(list(scores.values())),
         per_question_type={name: _mean(values) for name, values in by_question_type.items()},
         per_answer_type={name: _mean(values) for name, values in by_answer_type.items()},
@@ -97,7 +97,7 @@ def draw_predictions(annotations: Sequence[Annotation], seed: int = 0) -> dict[i
 
 def compare(
     annotations: Sequence[Annotation], rounds: int = ROUNDS, slow_share: int = 1
-) -> tuple[measure.Timing, measure.Timing, ours.VqaAccuracy]:
+) -> tuple[measure.Timing, measure.Timing, ours.Accuracy]:
     """Time both on the same questions.
 
     Args:
@@ -114,7 +114,7 @@ def compare(
     predictions = draw_predictions(annotations)
     some = annotations[::slow_share]
     rows = as_records(annotations)
-    results: dict[str, ours.VqaAccuracy] = {}
+    results: dict[str, ours.Accuracy] = {}
 
     def official() -> None:
         results["official"] = official_structure(predictions, some)
@@ -138,7 +138,7 @@ def as_records(annotations: Sequence[Annotation]) -> list[dict[str, Any]]:
     return [row | {"answers": [answer["answer"] for answer in row["answers"]]} for row in annotations]
 
 
-def check_equal(official: ours.VqaAccuracy, own: ours.VqaAccuracy) -> None:
+def check_equal(official: ours.Accuracy, own: ours.Accuracy) -> None:
     """Refuse figures that differ in a single bit: overall, per type, or of a question."""
     if official != own:
         differing = [number for number, score in own.per_question.items() if official.per_question[number] != score]

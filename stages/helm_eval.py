@@ -1,4 +1,4 @@
-"""Stage helm-eval: HELM's own `vqa` run, VQA accuracy and the baselines, over the exported model."""
+"""Stage helm-eval: HELM's own `vqa` run, VQA accuracy or answer accuracy, and the baselines, over the exported model."""
 
 import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
 
@@ -9,6 +9,7 @@ import torch
 
 from vlm_vqa import cores, tracking
 from vlm_vqa.evaluation.evaluate import Folders, evaluate
+from vlm_vqa.evaluation.vqa_accuracy import metric_in
 from vlm_vqa.params import load_params
 from vlm_vqa.pipeline import entrypoint
 
@@ -21,9 +22,11 @@ def main() -> None:
     evaluation = evaluate(params, Folders())
     report = evaluation.report
     log.info("bleu_1 %.4f over %d HELM instances", report["helm"]["bleu_1"], report["helm"]["instances"])
-    log.info("VQA accuracy %.4f over %d questions", *(report["vqa_accuracy"][key] for key in ("overall", "questions")))
+    metric = metric_in(report)
+    words = metric.replace("_", " ").replace("vqa", "VQA")
+    log.info("%s %.4f over %d questions", words, *(report[metric][key] for key in ("overall", "questions")))
     for name, scores in report["baselines"].items():
-        log.info("baseline %s: VQA accuracy %.4f, bleu_1 %.4f", name, scores["vqa_accuracy"], scores["bleu_1"])
+        log.info("baseline %s: %s %.4f, bleu_1 %.4f", name, words, scores[metric], scores["bleu_1"])
     tracking.log_evaluation(params, weights_hash=evaluation.weights_hash, report=report, files=evaluation.files)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vlm_vqa.checks import check_here, check_machine, check_records
 from vlm_vqa.cli import main
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.write_records import fetch
-from vlm_vqa.params import Answers, Params, Punkt, load_params, parse_params
+from vlm_vqa.params import Params, Punkt, TooLong, load_params, parse_params
 
 ROOT = Path(__file__).parents[1]
 SMALL = yaml.safe_load((ROOT / "presets/small.yaml").read_text())
@@ -110,29 +111,51 @@ def records_of(folder, target):
 
 
 def test_one_validation_image_cannot_be_shuffled(vqav2_folder, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    params = records_of(vqav2_folder(val_images=1), one)
-    with pytest.raises(UserError, match="the 3 validation questions to evaluate are all about one image"):
-        check_here(params, ROOT / "launch", one)
-    # Records of another source are about to be replaced.
-    check_here(parse_params(SMALL), ROOT / "launch", one)
-    records_of(vqav2_folder("other"), two)
-    check_records(params, two)
-    with pytest.raises(UserError, match="the 1 validation questions to evaluate are all about one image"):
-        check_records(changed(params, evaluation={"vqa_questions": 1}), two)
-
-
-def test_a_blank_main_answer_is_refused_before_the_training(vqav2_folder, tmp_path):
-    folder = vqav2_folder()
-    path = folder / "v2_mscoco_train2014_annotations.json"
-    content = json.loads(path.read_text())
-    content["annotations"][0]["multiple_choice_answer"] = " "
-    path.write_text(json.dumps(content))
     records = tmp_path / "records"
+    params = records_of(vqav2_folder(), records)
+    check_records(params, records)
+    one = changed(params, evaluation={"vqa_questions": 1})
+    with pytest.raises(UserError, match="the 1 validation questions to evaluate are all about one image"):
+        check_here(one, ROOT / "launch", records)
+    # Records of another source are about to be replaced.
+    check_here(changed(parse_params(SMALL), evaluation={"vqa_questions": 1}), ROOT / "launch", records)
+
+
+def ask_at_length(folder, split, words):
+    """Let the first two questions of a split be long."""
+    path = folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json"
+    content = json.loads(path.read_text())
+    for number, length in enumerate((words, 2 * words)):
+        content["questions"][number]["question"] = "Is " + " ".join(map(str, range(100, 100 + length))) + " it?"
+    path.write_text(json.dumps(content))
+    return [row["question_id"] for row in content["questions"]]
+
+
+def test_the_longest_text_is_named_before_the_extraction(vqav2_folder, tmp_path):
+    """Under the tokenizer that the training will make of the texts; the length that the message names is enough."""
+    folder, records = vqav2_folder(), tmp_path / "records"
+    ids = ask_at_length(folder, "train", 70)
     params = records_of(folder, records)
-    with pytest.raises(UserError, match="1 training questions have a blank multiple_choice_answer"):
+    with pytest.raises(UserError, match=f"question_id {ids[1]}: .* It is the longest of 2 such") as error:
         check_records(params, records)
-    check_records(changed(params, train={"answers": Answers.DRAWN}), records)
+    check_records(changed(params, prompt={"too_long": TooLong.DROP}), records)
+    needed = int(re.search(r"Set it to (\d+)", str(error.value))[1])
+    check_records(changed(params, prompt={"text_length": needed}), records)
+    with pytest.raises(UserError, match=f"question_id {ids[1]}"):
+        check_records(changed(params, prompt={"text_length": needed - 1}), records)
+
+
+def test_a_validation_question_that_cannot_be_asked_is_named_before_the_extraction(vqav2_folder, tmp_path):
+    folder, records = vqav2_folder(), tmp_path / "records"
+    ask_at_length(folder, "val", 70)
+    params = records_of(folder, records)
+    with pytest.raises(UserError, match="longest validation question takes .* prompt.text_length is 64") as error:
+        check_records(changed(params, prompt={"too_long": TooLong.DROP}), records)
+    needed = int(re.search(r"Set it to (\d+)", str(error.value))[1])
+    check_records(changed(params, prompt={"text_length": needed}), records)
+    # Its tokenizer may have to be downloaded: a look at another machine's run does not.
+    hub = changed(params, language={"model": "google/gemma-2-2b-it", "revision": "0" * 40})
+    check_records(hub, records, run=False)
 
 
 def test_a_check_for_another_machine_says_what_nltk_lacks(monkeypatch, caplog):

@@ -7,20 +7,18 @@ extraction or training is spent on what a later stage must refuse. And `fill_in`
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from ruamel.yaml.nodes import MappingNode, ScalarNode
 
 from vlm_vqa.data.records import load_questions, manifest_for_a_look, read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.launch_file import check_params, read_copies, read_launch, strategy_of
 from vlm_vqa.params import (
-    Answers,
     Params,
     Punkt,
-    TooLong,
     is_local,
     keys_of,
     lacking_keys,
@@ -44,7 +42,7 @@ def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORD
     check_machine(params, launches, run)
     manifest = read_manifest(records) if run else manifest_for_a_look(records)
     if manifest is not None and manifest.get("source") == params.data.source.value:
-        check_records(params, records)
+        check_records(params, records, run)
 
 
 def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -> None:
@@ -73,27 +71,38 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
             )
 
 
-def check_records(params: Params, records: Path = RECORDS) -> None:
-    """Refuse records that the training or the evaluation would refuse.
+def check_records(params: Params, records: Path = RECORDS, run: bool = True) -> None:
+    """Refuse records that the training or the evaluation would refuse. A tokenizer is downloaded where the stages `run`.
 
     Raises:
         UserError: naming the split.
     """
-    blank = read_manifest(records)["splits"]["train"].get("empty_answers", 0)
-    if blank and params.train.answers is Answers.MAJORITY and params.prompt.too_long is TooLong.ERROR:
-        raise UserError(
-            f"{records}: {blank} training questions have a blank multiple_choice_answer, which cannot be taught. Mend the "
-            "annotations file, or set train.answers: drawn, which takes the answers that people gave."
-        )
-    images = np.array(load_questions(records, "val", ["image_id"])["image_id"])
+    val = load_questions(records, "val", ["image_id", "question"])
     if params.evaluation.vqa_questions is not None:
         from vlm_vqa.evaluation.helm.files import helm_order
 
-        images = images[helm_order(len(images))[: params.evaluation.vqa_questions]]
-    if len(np.unique(images)) < 2:
+        val = val.select(helm_order(len(val))[: params.evaluation.vqa_questions])
+    if len(set(val["image_id"])) < 2:
         raise UserError(
-            f"{records}: the {len(images)} validation questions to evaluate are all about one image, so none can be shown "
+            f"{records}: the {len(val)} validation questions to evaluate are all about one image, so none can be shown "
             "another (baselines.shuffled_images). Give data.val a second image, or raise evaluation.vqa_questions."
+        )
+    if os.environ.get("RANK", "0") == "0" and (run or params.language.revision is None):
+        _check_lengths(params, records, val["question"])
+
+
+def _check_lengths(params: Params, records: Path, asked: Sequence[str]) -> None:
+    """Refuse texts that the model's own tokenizer makes too long: those to teach, and the validation questions `asked`."""
+    # transformers is only loaded where there are records.
+    from vlm_vqa.training.prepare import examples
+
+    layout = examples(params, records)[0].layout
+    layout.text_length = sys.maxsize
+    needed, longest = max((layout.text_tokens(layout.tokenize(question)), question) for question in set(asked))
+    if needed > params.prompt.text_length:
+        raise UserError(
+            f"{records}: the longest validation question takes {needed} text tokens; prompt.text_length is "
+            f"{params.prompt.text_length}. Set it to {needed} or more, or shorten the question: {longest!r:.200}"
         )
 
 

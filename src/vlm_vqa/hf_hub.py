@@ -129,19 +129,25 @@ UNWANTED = ["*/*"]
 """Folders hold the same model for other programs, or its checkpoints."""
 
 
-def download_snapshot(key: str, model: str, revision: str) -> Path:
+SETTINGS = ["*.json", "tokenizer.model"]
+"""Of these, all but the weights."""
+
+
+def download_snapshot(key: str, model: str, revision: str, wanted: list[str] = WANTED) -> Path:
     """Return the folder of a hub model at commit `revision`; what the cache lacks is downloaded.
 
     Args:
         key: the parameter's section, `vision` or `language`, for messages.
+        model, revision: as the parameters name them.
+        wanted: the files, `WANTED` or `SETTINGS`.
 
     Raises:
         UserError: it cannot be downloaded, or has no weights in safetensors.
     """
     repository = Repository(f"{key}.model", model, f"{key}.revision", revision)
     with translate_errors(repository):
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-    if not list(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
+    if wanted is WANTED and not list(folder.glob("*.safetensors")):
         raise UserError(
             f"{repository}: commit {revision} has no *.safetensors. Pickled weights (.bin) can run code when they are read, "
             "so they are not. Name a commit with safetensors, or a folder that transformers' save_pretrained has written."

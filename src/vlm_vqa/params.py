@@ -43,7 +43,7 @@ Mask = StrEnum("Mask", {"IMAGE_PREFIX": "image-prefix", "PREFIX_LM": "prefix-lm"
 TooLong = StrEnum("TooLong", {"ERROR": "error", "DROP": "drop"})
 """What happens to a record that does not fit `prompt.text_length`."""
 Answers = StrEnum("Answers", {"MAJORITY": "majority", "DRAWN": "drawn"})
-"""Which of a question's ten answers is taught."""
+"""Which of a question's answers is taught."""
 Optimizer = StrEnum("Optimizer", {"ADAMW_TORCH": "adamw_torch", "ADAMW_BNB_8BIT": "adamw_bnb_8bit"})
 """The optimizers this project supports, by the HF Trainer's names."""
 Attention = StrEnum("Attention", {"EAGER": "eager", "FLEX": "flex_attention"})
@@ -482,7 +482,7 @@ class TrainParams(Section):
     launch: Launch
     """Name of the accelerate config in `launch/`."""
     answers: Answers = Answers.MAJORITY
-    """`majority` teaches the most common of a question's ten answers; `drawn` one of the ten, drawn anew each epoch."""
+    """`majority` teaches a question's main answer, or its most common; `drawn` one of all, drawn anew each epoch."""
     lora: LoraParams | None = None
     """Train adapters and the projector; null trains all weights."""
     batch_size: Count
@@ -591,7 +591,7 @@ class EvaluationParams(Section):
     """What `helm-eval` measures."""
 
     vqa_questions: Count | None
-    """Validation questions for VQA accuracy, the first of HELM's own random order; null is all."""
+    """Validation questions for VQA or answer accuracy, the first of HELM's own random order; null is all."""
     helm_instances: Count
     """Instances of HELM's `vqa` run."""
     helm_threads: Annotated[int, Range(1024)]

@@ -35,6 +35,16 @@ def test_prior_takes_the_alphabetically_first_of_equally_common_answers():
     assert QuestionOnlyBaseline(TRAIN[::-1]).answer("how many?", "how many") == "2"
 
 
+def test_prior_counts_any_number_of_answers_but_no_blank_ones():
+    once = [row(one["question"], one["question_type"], one["answers"][0]) for one in TRAIN]
+    ten = [one | {"answers": one["answers"] * 10} for one in once]
+    blank = [one | {"answers": [*one["answers"], *[" "] * 9]} for one in once]
+    priors = [QuestionOnlyBaseline(rows) for rows in (once, ten, blank)]
+    for question in TRAIN:
+        (answer,) = {prior.answer(question["question"], question["question_type"]) for prior in priors}
+        assert answer.strip()
+
+
 def test_prior_without_training_questions_is_refused():
     with pytest.raises(UserError, match="no question"):
         QuestionOnlyBaseline([])

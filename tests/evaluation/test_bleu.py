@@ -41,6 +41,8 @@ def bundled_punkt(monkeypatch):
         (" yes\n", ["yes"] * 10, 1.0),
         ("", ["yes"] * 10, 0.0),
         ("a red ball", ["red ball"] * 10, 2 / 3),
+        ("yes", ["yes"], 1.0),
+        ("", ["", "yes", " "], 0.0),  # who said nothing is no reference
     ],
 )
 def test_bleu_1(prediction, answers, score):

@@ -60,6 +60,20 @@ def test_accuracy_over_other_questions_is_shown_without_a_base():
     assert rows["vqa_accuracy.overall"] is None and rows["helm.bleu_1"] == 0.99
 
 
+def test_another_kind_of_accuracy_is_shown_by_its_name_and_without_a_base():
+    other = json.loads(json.dumps(REPORT).replace("vqa_accuracy", "answer_accuracy"))
+    for base, new, name in ((REPORT, other, "answer_accuracy"), (other, REPORT, "vqa_accuracy")):
+        comparison = compare_reports(base, new)
+        rows = {row[0]: row[1] for row in comparison.rows}
+        assert comparison.passed and rows.pop("helm.bleu_1") == 0.99
+        assert rows == {
+            f"{name}.overall": None,
+            f"baselines.shuffled_images.{name}": None,
+            f"baselines.prior.{name}": None,
+        }
+    assert all(row[1] is not None for row in compare_reports(other, other).rows)
+
+
 @pytest.mark.parametrize("value", [float("nan"), None, True, "0.99"])
 def test_a_score_that_is_no_number_is_refused_by_name(value):
     with pytest.raises(UserError, match=r"this checkout's reports/evaluation\.json has no number helm\.bleu_1"):

@@ -1,5 +1,6 @@
 """The whole evaluation with a fake model: what is reported, over which questions, and what is refused beforehand."""
 
+import collections
 import dataclasses
 import importlib
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +19,7 @@ import pytest
 from tests import chromium
 from tests.sealing import seal_records
 from vlm_vqa.data.feature_store import FeatureStore
-from vlm_vqa.data.records import load_questions
+from vlm_vqa.data.records import QUESTION_FEATURES, load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation import evaluate as module
 from vlm_vqa.evaluation.bleu import mean_bleu_1
@@ -27,6 +29,7 @@ from vlm_vqa.evaluation.helm.run import HelmFolders
 from vlm_vqa.params import Params, load_params
 
 ROOT = Path(__file__).parents[2]
+TEN = {"val": {"answers_per_question": {"10": 16}}}
 
 
 @pytest.fixture
@@ -98,6 +101,67 @@ def test_predictions_are_kept_question_by_question(project, records, features, p
         assert row["prediction_prior"] in ("blue", "no", "yes")
 
 
+def few_answers(records, answers):
+    """Let the validation questions have these answers, in turn."""
+    path = records / "questions-val.parquet"
+    rows = [
+        row | {"answers": answers[at % len(answers)]} for at, row in enumerate(load_questions(records, "val").to_list())
+    ]
+    datasets.Dataset.from_list(rows, features=QUESTION_FEATURES).to_parquet(path)
+    counts = collections.Counter(str(len(row["answers"])) for row in rows)
+    seal_records(records, data_hash="d", splits={"val": {"answers_per_question": dict(counts)}})
+
+
+def test_another_number_of_answers_than_ten_is_scored_and_named_so(project, records, features, params, load, no_helm):
+    few_answers(records, [["Red"], ["red", ""], ["blue"] * 10])
+    report = evaluate(params, Folders(), load).report
+    # Images are red and blue in turn with two questions each: 16 questions, answers in threes.
+    truth = [{"Red", "red"} if at % 3 < 2 else {"blue"} for at in range(16)]
+    right = [("red" if at // 2 % 2 == 0 else "blue") in words for at, words in enumerate(truth)]
+    assert report["answer_accuracy"]["overall"] == round(sum(right) / 16, 6)
+    text = Path("reports/evaluation.json").read_text() + Path("reports/metrics.json").read_text()
+    assert "vqa_accuracy" not in text and all(
+        set(one) == {"answer_accuracy", "bleu_1"} for one in report["baselines"].values()
+    )
+    assert set(json.loads(Path("reports/metrics.json").read_text())) == {
+        "answer_accuracy", "answer_accuracy_blind", "answer_accuracy_shuffled", "bleu_1",
+    }  # fmt: skip
+    table = pq.read_table("reports/predictions.parquet")
+    assert "score" not in table.column_names and table["answer_accuracy"].to_pylist() == [float(one) for one in right]
+
+
+def test_one_answer_and_the_same_ten_times_have_the_same_bleu_1(project, records, features, params, load, no_helm):
+    reports = []
+    for answers in ([["red"], ["blue"]], [["red"] * 10, ["blue"] * 10]):
+        few_answers(records, answers)
+        reports.append(evaluate(params, Folders(), load).report)
+    one, ten = reports
+    assert one["helm"] == ten["helm"]
+    assert [one["baselines"][name]["bleu_1"] for name in one["baselines"]] == [
+        ten["baselines"][name]["bleu_1"] for name in ten["baselines"]
+    ]
+    assert one["answer_accuracy"]["questions"] == ten["vqa_accuracy"]["questions"]
+
+
+def test_of_few_answers_one_may_be_rounded_otherwise():
+    assert module._check_agreement(["a", "b", "c"], ["a", "b", "x"]) == pytest.approx(2 / 3)
+    for pixels, features in ((["a", "b", "c"], ["a", "y", "x"]), (["a"] * 300, ["b"] * 4 + ["a"] * 296)):
+        with pytest.raises(UserError, match="of HELM's answers"):
+            module._check_agreement(pixels, features)
+
+
+@pytest.mark.slow
+def test_helm_itself_over_four_questions_with_one_to_three_answers_some_blank(project, records, features, params, load):
+    few_answers(records, [["red"], ["red", " ", "blue"], ["Blue", ""], ["an answer"]])
+    Path("models/export/model.json").write_text('{"red": ""}')
+    few = with_evaluation(params, helm_instances=4, vqa_questions=4)
+    report = evaluate(few, Folders(), load).report
+    assert report["helm"]["instances"] == report["answer_accuracy"]["questions"] == 4
+    everything = with_evaluation(params, helm_instances=1000)
+    assert evaluate(everything, Folders(), load).report["helm"]["instances"] == 16
+    assert "" in pq.read_table("reports/helm_predictions.parquet")["prediction"].to_pylist()
+
+
 def test_a_number_of_questions_from_params_holds_helms_instances(params):
     rows = [{"question_id": at} for at in range(100)]
     chosen, at_helm = _choose(rows, dataclasses.replace(params.evaluation, vqa_questions=20, helm_instances=7))
@@ -110,7 +174,7 @@ def test_a_number_of_questions_from_params_holds_helms_instances(params):
 
 def test_features_of_other_data_are_refused_before_helm_runs(project, records, features, params, load, monkeypatch):
     monkeypatch.setattr(module, "_ask_helm", lambda *_: pytest.fail("HELM was run"))
-    seal_records(records, data_hash="other")
+    seal_records(records, data_hash="other", splits=TEN)
     with pytest.raises(UserError, match="data_hash"):
         evaluate(params, Folders(), load)
 

@@ -8,7 +8,7 @@ from PIL import Image
 from vlm_vqa.cli import main
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.gallery import _choose, draw_gallery
+from vlm_vqa.evaluation.gallery import _choose, _most_common, draw_gallery
 from vlm_vqa.evaluation.helm.files import write_table
 
 
@@ -41,6 +41,15 @@ def test_dollars_are_dollars(text, records, predictions, tmp_path):
         table = table.set_column(table.column_names.index(name), name, pa.array([text] * len(table)))
     write_table(table, predictions)
     assert draw_gallery(records, predictions, tmp_path / "a.png", right=1, wrong=1).is_file()
+
+
+def test_either_score_is_drawn_and_silence_is_no_answer_of_humans(records, predictions, tmp_path):
+    table = pq.read_table(predictions)
+    named = table.rename_columns(["answer_accuracy" if name == "score" else name for name in table.column_names])
+    first = draw_gallery(records, predictions, tmp_path / "first.png").read_bytes()
+    write_table(named, predictions)
+    assert draw_gallery(records, predictions, tmp_path / "second.png").read_bytes() == first
+    assert _most_common(["", "", "red"]) == "red"
 
 
 def test_right_and_wrong_ones_are_chosen_and_images_are_not_shown_twice(predictions):

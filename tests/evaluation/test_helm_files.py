@@ -45,6 +45,13 @@ def test_our_words_for_helms_run_are_helms():
     assert (adapter.instructions, adapter.max_tokens) == (HELM_INSTRUCTION, HELM_MAX_TOKENS)
 
 
+def test_blank_references_do_not_reach_helm(records, tmp_path):
+    (question, *_) = load_questions(records, "val").to_list()
+    write_scenario(tmp_path / "vqa", [question | {"answers": ["", "red", " \n", "blue"]}], records)
+    (annotation,) = json.loads((tmp_path / "vqa/valid/answers.json").read_text())["annotations"]
+    assert annotation["answers"] == [{"answer": "red", "answer_id": 1}, {"answer": "blue", "answer_id": 2}]
+
+
 def test_helms_scenario_reads_the_folder_without_downloading(records, tmp_path):
     from helm.benchmark.scenarios.vision_language.vqa_scenario import VQAScenario
 

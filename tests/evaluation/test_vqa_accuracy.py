@@ -1,16 +1,18 @@
-"""VQA accuracy: every rule of the official evaluator, and parity with an independent second implementation."""
+"""VQA accuracy: every rule of the official evaluator, and parity with an independent second implementation. And answer
+accuracy: its truth table in docs/evaluation.md."""
 
 import gzip
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks.scorer import official_structure
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.vqa_accuracy import CONTRACTIONS, normalise, score_answer, vqa_accuracy
+from vlm_vqa.evaluation.vqa_accuracy import CONTRACTIONS, accuracy, match_answer, normalise, score_answer, vqa_accuracy
 
 SHARED = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -199,3 +201,42 @@ y'allll=y'all'll yall'd've=y'all'd've y'alld've=y'all'd've y'all'dve=y'all'd've 
 you'dve=you'd've youll=you'll youre=you're youve=you've
 """.split()
 )
+
+
+# --- answer accuracy --------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+TABLE = [
+    (re.findall("`([^`]*)`", answers), given, float(score), official.strip())
+    for answers, given, score, official in re.findall(
+        r"^\| (`[^|]*) \| `([^|]*)` \| ([01]) \| ([01]?) ?\|$", PAGE, re.M
+    )
+]
+
+
+def test_the_truth_table_is_read():
+    assert len(TABLE) == 16 and TABLE[-1] == (["red", " "], " ", 0.0, "")
+
+
+@pytest.mark.parametrize(("answers", "given", "score", "official"), TABLE)
+def test_the_truth_table_is_true(answers, given, score, official):
+    assert (
+        match_answer(given, answers) == match_answer(given, answers[::-1]) == match_answer(given, answers * 10) == score
+    )
+    if official:
+        assert score_answer(given, answers * 10) == float(official)
+
+
+def test_without_blank_answers_it_is_never_below_vqa_accuracy():
+    drawn, words = random.Random(0), ["yes", "Yes", "no", "a", "the", "2", "two", "t-shirt", "t shirt"]
+    for _ in range(2000):
+        answers, given = drawn.choices(words, k=10), drawn.choice(words)
+        assert match_answer(given, answers) >= score_answer(given, answers)
+
+
+def test_any_number_of_answers_is_scored_by_type():
+    rows = [
+        {"question_id": i, "answers": ["a", "cat"][: i + 1], "question_type": "t", "answer_type": "o"} for i in (0, 1)
+    ]
+    scored = accuracy({0: "cat", 1: "Cat!"}, rows, match_answer)
+    assert (scored.overall, scored.per_answer_type, scored.per_question) == (0.5, {"o": 0.5}, {0: 0.0, 1: 1.0})

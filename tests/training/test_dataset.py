@@ -1,5 +1,7 @@
 """From records to rows."""
 
+import re
+
 import datasets
 import pytest
 
@@ -67,4 +69,40 @@ def test_of_drawn_answers_those_that_fit_are_taught(tiny):
     with pytest.raises(UserError, match="question_id 0: .*prompt.text_length"):
         QuestionDataset(asked(answers), layout, TooLong.ERROR, Answers.DRAWN)
     with pytest.raises(UserError, match="no training record"):
-        QuestionDataset(asked(["", ""]), layout, TooLong.DROP, Answers.DRAWN)
+        QuestionDataset(asked(answers[1:]), layout, TooLong.DROP, Answers.DRAWN)
+    with pytest.raises(UserError, match="has an empty answer"):
+        QuestionDataset(asked(["", " "]), layout, TooLong.DROP, Answers.DRAWN)
+
+
+def test_the_longest_record_is_named_with_the_length_that_holds_all(tiny):
+    layout = tiny.layout("image-prefix")
+    layout.text_length = layout.text_tokens(layout.tokenize("Is it red?", "yes"))
+    texts = ["Is it red?", "Is it red or blue?", "Is it red or blue or of another colour?", "Is it red or green?"]
+    many = datasets.Dataset.from_dict(
+        {"question_id": [4, 5, 6, 7], "image_id": [1] * 4, "question": texts, "multiple_choice_answer": ["yes"] * 4}
+    )
+    with pytest.raises(
+        UserError, match="^question_id 6: .*prompt.text_length is.* It is the longest of 3 such."
+    ) as error:
+        QuestionDataset(many, layout, TooLong.ERROR)
+    layout.text_length = int(re.search(r"Set it to (\d+)", str(error.value))[1])
+    assert QuestionDataset(many, layout, TooLong.ERROR).dropped == 0
+    layout.text_length -= 1
+    with pytest.raises(UserError, match="^question_id 6: "):
+        QuestionDataset(many, layout, TooLong.ERROR)
+
+
+def test_one_answer_and_the_same_ten_times_teach_the_same(tiny):
+    layout = tiny.layout("image-prefix")
+    one, ten = asked(["red"]), asked(["red"] * 10)
+    for answers in Answers:
+        first, second = (QuestionDataset(given, layout, TooLong.ERROR, answers, seed=3) for given in (one, ten))
+        assert all(first.tokens(q, epoch) == second.tokens(q, epoch) for q in range(40) for epoch in range(3))
+        assert first.image_ids == second.image_ids and first.text_lengths(1) == second.text_lengths(1)
+
+
+def test_ten_answers_are_drawn_as_ever(tiny):
+    layout = tiny.layout("image-prefix")
+    data = QuestionDataset(asked([f"{number}" for number in range(10)]), layout, TooLong.ERROR, Answers.DRAWN, seed=3)
+    said = "".join(layout.decode(data.tokens(question, 1).answer) for question in range(40))
+    assert said == "1440271543511969876595223164074460378351", "as before there were other numbers of answers"

@@ -9,7 +9,7 @@ each file carries its `datasets.Features`, so `datasets.load_dataset("parquet", 
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +131,16 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if (version := manifest["schema_version"]) != SCHEMA_VERSION:
         raise UserError(f"{path}: records of version {version}; this code reads version {SCHEMA_VERSION}. {_REMAKE}")
     return manifest
+
+
+def metric_of(manifest: Mapping[str, Any]) -> str:
+    """Return what scores val: `vqa_accuracy` where each of its questions has exactly ten answers, else `answer_accuracy`."""
+    return "vqa_accuracy" if set(manifest["splits"]["val"]["answers_per_question"]) == {"10"} else "answer_accuracy"
+
+
+def said_answers(answers: Sequence[str]) -> list[str]:
+    """Return a question's answers without those of people who said nothing; there is at least one, as fetch has checked."""
+    return [answer for answer in answers if answer.strip()]
 
 
 def manifest_for_a_look(folder: str | Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_vqa.data.records import said_answers
 from vlm_vqa.errors import UserError
 
 # One asking of a question says less about its answer than the question's type does (on real VQAv2 questions 0.341
@@ -17,7 +18,8 @@ class QuestionOnlyBaseline:
     """Answers from the question's text alone, counted on the training split.
 
     The most common answer to exactly this question if training asked it at least twice; else to questions of its
-    type; else the most common answer of all. All ten human answers count; ties go to the alphabetically first.
+    type; else the most common answer of all. All human answers count that say something; ties go to the
+    alphabetically first.
     """
 
     def __init__(self, training_questions: Iterable[Mapping[str, Any]]):
@@ -33,7 +35,7 @@ class QuestionOnlyBaseline:
         for row in training_questions:
             askings[row["question"]] += 1
             for counter in (by_question[row["question"]], by_type[row["question_type"]], overall):
-                counter.update(row["answers"])
+                counter.update(said_answers(row["answers"]))
         if not overall:
             raise UserError("baselines.prior: the training split has no question to count. Check the records.")
         self._by_question = {

@@ -1,7 +1,7 @@
 """BLEU-1 as HELM computes it for `vqa`, for predictions that do not go through HELM (the baselines).
 
-nltk's sentence BLEU with weights (1, 0, 0, 0), no smoothing, case and punctuation kept; of the ten human answers the
-best one counts; then the mean. So "Yes" scores 0 and "yes." 0.5 against "yes".
+nltk's sentence BLEU with weights (1, 0, 0, 0), no smoothing, case and punctuation kept; of the human answers that say
+something the best one counts; then the mean. So "Yes" scores 0 and "yes." 0.5 against "yes".
 
 nltk splits text into sentences before words, for which it needs its `punkt_tab` data. `prepare_punkt` decides which.
 """
@@ -9,7 +9,7 @@ nltk splits text into sentences before words, for which it needs its `punkt_tab`
 import os
 import socket
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import nltk
 from nltk.tokenize import word_tokenize
 from nltk.translate.bleu_score import sentence_bleu
 
+from vlm_vqa.data.records import said_answers
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import Punkt
 
@@ -63,9 +64,9 @@ def punkt_is_installed() -> bool:
     return True
 
 
-def bleu_1(prediction: str, answers: Iterable[str]) -> float:
+def bleu_1(prediction: str, answers: Sequence[str]) -> float:
     """Return the best BLEU-1 of one prediction over the human answers of its question, in 0..1."""
-    return max(_sentence_bleu_1(answer, prediction) for answer in set(answers))
+    return max(_sentence_bleu_1(answer, prediction) for answer in set(said_answers(answers)))
 
 
 def mean_bleu_1(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:

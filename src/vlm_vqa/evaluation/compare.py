@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation.vqa_accuracy import metric_in
 
 REPORT = Path("reports/evaluation.json")
 # Three standard errors of a `bleu_1` of 0.99 over HELM's 1,000 instances: what another machine's rounding may cost.
 TOLERANCE = 0.01
 
 # What is shown, by its place in the report, and the count that must agree for the scores to be of the same questions.
+# METRIC is the one that this checkout's report holds.
 SCORES = {
     "helm.bleu_1": "helm.instances",
-    "vqa_accuracy.overall": "vqa_accuracy.questions",
-    "baselines.shuffled_images.vqa_accuracy": "vqa_accuracy.questions",
-    "baselines.prior.vqa_accuracy": "vqa_accuracy.questions",
+    "METRIC.overall": "METRIC.questions",
+    "baselines.shuffled_images.METRIC": "METRIC.questions",
+    "baselines.prior.METRIC": "METRIC.questions",
 }
 GATE = "helm.bleu_1"
 
@@ -29,7 +31,8 @@ GATE = "helm.bleu_1"
 class Comparison:
     """Scores of two reports side by side.
 
-    `rows` holds (name, base, new); a score that the two reports do not share a question count for has no base (None).
+    `rows` holds (name, base, new); a score that only the new report holds, or of another number of
+    questions, has no base (None).
     """
 
     rows: tuple[tuple[str, float | None, float], ...]
@@ -77,9 +80,14 @@ def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tole
     """
     if not 0 <= tolerance <= 1:
         raise UserError(f"--tolerance {tolerance:g} is not between 0 and 1: scores are fractions, 0.01 is one point")
+    mine, theirs = metric_in(new), metric_in(base or new)
+    scores = {name.replace("METRIC", mine): count.replace("METRIC", mine) for name, count in SCORES.items()}
     counts = {
-        name: (_score(base, name, "the base's") if base else None, _score(new, name, "this checkout's"))
-        for name in dict.fromkeys(SCORES.values())
+        name: (
+            _score(base, name.replace(mine, theirs), "the base's") if base else None,
+            _score(new, name, "this checkout's"),
+        )
+        for name in dict.fromkeys(scores.values())
     }
     then, now = counts[SCORES[GATE]]
     if base and then != now:
@@ -88,9 +96,9 @@ def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tole
             " Set evaluation.helm_instances as in the base, or commit the new report first, as a change of its own"
         )
     rows = []
-    for name, count in SCORES.items():
-        comparable = base is not None and counts[count][0] == counts[count][1]
-        before = _score(base, name, "the base's") if base and comparable else None
+    for name, count in scores.items():
+        same = base is not None and counts[count][0] == counts[count][1] and (mine == theirs or name == GATE)
+        before = _score(base, name, "the base's") if base and same else None
         rows.append((name, before, _score(new, name, "this checkout's")))
     return Comparison(tuple(rows), tolerance)
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.data.records import iter_images
+from vlm_vqa.data.records import iter_images, said_answers
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.evaluation.helm.files import read_table
 
@@ -69,6 +69,7 @@ def draw_gallery(
 def _choose(path: Path, right: int, wrong: int, seed: int) -> list[dict[str, Any]]:
     """Return rows of the predictions, right ones first, no image twice."""
     table = read_table(path)
+    table = table.rename_columns(["score" if name == "answer_accuracy" else name for name in table.column_names])
     is_right, images = table["score"].to_numpy() >= _RIGHT, table["image_id"].to_numpy()
     order = np.random.RandomState(seed).permutation(len(table))
     # Image id -> row; wrong answers are rare in a good model, so they have the first choice of images.
@@ -112,4 +113,5 @@ def _draw(axes: Any, row: Mapping[str, Any], image: Image.Image) -> None:
 
 
 def _most_common(answers: Sequence[str]) -> str:
-    return max(sorted(set(answers)), key=list(answers).count)
+    said = said_answers(answers)
+    return max(sorted(set(said)), key=said.count)

@@ -1,6 +1,7 @@
-"""VQA accuracy as the official evaluator computes it (GT-Vision-Lab/VQA, `vqaEval.py`), quirks included.
+"""The two scores of an answer: VQA accuracy where people gave ten answers, answer accuracy where they gave another number.
 
-The score of one question is the mean over its ten leave-one-out sets of human answers of min(1, matches / 3):
+VQA accuracy is as the official evaluator computes it (GT-Vision-Lab/VQA, `vqaEval.py`), quirks included. The score of one
+question is the mean over its ten leave-one-out sets of human answers of min(1, matches / 3):
 
     humans that gave the answer   0     1     2     3     4 or more
     score                         0.0   0.3   0.6   0.9   1.0
@@ -8,11 +9,14 @@ The score of one question is the mean over its ten leave-one-out sets of human a
 What counts as a match depends on the humans. Where all ten wrote the same, prediction and answers are compared as they
 are, but for line breaks, tabs and outer blanks. Where they differ, both sides are normalised first. That is the
 official behaviour: "Yes" against ten times "yes" scores 0.
+
+Answer accuracy is 1 where the normalised answer equals any normalised answer that people gave, else 0. Both sides are always
+normalised, and who says nothing, model or human, is right with nobody.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -52,8 +56,8 @@ CONTRACTIONS = {spelling: word for word in _CONTRACTED for spelling in _spelling
 
 
 @dataclass(frozen=True)
-class VqaAccuracy:
-    """VQA accuracy of one set of predictions; all figures are fractions in 0..1."""
+class Accuracy:
+    """Either score of one set of predictions; all figures are fractions in 0..1."""
 
     overall: float
     per_question_type: dict[str, float]
@@ -69,12 +73,22 @@ class VqaAccuracy:
         }
 
 
-def vqa_accuracy(predictions: Mapping[int, str], questions: Iterable[Mapping[str, Any]]) -> VqaAccuracy:
+def vqa_accuracy(predictions: Mapping[int, str], questions: Iterable[Mapping[str, Any]]) -> Accuracy:
+    """Return `accuracy` by the official score; each question has ten answers."""
+    return accuracy(predictions, questions, score_answer)
+
+
+def accuracy(
+    predictions: Mapping[int, str],
+    questions: Iterable[Mapping[str, Any]],
+    score_of: Callable[[str, Sequence[str]], float],
+) -> Accuracy:
     """Score one answer per question.
 
     Args:
         predictions: answer by question id.
-        questions: the annotated questions, with `question_id`, `answers` (ten strings), `question_type`, `answer_type`.
+        questions: the annotated questions, with `question_id`, `answers`, `question_type`, `answer_type`.
+        score_of: one of `METRICS`.
 
     Raises:
         UserError: the predictions are not for exactly the annotated questions, or there is no question.
@@ -85,11 +99,11 @@ def vqa_accuracy(predictions: Mapping[int, str], questions: Iterable[Mapping[str
     by_answer_type: dict[str, list[float]] = defaultdict(list)
     per_question: dict[int, float] = {}
     for row in questions:
-        score = score_answer(predictions[row["question_id"]], row["answers"])
+        score = score_of(predictions[row["question_id"]], row["answers"])
         per_question[row["question_id"]] = score
         by_question_type[row["question_type"]].append(score)
         by_answer_type[row["answer_type"]].append(score)
-    return VqaAccuracy(
+    return Accuracy(
         overall=_mean(list(per_question.values())),
         per_question_type={name: _mean(scores) for name, scores in sorted(by_question_type.items())},
         per_answer_type={name: _mean(scores) for name, scores in sorted(by_answer_type.items())},
@@ -98,13 +112,28 @@ def vqa_accuracy(predictions: Mapping[int, str], questions: Iterable[Mapping[str
 
 
 def score_answer(prediction: str, answers: Sequence[str]) -> float:
-    """Return one answer's score in 0..1 against the human answers of its question."""
+    """Return one answer's official score in 0..1 against the ten human answers of its question."""
     prediction = _tidy(prediction)
     answers = [_tidy(answer) for answer in answers]
     if len(set(answers)) > 1:
         prediction = normalise(prediction)
         answers = [normalise(answer) for answer in answers]
     return _leave_one_out(tuple([answer == prediction for answer in answers]))
+
+
+def match_answer(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1.0 where the answer, normalised, is one of its question's, else 0.0."""
+    said = {normalise(_tidy(answer)) for answer in answers if answer.strip()}
+    return float(bool(prediction.strip()) and normalise(_tidy(prediction)) in said)
+
+
+METRICS = {"vqa_accuracy": score_answer, "answer_accuracy": match_answer}
+"""How an answer is scored, by the name in reports; `records.metric_of` says which it is."""
+
+
+def metric_in(report: Mapping[str, Any]) -> str:
+    """Return which of `METRICS` a report holds."""
+    return next((name for name in METRICS if name in report), "vqa_accuracy")
 
 
 @cache
@@ -151,14 +180,14 @@ def _mean(values: Sequence[float]) -> float:
 def _check_same_questions(predictions: Mapping[int, str], question_ids: Sequence[int]) -> None:
     annotated = set(question_ids)
     if not annotated:
-        raise UserError("VQA accuracy: there is no annotated question to score. Check the validation split's files.")
+        raise UserError("accuracy: there is no annotated question to score. Check the validation split's files.")
     if len(annotated) != len(question_ids):
-        raise UserError("VQA accuracy: a question id occurs twice among the annotated questions. Make ids unique.")
+        raise UserError("accuracy: a question id occurs twice among the annotated questions. Make ids unique.")
     missing, foreign = sorted(annotated - set(predictions)), sorted(set(predictions) - annotated)
     if missing or foreign:
         wrong = [f"no prediction for question {missing[0]} ({len(missing)} such)"] if missing else []
         wrong += [f"a prediction for unknown question {foreign[0]} ({len(foreign)} such)"] if foreign else []
         raise UserError(
-            f"VQA accuracy: {' and '.join(wrong)}. Predictions must be for exactly the annotated questions: "
+            f"accuracy: {' and '.join(wrong)}. Predictions must be for exactly the annotated questions: "
             "make them again from the same records."
         )

@@ -97,6 +97,7 @@ def card(params: Params, training: dict[str, str], results: dict[str, Any], data
     template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
     splits = "\n".join(
         f"- {name}: {counts['questions']:,} questions on {counts['images']:,} images"
+        + (f"; {dropped:,} bad records were left out" if (dropped := counts.get("dropped")) else "")
         for name, counts in data["splits"].items()
     )
     # A wheel's own suffix, such as +cpu, tells machines apart and cannot be installed by that name.

@@ -39,6 +39,14 @@ PREFIX_SEGMENT = 0
 PAD_SEGMENT = -1
 
 
+class TooManyTokens(UserError):
+    """A question, with its answer or alone, that does not fit; `needed` is the `text_length` that would hold it."""
+
+    def __init__(self, message: str, needed: int):
+        super().__init__(message)
+        self.needed = needed
+
+
 class QuestionTokens(NamedTuple):
     """One tokenised question."""
 
@@ -94,7 +102,8 @@ class TokenLayout:
         """Tokenise one question; special-token strings inside it are plain text.
 
         Raises:
-            UserError: the record needs more than `text_length` text tokens, or it has an empty answer.
+            TooManyTokens: the record needs more than `text_length` text tokens.
+            UserError: it has an empty answer.
         """
         prompt = self._encode(clean(question)) + self._newline
         tokens = QuestionTokens(prompt, [] if answer is None else self._encode(clean(answer)) + [self.eos_id])
@@ -102,14 +111,17 @@ class TokenLayout:
             raise UserError(f"question {question!r} has an empty answer; mend the annotations file.")
         length = self.text_tokens(tokens)
         if length > self.text_length and answer is None:
-            raise UserError(
+            raise TooManyTokens(
                 f"the question {shorten(question, 80)!r} has {len(prompt)} tokens, and {self.text_length - len(self.prefix)}"
-                " fit beside the instruction. Ask in fewer or more usual words, or train with a larger prompt.text_length."
+                " fit beside the instruction. Ask in fewer or more usual words, or train with a larger prompt.text_length.",
+                length,
             )
         if length > self.text_length:
-            raise UserError(
-                f"question {question!r} with answer {answer!r} takes {length} text tokens; prompt.text_length is "
-                f"{self.text_length}. Raise it, or set prompt.too_long: drop to leave such records out."
+            raise TooManyTokens(
+                f"question {shorten(question, 80)!r} with answer {shorten(answer, 80)!r} takes {length} text tokens; "
+                f"prompt.text_length is {self.text_length}. Set it to {length}, or set prompt.too_long: drop to leave "
+                "such records out.",
+                length,
             )
         return tokens
 

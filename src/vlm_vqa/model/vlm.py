@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.hf_hub import download_snapshot
+from vlm_vqa.hf_hub import SETTINGS, WANTED, download_snapshot
 from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
 from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, LoraParams
@@ -356,7 +356,8 @@ def _from_pretrained(kind, language: LanguageParams, **options):
     """
     folder = language.model
     if language.revision is not None:
-        folder = download_snapshot("language", language.model, language.revision)
+        wanted = WANTED if kind is Gemma2ForCausalLM else SETTINGS
+        folder = download_snapshot("language", language.model, language.revision, wanted)
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

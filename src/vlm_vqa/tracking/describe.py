@@ -130,7 +130,8 @@ def evaluation_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     >>> evaluation_metrics({"vqa_accuracy": {"per_answer_type": {"yes/no": 0.6}}})
     {'score_vqa_accuracy_per_answer_type_yes_no': 0.6}
     """
-    headlines = {("helm", "bleu_1"): "bleu_1", ("vqa_accuracy", "overall"): "vqa_accuracy"}
+    headlines = {("helm", "bleu_1"): "bleu_1"}
+    headlines |= {(name, "overall"): name for name in ("vqa_accuracy", "answer_accuracy")}
     metrics = {}
     for path, value in _leaves(report):
         if isinstance(value, Real) and not isinstance(value, bool):

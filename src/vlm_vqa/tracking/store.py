@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 ARTIFACTS = "mlartifacts"  # the folder beside a local store
 VIEW = "scores"
 VIEW_COLUMNS = [
-    *(f"metrics.`{name}`" for name in ("bleu_1", "vqa_accuracy", "loss", "questions_per_second", "peak_memory_gib")),
+    *(f"metrics.`{name}`" for name in ("bleu_1", "vqa_accuracy", "answer_accuracy", "loss")),
+    *(f"metrics.`{name}`" for name in ("questions_per_second", "peak_memory_gib")),
     *(f"params.`train.{name}`" for name in ("batch_size", "learning_rate", "num_train_epochs", "optimizer")),
 ]
 BATCH = 100  # MLflow's limit on parameters in one request

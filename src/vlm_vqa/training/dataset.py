@@ -1,8 +1,9 @@
 """From stored questions and features to the Trainer's batches."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from datasets import Dataset as Records
@@ -11,8 +12,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.records import said_answers
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout
+from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, TooManyTokens
 from vlm_vqa.params import Answers, TooLong
 from vlm_vqa.training.launch import on_main_process
 from vlm_vqa.training.sampler import PlannedRow
@@ -21,13 +23,14 @@ log = logging.getLogger(__name__)
 
 
 class QuestionDataset(Dataset):
-    """Tokenised training questions with the answers that may be taught: the majority's, or all ten people's.
+    """Tokenised training questions with the answers that may be taught: the main one, or all that people gave.
 
     Of several answers one is drawn anew each epoch, by seed, epoch and question alone, so every process and every resumed
     run draws the same.
 
     Attributes:
         image_ids: one for each question.
+        layout: what has tokenised them.
         dropped: records left out because they do not fit `prompt.text_length`.
     """
 
@@ -42,15 +45,16 @@ class QuestionDataset(Dataset):
         """Tokenise all records.
 
         Raises:
-            UserError: a record is too long (with `too_long: error`), or none is left; the question id is named.
+            UserError: records are too long (with `too_long: error`), of which the longest is named by its question id; or
+                none is left.
         """
-        self.seed = seed
+        self.seed, self.layout = seed, layout
         self.image_ids: list[int] = []
-        self.dropped = 0
         self._prompts: list[list[int]] = []
         self._answers: list[tuple[list[int], ...]] = []
         self._drawn: tuple[int, list[int]] | None = None
         taught = "multiple_choice_answer" if answers is Answers.MAJORITY else "answers"
+        tokenize, refused = cache(layout.tokenize), list[tuple[int, int, TooManyTokens]]()
         columns = (records[name] for name in ("question_id", "image_id", "question", taught))
         for question_id, image_id, question, given in tqdm(
             zip(*columns, strict=True),
@@ -60,15 +64,18 @@ class QuestionDataset(Dataset):
             disable=not on_main_process(),
         ):
             try:
-                tokens = _tokenize(layout, question, [given] if isinstance(given, str) else given, too_long)
-            except UserError as error:
-                if too_long is TooLong.ERROR:
-                    raise UserError(f"question_id {question_id}: {error}") from error
-                self.dropped += 1
+                tokens = _tokenize(tokenize, question, [given] if isinstance(given, str) else given, too_long)
+            except TooManyTokens as error:
+                refused.append((error.needed, -question_id, error))
                 continue
             self.image_ids.append(image_id)
             self._prompts.append(tokens[0].prompt)
             self._answers.append(tuple(each.answer for each in tokens))
+        self.dropped = len(refused)
+        if refused and too_long is TooLong.ERROR:
+            _, minus_id, error = max(refused)
+            others = f" It is the longest of {len(refused)} such." if len(refused) > 1 else ""
+            raise UserError(f"question_id {-minus_id}: {error}{others}") from error
         if self.dropped:
             log.warning("dropped %d of %d records that do not fit prompt.text_length", self.dropped, len(records))
         if not self._prompts:
@@ -104,23 +111,24 @@ class QuestionDataset(Dataset):
         return Row(planned.image_id, tuple(self.tokens(question, planned.epoch) for question in planned.questions))
 
 
-def _tokenize(layout: TokenLayout, question: str, answers: Sequence[str], too_long: TooLong) -> list[QuestionTokens]:
-    """Return a question with each of its answers; of ten people's, those who said nothing are left out.
+def _tokenize(
+    tokenize: Callable[[str, str], QuestionTokens], question: str, answers: Sequence[str], too_long: TooLong
+) -> list[QuestionTokens]:
+    """Return a question with each of its answers that says something.
 
     Raises:
-        UserError: an answer does not fit, with `TooLong.ERROR`; none fits, with `TooLong.DROP`; none says anything.
+        TooManyTokens: an answer does not fit, with `TooLong.ERROR`; none fits, with `TooLong.DROP`. It is the longest.
     """
-    said = [answer for answer in answers if answer.strip()] if len(answers) > 1 else answers
-    found, refused = {}, None
-    for answer in set(said):
+    # Fetch refuses a question without any answer.
+    said = said_answers(answers) or answers[:1]
+    found, refused = {}, list[TooManyTokens]()
+    for answer in dict.fromkeys(said):
         try:
-            found[answer] = layout.tokenize(question, answer)
-        except UserError as error:
-            if too_long is TooLong.ERROR:
-                raise
-            refused = error
-    if not found:
-        raise refused or UserError(f"question {question!r} has only empty answers; mend the annotations file.")
+            found[answer] = tokenize(question, answer)
+        except TooManyTokens as error:
+            refused.append(error)
+    if refused and (too_long is TooLong.ERROR or not found):
+        raise max(refused, key=lambda error: error.needed)
     return [found[answer] for answer in said if answer in found]
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import PaliGemmaProcessor
+from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.model.encoder import Encoder
@@ -26,24 +26,32 @@ RECORDS, FEATURES = Path("data/records"), Path("data/features")
 
 def prepare(params: Params, encoder: Encoder) -> tuple[QuestionDataset, TokenLayout, PaliGemmaProcessor]:
     """Load the training questions, and build tokenizer, processor and layout for them."""
-    records = load_questions(RECORDS, "train")
+    data, tokenizer = examples(params)
+    processor = build_processor(encoder.processor_for_export(), tokenizer, params.vision.num_patches)
+    data.layout.image_token_id = processor.image_token_id
+    return data, data.layout, processor
+
+
+def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, PreTrainedTokenizerFast]:
+    """Load the training questions of the records in `folder`, and the tokenizer for them, which knows no image token yet.
+
+    Raises:
+        UserError: as `QuestionDataset`.
+    """
+    records = load_questions(folder, "train")
     taught = records["multiple_choice_answer"]
     if params.train.answers is Answers.DRAWN:
         taught = [answer for answers in records["answers"] for answer in answers]
-    texts = [params.prompt.instruction, *records["question"], *taught]
-    processor = build_processor(
-        encoder.processor_for_export(), load_tokenizer(params.language, texts), params.vision.num_patches
-    )
+    tokenizer = load_tokenizer(params.language, [params.prompt.instruction, *records["question"], *taught])
     layout = TokenLayout(
-        processor.tokenizer,
+        tokenizer,
         mask=params.prompt.mask,
         instruction=params.prompt.instruction,
         num_patches=params.vision.num_patches,
         text_length=params.prompt.text_length,
-        image_token_id=processor.image_token_id,
+        image_token_id=-1,
     )
-    data = QuestionDataset(records, layout, params.prompt.too_long, params.train.answers, params.seed)
-    return data, layout, processor
+    return QuestionDataset(records, layout, params.prompt.too_long, params.train.answers, params.seed), tokenizer
 
 
 def model_to_train(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:

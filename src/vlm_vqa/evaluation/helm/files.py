@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from vlm_vqa.data.records import iter_images
+from vlm_vqa.data.records import iter_images, said_answers
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.hashing import hash_json, write_json
 from vlm_vqa.sealed import SEAL
@@ -136,7 +136,10 @@ def _question(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _annotation(row: Mapping[str, Any]) -> dict[str, Any]:
-    answers = [{"answer": answer, "answer_id": number} for number, answer in enumerate(row["answers"], start=1)]
+    # HELM's cider fails on a blank reference.
+    answers = [
+        {"answer": answer, "answer_id": number} for number, answer in enumerate(said_answers(row["answers"]), start=1)
+    ]
     return {key: row[key] for key in ("question_id", "image_id", "question_type", "answer_type")} | {"answers": answers}
 
 
