@@ -14,6 +14,7 @@ from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.lookalikes import Look, Lookalikes, look
 from vlm_vqa.fetch.write_records import fetch
+from vlm_vqa.params import Doubtful
 
 
 def compared(train, val):
@@ -96,7 +97,7 @@ def test_a_picture_in_both_splits_is_refused_unless_that_is_allowed(vqav2_folder
     one, other = (sorted((folder / f"{split}2014").iterdir())[0] for split in ("train", "val"))
     shutil.copy(one, other)
     with pytest.raises(
-        UserError, match=rf"picture in both splits: 1\.(.|\n)*{one.name} .*{other.name} .*byte for byte"
+        UserError, match=rf"image in both splits under two ids: 1\.(.|\n)*{one.name} .*{other.name} .*byte for byte"
     ):
         fetch(directory_params(folder), tmp_path / "records")
     manifest = fetch(directory_params(folder, allow_split_overlap=True), tmp_path / "records")
@@ -114,8 +115,7 @@ def test_look_alikes_are_counted_or_refused(vqav2_folder, directory_params, tmp_
         picture.resize((320, 240)).save(other, quality=80)
     assert fetch(directory_params(folder), tmp_path / "records")["pictures"]["alike_across"] == 1
     assert "1 pictures of val look like one of train" in caplog.text and other.name in caplog.text
-    params = directory_params(folder)
-    object.__setattr__(params, "doubtful", "refuse")
+    params = directory_params(folder, doubtful=Doubtful.REFUSE)
     with pytest.raises(UserError, match=rf"look-alikes in both splits: 1\.(.|\n)*{one.name} .*{other.name}"):
         fetch(params, tmp_path / "records")
 

@@ -53,9 +53,11 @@ class SplitPaths:
     split: str
     questions: Path
     annotations: Path
-    images: tuple[Path, ...]
+    images: list[Path]
     """Folders of images, or zip archives of them."""
     names: ImageNames
+    others: Sequence[Path] = ()
+    """Those of the other split, looked through where an entry says that its image is of that part of COCO."""
 
 
 def directory_source(data: DataParams) -> Source:
@@ -74,8 +76,8 @@ def directory_source(data: DataParams) -> Source:
     for split in SPLITS:
         files = getattr(data, split)
         texts = (folder / files.questions, folder / files.annotations)
-        images = tuple(places(folder, files.images))
-        splits.append(official_split(SplitPaths(split, *texts, images, ImageNames(files.image_name))))
+        images, others = (places(folder, one.images) for one in (files, data.val if split == "train" else data.train))
+        splits.append(official_split(SplitPaths(split, *texts, images, ImageNames(files.image_name), others)))
     return Source("directory", {}, tuple(splits))
 
 
@@ -101,7 +103,9 @@ def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
         where = f"{paths.questions}: question_id {question.question_id}"
         name = paths.names.name(question.image_id)
         if name and question.coco_split in _COCO:
-            name = re.sub("|".join(_COCO), question.coco_split, name)
+            own, name = name, re.sub("|".join(_COCO), question.coco_split, name)
+            if name != own:
+                paths.images.extend(place for place in paths.others if place not in paths.images)
         try:
             if name is not None:
                 yield Row(where, name, _record(question, annotation))
@@ -130,7 +134,7 @@ def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
             split,
             folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json",
             folder / f"v2_mscoco_{split}2014_annotations.json",
-            (folder / f"{split}2014",),
+            [folder / f"{split}2014"],
             ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
         )
         for split in SPLITS
