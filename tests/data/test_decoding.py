@@ -260,7 +260,7 @@ def test_others_see_the_same(kind, mode):
 def by_the_card(data):
     """Return what the exported card's own lines make of a picture.
 
-    It is given as bytes: where Pillow 13 has the path of an uncompressed TIFF it maps it into memory, and turned ones wrongly.
+    It is given as bytes: where Pillow 13 has the path of an uncompressed TIFF it maps it into memory, turned ones wrongly.
     """
     card = (Path(vlm_vqa.__file__).parent / "inference" / "card.md").read_text()
     names = {"Image": Image, "ImageOps": ImageOps, "path": BytesIO(data)}
