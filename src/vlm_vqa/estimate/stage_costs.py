@@ -98,7 +98,7 @@ def _extract(params: Params, size: DatasetSize, machine: Machine, shape: VisionS
     ahead = {"pictures ahead": 9 * vision.batch_size * 3 * pixels * 4, "shards": 3 * GIB // 4}
     host = BASE | {"float32 weights": 4 * shape.parameters} | ahead | (encoder if launch.on_cpu else {})
     gpu = {} if launch.on_cpu else _on_gpu({"forward": encoder}, launch.processes)
-    flops = images * vision_flops(shape, vision.num_patches)  # ty: ignore[invalid-argument-type] - read only
+    flops = images * vision_flops(shape, vision.num_patches)
     facts: dict[str, Any] = {"flop": flops, "processes": launch.processes}
     hours = machine.hours(flops, vision.compute_dtype, launch.processes)
     if launch.on_cpu and machine.device.gpu:
@@ -173,7 +173,7 @@ def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model,
     forward = cost(shape, model.vocabulary, model.features)
     work = Work(*(round(2 * questions / size.train * getattr(read.work, name)) for name in Work.__dataclass_fields__))
     largest = max(read.sample, key=lambda one: one.rows * one.width)
-    instance = vision_flops(vision, params.vision.num_patches) + forward.token // 3 * largest.width  # ty: ignore[invalid-argument-type] - read only
+    instance = vision_flops(vision, params.vision.num_patches) + forward.token // 3 * largest.width
     flops = replace(forward, image_token=0).flops(work) // 3 + evaluation.helm_instances * instance
     note = "a lower bound: single tokens are bound by memory, and HELM's own metrics take a minute"
     # All in float32, on a padded grid, most in three copies.

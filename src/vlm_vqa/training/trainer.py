@@ -206,7 +206,7 @@ class VqaTrainer(Trainer):
         loader = DataLoader(
             data,
             batch_sampler=sampler,
-            collate_fn=CountingCollator(self.data_collator, self.cost),
+            collate_fn=CountingCollator(self.data_collator, self.data_collator.layout, self.cost),
             num_workers=workers,
             # The Trainer takes a whole step's micro-batches at once: those of the next step are to be ready by then.
             prefetch_factor=-(-2 * shape.micro_batches // workers) if workers else None,
