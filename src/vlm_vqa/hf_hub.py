@@ -8,7 +8,7 @@ The token is huggingface_hub's own affair: it finds it in HF_TOKEN or where `hf 
 project reads, passes or prints it.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.secrets import causes
 
 _TOKEN = "set the environment variable HF_TOKEN to a token of that account that may read it (or run `hf auth login`)"
 
@@ -62,17 +63,11 @@ def translate_errors(repository: Repository) -> Generator[None]:
     try:
         yield
     except (HTTPError, HFValidationError, FileNotFoundError, ConnectionError) as error:
-        remedy = next(filter(None, (_remedy(repository, cause) for cause in _causes(error))), None)
+        # huggingface_hub wraps no network, and no repository, into a missing file.
+        remedy = next(filter(None, (_remedy(repository, cause) for cause in causes(error))), None)
         if remedy is None:
             raise
         raise UserError(f"{repository}: {remedy}") from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what led to it: huggingface_hub wraps no network, and no repository, into a missing file."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _remedy(repository: Repository, error: BaseException) -> str | None:

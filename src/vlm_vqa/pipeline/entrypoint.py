@@ -18,7 +18,7 @@ from vlm_vqa.pipeline import orphans
 from vlm_vqa.pipeline.early import end_quietly
 from vlm_vqa.pipeline.unlock import keep_dvc_lock
 from vlm_vqa.sealed import SWITCH, checks_blocks
-from vlm_vqa.secrets import mask_output
+from vlm_vqa.secrets import causes, mask_output
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
@@ -79,12 +79,10 @@ def disk_remedy(error: BaseException) -> str | None:
     Libraries wrap the system's error (safetensors and torch turn it into exceptions of their own), so the
     chain of causes and the message's text are searched as well.
     """
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno in _DISK_REMEDIES:
             path = seen.filename if seen.filename is not None else "while writing"
             return f"{path}: {_DISK_REMEDIES[seen.errno]}"
-        seen = seen.__cause__ or seen.__context__
     text = "".join(traceback.format_exception_only(error))
     for code, words in ((errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")):
         if words in text:

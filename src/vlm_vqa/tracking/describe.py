@@ -17,7 +17,7 @@ from typing import Any
 from vlm_vqa.cores import usable_cores
 from vlm_vqa.hashing import sha256_bytes
 from vlm_vqa.params import Params
-from vlm_vqa.secrets import without_secrets
+from vlm_vqa.secrets import causes, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +149,7 @@ def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
 
 def reason(error: BaseException) -> str:
     """One line. Clients wrap what the system said ("Connection refused") in pages of their own: dig it out."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         error = cause if isinstance(cause, OSError) and cause.strerror else error
-        cause = cause.__cause__ or cause.__context__
     text = without_secrets(str(error)).strip() or type(error).__name__
     return text.splitlines()[0][:500]
