@@ -207,7 +207,7 @@ def make_export(folder: Path) -> str:
     encoder = load_encoder(params.vision, device="cpu")
     questions, _ = vqav2.draw(200, 20)
     tokenizer = load_tokenizer(params.language, [row["question"] for row in questions])
-    processor = build_processor(encoder.processor_for_export(), tokenizer, params.vision.num_patches)
+    processor = build_processor(encoder.processor, tokenizer, params.vision.num_patches)
     model = initial_model(params.language, encoder.model.config, processor, params.seed)
     state = trained_state(model)
     save_trained(model.config, state, folder / "trained")

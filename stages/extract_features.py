@@ -48,7 +48,7 @@ def main() -> None:
     layout = Layout(records.count_images(RECORDS), loaded.num_tokens, loaded.width, vision.store_dtype)
     made_by = {
         "encoder_hash": loaded.hash,
-        "processor": loaded.processor_settings,
+        "processor": encoder.processor_settings(loaded.processor),
         "compute_dtype": vision.compute_dtype.value,
         "data_hash": data_hash,
     }

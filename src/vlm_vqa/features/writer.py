@@ -178,9 +178,11 @@ class FeatureStoreWriter:
         for one, other in itertools.pairwise(seals):
             if other["first"] <= one["last"]:
                 raise UserError(f"image {other['first']} follows image {one['last']}; ids must ascend. {_RECORDS}")
-        names = [self.layout.name(number) for number in range(self.layout.shards)]
-        for name in names:
+        shards = []
+        for number, seal in enumerate(seals):
+            name, images = self.layout.name(number), len(self.layout.places(number))
             _link(self._parts / name, self._folder / name)
+            shards.append({"file": name, "images": images, "bytes": seal["bytes"], "sha256": seal["sha256"]})
         manifest = {
             **self._made_by,
             "schema_version": SCHEMA_VERSION,
@@ -188,15 +190,7 @@ class FeatureStoreWriter:
             "num_tokens": self.layout.num_tokens,
             "width": self.layout.width,
             "dtype": self.layout.dtype.value,
-            "shards": [
-                {
-                    "file": name,
-                    "images": len(self.layout.places(number)),
-                    "bytes": seals[number]["bytes"],
-                    "sha256": seals[number]["sha256"],
-                }
-                for number, name in enumerate(names)
-            ],
+            "shards": shards,
         }
         write_sealed(self._folder / MANIFEST, manifest)
         shutil.rmtree(self._root)

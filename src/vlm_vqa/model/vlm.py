@@ -8,6 +8,7 @@ Shapes: B rows, T image tokens, S grid width (tokens of the longest row, image t
 all rows, no padding), M supervised positions, E image feature width, D hidden width, V vocabulary.
 """
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -396,6 +397,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 def build_processor(image_processor, tokenizer, num_patches: int) -> PaliGemmaProcessor:
     """Return the stock processor; it adds the image token and PaliGemma's location and segment tokens to `tokenizer`."""
+    # A copy that says how many image tokens it stands for, as PaliGemma's asks.
+    image_processor = copy.deepcopy(image_processor)
     image_processor.image_seq_length = num_patches
     # Generation from the export pads prompts on the left.
     tokenizer.padding_side = "left"

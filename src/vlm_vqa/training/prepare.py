@@ -31,9 +31,7 @@ def prepare(params: Params, encoder: Encoder) -> tuple[QuestionDataset, TokenLay
     if params.train.answers is Answers.DRAWN:
         taught = [answer for answers in records["answers"] for answer in answers]
     texts = [params.prompt.instruction, *records["question"], *taught]
-    processor = build_processor(
-        encoder.processor_for_export(), load_tokenizer(params.language, texts), params.vision.num_patches
-    )
+    processor = build_processor(encoder.processor, load_tokenizer(params.language, texts), params.vision.num_patches)
     layout = TokenLayout(
         processor.tokenizer,
         mask=params.prompt.mask,

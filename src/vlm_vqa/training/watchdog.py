@@ -33,10 +33,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import psutil
 import torch.distributed as dist
 
 from vlm_vqa.errors import UserError
@@ -504,11 +504,10 @@ def _launcher(pid: int | None) -> Launcher:
     if os.getppid() != pid:
         return Launcher.GONE
     try:
-        # The command's name, in parentheses, may hold anything; the state is the field behind it.
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-    except OSError:
+        stopped = psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
         return Launcher.RUNS
-    return Launcher.STOPPED if state in "Tt" else Launcher.RUNS
+    return Launcher.STOPPED if stopped else Launcher.RUNS
 
 
 def _told_to_end(error: BaseException | None) -> str:
