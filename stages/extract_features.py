@@ -25,7 +25,7 @@ from vlm_vqa.features.writer import FeatureStoreWriter
 from vlm_vqa.hashing import sha256_file
 from vlm_vqa.model import encoder
 from vlm_vqa.model.encoder import Encoder, load_encoder
-from vlm_vqa.params import VisionParams, load_params
+from vlm_vqa.params import Params, VisionParams, load_params
 from vlm_vqa.pipeline import entrypoint
 
 RECORDS = Path("data/records")
@@ -63,7 +63,7 @@ def main() -> None:
             running.threads,
         )
         running.broadcast("missing", writer.begin())
-    make(running.wait_for("missing"), running, loaded, writer, vision.batch_size, params.data.max_image_pixels)
+    make(running.wait_for("missing"), running, loaded, writer, params)
     if running.main:
         writer.publish()
 
@@ -76,14 +76,7 @@ def computed_by(vision: VisionParams, running: WorkerGroup) -> dict[str, object]
     return {"batch_size": vision.batch_size, "device": name, "torch": torch.__version__, "code": code}
 
 
-def make(
-    missing: list[int],
-    running: WorkerGroup,
-    loaded: Encoder,
-    writer: FeatureStoreWriter,
-    batch_size: int,
-    max_pixels: int,
-) -> None:
+def make(missing: list[int], running: WorkerGroup, loaded: Encoder, writer: FeatureStoreWriter, params: Params) -> None:
     """Make shards together with the other processes; the main one shows the progress of all, and waits for all."""
     left = sum(len(writer.layout.places(number)) for number in missing)
     images = writer.layout.images
@@ -102,8 +95,8 @@ def make(
             lambda places: records.images_between(RECORDS, places.start, places.stop),
             loaded,
             writer,
-            batch_size,
-            max_pixels,
+            params.vision.batch_size,
+            params.data.max_image_pixels,
             show,
         )
         running.add("finished", 1)

@@ -91,7 +91,11 @@ def _remedy(repository: Repository, error: BaseException) -> str | None:
         case HFValidationError():
             return f"not a repository's name ({error}). Write owner/name."
         case OfflineModeIsEnabled():
-            return _offline(repository)
+            download = f"hf download {repository.name} --repo-type {repository.type} --revision {repository.revision}"
+            return (
+                f"HF_HUB_OFFLINE is set, and {repository.revision} is not, or not whole, in {constants.HF_HUB_CACHE}. Run "
+                f"`{download}` where there is a network (HF_HUB_CACHE names the folder), or unset HF_HUB_OFFLINE."
+            )
         case HfHubHTTPError() if error.response.status_code in (401, 403):
             return (
                 f"the hub refuses the token that it was sent ({error.response.status_code}): mistyped, expired, or without "
@@ -108,14 +112,6 @@ _LATER = (
     "Check the network and run the stage again, which goes on where it stopped; the environment variable HF_ENDPOINT "
     "names a mirror, and with HF_HUB_OFFLINE=1 only what has been downloaded before is used."
 )
-
-
-def _offline(repository: Repository) -> str:
-    download = f"hf download {repository.name} --repo-type {repository.type} --revision {repository.revision}"
-    return (
-        f"HF_HUB_OFFLINE is set, and {repository.revision} is not, or not whole, in {constants.HF_HUB_CACHE}. "
-        f"Run `{download}` where there is a network (HF_HUB_CACHE names the folder), or unset HF_HUB_OFFLINE."
-    )
 
 
 WANTED = ["*.json", "*.safetensors", "tokenizer.model"]

@@ -548,7 +548,7 @@ class Params(Section):
 
     def flat(self) -> dict[str, Any]:
         """Return `{"train.learning_rate": 0.001, ...}` in the file's order."""
-        return dict(_flatten(self.as_dict(), ""))
+        return dict(flatten(self.as_dict()))
 
     def hash(self) -> str:
         """Return the hash that names these parameters; where a run is tracked does not change what it is."""
@@ -671,7 +671,7 @@ def _say(line: str) -> None:
 
 def lacking_keys(params: Params, values: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that a file's values lack, by full names, and what was taken for them."""
-    given = dict(_flatten(values, ""))
+    given = dict(flatten(values))
     return {key: value for key, value in params.flat().items() if key not in given}
 
 
@@ -680,9 +680,10 @@ def written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what stands in nested mappings by full names, `section.key`."""
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -11,6 +11,7 @@ all rows, no padding), M supervised positions, E image feature width, D hidden w
 import copy
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -248,12 +249,7 @@ def random_config(shape: LanguageConfig, tokenizer) -> Gemma2Config:
     """
     return Gemma2Config(
         vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
+        **asdict(shape),
         query_pre_attn_scalar=shape.head_dim,
         initializer_range=shape.hidden_size**-0.5,
         **_special_tokens(tokenizer),
@@ -440,14 +436,8 @@ def load_trained(model: PaliGemmaForConditionalGeneration, folder: str | Path, r
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: missing or damaged ({error}). {remedy}") from error
-    expected = trained_state(model)
-    wrong = sorted(
-        name
-        for name in expected.keys() | state.keys()
-        if name not in expected
-        or name not in state
-        or (expected[name].shape, expected[name].dtype) != (state[name].shape, state[name].dtype)
-    )
+    expected, found = ({name: (v.shape, v.dtype) for name, v in one.items()} for one in (trained_state(model), state))
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise UserError(
             f"{path}: belongs to another model; missing, unknown or of another shape: {wrong[:5]}. {remedy}"

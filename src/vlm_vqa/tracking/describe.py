@@ -5,10 +5,11 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from vlm_vqa.cores import usable_cores
 from vlm_vqa.hashing import sha256_bytes
-from vlm_vqa.params import Params
+from vlm_vqa.params import Params, flatten
 from vlm_vqa.secrets import causes, without_secrets
 
 log = logging.getLogger(__name__)
@@ -130,21 +131,12 @@ def evaluation_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     >>> evaluation_metrics({"vqa_accuracy": {"per_answer_type": {"yes/no": 0.6}}})
     {'score_vqa_accuracy_per_answer_type_yes_no': 0.6}
     """
-    headlines = {("helm", "bleu_1"): "bleu_1", ("vqa_accuracy", "overall"): "vqa_accuracy"}
-    metrics = {}
-    for path, value in _leaves(report):
-        if isinstance(value, Real) and not isinstance(value, bool):
-            name = "_".join(path).replace("/", "_").replace(" ", "_")
-            metrics[headlines.get(path, f"score_{name}")] = value
-    return metrics
-
-
-def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
+    headlines = {"helm.bleu_1": "bleu_1", "vqa_accuracy.overall": "vqa_accuracy"}
+    return {
+        headlines.get(name, f"score_{re.sub('[./ ]', '_', name)}"): value
+        for name, value in flatten(report)
+        if isinstance(value, Real) and not isinstance(value, bool)
+    }
 
 
 def reason(error: BaseException) -> str:
