@@ -30,7 +30,7 @@ from torch import Tensor, serialization
 
 from vlm_vqa import files
 from vlm_vqa.errors import UserError
-from vlm_vqa.hashing import hash_json, sha256_file
+from vlm_vqa.hashing import sha256_file
 from vlm_vqa.sealed import flush, read_folder, read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,6 @@ log = logging.getLogger(__name__)
 ROOT = Path("checkpoints")
 _KIND = "the seal of a process's part of a checkpoint"
 SEAL = re.compile(r"rank-(\d+)-of-(\d+)\.json")
-
-
-def checkpoint_key(facts: Mapping[str, Any]) -> str:
-    """Name a training by what decides its result."""
-    return hash_json(facts)[:16]
 
 
 def folder_of(root: Path, step: int) -> Path:
