@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def identity(params: Params) -> dict[str, str]:
 
 def surroundings() -> dict[str, str]:
     """Tags of a live run: library versions, machine, DVC's experiment."""
-    tags = {f"version.{package}": _version(package) for package in PACKAGES}
+    tags = {f"version.{package}": version(package) for package in PACKAGES}
     tags |= {"version.python": platform.python_version(), "machine.host": platform.node(), "machine.cpu": _cpu()}
     tags["machine.cores"] = str(usable_cores().count)
     tags["machine.memory_gib"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}"
@@ -84,13 +84,6 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         return str(os.getuid())
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _git(*arguments: str) -> str:

@@ -169,14 +169,8 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
     updated = sum(part.numel() for part in _updated_parts(launch.strategy, model, optimizer))
     trained = sum(_whole(p) for p in model.parameters() if p.requires_grad)
     updates = updated / max(1, trained)
-    even = 1 / launch.processes
-    expected = {
-        Strategy.SINGLE: (1.0, 1.0),
-        Strategy.DDP: (1.0, 1.0),
-        Strategy.ZERO2: (1.0, even),
-        Strategy.FSDP2: (even, even),
-        Strategy.ZERO3: (even, even),
-    }[launch.strategy]
+    even, whole = 1 / launch.processes, launch.strategy in (Strategy.SINGLE, Strategy.DDP)
+    expected = (even if launch.strategy.sharded_weights else 1.0, 1.0 if whole else even)
     for what, found, wanted in zip(("weights", "trained elements"), (weights, updates), expected, strict=True):
         # A matrix of few rows cannot be divided evenly; a whole copy or none at all is what must not be.
         close = found == wanted if wanted == 1.0 else 0.5 * wanted < found < (1 + wanted) / 2
