@@ -567,14 +567,7 @@ class Params(Section):
         return sections | {"vision": vision}
 
 
-DIVISION = {
-    "launch",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "dataloader_workers",
-    "restart_optimizer",
-    "stall_seconds",
-}
+DIVISION = "launch batch_size gradient_accumulation_steps dataloader_workers restart_optimizer stall_seconds".split()
 """Keys of `train` that say how the work is divided and watched, not what is computed."""
 
 

@@ -214,7 +214,7 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
         vocab_size=lm.config.vocab_size,
         image_token_index=processor.image_token_id,
         dtype="float32",
-        **_special_tokens(tokenizer),
+        **special_tokens(tokenizer),
     )
     # Where the towers were read from is a path of this machine; it would make equal runs differ.
     vision: Any = config.vision_config
@@ -252,11 +252,12 @@ def random_config(shape: LanguageConfig, tokenizer) -> Gemma2Config:
         **asdict(shape),
         query_pre_attn_scalar=shape.head_dim,
         initializer_range=shape.hidden_size**-0.5,
-        **_special_tokens(tokenizer),
+        **special_tokens(tokenizer),
     )
 
 
-def _special_tokens(tokenizer) -> dict[str, Any]:
+def special_tokens(tokenizer) -> dict[str, Any]:
+    """Return the ids of padding, beginning and end by the names of configurations."""
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
 
 

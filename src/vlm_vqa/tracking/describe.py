@@ -22,17 +22,7 @@ from vlm_vqa.secrets import causes, without_secrets
 
 log = logging.getLogger(__name__)
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "deepspeed",
-    "bitsandbytes",
-    "dvc",
-    "mlflow",
-    "datasets",
-    "crfm-helm",
-)
+PACKAGES = "torch transformers accelerate deepspeed bitsandbytes dvc mlflow datasets crfm-helm".split()
 LONGEST_PARAM = 500  # characters: what every MLflow server accepts; newer ones take 6,000
 
 

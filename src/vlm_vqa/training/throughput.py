@@ -40,10 +40,7 @@ class Peak(NamedTuple):
 # From NVIDIA's data sheets, or the architecture's white paper where it is named. Data sheets give most figures of
 # tensor cores "with sparsity": here stands half of those.
 _DATA_SHEETS = (
-    (
-        Peak(312, 156, 19.5),
-        ("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100-PCIE-80GB", "A100 80GB PCIe"),
-    ),
+    (Peak(312, 156, 19.5), ("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100-PCIE-80GB", "A100 80GB PCIe")),
     (Peak(165, 82, 10.3), ("A30",)),
     (Peak(149.7, 74.8, 37.4), ("A40",)),
     (Peak(125, 62.5, 31.2), ("A10",)),
