@@ -54,14 +54,8 @@ def main() -> None:
     }
     writer = FeatureStoreWriter(FEATURES, layout, made_by, computed_by(vision, running))
     if running.main:
-        logger.info(
-            "%d images with %s on %d x %s, threads %s",
-            layout.images,
-            vision.model,
-            running.size,
-            running.device.type,
-            running.threads,
-        )
+        where = f"{running.size} x {running.device.type}, threads {running.threads}"
+        logger.info("%d images with %s on %s", layout.images, vision.model, where)
         running.broadcast("missing", writer.begin())
     make(running.wait_for("missing"), running, loaded, writer, params)
     if running.main:

@@ -64,14 +64,9 @@ class Encoder:
         Returns:
             [N, C, H, W] float32 on the CPU, in pinned memory where the model is on a GPU.
         """
-        pixels_NCHW = torch.cat(
-            [
-                self.processor(crop_elongated(image, self.processor), do_convert_rgb=True, return_tensors="pt")[
-                    "pixel_values"
-                ]
-                for image in images
-            ]
-        )
+        crops = (crop_elongated(image, self.processor) for image in images)
+        seen = (self.processor(crop, do_convert_rgb=True, return_tensors="pt") for crop in crops)
+        pixels_NCHW = torch.cat([one["pixel_values"] for one in seen])
         return pixels_NCHW.pin_memory() if self.model.device.type == "cuda" else pixels_NCHW
 
     def encode_pixels(self, pixels_NCHW: Tensor) -> Tensor:
