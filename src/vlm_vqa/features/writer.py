@@ -160,12 +160,8 @@ class FeatureStoreWriter:
         with aside(path) as part:
             save_file({**shard.tensors, **shard.index()}, part)
             part.chmod(0o644)  # safetensors makes files that only their owner can read
-            seal = {
-                "bytes": part.stat().st_size,
-                "sha256": sha256_file(part),
-                "first": shard.image_ids[0],
-                "last": shard.image_ids[-1],
-            }
+            ids = shard.image_ids
+            seal = {"bytes": part.stat().st_size, "sha256": sha256_file(part), "first": ids[0], "last": ids[-1]}
         write_sealed(path.with_suffix(".json"), seal)
 
     def publish(self) -> None:

@@ -86,16 +86,9 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
         _check_window(self, segment_ids.shape[1])
         places_N = torch.cat([prefix_places.flatten(), rest_places])
         embeds_1ND = _embed_packed(self, image_features, input_ids.flatten(), prefix_places, rest_places)
-        mask = packed_mask(
-            language_of(self.config)._attn_implementation,
-            prefix_places,
-            rest_places,
-            segment_ids,
-            position_ids,
-            bidirectional,
-            closed_prefix=prefix_places.shape[1] > image_features.shape[1],
-            dtype=embeds_1ND.dtype,
-        )
+        attention, grid = language_of(self.config)._attn_implementation, (segment_ids, position_ids, bidirectional)
+        closed = prefix_places.shape[1] > image_features.shape[1]
+        mask = packed_mask(attention, prefix_places, rest_places, *grid, closed_prefix=closed, dtype=embeds_1ND.dtype)
         hidden_ND = _run_layers(self, embeds_1ND, mask, position_ids.flatten()[places_N][None])[0]
         # Only supervised positions pass through the output head, which is wide.
         logits_MV = text_logits(self, hidden_ND[supervised])

@@ -207,13 +207,11 @@ class Meter:
         self._finish()
         now = self._clock()
         self._interval = _Interval(now)
+        counted = ("questions", "tokens", "supervised", "flops")
         own = RankFigures(
-            seconds=now - done.begun - done.paused,
-            loading=done.loading,
-            questions=sum(one.questions for one in done.batches),
-            tokens=sum(one.tokens for one in done.batches),
-            supervised=sum(one.supervised for one in done.batches),
-            flops=sum(one.flops for one in done.batches),
+            now - done.begun - done.paused,
+            done.loading,
+            *(sum(getattr(one, name) for one in done.batches) for name in counted),
             peak=self.peak or 0.0,
             memory=peak_memory_gib(self.device),
         )

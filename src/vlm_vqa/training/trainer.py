@@ -212,13 +212,9 @@ class VqaTrainer(Trainer):
             prefetch_factor=-(-2 * shape.micro_batches // workers) if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+        device = self.accelerator.device
         return prepare_data_loader(
-            loader,
-            device=self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            non_blocking=True,
+            loader, device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
         )
 
     # --- one step ----------------------------------------------------------------------------------------------------

@@ -481,13 +481,8 @@ def connect(world_size: int, seconds: float = 60.0) -> dist.Store | None:
             "`accelerate launch --config_file launch/NAME.yaml stages/train.py`."
         )
     # No world size: the server counts the clients that give one, and the process group waits for that count.
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=seconds),
-        wait_for_workers=False,
-    )
+    host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     store.set_timeout(timedelta(seconds=STORE_SECONDS))
     # The agent's store outlives a restart of its ranks; what the former ones said must not be read.
     run, restart = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
