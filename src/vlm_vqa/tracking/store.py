@@ -73,7 +73,6 @@ class Store:
 
     def __init__(self, params: Params, root: Path, *, wait: float = SECONDS_TO_OPEN):
         self.uri = tracking_uri(root)
-        self.root = root
         self.params = params
         self._largest = params.tracking.max_artifact_mib * 2**20
         self._database = _sqlite_file(self.uri)
