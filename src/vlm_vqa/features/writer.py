@@ -128,7 +128,9 @@ class FeatureStoreWriter:
         """
         for folder in (self._parts, self._folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        # For as long as this process runs: a killed launch may have left one at work.
+        busy = f"{self._root}: another extract-features is writing there. Wait for its end, or end it."
+        self._lock_file = files.claim(self._root / "lock", busy)
         # The manifest goes first: it is what makes a store out of the files. They may be links into DVC's cache.
         (self._folder / MANIFEST).unlink(missing_ok=True)
         for old in self._folder.glob("features-*.safetensors"):
@@ -190,11 +192,6 @@ class FeatureStoreWriter:
         }
         write_sealed(self._folder / MANIFEST, manifest)
         shutil.rmtree(self._root)
-
-    def _lock(self) -> None:
-        """Keep others out for as long as this process runs: a killed launch may have left one at work."""
-        busy = f"{self._root}: another extract-features is writing there. Wait for its end, or end it."
-        self._lock_file = files.claim(self._root / "lock", busy)
 
     def _seal(self, number: int) -> dict[str, Any]:
         return read_sealed((self._parts / self.layout.name(number)).with_suffix(".json"), "a shard's seal", _REMAKE)

@@ -51,7 +51,8 @@ def run(name: str, main: Callable[[], None]) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # The stages' own bars show what takes time; loading weights does not.
     transformers_logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, _terminate)
+    # SystemExit unwinds: files are closed, child processes ended, the MLflow run marked.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     if signal.getsignal(signal.SIGINT) is end_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     orphans.end_with_parents()
@@ -107,8 +108,3 @@ def _tell_launcher(message: str) -> None:
     if path:
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(path).write_text(json.dumps(content), encoding="utf-8")
-
-
-def _terminate(signum: int, frame: object) -> None:
-    # SystemExit unwinds: files are closed, child processes ended, the MLflow run marked.
-    sys.exit(EXIT_TERMINATED)
