@@ -85,7 +85,7 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     if device == "cpu":
         _keep_deepspeed_on_cpu()
     if strategy is not Strategy.SINGLE:
-        _join(device, strategy, train.stall_seconds)
+        _join(device, train.stall_seconds)
     os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(train.gradient_checkpointing).lower()
     # A process may train more than once, each time in another precision; ZeRO-3 would build the next model in pieces.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -126,17 +126,15 @@ def _check_environment(asked: LaunchFile) -> None:
     asked.compare(wanted, found)
 
 
-def _join(device: str, strategy: Strategy, stall_seconds: int) -> None:
+def _join(device: str, stall_seconds: int) -> None:
     """Join the process group that torchrun has described in the environment, once."""
     if distributed.is_initialized():
         return
-    timeout = timedelta(seconds=stall_seconds + SLACK_SECONDS)
-    if device == "cpu":
-        distributed.init_process_group("gloo", timeout=timeout)
-        return
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # gloo beside nccl carries the few facts that live on the host.
-    distributed.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout)
+    backend = "gloo" if device == "cpu" else "cuda:nccl,cpu:gloo"
+    distributed.init_process_group(backend, timeout=timedelta(seconds=stall_seconds + SLACK_SECONDS))
 
 
 def _keep_deepspeed_on_cpu() -> None:
