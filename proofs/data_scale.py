@@ -32,10 +32,10 @@ import yaml
 from PIL import Image
 
 from benchmarks import measure
+from proofs.faulty_server import fetch_command
 from vlm_vqa.data import records
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.helm.files import pick_instances
-from vlm_vqa.fetch.sources.official_archives import CHECKSUMS_VARIABLE
 from vlm_vqa.hashing import sha256_file, write_json
 
 ROOT = Path(__file__).parents[1]
@@ -186,9 +186,9 @@ def run_stage(folder: Path, url: str, checksums: Path) -> tuple[float, float]:
     }
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     (folder / "launch").symlink_to(ROOT / "launch")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", CHECKSUMS_VARIABLE: str(checksums)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     start = time.perf_counter()
-    command = [sys.executable, "-c", _STARTER, sys.executable, ROOT / "stages" / "fetch_vqav2.py"]
+    command = [sys.executable, "-c", _STARTER, *fetch_command(checksums)]
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise UserError(f"stage fetch-vqav2 {measure.ended(done.returncode)}; its own message is above.")

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import hashlib
 import io
-import os
 import random
 import zipfile
 from collections.abc import Callable, Sequence
@@ -181,9 +180,7 @@ def _from_mirror(
     download._TIMEOUT = (2.0, 0.3)
     download._RETRY = download._RETRY.new(backoff_factor=0.001, backoff_max=0.01, retry_after_max=0.01)
     download._WINDOW, download._MOST_BYTES = 0.3, 10**7
-    checksums = {name: f"sha256:{hashlib.sha256(data).hexdigest()}" for name, data in files.items()}
-    write_json(place / "checksums.json", checksums)
-    os.environ[official_archives.CHECKSUMS_VARIABLE] = str(place / "checksums.json")
+    official_archives.CHECKSUMS = {name: f"sha256:{hashlib.sha256(data).hexdigest()}" for name, data in files.items()}
     server = FaultyServer(files)
     server.faults.update(faults)
     server.always = always
@@ -207,7 +204,7 @@ def make_export(folder: Path) -> str:
     encoder = load_encoder(params.vision, device="cpu")
     questions, _ = vqav2.draw(200, 20)
     tokenizer = load_tokenizer(params.language, [row["question"] for row in questions])
-    processor = build_processor(encoder.processor_for_export(), tokenizer, params.vision.num_patches)
+    processor = build_processor(encoder.processor, tokenizer, params.vision.num_patches)
     model = initial_model(params.language, encoder.model.config, processor, params.seed)
     state = trained_state(model)
     save_trained(model.config, state, folder / "trained")

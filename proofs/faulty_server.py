@@ -3,12 +3,30 @@
 import contextlib
 import hashlib
 import http.server
+import sys
 import threading
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # A client that never gives up must not go on for ever.
 _MOST_GETS = 100
+
+
+# The command's name before the package is imported, as Python itself sets it.
+_FETCH = """
+import json, runpy, sys
+sys.argv = sys.argv[1:]
+import vlm_vqa.fetch.sources.official_archives as archives
+archives.CHECKSUMS = json.load(open(sys.argv.pop()))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def fetch_command(checksums: Path) -> list[str]:
+    """Return the command of stage fetch-vqav2 on archives other than VQAv2's, whose checksums a JSON file holds by name."""
+    stage = Path(__file__).parents[1] / "stages" / "fetch_vqav2.py"
+    return [sys.executable, "-c", _FETCH, str(stage), str(checksums)]
 
 
 class Request(NamedTuple):

@@ -126,7 +126,7 @@ def run(params: Params, folder: Path) -> tuple[list[Claim], dict[str, Any]]:
     seconds: dict[str, float] = {}
     features = timed(seconds, "features", partial(extract_features, params, encoder, pictures, folder / "features"))
     tokenizer = train_tokenizer([params.prompt.instruction, *records["question"], *records["answer"]], TOKENIZER)
-    processor = build_processor(encoder.processor_for_export(), tokenizer, params.vision.num_patches)
+    processor = build_processor(encoder.processor, tokenizer, params.vision.num_patches)
     layout = TokenLayout(
         processor.tokenizer,
         mask=params.prompt.mask,

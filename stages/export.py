@@ -25,12 +25,8 @@ from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.params import load_params
 from vlm_vqa.pipeline import entrypoint
 
-RECORDS, FEATURES, TRAINED, EXPORT = (
-    Path("data/records"),
-    Path("data/features"),
-    Path("models/trained"),
-    Path("models/export"),
-)
+RECORDS, FEATURES = Path("data/records"), Path("data/features")
+TRAINED, EXPORT = Path("models/trained"), Path("models/export")
 CHECKED_IMAGES = 8
 
 

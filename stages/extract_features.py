@@ -25,7 +25,7 @@ from vlm_vqa.features.writer import FeatureStoreWriter
 from vlm_vqa.hashing import sha256_file
 from vlm_vqa.model import encoder
 from vlm_vqa.model.encoder import Encoder, load_encoder
-from vlm_vqa.params import VisionParams, load_params
+from vlm_vqa.params import Params, VisionParams, load_params
 from vlm_vqa.pipeline import entrypoint
 
 RECORDS = Path("data/records")
@@ -48,22 +48,16 @@ def main() -> None:
     layout = Layout(records.count_images(RECORDS), loaded.num_tokens, loaded.width, vision.store_dtype)
     made_by = {
         "encoder_hash": loaded.hash,
-        "processor": loaded.processor_settings,
+        "processor": encoder.processor_settings(loaded.processor),
         "compute_dtype": vision.compute_dtype.value,
         "data_hash": data_hash,
     }
     writer = FeatureStoreWriter(FEATURES, layout, made_by, computed_by(vision, running))
     if running.main:
-        logger.info(
-            "%d images with %s on %d x %s, threads %s",
-            layout.images,
-            vision.model,
-            running.size,
-            running.device.type,
-            running.threads,
-        )
+        where = f"{running.size} x {running.device.type}, threads {running.threads}"
+        logger.info("%d images with %s on %s", layout.images, vision.model, where)
         running.broadcast("missing", writer.begin())
-    make(running.wait_for("missing"), running, loaded, writer, vision.batch_size, params.data.max_image_pixels)
+    make(running.wait_for("missing"), running, loaded, writer, params)
     if running.main:
         writer.publish()
 
@@ -76,14 +70,7 @@ def computed_by(vision: VisionParams, running: WorkerGroup) -> dict[str, object]
     return {"batch_size": vision.batch_size, "device": name, "torch": torch.__version__, "code": code}
 
 
-def make(
-    missing: list[int],
-    running: WorkerGroup,
-    loaded: Encoder,
-    writer: FeatureStoreWriter,
-    batch_size: int,
-    max_pixels: int,
-) -> None:
+def make(missing: list[int], running: WorkerGroup, loaded: Encoder, writer: FeatureStoreWriter, params: Params) -> None:
     """Make shards together with the other processes; the main one shows the progress of all, and waits for all."""
     left = sum(len(writer.layout.places(number)) for number in missing)
     images = writer.layout.images
@@ -102,8 +89,8 @@ def make(
             lambda places: records.images_between(RECORDS, places.start, places.stop),
             loaded,
             writer,
-            batch_size,
-            max_pixels,
+            params.vision.batch_size,
+            params.data.max_image_pixels,
             show,
         )
         running.add("finished", 1)

@@ -17,7 +17,7 @@ from vlm_vqa import sealed, tracking
 from vlm_vqa.checks import check_here
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import read_manifest
-from vlm_vqa.hashing import code_hash, write_json
+from vlm_vqa.hashing import code_hash, hash_json, write_json
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, save_trained
 from vlm_vqa.params import Params, load_params
@@ -52,7 +52,7 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         "encoder_hash": encoder.hash,
         "code_hash": code_hash(__file__),
     }
-    key = checkpoint_files.checkpoint_key(made_of | {"training_params_hash": params.recipe_hash(running.processes)})
+    key = hash_json(made_of | {"training_params_hash": params.recipe_hash(running.processes)})[:16]
     folder = checkpoint_files.ROOT / key
 
     data, layout, processor = prepare(params, encoder)

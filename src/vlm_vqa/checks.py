@@ -15,7 +15,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode
 
 from vlm_vqa.data.records import load_questions, manifest_for_a_look, read_manifest
 from vlm_vqa.errors import UserError
-from vlm_vqa.launch_file import check_params, read_copies, read_launch, strategy_of
+from vlm_vqa.launch_file import check_params, read_copies, read_launch
 from vlm_vqa.params import (
     Params,
     Punkt,
@@ -54,8 +54,7 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
         UserError: naming the parameter.
     """
     read_copies(params.vision.launch, launches)
-    training = read_launch(params.train.launch, launches)
-    check_params(params.train, strategy_of(training, launches / f"{params.train.launch}.yaml"))
+    check_params(params.train, read_launch(params.train.launch, launches).strategy)
     for key, model in (("vision.model", params.vision.model), ("language.model", params.language.model)):
         if is_local(model) and not os.path.isfile(os.path.join(os.path.expanduser(model), "config.json")):
             raise UserError(f"{key} is {model!r}, but no model's config.json is there. Mend the path.")

@@ -32,8 +32,6 @@ class Threads:
 
     count: int
     why: str
-    chosen: bool = False
-    """By the user."""
 
     def __str__(self) -> str:
         return f"{self.count} ({self.why})"
@@ -68,7 +66,7 @@ def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
             f"{VARIABLE} is {said!r}; set it to a number of threads from 1 to 9999, or unset it for {part}."
         )
     count = int(found[1])
-    return Threads(count, VARIABLE + f", more than {part.why}" * (count > part.count), chosen=True)
+    return Threads(count, VARIABLE + f", more than {part.why}" * (count > part.count))
 
 
 def _said_by_user(own: dict[str, str], parents: dict[str, str], command: str) -> str:

@@ -8,23 +8,15 @@ The token is huggingface_hub's own affair: it finds it in HF_TOKEN or where `hf 
 project reads, passes or prints it.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors, snapshot_download
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.secrets import causes
 
 _TOKEN = "set the environment variable HF_TOKEN to a token of that account that may read it (or run `hf auth login`)"
 
@@ -61,50 +53,48 @@ def translate_errors(repository: Repository) -> Generator[None]:
     """
     try:
         yield
-    except (HTTPError, HFValidationError, FileNotFoundError, ConnectionError) as error:
-        remedy = next(filter(None, (_remedy(repository, cause) for cause in _causes(error))), None)
+    except (errors.HTTPError, errors.HFValidationError, FileNotFoundError, ConnectionError) as error:
+        # huggingface_hub wraps no network, and no repository, into a missing file.
+        remedy = next(filter(None, (_remedy(repository, cause) for cause in causes(error))), None)
         if remedy is None:
             raise
         raise UserError(f"{repository}: {remedy}") from error
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what led to it: huggingface_hub wraps no network, and no repository, into a missing file."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _remedy(repository: Repository, error: BaseException) -> str | None:
     """Say what has happened and what to do about it, or None for what is not the hub's."""
     match error:
-        case GatedRepoError():
+        case errors.GatedRepoError():
             return (
                 f"this {repository.type} is gated, and the hub does not let you read it. Accept its licence at "
                 f"{repository.page} with your account, then {_TOKEN}."
             )
-        case RepositoryNotFoundError():
+        case errors.RepositoryNotFoundError():
             return (
                 f"the hub shows no such {repository.type}: it does not exist, or it is private or gated. Check the name; if "
                 f"it is right, ask for access or accept the licence at {repository.page} with your account, then {_TOKEN}."
             )
-        case RevisionNotFoundError():
+        case errors.RevisionNotFoundError():
             return (
                 f"it has no commit {repository.revision!r} ({repository.revision_key}). {repository.page}/commits/main "
                 "lists its commits; name one by its 40 hex digits."
             )
-        case HFValidationError():
+        case errors.HFValidationError():
             return f"not a repository's name ({error}). Write owner/name."
-        case OfflineModeIsEnabled():
-            return _offline(repository)
-        case HfHubHTTPError() if error.response.status_code in (401, 403):
+        case errors.OfflineModeIsEnabled():
+            download = f"hf download {repository.name} --repo-type {repository.type} --revision {repository.revision}"
+            return (
+                f"HF_HUB_OFFLINE is set, and {repository.revision} is not, or not whole, in {constants.HF_HUB_CACHE}. Run "
+                f"`{download}` where there is a network (HF_HUB_CACHE names the folder), or unset HF_HUB_OFFLINE."
+            )
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             return (
                 f"the hub refuses the token that it was sent ({error.response.status_code}): mistyped, expired, or without "
                 f"the right to read {repository.name}. Make one at https://huggingface.co/settings/tokens, then {_TOKEN}."
             )
-        case HfHubHTTPError():
+        case errors.HfHubHTTPError():
             return f"{constants.ENDPOINT} answers {error.response.status_code}. {_LATER}"
-        case HTTPError() | ConnectionError():
+        case errors.HTTPError() | ConnectionError():
             return f"{constants.ENDPOINT} cannot be reached ({str(error) or type(error).__name__}). {_LATER}"
     return None
 
@@ -113,14 +103,6 @@ _LATER = (
     "Check the network and run the stage again, which goes on where it stopped; the environment variable HF_ENDPOINT "
     "names a mirror, and with HF_HUB_OFFLINE=1 only what has been downloaded before is used."
 )
-
-
-def _offline(repository: Repository) -> str:
-    download = f"hf download {repository.name} --repo-type {repository.type} --revision {repository.revision}"
-    return (
-        f"HF_HUB_OFFLINE is set, and {repository.revision} is not, or not whole, in {constants.HF_HUB_CACHE}. "
-        f"Run `{download}` where there is a network (HF_HUB_CACHE names the folder), or unset HF_HUB_OFFLINE."
-    )
 
 
 WANTED = ["*.json", "*.safetensors", "tokenizer.model"]

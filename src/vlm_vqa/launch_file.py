@@ -3,9 +3,10 @@
 Apart from `vlm_vqa.training.launch`, so that a file is checked without loading torch.
 """
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -35,7 +36,39 @@ class Strategy(Enum):
         return self in (Strategy.FSDP2, Strategy.ZERO3)
 
 
-def read_launch(name: str, folder: str | Path = "launch", key: str = "train.launch") -> dict[str, Any]:
+class LaunchFile(NamedTuple):
+    """What a launch file asks for."""
+
+    path: Path
+    key: str
+    """The parameter that names it, for messages."""
+    strategy: Strategy
+    processes: int
+    machines: int
+    on_cpu: bool
+
+    @property
+    def on_a_machine(self) -> int:
+        """Processes of one machine."""
+        return self.processes // self.machines
+
+    def compare(self, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        """Compare facts that the file asks for with what has started.
+
+        Raises:
+            UserError: one differs.
+        """
+        stage = {"train.launch": "train", "vision.launch": "extract-features"}[self.key]
+        command = f"accelerate launch --config_file {self.path} stages/{stage.replace('-', '_')}.py"
+        for fact, value in wanted.items():
+            if found[fact] != value:
+                raise UserError(
+                    f"{self.path} ({self.key}) asks for {fact} {value}, but {found[fact]} started. Run `dvc repro {stage}`, "
+                    f"or `{command}`, on a machine that has what it asks for, or choose another {self.key}."
+                )
+
+
+def read_launch(name: str, folder: str | Path = "launch", key: str = "train.launch") -> LaunchFile:
     """Read `launch/NAME.yaml`; `key` is the parameter that names it, for messages.
 
     Raises:
@@ -52,18 +85,19 @@ def read_launch(name: str, folder: str | Path = "launch", key: str = "train.laun
         raise UserError(f"{path}: not an accelerate config: {error}. Compare with launch/cpu.yaml.") from error
     if lacking:
         raise UserError(f"{path}: without {', '.join(sorted(lacking))}. Compare with launch/cpu.yaml.")
-    strategy_of(asked, path)
-    return asked
+    return LaunchFile(
+        path, key, _strategy_of(asked, path), asked["num_processes"], asked["num_machines"], asked["use_cpu"]
+    )
 
 
-def read_copies(name: str, folder: str | Path = "launch") -> dict[str, Any]:
+def read_copies(name: str, folder: str | Path = "launch") -> LaunchFile:
     """Read a launch of extract-features, whose processes each hold the whole encoder.
 
     Raises:
         UserError: as `read_launch`; or it divides a model or spans machines.
     """
     asked = read_launch(name, folder, "vision.launch")
-    if asked["distributed_type"] not in ("NO", "MULTI_GPU") or asked["num_machines"] != 1:
+    if asked.strategy not in (Strategy.SINGLE, Strategy.DDP) or asked.machines != 1:
         raise UserError(
             f"vision.launch is {name!r}, which divides a model or spans machines; the encoder is copied to processes of one "
             "machine. Set vision.launch to cpu, cpu-ddp or ddp."
@@ -71,12 +105,7 @@ def read_copies(name: str, folder: str | Path = "launch") -> dict[str, Any]:
     return asked
 
 
-def strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
-    """Return what a launch file asks for.
-
-    Raises:
-        UserError: it asks for what training does not support.
-    """
+def _strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
     kind = asked.get("distributed_type")
     if kind not in TYPES:
         raise UserError(f"{path}: distributed_type is {kind!r}; it must be one of {', '.join(sorted(TYPES))}.")

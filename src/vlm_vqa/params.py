@@ -82,21 +82,11 @@ _MOST_WEIGHTS = 28 * 10**9
 """Gemma 2's largest has 27 billion."""
 
 
-def _projections(value: Any) -> Any:
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"is {shown(value)}; it must be a list of names.")
-    unknown = ", ".join(sorted(set(value) - set(PROJECTIONS)))
-    if unknown:
-        raise ValueError(f"has {shown(unknown)[1:-1]}; Gemma 2's linear layers are {', '.join(PROJECTIONS)}.")
-    return value
-
-
 def _places(value: Any) -> Any:
     one = Line().read
     return tuple(map(one, value)) if isinstance(value, list | tuple) and value else one(value)
 
 
-_LAYERS = pydantic.WithJsonSchema({"type": "array", "items": {"enum": [*PROJECTIONS]}, "minItems": 1})
 _PLACES = pydantic.WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
 Truth = Annotated[bool, BeforeValidator(truth)]
 Count = Annotated[int, Range(2**31 - 1)]
@@ -471,7 +461,7 @@ class LoraParams(Section):
     """Adapters are scaled by alpha / rank."""
     dropout: Share
     """On what enters an adapter."""
-    targets: Annotated[tuple[str, ...], BeforeValidator(_projections), _LAYERS]
+    targets: Annotated[tuple[Literal[PROJECTIONS], ...], pydantic.Field(min_length=1)]  # ty: ignore[invalid-type-form] - pydantic unfolds it
     """Linear layers of Gemma 2 that get one, by the last part of their names."""
 
 
@@ -643,7 +633,7 @@ class Params(Section):
 
     def flat(self) -> dict[str, Any]:
         """Return `{"train.learning_rate": 0.001, ...}` in the file's order."""
-        return dict(_flatten(self.as_dict(), ""))
+        return dict(flatten(self.as_dict()))
 
     def hash(self) -> str:
         """Return the hash that names these parameters; where a run is tracked does not change what it is."""
@@ -672,14 +662,7 @@ class Params(Section):
         return sections | {"vision": vision}
 
 
-DIVISION = {
-    "launch",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "dataloader_workers",
-    "restart_optimizer",
-    "stall_seconds",
-}
+DIVISION = "launch batch_size gradient_accumulation_steps dataloader_workers restart_optimizer stall_seconds".split()
 """Keys of `train` that say how the work is divided and watched, not what is computed."""
 
 
@@ -746,6 +729,8 @@ def _mistake(error: Mapping[str, Any]) -> str:
             key, value = (f"{key}.source", value["source"]) if kind == "union_tag_invalid" else (key, value)
             allowed = re.findall("'(.*?)'", error["ctx"].get("expected") or error["ctx"]["expected_tags"])
             return f"{key} is {shown(value)}; it must be one of {', '.join(allowed)}."
+        case "tuple_type" | "too_short":
+            return f"{key} is {shown(value)}; it must be a list of one name or more."
     return f"{key or 'the file'}: {error['msg']}. Compare with presets/small.yaml."
 
 
@@ -766,7 +751,7 @@ def _say(line: str) -> None:
 
 def lacking_keys(params: Params, values: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that a file's values lack, by full names, and what was taken for them."""
-    given = dict(_flatten(values, ""))
+    given = dict(flatten(values))
     return {key: value for key, value in params.flat().items() if key not in given}
 
 
@@ -775,9 +760,10 @@ def written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what stands in nested mappings by full names, `section.key`."""
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

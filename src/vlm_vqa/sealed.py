@@ -5,6 +5,7 @@ A seal is a hash of the JSON's own content, so it finds damage, not forgery: who
 What is not complete has a name that ends in `.part`. `publish` gives it its own name, once it is on the disk.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -150,9 +151,12 @@ def _hash_of(path: Path) -> str | None:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Return a file's `bytes`, its `sha256`, and `blocks`: the checksums of its MiBs, one after another."""
+    sha256, blocks = hashlib.sha256(), []
     with open(path, "rb") as file:
-        blocks = [f"{checksum(block):0{_DIGITS}x}" for block in iter(lambda: file.read(BLOCK_BYTES), b"")]
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path), "blocks": "".join(blocks)}
+        while block := file.read(BLOCK_BYTES):
+            sha256.update(block)
+            blocks.append(f"{checksum(block):0{_DIGITS}x}")
+    return {"bytes": path.stat().st_size, "sha256": sha256.hexdigest(), "blocks": "".join(blocks)}
 
 
 def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> io.RawIOBase | io.BufferedReader:
@@ -185,9 +189,6 @@ class _CheckedFile(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]

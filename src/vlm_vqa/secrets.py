@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 _RULES = (
@@ -36,14 +37,20 @@ def without_secrets(text: str) -> str:
     return text
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what led to it: libraries wrap what the system or another library said."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def mask(error: BaseException | None) -> None:
     """Free the texts of an exception, of those that it holds and of those that led to it; libraries quote addresses."""
-    while error is not None:
-        for inner in error.args:
+    for one in causes(error):
+        for inner in one.args:
             if isinstance(inner, BaseException):
                 mask(inner)
-        error.args = tuple(without_secrets(part) if isinstance(part, str) else part for part in error.args)
-        error = error.__cause__ or error.__context__
+        one.args = tuple(without_secrets(part) if isinstance(part, str) else part for part in one.args)
 
 
 class _Formatter(logging.Formatter):

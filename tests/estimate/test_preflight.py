@@ -13,7 +13,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.estimate.memory import total
 from vlm_vqa.estimate.predict import changed
 from vlm_vqa.estimate.render import as_text
-from vlm_vqa.estimate.stage_costs import launch_of
+from vlm_vqa.launch_file import read_launch
 from vlm_vqa.params import StoreDtype
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_advice_fits_when_it_is_followed(preset, ask, name, changes, device):
     questions = {
         after.train.batch_size
         * after.train.gradient_accumulation_steps
-        * launch_of(after.train.launch, ROOT / "launch").processes
+        * read_launch(after.train.launch, ROOT / "launch").processes
         for after in [params, *(changed(params, changes) for changes, _ in before.options)]
     }
     assert len(questions) == 1, "an optimizer step keeps its questions"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm_vqa.model.flops import Work, batch_work, cost, linear_maps, model_cost, rows_work
+from vlm_vqa.model.flops import Work, cost, linear_maps, model_cost, rows_work
 from vlm_vqa.model.layout import PAD_SEGMENT, QuestionTokens, Row, visible
 from vlm_vqa.model.vlm import freeze_embeddings
 from vlm_vqa.params import LanguageConfig, Mask
@@ -70,12 +70,11 @@ def test_the_whole_formula_is_torchs_count_where_all_see_all(tiny):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_a_batch_counts_as_its_rows_and_its_mask(tiny, mask):
+def test_rows_count_as_their_batch_and_its_mask(tiny, mask):
     layout = tiny.layout(mask)
     rows = make_rows(layout)
     batch = make_batch(tiny, layout, rows)
-    work = batch_work(batch)
-    assert work == rows_work(layout, rows)
+    work = rows_work(layout, rows)
     real = batch["segment_ids"] != PAD_SEGMENT
     assert not real.all(), "without padding the test shows less"
     assert work.pairs == visible(batch["segment_ids"], batch["position_ids"], batch["bidirectional"])[real].sum()
@@ -89,8 +88,7 @@ def test_rows_that_teach_nothing_need_nothing(tiny, mask):
     layout = tiny.layout(mask)
     rows, idle = make_rows(layout), Row(3, ())
     assert rows_work(layout, [*rows, idle]) == rows_work(layout, rows)
-    assert batch_work(make_batch(tiny, layout, [*rows, idle])) == rows_work(layout, rows)
-    assert batch_work(make_batch(tiny, layout, [idle])) == rows_work(layout, [idle]) == Work(0, 0, 0, 0)
+    assert rows_work(layout, [idle]) == Work(0, 0, 0, 0)
 
 
 def test_cost_is_linear_in_layers_and_frozen_embeddings_spare_one_product():
@@ -112,11 +110,3 @@ def test_work_is_paid_by_the_unit():
     assert price.flops(Work(5, 6, 7, 8)) == sum(
         number * each for number, each in zip((5, 6, 7, 8), astuple(price), strict=True)
     )
-
-
-def test_a_batch_on_a_device_is_not_counted(tiny):
-    """It would have to wait for the device."""
-    layout = tiny.layout("image-prefix")
-    batch = make_batch(tiny, layout, make_rows(layout))
-    with pytest.raises(AssertionError, match="wait"):
-        batch_work({name: value.to("meta") for name, value in batch.items()})

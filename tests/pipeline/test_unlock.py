@@ -64,7 +64,7 @@ def test_a_dead_holders_lock_is_removed_and_a_living_ones_stays(root):
 
 @pytest.mark.parametrize("name", ["rwlock.lock", "lock"])
 def test_what_a_living_dvc_is_writing_stays(root, name, monkeypatch):
-    monkeypatch.setattr(unlock, "SECONDS_TO_WAIT", 0.2)
+    monkeypatch.setattr("dvc.lock.DEFAULT_TIMEOUT", 0.2)
     path = rwlock(root, "")
     with path.with_name(name).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

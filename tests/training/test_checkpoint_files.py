@@ -119,12 +119,6 @@ def test_what_fails_in_the_thread_is_raised_in_the_training(tmp_path):
     writer.check()
 
 
-def test_other_facts_other_folder():
-    facts = {"params_hash": "1", "data_hash": "2", "code_hash": "3"}
-    keys = {checkpoint_files.checkpoint_key({**facts, name: "other"}) for name in facts}
-    assert len(keys | {checkpoint_files.checkpoint_key(facts)}) == 4
-
-
 class Stranger:
     """What, unpickled without care, makes a file."""
 

@@ -49,7 +49,7 @@ def collator(layout):
     def collate(rows):
         return {"image_features": torch.zeros(len(rows), layout.num_patches, 12), **layout.collate(rows)}
 
-    return CountingCollator(collate, COST)
+    return CountingCollator(collate, layout, COST)
 
 
 def rows_of_four_questions(layout):

@@ -15,7 +15,8 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.estimate.devices import GIB, find_device
 from vlm_vqa.estimate.memory import total
 from vlm_vqa.estimate.questions import read_size
-from vlm_vqa.estimate.stage_costs import Machine, Stage, launch_of, stage_costs
+from vlm_vqa.estimate.stage_costs import Machine, Stage, stage_costs
+from vlm_vqa.launch_file import read_launch
 from vlm_vqa.params import PROJECTIONS, Params, Punkt, load_params, parse_params
 
 OUTPUTS = ("data/records", "data/features", "models/trained", "models/export", "checkpoints")
@@ -73,7 +74,7 @@ def predict(path: Path, asked: Asked, records: Path = RECORDS, launches: Path = 
     params = load_params(path)
     # What nltk has on this machine does not matter to a prediction, and takes seconds to find out.
     check_here(replace(params, evaluation=replace(params.evaluation, punkt_tab=Punkt.BUNDLED)), launches, records)
-    launch, size = launch_of(params.train.launch, launches), read_size(params, records)
+    launch, size = read_launch(params.train.launch, launches), read_size(params, records)
     machine = _machine(asked, launch.on_cpu, params.train.launch)
     stages = stage_costs(params, size, machine, launches)
     checks = _checks(stages, machine)
@@ -95,7 +96,7 @@ def predict(path: Path, asked: Asked, records: Path = RECORDS, launches: Path = 
         if not any(less.items() <= changes.items() for less, _ in options) and (needed := tried(changes)):
             options.append((changes, needed))
     keys = ["train.compute_dtype", "train.weights_dtype"]
-    keys = keys if launch_of(params.vision.launch, launches).on_cpu else ["vision.compute_dtype", *keys]
+    keys = keys if read_launch(params.vision.launch, launches).on_cpu else ["vision.compute_dtype", *keys]
     lacks = list(machine.device.lacks([key for key in keys if params.flat()[key] == "bfloat16"]))
     return Prediction(params, str(path), machine, launch.processes, asked.price, stages, checks, options, lacks)
 
@@ -140,9 +141,9 @@ def _candidates(params: Params, launches: Path) -> Iterator[dict[str, Any]]:
         single.append({"train.batch_size": train.batch_size // part, accumulation: passes * part})
     single.append({"train.optimizer": "adamw_bnb_8bit"})
     yield from single
-    now = launch_of(train.launch, launches)
+    now = read_launch(train.launch, launches)
     for name in ("cpu",) if now.on_cpu else ("gpu", "fsdp2"):
-        each, rest = divmod(passes * now.processes, launch_of(name, launches).processes)
+        each, rest = divmod(passes * now.processes, read_launch(name, launches).processes)
         if not rest:
             yield {"train.launch": name, accumulation: each}
     adapters = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "targets": list(PROJECTIONS)}

@@ -9,21 +9,12 @@ from vlm_vqa.estimate.devices import GIB, Device
 from vlm_vqa.estimate.memory import Moments, Parts, Step, copies, total
 from vlm_vqa.estimate.questions import DatasetSize, plan_batches
 from vlm_vqa.estimate.shapes import Model, VisionShape, model_of, vision_of
-from vlm_vqa.launch_file import Strategy, check_params, read_launch, strategy_of
+from vlm_vqa.launch_file import LaunchFile, check_params, read_launch
 from vlm_vqa.model.flops import Work, cost, lora_token_cost, vision_flops
 from vlm_vqa.params import Dtype, Mask, Optimizer, Params, StoreDtype
 
 BASE = {"Python and libraries": round(1.1 * GIB)}
 """Resident in a training process without any weights, with scratch; measured (torch 2.14.1, a CPU)."""
-
-
-class Launch(NamedTuple):
-    """What a launch file says."""
-
-    strategy: Strategy
-    processes: int
-    on_a_machine: int
-    on_cpu: bool
 
 
 class Machine(NamedTuple):
@@ -57,7 +48,7 @@ class Stage(NamedTuple):
 
 def stage_costs(params: Params, size: DatasetSize, machine: Machine, launches: Path) -> list[Stage]:
     """Return the prediction of every stage; UserError if a launch or a shape is not known, or cannot do what is asked."""
-    training, extraction = (launch_of(section.launch, launches) for section in (params.train, params.vision))
+    training, extraction = (read_launch(section.launch, launches) for section in (params.train, params.vision))
     check_params(params.train, training.strategy)
     if not (extraction.on_cpu or machine.device.gpu):
         raise UserError(f"vision.launch {params.vision.launch} runs on GPUs, --device is cpu. Set vision.launch: cpu.")
@@ -73,13 +64,6 @@ def stage_costs(params: Params, size: DatasetSize, machine: Machine, launches: P
     ]
 
 
-def launch_of(name: str, folder: Path) -> Launch:
-    """Read `launch/NAME.yaml`."""
-    asked = read_launch(name, folder)
-    processes, strategy = asked["num_processes"], strategy_of(asked, folder / f"{name}.yaml")
-    return Launch(strategy, processes, processes // asked["num_machines"], asked["use_cpu"])
-
-
 def _fetch(params: Params, size: DatasetSize, machine: Machine) -> Stage:
     disk = {"images": size.images * size.image_bytes, "archives": size.download * (params.data.official is not None)}
     facts = {"training questions": size.train, "validation questions": size.val, "images": size.images}
@@ -87,7 +71,7 @@ def _fetch(params: Params, size: DatasetSize, machine: Machine) -> Stage:
     return Stage("fetch-vqav2", disk, {"all": BASE}, {}, size.download / machine.bandwidth / 3600, facts)
 
 
-def _extract(params: Params, size: DatasetSize, machine: Machine, shape: VisionShape, launch: Launch) -> Stage:
+def _extract(params: Params, size: DatasetSize, machine: Machine, shape: VisionShape, launch: LaunchFile) -> Stage:
     vision, images = params.vision, size.images
     each = 4 if vision.compute_dtype is Dtype.FLOAT32 else 2
     tokens, pixels = images * vision.num_patches, (vision.num_patches - 1) * shape.patch_size**2
@@ -98,7 +82,7 @@ def _extract(params: Params, size: DatasetSize, machine: Machine, shape: VisionS
     ahead = {"pictures ahead": 9 * vision.batch_size * 3 * pixels * 4, "shards": 3 * GIB // 4}
     host = BASE | {"float32 weights": 4 * shape.parameters} | ahead | (encoder if launch.on_cpu else {})
     gpu = {} if launch.on_cpu else _on_gpu({"forward": encoder}, launch.processes)
-    flops = images * vision_flops(shape, vision.num_patches)  # ty: ignore[invalid-argument-type] - read only
+    flops = images * vision_flops(shape, vision.num_patches)
     facts: dict[str, Any] = {"flop": flops, "processes": launch.processes}
     hours = machine.hours(flops, vision.compute_dtype, launch.processes)
     if launch.on_cpu and machine.device.gpu:
@@ -108,7 +92,9 @@ def _extract(params: Params, size: DatasetSize, machine: Machine, shape: VisionS
     return Stage("extract-features", disk, {"forward": copies(launch.on_a_machine, host)}, gpu, hours, facts)
 
 
-def _train(params: Params, size: DatasetSize, machine: Machine, model: Model, encoder: int, launch: Launch) -> Stage:
+def _train(
+    params: Params, size: DatasetSize, machine: Machine, model: Model, encoder: int, launch: LaunchFile
+) -> Stage:
     train, batches = params.train, plan_batches(params, launch.processes, size)
     step = Step(model, train, launch.strategy, launch.processes, not launch.on_cpu)
     work, rank = batches.work, step.moments(batches.sample)
@@ -133,7 +119,7 @@ def _train(params: Params, size: DatasetSize, machine: Machine, model: Model, en
     return Stage("train", {"models/trained": 4 * model.saved, "checkpoints": written * held}, host, gpu, hours, facts)
 
 
-def _train_host(params: Params, step: Step, launch: Launch, encoder: int, steps: int, rank: Moments) -> Moments:
+def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, steps: int, rank: Moments) -> Moments:
     """Return the moments of one machine: of its ranks too where they train on its CPUs."""
     count, model = launch.on_a_machine, step.model
     base = copies(count, BASE | {"encoder": encoder})
@@ -173,7 +159,7 @@ def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model,
     forward = cost(shape, model.vocabulary, model.features)
     work = Work(*(round(2 * questions / size.train * getattr(read.work, name)) for name in Work.__dataclass_fields__))
     largest = max(read.sample, key=lambda one: one.rows * one.width)
-    instance = vision_flops(vision, params.vision.num_patches) + forward.token // 3 * largest.width  # ty: ignore[invalid-argument-type] - read only
+    instance = vision_flops(vision, params.vision.num_patches) + forward.token // 3 * largest.width
     flops = replace(forward, image_token=0).flops(work) // 3 + evaluation.helm_instances * instance
     note = "a lower bound: single tokens are bound by memory, and HELM's own metrics take a minute"
     # All in float32, on a padded grid, most in three copies.

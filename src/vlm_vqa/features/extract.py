@@ -71,10 +71,7 @@ def extract(
                 on_images(len(image_ids))
             yield shard
 
-    with (
-        closing(preprocessed(batches(), encoder, max_pixels)) as prepared,
-        ThreadPoolExecutor(1, "write") as pool,
-    ):
+    with closing(preprocessed(batches(), encoder, max_pixels)) as prepared, ThreadPoolExecutor(1, "write") as pool:
         for _ in ordered_map(pool, writer.write, shards(prepared), window=2):
             pass
 

@@ -18,7 +18,6 @@ import torch
 from torch import distributed
 
 from vlm_vqa import cores
-from vlm_vqa.errors import UserError
 from vlm_vqa.launch_file import read_copies
 
 JOIN_SECONDS = 120.0
@@ -71,16 +70,15 @@ def join(launch: str, folder: str | Path = "launch") -> WorkerGroup:
         UserError: there is no such launch, it divides the model or spans machines, or what has started is something else.
             Or `OMP_NUM_THREADS` is no number of threads.
     """
-    path = Path(folder) / f"{launch}.yaml"
     asked = read_copies(launch, folder)
     size, rank, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
     )
-    _compare(path, "num_processes", asked["num_processes"], size)
-    if asked["use_cpu"]:
+    asked.compare({"num_processes": asked.processes}, {"num_processes": size})
+    if asked.on_cpu:
         device = torch.device("cpu")
     else:
-        _compare(path, "GPUs", size, min(size, torch.cuda.device_count()))
+        asked.compare({"GPUs": size}, {"GPUs": min(size, torch.cuda.device_count())})
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     threads = cores.threads(size)
@@ -90,17 +88,8 @@ def join(launch: str, folder: str | Path = "launch") -> WorkerGroup:
     latest = time.monotonic() + JOIN_SECONDS
     while group.add("arrived") < size and time.monotonic() < latest:
         time.sleep(POLL_SECONDS)
-    _compare(path, "num_processes", size, group.add("arrived"))
+    asked.compare({"num_processes": size}, {"num_processes": group.add("arrived")})
     return group
-
-
-def _compare(path: Path, fact: str, wanted: int, found: int) -> None:
-    if found != wanted:
-        raise UserError(
-            f"{path} (vision.launch) asks for {fact} {wanted}, but {found} started. Run `dvc repro extract-features`, or "
-            f"`accelerate launch --config_file {path} stages/extract_features.py`, on a machine that has what it asks for, "
-            "or choose another vision.launch."
-        )
 
 
 def _store(size: int) -> distributed.Store:

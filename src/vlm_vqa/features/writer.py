@@ -128,7 +128,9 @@ class FeatureStoreWriter:
         """
         for folder in (self._parts, self._folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        # For as long as this process runs: a killed launch may have left one at work.
+        busy = f"{self._root}: another extract-features is writing there. Wait for its end, or end it."
+        self._lock_file = files.claim(self._root / "lock", busy)
         # The manifest goes first: it is what makes a store out of the files. They may be links into DVC's cache.
         (self._folder / MANIFEST).unlink(missing_ok=True)
         for old in self._folder.glob("features-*.safetensors"):
@@ -160,12 +162,8 @@ class FeatureStoreWriter:
         with aside(path) as part:
             save_file({**shard.tensors, **shard.index()}, part)
             part.chmod(0o644)  # safetensors makes files that only their owner can read
-            seal = {
-                "bytes": part.stat().st_size,
-                "sha256": sha256_file(part),
-                "first": shard.image_ids[0],
-                "last": shard.image_ids[-1],
-            }
+            ids = shard.image_ids
+            seal = {"bytes": part.stat().st_size, "sha256": sha256_file(part), "first": ids[0], "last": ids[-1]}
         write_sealed(path.with_suffix(".json"), seal)
 
     def publish(self) -> None:
@@ -178,9 +176,11 @@ class FeatureStoreWriter:
         for one, other in itertools.pairwise(seals):
             if other["first"] <= one["last"]:
                 raise UserError(f"image {other['first']} follows image {one['last']}; ids must ascend. {_RECORDS}")
-        names = [self.layout.name(number) for number in range(self.layout.shards)]
-        for name in names:
+        shards = []
+        for number, seal in enumerate(seals):
+            name, images = self.layout.name(number), len(self.layout.places(number))
             _link(self._parts / name, self._folder / name)
+            shards.append({"file": name, "images": images, "bytes": seal["bytes"], "sha256": seal["sha256"]})
         manifest = {
             **self._made_by,
             "schema_version": SCHEMA_VERSION,
@@ -188,23 +188,10 @@ class FeatureStoreWriter:
             "num_tokens": self.layout.num_tokens,
             "width": self.layout.width,
             "dtype": self.layout.dtype.value,
-            "shards": [
-                {
-                    "file": name,
-                    "images": len(self.layout.places(number)),
-                    "bytes": seals[number]["bytes"],
-                    "sha256": seals[number]["sha256"],
-                }
-                for number, name in enumerate(names)
-            ],
+            "shards": shards,
         }
         write_sealed(self._folder / MANIFEST, manifest)
         shutil.rmtree(self._root)
-
-    def _lock(self) -> None:
-        """Keep others out for as long as this process runs: a killed launch may have left one at work."""
-        busy = f"{self._root}: another extract-features is writing there. Wait for its end, or end it."
-        self._lock_file = files.claim(self._root / "lock", busy)
 
     def _seal(self, number: int) -> dict[str, Any]:
         return read_sealed((self._parts / self.layout.name(number)).with_suffix(".json"), "a shard's seal", _REMAKE)

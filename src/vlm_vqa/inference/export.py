@@ -13,7 +13,7 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.predictor import FACTS_FILE
 from vlm_vqa.model.encoder import Encoder
-from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_config, load_trained, trained_state
+from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_config, load_trained, special_tokens, trained_state
 from vlm_vqa.params import Params
 from vlm_vqa.sealed import read_folder, write_folder
 
@@ -73,11 +73,7 @@ def write_export(
     """
     shutil.rmtree(folder, ignore_errors=True)
     model.generation_config.update(
-        max_new_tokens=params.evaluation.max_new_tokens,
-        do_sample=False,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        bos_token_id=processor.tokenizer.bos_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
+        max_new_tokens=params.evaluation.max_new_tokens, do_sample=False, **special_tokens(processor.tokenizer)
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -4,12 +4,10 @@ Legend of shape suffixes: N images, T tokens an image (CLS first, then patches r
 pixels.
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +48,6 @@ class Encoder:
         """D: the width of a token."""
         return self.model.config.hidden_size
 
-    @cached_property
-    def processor_settings(self) -> dict[str, Any]:
-        """What the processor does, as JSON values: its class, its backend, sizes, resampling, mean and deviation."""
-        return _processor_settings(self.processor)
-
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Look at images of any size and mode.
 
@@ -71,14 +64,9 @@ class Encoder:
         Returns:
             [N, C, H, W] float32 on the CPU, in pinned memory where the model is on a GPU.
         """
-        pixels_NCHW = torch.cat(
-            [
-                self.processor(crop_elongated(image, self.processor), do_convert_rgb=True, return_tensors="pt")[
-                    "pixel_values"
-                ]
-                for image in images
-            ]
-        )
+        crops = (crop_elongated(image, self.processor) for image in images)
+        seen = (self.processor(crop, do_convert_rgb=True, return_tensors="pt") for crop in crops)
+        pixels_NCHW = torch.cat([one["pixel_values"] for one in seen])
         return pixels_NCHW.pin_memory() if self.model.device.type == "cuda" else pixels_NCHW
 
     def encode_pixels(self, pixels_NCHW: Tensor) -> Tensor:
@@ -92,12 +80,6 @@ class Encoder:
             features_NTD = self.model(pixels_NCHW.to(self.model.device, non_blocking=True)).last_hidden_state
         assert features_NTD.shape == (len(pixels_NCHW), self.num_tokens, self.width), features_NTD.shape
         return features_NTD
-
-    def processor_for_export(self) -> BitImageProcessor:
-        """A copy of the processor that says how many image tokens it stands for, as `PaliGemmaProcessor` asks."""
-        processor: Any = copy.deepcopy(self.processor)
-        processor.image_seq_length = self.num_tokens
-        return processor
 
 
 def crop_elongated(image: Image.Image, processor: BitImageProcessor) -> Image.Image:
@@ -141,7 +123,7 @@ def load_encoder(vision: VisionParams, device: torch.device | str | None = None)
         {
             "weights": _hash_weights(model),
             "config": {k: v for k, v in model.config.to_dict().items() if k not in _INCIDENTAL_CONFIG},
-            "processor": _processor_settings(processor),
+            "processor": processor_settings(processor),
         }
     )
     if device is None:
@@ -159,11 +141,7 @@ def _folder(vision: VisionParams) -> Path:
         if not folder.is_dir():
             raise UserError(f"vision.model {vision.model!r}: no such folder. Mend the path, or name a hub id or small.")
         return folder
-    if vision.revision is None:
-        raise UserError(
-            f"vision.revision is null; vision.model {vision.model!r} comes from the hub (no such local folder), and a "
-            "hub model is pinned by its commit of 40 hex digits."
-        )
+    assert vision.revision is not None, "load_params asks for it where the model is from the hub"
     return download_snapshot("vision", vision.model, vision.revision)
 
 
@@ -234,7 +212,8 @@ def _count_tokens(vision: VisionParams, config: Dinov2Config, processor: BitImag
     return 1 + (height // patch) * (width // patch)
 
 
-def _processor_settings(processor: BitImageProcessor) -> dict[str, Any]:
+def processor_settings(processor: BitImageProcessor) -> dict[str, Any]:
+    """Return what a processor does, as JSON values: its class, its backend, sizes, resampling, mean and deviation."""
     return {**json.loads(processor.to_json_string()), "backend": processor.backend}
 
 

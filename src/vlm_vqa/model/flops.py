@@ -4,19 +4,15 @@ Counted as in PaLM's model FLOPs utilisation (arXiv 2204.02311, appendix B): mat
 multiplication and its addition, and the gradients of a product twice the product. What an implementation adds does
 not count: padding, pairs of a grid that do not see each other, logits of positions without a label, rows that teach
 nothing, and what activation checkpointing computes a second time.
-
-Shapes: B rows, S grid width (tokens of the longest row, image tokens included).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import Gemma2Config, PaliGemmaConfig
 
-from vlm_vqa.model.layout import IGNORED, PAD_SEGMENT, Row, TokenLayout
+from vlm_vqa.model.layout import Row, TokenLayout
 from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Mask
 
 FORMULA = (
@@ -102,23 +98,16 @@ def lora_token_cost(shape: LanguageConfig | Gemma2Config, lora: LoraParams) -> i
     return shape.num_hidden_layers * (4 * sum(one * other for one, other in maps.values()) + 6 * adapters)
 
 
-class VisionConfig(Protocol):
-    """What of a `Dinov2Config` its FLOPs depend on."""
+def vision_linear_maps(config: Any) -> list[tuple[int, int]]:
+    """Return (inputs, outputs) of one layer's linear maps in a DINOv2: queries, keys, values, output, the MLP's two.
 
-    hidden_size: int
-    num_hidden_layers: int
-    mlp_ratio: int
-    patch_size: int
-    num_channels: int
-
-
-def vision_linear_maps(config: VisionConfig) -> list[tuple[int, int]]:
-    """Return (inputs, outputs) of one layer's linear maps in DINOv2: queries, keys, values, output, the MLP's two."""
+    `config` is a `Dinov2Config` or has its names, as preflight's `VisionShape`.
+    """
     width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
     return [(width, width)] * 4 + [(width, inner), (inner, width)]
 
 
-def vision_flops(config: VisionConfig, num_tokens: int) -> int:
+def vision_flops(config: Any, num_tokens: int) -> int:
     """Count the FLOPs of an image's forward pass through DINOv2: products of patches, linear maps and attention."""
     width = config.hidden_size
     patches = 2 * (num_tokens - 1) * config.num_channels * config.patch_size**2 * width
@@ -127,7 +116,7 @@ def vision_flops(config: VisionConfig, num_tokens: int) -> int:
 
 
 def rows_work(layout: TokenLayout, rows: Iterable[Row]) -> Work:
-    """Count the work of rows that are not laid out yet."""
+    """Count the work of rows on the host: a count of a batch on a device would wait for it."""
     taught = [row for row in rows if any(tokens.answer for tokens in row.questions)]
     prefixes = len(taught) * (layout.num_patches + len(layout.prefix))
     return Work(
@@ -151,22 +140,3 @@ def visible_pairs(layout: TokenLayout, row: Row) -> int:
 def _causal_pairs(start: int, end: int) -> int:
     """Count what the tokens at positions start + 1 to end see: themselves and all before them."""
     return (end * (end + 1) - start * (start + 1)) // 2
-
-
-def batch_work(batch: Mapping[str, Tensor]) -> Work:
-    """Count the work of a batch on the host, as `training.dataset.Collator` gives it.
-
-    Takes one pass over the grid [B, S], not over its pairs [B, S, S].
-    """
-    labels, positions, block = batch["labels"], batch["position_ids"], batch["bidirectional"]
-    assert labels.device.type == "cpu", "counting on a device would wait for it"
-    taught_B = (labels != IGNORED).any(dim=1)
-    real_BS = (batch["segment_ids"] != PAD_SEGMENT) & taught_B[:, None]
-    # Positions count from 1, after the prefix anew in each question: a causal token sees as many as its position says.
-    seen_BS = torch.where(block, block.sum(dim=1, keepdim=True), positions)
-    return Work(
-        tokens=int(real_BS.sum()),
-        image_tokens=int(taught_B.sum()) * batch["image_features"].shape[1],
-        supervised=len(batch["supervised"]),
-        pairs=int(seen_BS[real_BS].sum()),
-    )

@@ -130,11 +130,8 @@ class TokenLayout:
         return len(self.prefix) + len(tokens.prompt) + len(tokens.answer)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of an answer up to `<eos>`, as the stock tokenizer writes it, blanks around it removed."""
-        ids = list(token_ids)
-        if self.eos_id in ids:
-            ids = ids[: ids.index(self.eos_id)]
-        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """Return an answer's tokens as the text that the stock tokenizer makes of them, blanks around it removed."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Lay rows out in a grid as wide as the longest of them, and say how to pack it.

@@ -8,8 +8,10 @@ Shapes: B rows, T image tokens, S grid width (tokens of the longest row, image t
 all rows, no padding), M supervised positions, E image feature width, D hidden width, V vocabulary.
 """
 
+import copy
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +86,9 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
         _check_window(self, segment_ids.shape[1])
         places_N = torch.cat([prefix_places.flatten(), rest_places])
         embeds_1ND = _embed_packed(self, image_features, input_ids.flatten(), prefix_places, rest_places)
-        mask = packed_mask(
-            language_of(self.config)._attn_implementation,
-            prefix_places,
-            rest_places,
-            segment_ids,
-            position_ids,
-            bidirectional,
-            closed_prefix=prefix_places.shape[1] > image_features.shape[1],
-            dtype=embeds_1ND.dtype,
-        )
+        attention, grid = language_of(self.config)._attn_implementation, (segment_ids, position_ids, bidirectional)
+        closed = prefix_places.shape[1] > image_features.shape[1]
+        mask = packed_mask(attention, prefix_places, rest_places, *grid, closed_prefix=closed, dtype=embeds_1ND.dtype)
         hidden_ND = _run_layers(self, embeds_1ND, mask, position_ids.flatten()[places_N][None])[0]
         # Only supervised positions pass through the output head, which is wide.
         logits_MV = text_logits(self, hidden_ND[supervised])
@@ -212,7 +207,7 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
         vocab_size=lm.config.vocab_size,
         image_token_index=processor.image_token_id,
         dtype="float32",
-        **_special_tokens(tokenizer),
+        **special_tokens(tokenizer),
     )
     # Where the towers were read from is a path of this machine; it would make equal runs differ.
     vision: Any = config.vision_config
@@ -247,19 +242,15 @@ def random_config(shape: LanguageConfig, tokenizer) -> Gemma2Config:
     """
     return Gemma2Config(
         vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
+        **asdict(shape),
         query_pre_attn_scalar=shape.head_dim,
         initializer_range=shape.hidden_size**-0.5,
-        **_special_tokens(tokenizer),
+        **special_tokens(tokenizer),
     )
 
 
-def _special_tokens(tokenizer) -> dict[str, Any]:
+def special_tokens(tokenizer) -> dict[str, Any]:
+    """Return the ids of padding, beginning and end by the names of configurations."""
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
 
 
@@ -397,6 +388,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 def build_processor(image_processor, tokenizer, num_patches: int) -> PaliGemmaProcessor:
     """Return the stock processor; it adds the image token and PaliGemma's location and segment tokens to `tokenizer`."""
+    # A copy that says how many image tokens it stands for, as PaliGemma's asks.
+    image_processor = copy.deepcopy(image_processor)
     image_processor.image_seq_length = num_patches
     # Generation from the export pads prompts on the left.
     tokenizer.padding_side = "left"
@@ -438,14 +431,8 @@ def load_trained(model: PaliGemmaForConditionalGeneration, folder: str | Path, r
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: missing or damaged ({error}). {remedy}") from error
-    expected = trained_state(model)
-    wrong = sorted(
-        name
-        for name in expected.keys() | state.keys()
-        if name not in expected
-        or name not in state
-        or (expected[name].shape, expected[name].dtype) != (state[name].shape, state[name].dtype)
-    )
+    expected, found = ({name: (v.shape, v.dtype) for name, v in one.items()} for one in (trained_state(model), state))
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise UserError(
             f"{path}: belongs to another model; missing, unknown or of another shape: {wrong[:5]}. {remedy}"

@@ -18,7 +18,7 @@ from vlm_vqa.pipeline import orphans
 from vlm_vqa.pipeline.early import end_quietly
 from vlm_vqa.pipeline.unlock import keep_dvc_lock
 from vlm_vqa.sealed import SWITCH, checks_blocks
-from vlm_vqa.secrets import mask_output
+from vlm_vqa.secrets import causes, mask_output
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
@@ -51,7 +51,8 @@ def run(name: str, main: Callable[[], None]) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # The stages' own bars show what takes time; loading weights does not.
     transformers_logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, _terminate)
+    # SystemExit unwinds: files are closed, child processes ended, the MLflow run marked.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     if signal.getsignal(signal.SIGINT) is end_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     orphans.end_with_parents()
@@ -79,12 +80,10 @@ def disk_remedy(error: BaseException) -> str | None:
     Libraries wrap the system's error (safetensors and torch turn it into exceptions of their own), so the
     chain of causes and the message's text are searched as well.
     """
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno in _DISK_REMEDIES:
             path = seen.filename if seen.filename is not None else "while writing"
             return f"{path}: {_DISK_REMEDIES[seen.errno]}"
-        seen = seen.__cause__ or seen.__context__
     text = "".join(traceback.format_exception_only(error))
     for code, words in ((errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")):
         if words in text:
@@ -109,8 +108,3 @@ def _tell_launcher(message: str) -> None:
     if path:
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(path).write_text(json.dumps(content), encoding="utf-8")
-
-
-def _terminate(signum: int, frame: object) -> None:
-    # SystemExit unwinds: files are closed, child processes ended, the MLflow run marked.
-    sys.exit(EXIT_TERMINATED)

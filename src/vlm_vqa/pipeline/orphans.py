@@ -74,13 +74,9 @@ def end_with_parents(end: Callable[[], None] = ask_to_end, parents: Iterable[psu
     if any(thread.name == _NAME for thread in threading.enumerate()):
         return
     watched = started_by() if parents is None else list(parents)
-    if watched or _left_behind():
+    # DVC may have started this process and have gone before it could look.
+    if watched or ("DVC_STAGE" in os.environ and os.getppid() == 1 and not started_by()):
         threading.Thread(target=_watch, args=(watched, end), daemon=True, name=_NAME).start()
-
-
-def _left_behind() -> bool:
-    """Whether DVC has started this process and was gone before it could look."""
-    return "DVC_STAGE" in os.environ and not started_by() and os.getppid() == 1
 
 
 def _watch(parents: list[psutil.Process], end: Callable[[], None]) -> None:

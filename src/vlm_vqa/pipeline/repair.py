@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import md5
+from hashlib import file_digest, md5
 from pathlib import Path
 
 from dvc.exceptions import DvcException
@@ -71,10 +71,7 @@ def _identity(path: Path) -> tuple[int, int]:
 def _md5(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
-            digest = md5(usedforsecurity=False)
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
+            return file_digest(file, lambda: md5(usedforsecurity=False)).hexdigest()
     except OSError:
         return None
 

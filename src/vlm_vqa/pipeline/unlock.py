@@ -4,12 +4,10 @@ DVC 3.67 rewrites `.dvc/tmp/rwlock` (dvc/rwlock.py) and `dvc.lock` (dvc/utils/se
 them empty or cut off, and every later call refuses them. Its other locks are the system's (flock), which end with it.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +20,6 @@ from vlm_vqa.pipeline.orphans import gone
 
 SECONDS_OF_CLOCK = 60
 """By how much a file's time and a process's start may disagree."""
-SECONDS_TO_WAIT = 3.0
 _KEPT = Path(".dvc/tmp/dvc.lock.kept")
 
 
@@ -81,21 +78,15 @@ def refuse_at_work(root: Path, why: str) -> None:
 
 @contextmanager
 def _held(path: Path) -> Generator[None]:
-    """Hold one of DVC's locks, as `dvc` itself does (zc.lockfile), without writing into the file."""
-    if not path.exists():
-        yield
-        return
-    with path.open("r+b") as file:
-        until = time.monotonic() + SECONDS_TO_WAIT
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise UserError(f"{path}: a living dvc holds it. Wait until it has ended.") from None
-                time.sleep(0.1)
-        yield
+    """Hold one of DVC's locks, as `dvc` itself does, and wait as long for it: 3 s."""
+    # Here, for every stage imports this module.
+    from dvc.lock import LockError, make_lock
+
+    try:
+        with make_lock(str(path)):
+            yield
+    except LockError:
+        raise UserError(f"{path}: a living dvc holds it. Wait until it has ended.") from None
 
 
 def _unlock_files(project: Path) -> list[str]:

@@ -5,33 +5,24 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from vlm_vqa.cores import usable_cores
 from vlm_vqa.hashing import sha256_bytes
-from vlm_vqa.params import Params
-from vlm_vqa.secrets import without_secrets
+from vlm_vqa.params import Params, flatten
+from vlm_vqa.secrets import causes, without_secrets
 
 log = logging.getLogger(__name__)
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "deepspeed",
-    "bitsandbytes",
-    "dvc",
-    "mlflow",
-    "datasets",
-    "crfm-helm",
-)
+PACKAGES = "torch transformers accelerate deepspeed bitsandbytes dvc mlflow datasets crfm-helm".split()
 LONGEST_PARAM = 500  # characters: what every MLflow server accepts; newer ones take 6,000
 
 
@@ -66,7 +57,7 @@ def identity(params: Params) -> dict[str, str]:
 
 def surroundings() -> dict[str, str]:
     """Tags of a live run: library versions, machine, DVC's experiment."""
-    tags = {f"version.{package}": _version(package) for package in PACKAGES}
+    tags = {f"version.{package}": version(package) for package in PACKAGES}
     tags |= {"version.python": platform.python_version(), "machine.host": platform.node(), "machine.cpu": _cpu()}
     tags["machine.cores"] = str(usable_cores().count)
     tags["machine.memory_gib"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}"
@@ -83,13 +74,6 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         return str(os.getuid())
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _git(*arguments: str) -> str:
@@ -130,29 +114,17 @@ def evaluation_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     >>> evaluation_metrics({"vqa_accuracy": {"per_answer_type": {"yes/no": 0.6}}})
     {'score_vqa_accuracy_per_answer_type_yes_no': 0.6}
     """
-    headlines = {("helm", "bleu_1"): "bleu_1"}
-    headlines |= {(name, "overall"): name for name in ("vqa_accuracy", "answer_accuracy")}
-    metrics = {}
-    for path, value in _leaves(report):
-        if isinstance(value, Real) and not isinstance(value, bool):
-            name = "_".join(path).replace("/", "_").replace(" ", "_")
-            metrics[headlines.get(path, f"score_{name}")] = value
-    return metrics
-
-
-def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
+    headlines = {"helm.bleu_1": "bleu_1"} | {f"{name}.overall": name for name in ("vqa_accuracy", "answer_accuracy")}
+    return {
+        headlines.get(name, f"score_{re.sub('[./ ]', '_', name)}"): value
+        for name, value in flatten(report)
+        if isinstance(value, Real) and not isinstance(value, bool)
+    }
 
 
 def reason(error: BaseException) -> str:
     """One line. Clients wrap what the system said ("Connection refused") in pages of their own: dig it out."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         error = cause if isinstance(cause, OSError) and cause.strerror else error
-        cause = cause.__cause__ or cause.__context__
     text = without_secrets(str(error)).strip() or type(error).__name__
     return text.splitlines()[0][:500]

@@ -31,7 +31,11 @@ def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
     folder = Path(folder)
     params = load_params(folder / "params.yaml")
     training = _read_json(folder / TRAINING_FILE)
-    _check_current(folder)
+    if changed := changed_params(folder):
+        raise UserError(
+            f"{folder / 'params.yaml'} is not what made these outputs ({', '.join(changed)} differ from dvc.lock):"
+            " `git checkout params.yaml` records them, `dvc repro` makes new ones"
+        )
     scores = _read_json(folder / EVALUATION_REPORT) if (folder / EVALUATION_REPORT).exists() else None
     uri = tracking_uri(checkout_root(folder))
     try:
@@ -89,16 +93,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing: `dvc pull` or `dvc repro` brings it") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): `vlm-vqa repair` brings it back") from error
-
-
-def _check_current(folder: Path) -> None:
-    """Refuses to record outputs under parameters that did not make them."""
-    changed = changed_params(folder)
-    if changed:
-        raise UserError(
-            f"{folder / 'params.yaml'} is not what made these outputs ({', '.join(changed)} differ from dvc.lock):"
-            " `git checkout params.yaml` records them, `dvc repro` makes new ones"
-        )
 
 
 def changed_params(folder: Path) -> list[str]:

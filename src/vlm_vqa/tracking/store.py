@@ -74,11 +74,15 @@ class Store:
 
     def __init__(self, params: Params, root: Path, *, wait: float = SECONDS_TO_OPEN):
         self.uri = tracking_uri(root)
-        self.root = root
         self.params = params
         self._largest = params.tracking.max_artifact_mib * 2**20
         self._database = _sqlite_file(self.uri)
-        _bound_mlflow()
+        # Of a wait for an unreachable server, MLflow's default is 4 minutes a request; what the user has set stays.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault(
+            "MLFLOW_DISABLE_TELEMETRY", "true"
+        )  # usage statistics to a host that nobody here asked for
         # Imports take long on a slow disk, but end: they are no part of the limit.
         import_module("mlflow.store.tracking.sqlalchemy_store" if self._database else "mlflow")
         self.client, self.experiment_id = _within(wait, self._open, lambda: _last_write(self._database))
@@ -216,13 +220,6 @@ def view_url(uri: str, experiment_id: str) -> str:
     server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
     where = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     return f"{without_secrets(server)}/{where}"
-
-
-def _bound_mlflow() -> None:
-    """Bound the wait for an unreachable server (MLflow's default: 4 minutes a request), unless the user has set it."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # usage statistics to a host that nobody here asked for
 
 
 def _make_whole(database: Path) -> None:

@@ -18,8 +18,8 @@ import os
 import pickle
 import re
 import shutil
-import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -30,7 +30,7 @@ from torch import Tensor, serialization
 
 from vlm_vqa import files
 from vlm_vqa.errors import UserError
-from vlm_vqa.hashing import hash_json, sha256_file
+from vlm_vqa.hashing import sha256_file
 from vlm_vqa.sealed import flush, read_folder, read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,6 @@ log = logging.getLogger(__name__)
 ROOT = Path("checkpoints")
 _KIND = "the seal of a process's part of a checkpoint"
 SEAL = re.compile(r"rank-(\d+)-of-(\d+)\.json")
-
-
-def checkpoint_key(facts: Mapping[str, Any]) -> str:
-    """Name a training by what decides its result."""
-    return hash_json(facts)[:16]
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -183,17 +178,6 @@ def read_tensors(checkpoint: Path, rank: int, world: int) -> Any:
     return safe_open(checkpoint / tensors_file(rank, world), framework="pt", device="cpu")
 
 
-def _named(error: BaseException, checkpoint: Path) -> BaseException:
-    """Return what a person is to be told of an error while `checkpoint` was written."""
-    # safetensors hands on the system's words, not its number.
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-        return UserError(
-            f"{checkpoint}: could not be written: the disk is full. Free some space, then run `dvc repro` again: training "
-            "goes on from the checkpoint before it."
-        )
-    return error
-
-
 def _step(checkpoint: Path) -> int:
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(match[1]) if match else -1
@@ -205,8 +189,8 @@ class Writer:
     def __init__(self, folder: Path, rank: int, world: int, limit: int):
         """`folder` holds the checkpoints; process 0 keeps `limit` whole ones of them."""
         self.folder, self.rank, self.world, self.limit = folder, rank, world, limit
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def save(
         self,
@@ -231,32 +215,33 @@ class Writer:
         checkpoint = folder_of(self.folder, step)
 
         def write() -> None:
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            file = tensors_file(self.rank, self.world)
-            save_file(dict(tensors), checkpoint / file)
-            for name, text in texts.items():
-                (checkpoint / name).write_text(text, encoding="utf-8")
-            seal(checkpoint, self.rank, self.world, [file, *texts, *others], facts)
-            if self.rank == 0:
-                prune(self.folder, self.limit)
+            try:
+                checkpoint.mkdir(parents=True, exist_ok=True)
+                file = tensors_file(self.rank, self.world)
+                save_file(dict(tensors), checkpoint / file)
+                for name, text in texts.items():
+                    (checkpoint / name).write_text(text, encoding="utf-8")
+                seal(checkpoint, self.rank, self.world, [file, *texts, *others], facts)
+                if self.rank == 0:
+                    prune(self.folder, self.limit)
+            except BaseException as error:
+                # What is left of it would only fill the disk; without its seal it is no checkpoint.
+                for path in checkpoint.glob(f"rank-{self.rank}-of-*"):
+                    path.unlink(missing_ok=True)
+                # safetensors hands on the system's words, not its number.
+                if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+                    raise UserError(
+                        f"{checkpoint}: could not be written: the disk is full. Free some space, then run `dvc repro` "
+                        "again: training goes on from the checkpoint before it."
+                    ) from error
+                raise
 
-        self._thread = threading.Thread(target=self._guarded, args=(write, checkpoint), name="checkpoint")
-        self._thread.start()
-
-    def _guarded(self, write: Callable[[], None], checkpoint: Path) -> None:
-        try:
-            write()
-        except BaseException as error:  # noqa: BLE001 - raised again by the training's thread
-            self._error = _named(error, checkpoint)
-            # What is left of it would only fill the disk; without its seal it is no checkpoint.
-            for path in checkpoint.glob(f"rank-{self.rank}-of-*"):
-                path.unlink(missing_ok=True)
+        self._writing = self._pool.submit(write)
 
     def check(self) -> None:
         """Raise what went wrong in the thread, if anything did."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
     def wait(self) -> None:
         """Wait until the checkpoint that was begun is written.
@@ -264,7 +249,6 @@ class Writer:
         Raises:
             UserError: it could not be.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.check()
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()

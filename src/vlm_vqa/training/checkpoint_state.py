@@ -263,12 +263,7 @@ def _like(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) ->
     """Place a state where its parameter is; torch's own AdamW wants it sharded as the parameter is."""
     value = value.to(local(parameter).device)
     if isinstance(parameter, DTensor) and isinstance(optimizer, torch.optim.AdamW):
-        return DTensor.from_local(
-            value,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shape, stride = parameter.shape, parameter.stride()
+        return DTensor.from_local(value, mesh, placements, run_check=False, shape=shape, stride=stride)
     return value

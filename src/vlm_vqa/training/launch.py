@@ -16,14 +16,14 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlm_vqa import cores
 from vlm_vqa.errors import UserError
-from vlm_vqa.launch_file import Strategy, check_params, read_launch, strategy_of
+from vlm_vqa.launch_file import LaunchFile, Strategy, check_params, read_launch
 from vlm_vqa.params import TrainParams
+from vlm_vqa.training.optimizer import is_sharded, local
 
 SLACK_SECONDS = 60
 """How much later than our own watch a collective gives up by itself."""
@@ -75,18 +75,17 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
             `OMP_NUM_THREADS` is no number of threads.
     """
     name = train.launch
-    path = Path(folder) / f"{name}.yaml"
     asked = read_launch(name, folder)
-    strategy = strategy_of(asked, path)
+    strategy = asked.strategy
     check_params(train, strategy)
-    device = "cpu" if asked["use_cpu"] else "cuda"
+    device = "cpu" if asked.on_cpu else "cuda"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     threads = cores.threads(local)
-    _check_environment(asked, path, device)
+    _check_environment(asked)
     if device == "cpu":
         _keep_deepspeed_on_cpu()
     if strategy is not Strategy.SINGLE:
-        _join(device, strategy, train.stall_seconds)
+        _join(device, train.stall_seconds)
     os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(train.gradient_checkpointing).lower()
     # A process may train more than once, each time in another precision; ZeRO-3 would build the next model in pieces.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -96,7 +95,7 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
         # accelerate turns MULTI_GPU into FSDP and would leave MULTI_CPU as DDP; nothing else depends on the name.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     found = {"num_processes": state.num_processes, "device": state.device.type}  # ty: ignore[missing-union-attribute] - it has one when it is made
-    _compare(path, {"num_processes": asked["num_processes"], "device": device}, found)
+    asked.compare({"num_processes": asked.processes, "device": device}, found)
     torch.set_num_threads(threads.count)
     backend = distributed.get_backend() if distributed.is_initialized() else "none"
     return Launch(
@@ -104,51 +103,38 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     )
 
 
-def _check_environment(asked: dict[str, Any], path: Path, device: str) -> None:
+def _check_environment(asked: LaunchFile) -> None:
     """Compare what `accelerate launch` has set with what the file asks for, before any process waits for another."""
     on = {name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED")}
-    kind = asked["distributed_type"]
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    strategy, world = asked.strategy, int(os.environ.get("WORLD_SIZE", 1))
     found = {"num_processes": world, "FSDP": on["FSDP"], "DeepSpeed": on["DEEPSPEED"]}
-    wanted = {"num_processes": asked["num_processes"], "FSDP": kind == "FSDP", "DeepSpeed": kind == "DEEPSPEED"}
+    wanted: dict[str, Any] = {"num_processes": asked.processes}
+    wanted |= {"FSDP": strategy is Strategy.FSDP2, "DeepSpeed": strategy.deepspeed}
     if world > 1:
         found["num_machines"] = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        wanted["num_machines"] = asked["num_machines"]
-    if kind == "FSDP":
+        wanted["num_machines"] = asked.machines
+    if strategy is Strategy.FSDP2:
         found["fsdp_version"] = int(os.environ.get("FSDP_VERSION", 1))
         wanted["fsdp_version"] = 2
-    if kind == "DEEPSPEED":
+    if strategy.deepspeed:
         found["zero_stage"] = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
-        wanted["zero_stage"] = asked["deepspeed_config"]["zero_stage"]
-    if device == "cuda":
-        found["GPUs"] = torch.cuda.device_count()
-        wanted["GPUs"] = max(1, asked["num_processes"] // asked["num_machines"])
-        if found["GPUs"] > wanted["GPUs"]:
-            del found["GPUs"], wanted["GPUs"]
-    _compare(path, wanted, found)
+        wanted["zero_stage"] = 2 if strategy is Strategy.ZERO2 else 3
+    if not asked.on_cpu:
+        # More than it needs do no harm.
+        wanted["GPUs"] = max(1, asked.on_a_machine)
+        found["GPUs"] = min(wanted["GPUs"], torch.cuda.device_count())
+    asked.compare(wanted, found)
 
 
-def _compare(path: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
-    for fact, value in wanted.items():
-        if found[fact] != value:
-            raise UserError(
-                f"{path} (train.launch) asks for {fact} {value}, but {found[fact]} started. Run `dvc repro train`, or "
-                f"`accelerate launch --config_file {path} stages/train.py`, on a machine that has what it asks for, or "
-                "choose another train.launch."
-            )
-
-
-def _join(device: str, strategy: Strategy, stall_seconds: int) -> None:
+def _join(device: str, stall_seconds: int) -> None:
     """Join the process group that torchrun has described in the environment, once."""
     if distributed.is_initialized():
         return
-    timeout = timedelta(seconds=stall_seconds + SLACK_SECONDS)
-    if device == "cpu":
-        distributed.init_process_group("gloo", timeout=timeout)
-        return
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # gloo beside nccl carries the few facts that live on the host.
-    distributed.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout)
+    backend = "gloo" if device == "cpu" else "cuda:nccl,cpu:gloo"
+    distributed.init_process_group(backend, timeout=timedelta(seconds=stall_seconds + SLACK_SECONDS))
 
 
 def _keep_deepspeed_on_cpu() -> None:
@@ -181,14 +167,8 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
     updated = sum(part.numel() for part in _updated_parts(launch.strategy, model, optimizer))
     trained = sum(_whole(p) for p in model.parameters() if p.requires_grad)
     updates = updated / max(1, trained)
-    even = 1 / launch.processes
-    expected = {
-        Strategy.SINGLE: (1.0, 1.0),
-        Strategy.DDP: (1.0, 1.0),
-        Strategy.ZERO2: (1.0, even),
-        Strategy.FSDP2: (even, even),
-        Strategy.ZERO3: (even, even),
-    }[launch.strategy]
+    even, whole = 1 / launch.processes, launch.strategy in (Strategy.SINGLE, Strategy.DDP)
+    expected = (even if launch.strategy.sharded_weights else 1.0, 1.0 if whole else even)
     for what, found, wanted in zip(("weights", "trained elements"), (weights, updates), expected, strict=True):
         # A matrix of few rows cannot be divided evenly; a whole copy or none at all is what must not be.
         close = found == wanted if wanted == 1.0 else 0.5 * wanted < found < (1 + wanted) / 2
@@ -224,9 +204,7 @@ def _updated_parts(strategy: Strategy, model: Any, optimizer: torch.optim.Optimi
 def _share_of_weights(strategy: Strategy, model: nn.Module) -> float:
     parameters = list(model.parameters())
     if strategy is Strategy.FSDP2:
-        whole = [
-            p for p in parameters if not isinstance(p, DTensor) or not any(isinstance(x, Shard) for x in p.placements)
-        ]
+        whole = [p for p in parameters if not is_sharded(p)]
         if whole:
             raise UserError(
                 f"train.launch asks for FSDP2, but {len(whole)} of {len(parameters)} parameters are not sharded. Install "
@@ -237,9 +215,7 @@ def _share_of_weights(strategy: Strategy, model: nn.Module) -> float:
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
     """Return the part of a parameter that this process holds."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local()
-    return getattr(parameter, "ds_tensor", parameter)
+    return getattr(parameter, "ds_tensor", local(parameter))
 
 
 def _whole(parameter: torch.Tensor) -> int:

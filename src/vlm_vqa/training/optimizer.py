@@ -116,41 +116,18 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         if not weights.numel():
             return
         first, second = (state[name].view(-1)[part] for name in ("state1", "state2"))
-        beta1, beta2 = config["betas"]
+        (beta1, beta2), step = config["betas"], state["step"]
+        eps, rate, decay = (config[name] for name in ("eps", "lr", "weight_decay"))
         if first.dtype == torch.float32:
             bnb.optimizer_update_32bit(
-                "adam",
-                gradient,
-                weights,
-                first,
-                beta1,
-                config["eps"],
-                state["step"],
-                config["lr"],
-                second,
-                beta2,
-                weight_decay=config["weight_decay"],
+                "adam", gradient, weights, first, beta1, eps, step, rate, second, beta2, weight_decay=decay
             )
             return
         blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+        maps, scales = (state["qmap1"], state["qmap2"]), (state["absmax1"][blocks], state["absmax2"][blocks])
+        moments, betas = (first, second), (beta1, beta2, 0.0, 0.0)
         bnb.optimizer_update_8bit_blockwise(
-            "adam",
-            gradient,
-            weights,
-            first,
-            second,
-            beta1,
-            beta2,
-            0.0,
-            0.0,
-            config["eps"],
-            state["step"],
-            config["lr"],
-            state["qmap1"],
-            state["qmap2"],
-            state["absmax1"][blocks],
-            state["absmax2"][blocks],
-            weight_decay=config["weight_decay"],
+            "adam", gradient, weights, *moments, *betas, eps, step, rate, *maps, *scales, weight_decay=decay
         )
 
 
@@ -179,27 +156,15 @@ class StochasticAdamW(torch.optim.Optimizer):
             zeros = torch.zeros_like(local(parameter), dtype=torch.float32)
             state.update(step=torch.zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
         random = rounding_generator(self.seed, int(state["step"]) + 1, number, parameter)
+        settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        settings["beta1"], settings["beta2"] = group["betas"]
         # Each part counts the step for itself; the parameter counts it once.
         count = state["step"]
         for start in range(0, weights.numel(), CHUNK):
             part = slice(start, start + CHUNK)
             precise, moments = weights[part].float(), [state[name].view(-1)[part] for name in ("exp_avg", "exp_avg_sq")]
-            adamw(
-                [precise],
-                [gradient[part].float()],
-                [moments[0]],
-                [moments[1]],
-                [],
-                [count.clone()],
-                foreach=False,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            lists = [[one] for one in (precise, gradient[part].float(), *moments)]
+            adamw(*lists, [], [count.clone()], foreach=False, amsgrad=False, maximize=False, **settings)
             round_stochastically(weights[part], precise, random)
         count += 1
 

@@ -27,7 +27,7 @@ RECORDS, FEATURES = Path("data/records"), Path("data/features")
 def prepare(params: Params, encoder: Encoder) -> tuple[QuestionDataset, TokenLayout, PaliGemmaProcessor]:
     """Load the training questions, and build tokenizer, processor and layout for them."""
     data, tokenizer = examples(params)
-    processor = build_processor(encoder.processor_for_export(), tokenizer, params.vision.num_patches)
+    processor = build_processor(encoder.processor, tokenizer, params.vision.num_patches)
     data.layout.image_token_id = processor.image_token_id
     return data, data.layout, processor
 

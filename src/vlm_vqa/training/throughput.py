@@ -1,9 +1,9 @@
 """How fast training runs, over all processes: rates, share of the hardware's peak, waiting for data, memory.
 
-What a batch holds is counted where it is made, on the host: a count on a GPU would wait for the GPU. The counts travel
+What a batch holds is counted from its rows, on the host: a count on a GPU would wait for the GPU. The counts travel
 in the batch as plain numbers, and the Trainer takes them out before the forward pass:
 
-    DataLoader(collate_fn=CountingCollator(collator, cost))    counts each batch, in the loader's workers
+    DataLoader(collate_fn=CountingCollator(collator, layout, cost))    counts each batch, in the loader's workers
     get_batch_samples      Meter.begin_step()                  the first one starts the clock: start-up is not measured
                            Meter.timed(epoch_iterator)         how long the loop waits for data
     training_step          Meter.batch(inputs.pop(COUNTS))
@@ -13,16 +13,16 @@ in the batch as plain numbers, and the Trainer takes them out before the forward
 
 import resource
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from vlm_vqa.model.flops import Cost, batch_work
-from vlm_vqa.model.layout import IGNORED, Row
+from vlm_vqa.model.flops import Cost, rows_work
+from vlm_vqa.model.layout import Row, TokenLayout
 
 COUNTS = "counts"
 """Key of a batch's `BatchCounts`."""
@@ -40,10 +40,7 @@ class Peak(NamedTuple):
 # From NVIDIA's data sheets, or the architecture's white paper where it is named. Data sheets give most figures of
 # tensor cores "with sparsity": here stands half of those.
 _DATA_SHEETS = (
-    (
-        Peak(312, 156, 19.5),
-        ("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100-PCIE-80GB", "A100 80GB PCIe"),
-    ),
+    (Peak(312, 156, 19.5), ("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100-PCIE-80GB", "A100 80GB PCIe")),
     (Peak(165, 82, 10.3), ("A30",)),
     (Peak(149.7, 74.8, 37.4), ("A40",)),
     (Peak(125, 62.5, 31.2), ("A10",)),
@@ -104,26 +101,20 @@ class BatchCounts:
     flops: int
 
 
-def count_batch(batch: Mapping[str, Tensor], cost: Cost) -> BatchCounts:
-    """Count a batch on the host, as `training.dataset.Collator` gives it; rows that teach nothing add nothing."""
-    work = batch_work(batch)
-    rows, places = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
-    # Under prefix-lm a row is one segment, and one question.
-    questions = set(zip(rows.tolist(), batch["segment_ids"][rows, places].tolist(), strict=True))
-    return BatchCounts(len(questions), work.tokens, work.supervised, cost.flops(work))
-
-
 @dataclass(frozen=True)
 class CountingCollator:
     """A collator whose batches carry their `BatchCounts` under `COUNTS`."""
 
     collator: Callable[[Sequence[Row]], dict[str, Tensor]]
+    layout: TokenLayout
     cost: Cost
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Return the collator's batch and its counts."""
-        batch = self.collator(rows)
-        return {**batch, COUNTS: count_batch(batch, self.cost)}
+        """Return the collator's batch and its counts; rows that teach nothing add nothing."""
+        work = rows_work(self.layout, rows)
+        questions = sum(bool(tokens.answer) for row in rows for tokens in row.questions)
+        counts = BatchCounts(questions, work.tokens, work.supervised, self.cost.flops(work))
+        return {**self.collator(rows), COUNTS: counts}
 
 
 @dataclass
@@ -134,10 +125,7 @@ class _Interval:
     steps: int = 0
     loading: float = 0.0
     paused: float = 0.0
-    questions: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    flops: int = 0
+    batches: list[BatchCounts] = field(default_factory=list)
 
 
 class RankFigures(NamedTuple):
@@ -198,10 +186,7 @@ class Meter:
     def batch(self, counts: BatchCounts) -> None:
         """Add what one forward pass computes."""
         assert self._interval is not None, "a forward pass before the first step"
-        self._interval.questions += counts.questions
-        self._interval.tokens += counts.tokens
-        self._interval.supervised += counts.supervised
-        self._interval.flops += counts.flops
+        self._interval.batches.append(counts)
 
     @contextmanager
     def paused(self) -> Generator[None]:
@@ -222,13 +207,11 @@ class Meter:
         self._finish()
         now = self._clock()
         self._interval = _Interval(now)
+        counted = ("questions", "tokens", "supervised", "flops")
         own = RankFigures(
-            seconds=now - done.begun - done.paused,
-            loading=done.loading,
-            questions=done.questions,
-            tokens=done.tokens,
-            supervised=done.supervised,
-            flops=done.flops,
+            now - done.begun - done.paused,
+            done.loading,
+            *(sum(getattr(one, name) for one in done.batches) for name in counted),
             peak=self.peak or 0.0,
             memory=peak_memory_gib(self.device),
         )

@@ -206,19 +206,15 @@ class VqaTrainer(Trainer):
         loader = DataLoader(
             data,
             batch_sampler=sampler,
-            collate_fn=CountingCollator(self.data_collator, self.cost),
+            collate_fn=CountingCollator(self.data_collator, self.data_collator.layout, self.cost),
             num_workers=workers,
             # The Trainer takes a whole step's micro-batches at once: those of the next step are to be ready by then.
             prefetch_factor=-(-2 * shape.micro_batches // workers) if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+        device = self.accelerator.device
         return prepare_data_loader(
-            loader,
-            device=self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            non_blocking=True,
+            loader, device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
         )
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -350,24 +346,20 @@ class VqaTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.heartbeat(Phase.SAVING)
-        with self.meter.paused():
-            self._begin_checkpoint()
-
-    def _begin_checkpoint(self) -> None:
         self.store_flos()
         step, launch = self.state.global_step, self.launch
         state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
         texts = {STATE_FILE: state} if launch.main else {}
         facts = {"kind": self.kind, "logging": {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}}
-        if launch.strategy.deepspeed:
-            others = self._save_deepspeed(step)
-            tensors, more = checkpoint_state.save_random_state(self.lr_scheduler)
+        with self.meter.paused():
+            others: list[str] = []
+            if launch.strategy.deepspeed:
+                others = self._save_deepspeed(step)
+                tensors, more = checkpoint_state.save_random_state(self.lr_scheduler)
+            else:
+                model, optimizer = self.model, self.inner_optimizer
+                tensors, more = checkpoint_state.save_state(model, optimizer, self.lr_scheduler, rank=launch.process)
             self.writer.save(step, tensors, facts | more, texts, others)
-            return
-        tensors, more = checkpoint_state.save_state(
-            self.model, self.inner_optimizer, self.lr_scheduler, rank=launch.process
-        )
-        self.writer.save(step, tensors, facts | more, texts)
 
     def _save_deepspeed(self, step: int) -> list[str]:
         """Let DeepSpeed write its own files; return those that process 0 is to seal."""

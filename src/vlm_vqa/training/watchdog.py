@@ -33,10 +33,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import psutil
 import torch.distributed as dist
 
 from vlm_vqa.errors import UserError
@@ -481,13 +481,8 @@ def connect(world_size: int, seconds: float = 60.0) -> dist.Store | None:
             "`accelerate launch --config_file launch/NAME.yaml stages/train.py`."
         )
     # No world size: the server counts the clients that give one, and the process group waits for that count.
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=seconds),
-        wait_for_workers=False,
-    )
+    host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     store.set_timeout(timedelta(seconds=STORE_SECONDS))
     # The agent's store outlives a restart of its ranks; what the former ones said must not be read.
     run, restart = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
@@ -504,11 +499,10 @@ def _launcher(pid: int | None) -> Launcher:
     if os.getppid() != pid:
         return Launcher.GONE
     try:
-        # The command's name, in parentheses, may hold anything; the state is the field behind it.
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-    except OSError:
+        stopped = psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
         return Launcher.RUNS
-    return Launcher.STOPPED if state in "Tt" else Launcher.RUNS
+    return Launcher.STOPPED if stopped else Launcher.RUNS
 
 
 def _told_to_end(error: BaseException | None) -> str:

@@ -4,9 +4,7 @@ They lie in `archives` beside the records, which is neither an output nor a depe
 before it runs a stage, and a download must outlive a killed one.
 """
 
-import json
 import logging
-import os
 import re
 import shutil
 import zipfile
@@ -26,12 +24,8 @@ from vlm_vqa.params import OfficialParams
 log = logging.getLogger(__name__)
 
 FOLDER = "archives"
-CHECKSUMS_VARIABLE = "VLM_VQA_TEST_CHECKSUMS"
-"""For tests alone: names a JSON file of the checksums of archives of the same names and layout but other content. The
-manifest and the report then say so."""
-
 # As ParlAI (texts) and LAVIS (images) pin them.
-_CHECKSUMS = {
+CHECKSUMS = {
     "v2_Questions_Train_mscoco.zip": "sha256:05a64b6e2582d06d7585f5429674a9a33851878be1bff9f8668cdcf792df611e",
     "v2_Questions_Val_mscoco.zip": "sha256:e71f6c5c3e97a51d050f28243e262b28cd0c48d11a6b4632d769d30d3f93222a",
     "v2_Annotations_Train_mscoco.zip": "sha256:fb101bcefe91422c543c2bb6d70af11eb3119d0ff745ae283d09acdf66250853",
@@ -78,8 +72,7 @@ def official_source(params: OfficialParams, records: Path) -> Source:
     Raises:
         UserError: an archive cannot be downloaded with the right checksum or holds what it should not, or the disk is full.
     """
-    checksums, replaced = _checksums()
-    downloads = [_download(archive, params, records, checksums) for archive in _ARCHIVES]
+    downloads = [_download(archive, params, records) for archive in _ARCHIVES]
     missing: dict[Download, int | None] = {one: None for one in downloads if not download.is_verified(one)}
     missing = {one: download.remote_size(one) for one in missing}
     _check_room(downloads, missing, records)
@@ -88,36 +81,20 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         download.fetch_all(missing, params.downloads)
     for archive, one in zip(_ARCHIVES, downloads, strict=True):
         _check_entries(one.path, archive)
-    origin = {"archives": checksums, "checksums": f"replaced by {CHECKSUMS_VARIABLE}" if replaced else "official"}
-    notes = (f"NOT VQAv2: the checksums of other archives were given in {CHECKSUMS_VARIABLE}.",) if replaced else ()
-    return Source("official", origin, _splits(records.parent / FOLDER), notes)
+    origin = {"archives": CHECKSUMS, "checksums": "official"}
+    return Source("official", origin, _splits(records.parent / FOLDER))
 
 
 def remove_archives(params: OfficialParams, records: Path) -> None:
     """Delete the archives: what `keep_archives: false` means when the records are complete."""
     for archive in _ARCHIVES:
-        download.remove(_download(archive, params, records, _checksums()[0]))
+        download.remove(_download(archive, params, records))
 
 
-def _download(archive: _Archive, params: OfficialParams, records: Path, checksums: Mapping[str, str]) -> Download:
+def _download(archive: _Archive, params: OfficialParams, records: Path) -> Download:
     folder = getattr(params, archive.option).rstrip("/")
     path = records.parent / FOLDER / archive.name
-    return Download(f"{folder}/{archive.name}", path, checksums[archive.name], f"data.official.{archive.option}")
-
-
-def _checksums() -> tuple[dict[str, str], bool]:
-    """Return the checksum of each archive by name, and whether a test has put its own there."""
-    path = os.environ.get(CHECKSUMS_VARIABLE)
-    if not path:
-        return dict(_CHECKSUMS), False
-    log.warning("%s is set: these archives are NOT VQAv2's", CHECKSUMS_VARIABLE)
-    try:
-        checksums = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{CHECKSUMS_VARIABLE}: {path} cannot be read ({error}). Unset it; it is for tests.") from error
-    if not isinstance(checksums, dict) or checksums.keys() != _CHECKSUMS.keys():
-        raise UserError(f"{CHECKSUMS_VARIABLE}: {path} does not name the six archives. Unset it; it is for tests.")
-    return checksums, True
+    return Download(f"{folder}/{archive.name}", path, CHECKSUMS[archive.name], f"data.official.{archive.option}")
 
 
 def _check_room(downloads: Sequence[Download], missing: Mapping[Download, int | None], records: Path) -> None:
