@@ -110,19 +110,16 @@ class TokenLayout:
         if answer is not None and len(tokens.answer) == 1:
             raise UserError(f"question {question!r} has an empty answer; mend the annotations file.")
         length = self.text_tokens(tokens)
-        if length > self.text_length and answer is None:
-            raise TooManyTokens(
-                f"the question {shorten(question, 80)!r} has {len(prompt)} tokens, and {self.text_length - len(self.prefix)}"
-                " fit beside the instruction. Ask in fewer or more usual words, or train with a larger prompt.text_length.",
-                length,
-            )
         if length > self.text_length:
-            raise TooManyTokens(
-                f"question {shorten(question, 80)!r} with answer {shorten(answer, 80)!r} takes {length} text tokens; "
-                f"prompt.text_length is {self.text_length}. Set it to {length}, or set prompt.too_long: drop to leave "
-                "such records out.",
-                length,
+            refusal = (
+                f"the question {shorten(question, 80)!r} has {len(prompt)} tokens, and {self.text_length - len(self.prefix)}"
+                " fit beside the instruction. Ask in fewer or more usual words, or train with a larger prompt.text_length."
+                if answer is None
+                else f"question {shorten(question, 80)!r} with answer {shorten(answer, 80)!r} takes {length} text tokens; "
+                f"prompt.text_length is {self.text_length}. Set it to {length}, or set prompt.too_long: drop to leave such "
+                "records out."
             )
+            raise TooManyTokens(refusal, length)
         return tokens
 
     def text_tokens(self, tokens: QuestionTokens) -> int:
