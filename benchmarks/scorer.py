@@ -121,10 +121,10 @@ def compare(
 
     def own() -> None:
         _forget()
-        results["ours"] = ours.vqa_accuracy(predictions, rows)
+        results["ours"] = ours.accuracy(predictions, rows)
 
     seconds = measure.alternate({"official structure": official, "ours": own}, rounds, warm_up=0)
-    of_some = ours.vqa_accuracy({row["question_id"]: predictions[row["question_id"]] for row in some}, as_records(some))
+    of_some = ours.accuracy({row["question_id"]: predictions[row["question_id"]] for row in some}, as_records(some))
     check_equal(results["official"], of_some)
     if any(results["ours"].per_question[number] != score for number, score in of_some.per_question.items()):
         raise ValueError("our scorer gives a question another score when it is among others")

@@ -19,7 +19,7 @@ from benchmarks import measure
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.evaluation.evaluate import answer_questions
-from vlm_vqa.evaluation.vqa_accuracy import vqa_accuracy
+from vlm_vqa.evaluation.vqa_accuracy import accuracy
 from vlm_vqa.hashing import write_json
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.encoder import load_encoder
@@ -61,9 +61,7 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
     predictor = Predictor(model, processor, facts, params.evaluation.max_new_tokens)
     validation = load_questions(RECORDS, "val").to_list()
     given = answer_questions(predictor, features, validation, params.evaluation.batch_size, "questions")
-    scored = vqa_accuracy(
-        {row["question_id"]: answer for row, answer in zip(validation, given, strict=True)}, validation
-    )
+    scored = accuracy({row["question_id"]: answer for row, answer in zip(validation, given, strict=True)}, validation)
     return {
         "accuracy": scored.overall,
         "seconds": seconds,

@@ -40,9 +40,10 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     params = load_params("params.yaml")
-    check_here(params, run=True)
     vision = params.vision
     running = workers.join(vision.launch)
+    # The first process may tokenise for minutes: after they have met, the others wait for it without end.
+    check_here(params, run=True)
     data_hash = records.read_manifest(RECORDS)["data_hash"]
     loaded = load_encoder(vision, running.device)
     layout = Layout(records.count_images(RECORDS), loaded.num_tokens, loaded.width, vision.store_dtype)

@@ -58,10 +58,7 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
     data, layout, processor = prepare(params, encoder)
     model = model_to_train(params, encoder, processor)
 
-    # What was left out of the data stands beside what the run was made of.
-    lost = {
-        f"dropped_{name}": counts["dropped"] for name, counts in manifest["splits"].items() if counts.get("dropped")
-    }
+    lost = {f"dropped_{name}": str(one["dropped"]) for name, one in manifest["splits"].items() if one.get("dropped")}
     with tracking.training_run(params, key=key, tags=made_of | lost) as run:
         watchdog.on_end = run.fail
         arguments = training_arguments(params.train, params.seed, folder, running)

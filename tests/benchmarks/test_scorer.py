@@ -34,7 +34,7 @@ def test_both_scorers_give_the_same_figures(annotations):
     assert {0.0, 0.3, 0.6, 0.9, 1.0} <= {round(score, 3) for score in figures.per_question.values()}
     assert (
         figures.overall
-        == ours.vqa_accuracy(
+        == ours.accuracy(
             scorer.draw_predictions(scorer.repeat(annotations, 400)), scorer.as_records(scorer.repeat(annotations, 400))
         ).overall
     )

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.scorer import official_structure
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.vqa_accuracy import CONTRACTIONS, accuracy, match_answer, normalise, score_answer, vqa_accuracy
+from vlm_vqa.evaluation.vqa_accuracy import CONTRACTIONS, accuracy, match_answer, normalise, score_answer
 
 SHARED = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -109,22 +109,22 @@ def test_contractions_are_the_official_table_without_its_dead_and_idle_rows():
 
 def test_results_must_cover_exactly_the_annotated_questions():
     rows = [{"question_id": i, "answers": ["a"] * 10, "question_type": "t", "answer_type": "other"} for i in (1, 2)]
-    assert vqa_accuracy({1: "a", 2: "b"}, rows).overall == 0.5
+    assert accuracy({1: "a", 2: "b"}, rows).overall == 0.5
     with pytest.raises(UserError, match="no prediction for question 2"):
-        vqa_accuracy({1: "a"}, rows)
+        accuracy({1: "a"}, rows)
     with pytest.raises(UserError, match="unknown question 3"):
-        vqa_accuracy({1: "a", 2: "a", 3: "a"}, rows)
+        accuracy({1: "a", 2: "a", 3: "a"}, rows)
     with pytest.raises(UserError, match="twice"):
-        vqa_accuracy({1: "a"}, rows[:1] * 2)
+        accuracy({1: "a"}, rows[:1] * 2)
     with pytest.raises(UserError, match="no annotated question"):
-        vqa_accuracy({}, [])
+        accuracy({}, [])
 
 
 def test_scoring_leaves_the_ground_truth_as_it_was_and_repeats():
     rows = [{"question_id": 1, "answers": ["Two."] * 5 + ["2"] * 5, "question_type": "t", "answer_type": "number"}]
-    first = vqa_accuracy({1: "two"}, rows)
+    first = accuracy({1: "two"}, rows)
     assert rows[0]["answers"] == ["Two."] * 5 + ["2"] * 5
-    assert vqa_accuracy({1: "two"}, rows) == first
+    assert accuracy({1: "two"}, rows) == first
     assert first.official() == {"overall": 100.0, "perQuestionType": {"t": 100.0}, "perAnswerType": {"number": 100.0}}
 
 
@@ -136,7 +136,7 @@ def test_equals_the_reference_on_29761_real_questions():
         annotations = json.load(file)["annotations"]
     predictions = perturbed_predictions(annotations)
     rows = [{**row, "answers": [answer["answer"] for answer in row["answers"]]} for row in annotations]
-    ours = vqa_accuracy(predictions, rows)
+    ours = accuracy(predictions, rows)
     official = official_structure(predictions, annotations, OFFICIAL_CONTRACTIONS)
     assert len(rows) == 29_761
     assert ours == official

@@ -73,15 +73,35 @@ class Accuracy:
         }
 
 
-def vqa_accuracy(predictions: Mapping[int, str], questions: Iterable[Mapping[str, Any]]) -> Accuracy:
-    """Return `accuracy` by the official score; each question has ten answers."""
-    return accuracy(predictions, questions, score_answer)
+def score_answer(prediction: str, answers: Sequence[str]) -> float:
+    """Return one answer's official score in 0..1 against the ten human answers of its question."""
+    prediction = _tidy(prediction)
+    answers = [_tidy(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        prediction = normalise(prediction)
+        answers = [normalise(answer) for answer in answers]
+    return _leave_one_out(tuple([answer == prediction for answer in answers]))
+
+
+def match_answer(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1.0 where the answer, normalised, is one of its question's, else 0.0."""
+    said = {normalise(_tidy(answer)) for answer in answers if answer.strip()}
+    return float(bool(prediction.strip()) and normalise(_tidy(prediction)) in said)
+
+
+METRICS = {"vqa_accuracy": score_answer, "answer_accuracy": match_answer}
+"""How an answer is scored, by the name in reports; `records.metric_of` says which it is."""
+
+
+def metric_in(report: Mapping[str, Any]) -> str:
+    """Return which of `METRICS` a report holds."""
+    return "answer_accuracy" if "answer_accuracy" in report else "vqa_accuracy"
 
 
 def accuracy(
     predictions: Mapping[int, str],
     questions: Iterable[Mapping[str, Any]],
-    score_of: Callable[[str, Sequence[str]], float],
+    score_of: Callable[[str, Sequence[str]], float] = score_answer,
 ) -> Accuracy:
     """Score one answer per question.
 
@@ -109,31 +129,6 @@ def accuracy(
         per_answer_type={name: _mean(scores) for name, scores in sorted(by_answer_type.items())},
         per_question=per_question,
     )
-
-
-def score_answer(prediction: str, answers: Sequence[str]) -> float:
-    """Return one answer's official score in 0..1 against the ten human answers of its question."""
-    prediction = _tidy(prediction)
-    answers = [_tidy(answer) for answer in answers]
-    if len(set(answers)) > 1:
-        prediction = normalise(prediction)
-        answers = [normalise(answer) for answer in answers]
-    return _leave_one_out(tuple([answer == prediction for answer in answers]))
-
-
-def match_answer(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1.0 where the answer, normalised, is one of its question's, else 0.0."""
-    said = {normalise(_tidy(answer)) for answer in answers if answer.strip()}
-    return float(bool(prediction.strip()) and normalise(_tidy(prediction)) in said)
-
-
-METRICS = {"vqa_accuracy": score_answer, "answer_accuracy": match_answer}
-"""How an answer is scored, by the name in reports; `records.metric_of` says which it is."""
-
-
-def metric_in(report: Mapping[str, Any]) -> str:
-    """Return which of `METRICS` a report holds."""
-    return next((name for name in METRICS if name in report), "vqa_accuracy")
 
 
 @cache

@@ -111,9 +111,7 @@ class QuestionDataset(Dataset):
         return Row(planned.image_id, tuple(self.tokens(question, planned.epoch) for question in planned.questions))
 
 
-def _tokenize(
-    tokenize: Callable[[str, str], QuestionTokens], question: str, answers: Sequence[str], too_long: TooLong
-) -> list[QuestionTokens]:
+def _tokenize(tokenize: Callable, question: str, answers: Sequence[str], too_long: TooLong) -> list[QuestionTokens]:
     """Return a question with each of its answers that says something.
 
     Raises:
