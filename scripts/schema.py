@@ -35,7 +35,7 @@ def schema_of(kind: type) -> dict[str, Any]:
 def schema() -> dict[str, Any]:
     """Return the schema of parameter files."""
     made, data = schema_of(params.Params), schema_of(params.DataParams)["properties"]
-    for one in (params.LocalData, params.OfficialData, params.HubData):
+    for one in (params.LocalData, params.TableData, params.OfficialData, params.HubData):
         # pydantic reads the docstrings of a class, not of those that it inherits from.
         for name, about in made["$defs"][one.__name__]["properties"].items():
             about["description"] = data[name]["description"]

@@ -29,8 +29,15 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.yaml_file import Line, Range, read_yaml, shown, truth
 
-Source = StrEnum("Source", {"EASY_VQA": "easy-vqa", "DIRECTORY": "directory", "OFFICIAL": "official", "HUB": "hub"})
+Source = StrEnum(
+    "Source",
+    {"EASY_VQA": "easy-vqa", "DIRECTORY": "directory", "TABLE": "table", "OFFICIAL": "official", "HUB": "hub"},
+)
 """Where questions and images come from."""
+BadRecords = StrEnum("BadRecords", {"REFUSE": "refuse", "DROP": "drop"})
+"""What happens to a record that breaks the data contract."""
+Doubtful = StrEnum("Doubtful", {"COUNT": "count", "REFUSE": "refuse"})
+"""What happens to what is legal and yet looks wrong."""
 Mask = StrEnum("Mask", {"IMAGE_PREFIX": "image-prefix", "PREFIX_LM": "prefix-lm"})
 """What a position may see; see `vlm_vqa.model.layout`."""
 TooLong = StrEnum("TooLong", {"ERROR": "error", "DROP": "drop"})
@@ -84,6 +91,12 @@ def _projections(value: Any) -> Any:
     return value
 
 
+def _places(value: Any) -> Any:
+    if isinstance(value, list) and value:
+        return [Line().read(one) for one in value]
+    return Line(wanted="text, or a list of texts").read(value)
+
+
 _LAYERS = pydantic.WithJsonSchema({"type": "array", "items": {"enum": [*PROJECTIONS]}, "minItems": 1})
 Truth = Annotated[bool, BeforeValidator(truth)]
 Count = Annotated[int, Range(2**31 - 1)]
@@ -101,9 +114,16 @@ Share = Annotated[float, Range(0.999, least=0)]
 Wide = Literal[Dtype.FLOAT32, Dtype.BFLOAT16]
 """DINOv2 and Gemma 2 overflow in float16."""
 Text = Annotated[str, Line()]
+Places = Annotated[
+    str | list[str],
+    pydantic.PlainValidator(_places, json_schema_input_type=str | list[str]),
+]
+"""One folder or archive, or several."""
 Commit = Annotated[str, Line("[0-9a-f]{40}", "a commit of 40 hex digits")]
 Launch = Annotated[str, Line("[a-z0-9-]{1,100}", "the NAME of a file launch/NAME.yaml", dvc=True)]
+Part = Annotated[float, Range(0.999)]
 _IMAGE = "a file name (no folder) with one {image_id} or {image_id:012d}, such as COCO_train2014_{image_id:012d}.jpg"
+ImageName = Annotated[str, Line(IMAGE_NAME.pattern, _IMAGE)]
 
 Above = Mapping[str, Any]
 """The valid fields above one, and what other sections have told."""
@@ -143,7 +163,7 @@ def _pinned(model: str, revision: str | None, own: str) -> str | None:
 class Section:
     """A group of keys."""
 
-    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", validate_default=True)
 
 
 # --- the keys -----------------------------------------------------------------------------------------------------------
@@ -157,9 +177,9 @@ class SplitFiles(Section):
     """Questions file, JSON or gzipped JSON."""
     annotations: Text
     """Annotations file, JSON or gzipped JSON."""
-    images: Text
-    """Folder of images, or a zip archive of them."""
-    image_name: Annotated[str, Line(IMAGE_NAME.pattern, _IMAGE)]
+    images: Places
+    """Folder of images with its sub-folders, or a zip archive of them; or a list of such."""
+    image_name: ImageName
     """Name of an image's file as a format string of `image_id`."""
 
 
@@ -198,14 +218,68 @@ class HubParams(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Columns(Section):
+    """The columns of a table by what they hold; null is found by the usual names."""
+
+    image: Text | None = None
+    """File name of the picture, with or without ending and folder; or its bytes, as `datasets` embeds them in Parquet."""
+    question: Text | None = None
+    """The question; with LLaVA's conversations, the same column as `answers`."""
+    answers: Text | None = None
+    """One answer, or a list of them: of texts, of objects with `answer`, or such a list in JSON text."""
+    question_id: Text | None = None
+    """Its id, of any type; made where there is no such column."""
+    image_id: Text | None = None
+    """The picture's id, of any type; made of the picture's name where there is no such column."""
+    question_type: Text | None = None
+    """Leading words of the question; found by VQAv2's list where there is none."""
+    answer_type: Text | None = None
+    """`yes/no`, `number` or `other`; found by rule where there is none."""
+    main_answer: Text | None = None
+    """The answer that is taught; where there is none, the most common one, the earlier first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubTable(Section):
+    """How a repository's table is read."""
+
+    columns: Columns | None = None
+    """The table's columns; null: all are found by the usual names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableParams(HubTable):
+    """Questions in tables (csv, tsv, JSON lines, JSON, Parquet, or a folder of Parquet), relative to `data.directory`."""
+
+    train: Text
+    """The table to train on."""
+    val: Text | None = None
+    """The table to validate on; null with `val_share`."""
+    val_share: Part | None = None
+    """Share of the images of `train` that become val with all their questions; null with `val`."""
+    val_seed: Seed = 0
+    """Which images those are."""
+    images: Places | None = None
+    """Folder of images with its sub-folders, a zip archive, or a list of such; `{split}` in it stands for train or val.
+    Null: the table holds the pictures' bytes."""
+    image_name: ImageName | None = None
+    """Makes a file name of what the image column holds, an id; null: that is a file name."""
+    @rules
+    def _rules(cls, name: str, value: Any, above: Above) -> str | None:
+        if name == "val_share" and (value is None) == (above.get("val") is None):
+            return "and val: exactly one of them must be given, the other null."
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataParams(Section):
     """What `fetch-vqav2` reads."""
 
     source: Source
-    """`easy-vqa` (from its PyPI package), `directory` (VQAv2's official layout in a local folder), `official` (its six
-    archives, downloaded) or `hub` (a `datasets` repository)."""
+    """`easy-vqa` (from its PyPI package), `directory` (VQAv2's official layout in a local folder), `table` (csv, JSON or
+    Parquet in a local folder), `official` (VQAv2's six archives, downloaded) or `hub` (a `datasets` repository)."""
     directory: Annotated[str, Line(dvc=True)]
-    """Folder of the official files, for source `directory`. It is a dependency of the stage, so it must exist."""
+    """Folder of the files, for sources `directory` and `table`. It is a dependency of the stage, so it must exist."""
     train: SplitFiles
     """Files of the training split, for source `directory`."""
     val: SplitFiles
@@ -216,8 +290,16 @@ class DataParams(Section):
     """For source `official`; null otherwise."""
     hub: HubParams | None = None
     """For source `hub`; null otherwise."""
+    table: TableParams | HubTable | None = None
+    """For source `table`; for `hub` its columns alone, or null; null otherwise."""
     max_image_pixels: Count
     """Images with more pixels are refused before they are decoded."""
+    bad_records: BadRecords = BadRecords.REFUSE
+    """`drop` leaves out records that break the contract, and names them in the report."""
+    most_dropped: Share = 0.01
+    """Share of a split's questions that may be dropped; more are refused."""
+    doubtful: Doubtful = Doubtful.COUNT
+    """Main answers that nobody gave, and nearly equal pictures in both splits: counted in the report, or refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +309,17 @@ class LocalData(DataParams):
     source: Literal[Source.EASY_VQA, Source.DIRECTORY]
     official: None = None
     hub: None = None
+    table: None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableData(DataParams):
+    """A table in a folder."""
+
+    source: Literal[Source.TABLE]
+    official: None = None
+    hub: None = None
+    table: TableParams = field()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +329,7 @@ class OfficialData(DataParams):
     source: Literal[Source.OFFICIAL]
     official: OfficialParams = field()
     hub: None = None
+    table: None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +339,7 @@ class HubData(DataParams):
     source: Literal[Source.HUB]
     official: None = None
     hub: HubParams = field()
+    table: HubTable | None = None
 
 
 @dataclass(frozen=True)
@@ -534,7 +629,7 @@ class Params(Section):
 
     seed: Seed
     """What all random numbers of a run come from: first weights, orders, dropout."""
-    data: Annotated[LocalData | OfficialData | HubData, pydantic.Discriminator("source")]
+    data: Annotated[LocalData | TableData | OfficialData | HubData, pydantic.Discriminator("source")]
     vision: VisionParams
     language: LanguageParams
     prompt: PromptParams
