@@ -231,7 +231,7 @@ def test_a_missing_key_is_refused_by_name(values):
 
 # --- files of earlier versions -----------------------------------------------------------------------------------------
 
-LATER = {"data": ["official", "hub"],
+LATER = {"data": ["official", "hub", "table", "bad_records", "most_dropped", "doubtful"],
          "train": ["answers", "lora", "questions_per_row", "attention", "freeze_embeddings", "dataloader_workers",
                    "rounding", "restart_optimizer", "stall_seconds"]}  # fmt: skip
 """Keys that the first version did not have; those that DVC fills in (vision.launch) have to be there."""
@@ -259,7 +259,7 @@ def test_a_file_of_the_first_version_means_what_it_meant(tmp_path, caplog, prese
     assert params == parse_params(values | {"train": values["train"] | before})
     (said,) = caplog.messages
     assert said.startswith(
-        f"{path} lacks data.official, data.hub, train.answers, train.lora, train.questions_per_row, "
+        f"{path} lacks data.official, data.hub, data.table, data.bad_records, data.most_dropped, data.doubtful, train.answers, train.lora, train.questions_per_row, "
     )
     assert said.endswith("600, as before; `vlm-vqa check --write` adds them.")
 
@@ -288,9 +288,11 @@ def test_a_line_is_written_whatever_its_neighbours_look_like(tmp_path):
         "# first\n" + text.replace("  save_total_limit: 2", "  save_total_limit: !!int\n\n    '2' # kept") + "\n# last"
     )
     params = load_params(path)
-    assert len(fill_in(path)) == 11 and load_params(path) == params
+    assert len(fill_in(path)) == 15 and load_params(path) == params
     written = path.read_text()
-    assert "    false  # none\n  official: null\n  hub: null\n\n" in written and written.endswith("\n\n# last")
+    assert "    false  # none\n  official: null\n  hub: null\n  table: null\n" in written and written.endswith(
+        "\n\n# last"
+    )
     assert "    '2' # kept\n  restart_optimizer: false\n  stall_seconds: 600\n\nevaluation:" in written
     flow = yaml.safe_load(first_version(COMMITTED))
     path.write_text(yaml.safe_dump(flow, default_flow_style=True, sort_keys=False, width=9999))
@@ -330,7 +332,7 @@ def test_every_parameter_file_names_the_schema_that_lies_beside_it(path):
 def test_every_key_has_its_meaning_in_the_schema():
     made = schema.schema()
     groups = [made, *(group for group in made["$defs"].values() if "properties" in group)]
-    assert len(groups) == 16
+    assert len(groups) == 20
     for group in groups:
         for name, node in group["properties"].items():
             about = (

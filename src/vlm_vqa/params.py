@@ -248,7 +248,7 @@ class HubTable(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableParams(HubTable):
+class TableParams(Section):
     """Questions in tables (csv, tsv, JSON lines, JSON, Parquet, or a folder of Parquet), relative to `data.directory`."""
 
     train: Text
@@ -264,6 +264,9 @@ class TableParams(HubTable):
     Null: the table holds the pictures' bytes."""
     image_name: ImageName | None = None
     """Makes a file name of what the image column holds, an id; null: that is a file name."""
+    columns: Columns | None = None
+    """The table's columns; null: all are found by the usual names."""
+
     @rules
     def _rules(cls, name: str, value: Any, above: Above) -> str | None:
         if name == "val_share" and (value is None) == (above.get("val") is None):
