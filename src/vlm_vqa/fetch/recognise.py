@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.yaml_file import Unquoted
 
 _MOST_BYTES = 2**20
 _MOST_ENTRIES = 100
@@ -26,7 +27,7 @@ _MOST_FILES = 500_000
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 KINDS = {
-    "LLaVA conversations": {"conversations"},
+    "a file of LLaVA's conversations": {"conversations"},
     "an A-OKVQA file": {"direct_answers", "question"},
     "a VizWiz annotations file": {"image", "question", "answerable"},
     "a TextVQA file": {"flickr_300k_url", "question"},
@@ -40,7 +41,18 @@ KINDS = {
     "VQAv2's questions": {"questions", "question_id", "image_id", "question"},
 }
 """Data sets by the keys of an entry that others lack; an envelope's key counts as one of them."""
+_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+_TEST = "there is no other second split: choose nothing by its scores"
 _GAP = re.compile(r"[\s,:]*")
+
+
+_QUESTION = {"question", "questions", "conversations"}
+_ANSWERS = {"answer", "answers", "direct_answers", "multiple_choice_answer", "conversations"}
+
+def find_columns(names):
+    usual={"image":("image","image_name","img_name","file_path","imageid","image_id","file","file_name","filename"),"question":("question","conversations"),"answers":("answers","answer","direct_answers","conversations"),"question_id":("question_id","questionid","qid","id")}
+    low={n.lower():n for n in names}
+    return {k:next((low[c] for c in v if c in low),None) for k,v in usual.items()}
 
 
 class Head(NamedTuple):
@@ -188,12 +200,12 @@ def _files(folder: Path) -> list[PurePath]:
 def _roles(one: Head) -> set[str]:
     """Return what a file can be of: VQAv2's questions or annotations, or a table of questions and answers."""
     keys = {name.lower() for name in one.columns}
-    asks, answers = bool(keys & QUESTION), bool(keys & ANSWERS)
+    asks, answers = bool(keys & _QUESTION), bool(keys & _ANSWERS)
     if asks and answers:
         return {"table"}
     if {"question_id", "image_id"} <= keys and (asks or answers):
         return {"questions" if asks else "annotations"}
-    return {"conversations"} & keys
+    return set()
 
 
 def _split(name: PurePath) -> str | None:
@@ -212,23 +224,22 @@ def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) 
     for split, there in (("train", "train"), ("val", second)):
         names = {role: of.get((there, role)) for role in ("questions", "annotations")}
         if None in names.values():
-            lacks = " and ".join(role for role, name in names.items() if name is None)
             raise UserError(
-                f"{folder}: this is VQAv2's layout ({_shown(heads)}), but no file has {lacks} of {split} by its name. Call "
-                "them train_questions.json, train_annotations.json, val_questions.json and val_annotations.json; or write "
-                "one table (csv or JSON lines) with image, question and answers, of which a share becomes val."
+                f"{folder}: this is VQAv2's layout ({_shown(heads)}), but no file has "
+                f"{' and '.join(role for role, name in names.items() if name is None)} of {split} by its name. Call them "
+                "train_questions.json, train_annotations.json, val_questions.json and val_annotations.json; or write one "
+                "table (csv or JSON lines) with image, question and answer, of which a share becomes val."
             )
-        values = [one["image_id"] for name in names.values() for one in heads[name].entries if "image_id" in one]  # ty: ignore[invalid-argument-type] - none is None
-        images, pattern = _images(folder, files, values, f"data.{split}.images", unsure)
-        if pattern is None:
-            pattern = "{image_id}.jpg"
-            unsure[f"data.{split}.image_name"] = "no picture has a number of the questions in its name"
-        data[split] = {role: str(name) for role, name in names.items()} | {"images": images or ".", "image_name": pattern}
-        if len([name for name in heads if _split(name) == there]) > 2:
-            unsure[f"data.{split}.questions"] = f"there are more files for it: {_shown(n for n in heads if _split(n) == there)}"
+        values = [one["image_id"] for name, head in heads.items() if name in names.values() for one in head.entries]
+        images, pattern = _images(folder, files, values, split, unsure, f"data.{split}.images")
+        data[split] = {role: str(name) for role, name in names.items()}
+        data[split] |= {"images": images, "image_name": pattern or "{image_id}.jpg"}
+        more = [name for name in heads if _split(name) == there and name not in names.values()]
+        if more:
+            unsure[f"data.{split}.questions"] = f"{_shown(more)} could be meant too"
     if second == "test":
-        unsure["data.val.questions"] = "there is no other second split: choose nothing by its scores"
-    return Found("VQAv2's layout", {"source": "directory", "table": None} | data, unsure)
+        unsure["data.val.questions"] = _TEST
+    return Found("VQAv2's layout", {"source": "directory"} | data, unsure)
 
 
 def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> Found:
@@ -237,74 +248,73 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
     of: dict[str | None, list[PurePath]] = {}
     for name in heads:
         of.setdefault(_split(name), []).append(name)
-    if len(heads) == 1:
-        of = {"train": [*heads]}
     train, val = of.get("train", []), of.get("val") or of.get("test", [])
+    if len(heads) == 1:
+        train, val = [*heads], []
     if len(train) != 1 or len(val) > 1:
         raise UserError(
             f"{folder}: it is not clear which of {_shown(heads)} are for training and which for validation. Name one file, or"
-            " call them train and val with their endings."
+            " call two of them train and val with their endings."
         )
-    first = heads[train[0]]
     if val and "val" not in of:
-        unsure["data.table.val"] = "there is no other second split: choose nothing by its scores"
-    if None in of and len(heads) > 1:
-        unsure["data.table.train"] = f"{_shown(of[None])} are read by nothing"
-    columns = find_columns(first.columns)
-    column = columns["image"]
-    values = [one[column] for name in (*train, *val) for one in heads[name].entries if one.get(column) not in (None, "")]
-    images, pattern = _images(folder, files, values, "data.table.images", unsure)
-    table = {
-        "train": str(train[0]),
-        "val": str(val[0]) if val else None,
-        "val_share": None if val else 0.2,
-        "val_seed": 0,
-        "images": images,
-        "image_name": pattern,
-        "columns": columns,
-    }
-    return Found(first.kind, {"source": "table", "table": table}, unsure)
+        unsure["data.table.val"] = _TEST
+    if len(heads) > len(train + val):
+        unsure["data.table.train"] = f"nothing is read from {_shown(name for name in heads if name not in train + val)}"
+    columns = find_columns(heads[train[0]].columns)
+    images: Any = None
+    pattern = None
+    for split, name in zip(("train", "val"), train + val, strict=False):
+        values = [one[columns["image"]] for one in heads[name].entries if one.get(columns["image"]) not in (None, "")]
+        if values and isinstance(values[0], str | int):
+            place, pattern = _images(folder, files, values, split, unsure, "data.table.images")
+            images = place if images in (None, place) else _both(images, place)
+    first, second = str(train[0]), str(val[0]) if val else None
+    table = {"train": first, "val": second, "val_share": None if val else 0.2, "val_seed": 0}
+    table |= {"images": images, "image_name": pattern, "columns": columns}
+    return Found(heads[train[0]].kind, {"source": "table", "table": table}, unsure)
+
+
+def _both(train: str | list[str], val: str | list[str]) -> str | list[str]:
+    """Return where the pictures of both splits are; `{split}` stands for train or val."""
+    named = train.replace("train", "{split}") if isinstance(train, str) else ""
+    if isinstance(val, str) and named == val.replace("val", "{split}"):
+        return named
+    places = [*([train] if isinstance(train, str) else train), *([val] if isinstance(val, str) else val)]
+    return "." if "." in places else list(dict.fromkeys(places))
 
 
 def _images(
-    folder: Path, files: list[PurePath], values: list[Any], key: str, unsure: dict[str, str]
-) -> tuple[str | None, str | None]:
-    """Return the folder or archive in which pictures of these names or numbers lie, and the pattern of numbers' names."""
-    if not values or isinstance(values[0], dict | bytes):
-        return None, None
-    pictures = [name for name in files if name.suffix.lower() in PICTURES]
-    archives = {name: _members(folder / name) for name in files if name.suffix.lower() == ".zip"}
-    inside = [(name, str(name.parts[0]) if len(name.parts) > 1 else ".") for name in pictures]
-    inside += [(member, str(archive)) for archive, members in archives.items() for member in members]
-    wanted = {PurePath(str(value).replace("\\", "/")).name.lower() for value in values}
-    hits = [place for name, place in inside if {name.name.lower(), name.stem.lower()} & wanted]
+    folder: Path, files: list[PurePath], values: list[Any], split: str, unsure: dict[str, str], key: str
+) -> tuple[str | list[str], str | None]:
+    """Return the folders or archives in which pictures of these names or numbers lie, and the pattern of numbers' names."""
+    inside = [(name, str(name.parts[0]) if len(name.parts) > 1 else ".") for name in files]
+    for archive in (name for name in files if name.suffix.lower() == ".zip"):
+        with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(folder / archive) as file:
+            inside += [(_path(member), str(archive)) for member in file.namelist()[:_MOST_FILES]]
+    inside = [(name, place) for name, place in inside if name.suffix.lower() in PICTURES]
+    wanted = {_path(value).name.lower() for value in values}
+    hits = Counter(place for name, place in inside if {name.name.lower(), name.stem.lower()} & wanted)
     pattern = None
-    if not hits and all(text.isdigit() for text in wanted):
-        hits, pattern = _numbered(inside, {int(text) for text in wanted})
-    if not hits:
-        unsure[key] = f"no picture below {folder} is called like {min(wanted)}"
-    elif len(hits) < len(wanted):
-        unsure[key] = f"of the first {len(wanted)} pictures {len(wanted) - len(hits)} were not found by name"
-    places = sorted(set(hits))
-    return places[0] if len(places) == 1 else ".", pattern
+    if not hits and all(text.isdecimal() for text in wanted):
+        numbered: dict[str, list[tuple[str, str]]] = {}
+        for name, place in inside:
+            parts = re.fullmatch(r"([^{}]*?)(\d+)", name.stem)
+            if parts and str(int(parts[2])) in wanted:
+                width = f":0{len(parts[2])}d" if parts[2][0] == "0" < parts[2] else ""
+                numbered.setdefault(f"{parts[1]}{{image_id{width}}}", []).append((place, name.suffix))
+        for stem in sorted(numbered, key=lambda stem: len(numbered[stem]))[-1:]:
+            hits = Counter(place for place, _ in numbered[stem])
+            pattern = stem + Counter(ending for _, ending in numbered[stem]).most_common(1)[0][0]
+    if hits.total() < len(wanted):
+        unsure[key] = f"of the first {len(wanted)} pictures {len(wanted) - hits.total()} were not found by name"
+    places = sorted(hits, key=lambda place: (hits[place] < len(wanted), _split(PurePath(place)) != split))
+    if places and (hits[places[0]] >= len(wanted) or len(places) == 1):
+        return places[0], pattern
+    return places if places and "." not in places else ".", pattern
 
 
-def _numbered(inside: list[tuple[PurePath, str]], wanted: set[int]) -> tuple[list[str], str | None]:
-    """Return where the pictures with these numbers lie, and the names' pattern that most of them share."""
-    found: dict[str, list[str]] = {}
-    for name, place in inside:
-        parts = re.fullmatch(r"([^{}]*?)(\d+)", name.stem)
-        if parts and int(parts[2]) in wanted:
-            width = f":0{len(parts[2])}d" if parts[2].startswith("0") and parts[2] != "0" else ""
-            found.setdefault(f"{parts[1]}{{image_id{width}}}{name.suffix}", []).append(place)
-    pattern = max(found, key=lambda one: len(found[one]), default=None)
-    return found.get(pattern, []), pattern  # ty: ignore[no-matching-overload]
-
-
-def _members(archive: Path) -> list[PurePath]:
-    with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(archive) as file:
-        return [PurePath(name) for name in file.namelist()[:_MOST_FILES] if name.lower().endswith(PICTURES)]
-    return []
+def _path(name: Any) -> PurePath:
+    return PurePath(str(name).replace("\\", "/"))
 
 
 def _nothing(folder: Path, files: list[PurePath]) -> str:
@@ -320,3 +330,43 @@ def _nothing(folder: Path, files: list[PurePath]) -> str:
 def _shown(names: Iterable[Any]) -> str:
     few = [str(name) for name in names]
     return ", ".join(few[:6]) + (f" and {len(few) - 6} more" if len(few) > 6 else "")
+
+
+# --- in words -----------------------------------------------------------------------------------------------------------
+
+
+def refusal(path: Path) -> str | None:
+    """Return what a file is that stands where VQAv2's layout is wanted, with the block that reads it; None if unknown."""
+    one = head(path) if path.is_file() else Head([], "", True)
+    if not one.entries or {"questions", "annotations"} & _roles(one):
+        return None
+    count = f"{len(one.entries)}" if one.whole else f"more than {len(one.entries)}"
+    what = f"this is {one.kind} ({count} entries with {_shown(one.columns)})"
+    if "table" not in _roles(one):
+        return None if path.suffix.lower() == ".json" else f"{what}: set data.source: table and name data.table.columns"
+    try:
+        found = recognise(path)
+    except UserError as error:
+        return f"{what}: set data.source: table; {error}"
+    return f"{what}: set\n{block({'directory': str(path.parent)} | found.data, found.unsure)}"
+
+
+def block(data: Mapping[str, Any], unsure: Mapping[str, str]) -> str:
+    """Return the text of a `data` section, with what is unsure marked."""
+    return "\n".join(_lines({"data": data}, "", unsure))
+
+
+def _lines(values: Mapping[str, Any], prefix: str, unsure: Mapping[str, str]) -> Iterator[str]:
+    for name, value in values.items():
+        mark = f"  # unsure: {unsure[prefix + name]}" if prefix + name in unsure else ""
+        written = "" if isinstance(value, dict) else f" {_written(value)}"
+        yield "  " * prefix.count(".") + f"{name}:{written}{mark}"
+        if isinstance(value, dict):
+            yield from _lines(value, f"{prefix}{name}.", unsure)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Unquoted):
+        return str(value)
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][\w./-]*", value) and value.lower() not in _WORDS
+    return value if plain else json.dumps(value, ensure_ascii=False)
