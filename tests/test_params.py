@@ -259,7 +259,8 @@ def test_a_file_of_the_first_version_means_what_it_meant(tmp_path, caplog, prese
     assert params == parse_params(values | {"train": values["train"] | before})
     (said,) = caplog.messages
     assert said.startswith(
-        f"{path} lacks data.official, data.hub, data.table, data.bad_records, data.most_dropped, data.doubtful, train.answers, train.lora, train.questions_per_row, "
+        f"{path} lacks data.official, data.hub, data.table, data.bad_records, data.most_dropped, data.doubtful, "
+        "train.answers, train.lora, train.questions_per_row, "
     )
     assert said.endswith("600, as before; `vlm-vqa check --write` adds them.")
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 # Raised when the files change in a way that older readers would misunderstand.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 REPORT = "report.html"
 
@@ -37,9 +37,12 @@ QUESTION_FEATURES = datasets.Features(
         "question_type": datasets.Value("string"),
         "answer_type": datasets.Value("string"),
         "multiple_choice_answer": datasets.Value("string"),
-        # Ten each, in the annotations file's order.
+        # One to n each, in their file's order; confidences are empty where nobody gave any.
         "answers": datasets.Sequence(datasets.Value("string")),
         "answer_confidences": datasets.Sequence(datasets.Value("string")),
+        # What the source calls them, where that is no whole number or was not distinct.
+        "original_question_id": datasets.Value("string"),
+        "original_image_id": datasets.Value("string"),
     }
 )
 IMAGE_FEATURES = datasets.Features(
@@ -112,9 +115,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
     Keys: `schema_version`; `data_hash`, a hash of all records and image bytes that does not depend on file names,
     shards or time; `source` and `origin`, where they came from; `splits`, per split the counts `questions`, `images`,
-    `answer_types` (by type) and `empty_answers` (questions whose main answer is blank) and `inputs` (name and hash of
-    the files read); `images`, the number of images of both splits; `files`, the `sealed.fingerprint` of each Parquet file;
-    `allow_split_overlap`; `notes`, what was changed on the way.
+    `answer_types` (by type), `answers_per_question` (questions by the number of their answers, as text),
+    `unsaid_answers` (questions whose main answer nobody gave), `asked_in_both` (questions whose picture and words stand in
+    the other split too), `dropped` (bad records left out; `dropped_records` names each with its reason) and `inputs` (name
+    and hash of the files read); `images`, the number of images of both splits; `files`, the `sealed.fingerprint` of each
+    Parquet file; `allow_split_overlap`; `notes`, what was changed on the way.
 
     Raises:
         UserError: it is missing, damaged, or of another version.

@@ -6,70 +6,135 @@ Every violation is collected, so that one run shows all that is wrong, each with
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
-from vlm_vqa.params import IMAGE_NAME
+from vlm_vqa.fetch.question_types import answer_type, question_type
+from vlm_vqa.params import IMAGE_NAME, BadRecords, DataParams
 
-ANSWERS_PER_QUESTION = 10
-# Ids are stored as 64-bit integers.
-_LARGEST_ID = 2**63 - 1
+LARGEST_ID = 2**63 - 1
+"""Ids are stored as 64-bit integers."""
 # A wrong path makes every image a violation: the message names this many of a kind and counts the rest.
 _SHOWN_PER_KIND = 20
 
 
 class ViolationKind(Enum):
-    """A way in which data can be wrong: its name in messages, and the remedy."""
+    """A way in which data can be wrong: its name in messages, the remedy, and whether it is about one record alone."""
 
     MISSING_FILE = (
         "missing file",
-        "put the file there, or correct data.directory and the names under data.train, data.val",
+        "put the file there, or correct data.directory and the names under data.train, data.val or data.table",
     )
-    BROKEN_FILE = (
-        "unreadable file",
-        "download or unpack the file again; it is cut short, damaged or of another layout",
+    BROKEN_FILE = ("unreadable file", "download or unpack the file again; it is cut short or damaged")
+    FOREIGN_FILE = (
+        "file of another layout",
+        "name a questions or annotations file of VQAv2's layout under data.train and data.val, or set data.source: table, "
+        "which reads csv, tsv, JSON lines, JSON and Parquet",
     )
-    BAD_QUESTION = ("malformed question", "compare with VQAv2's layout: question_id, image_id, question")
+    BAD_SYNTAX = ("file that is not valid JSON", "mend the place it names, or write the file again")
+    ENCODING = ("file that is not UTF-8", "save it as UTF-8, as editors and spreadsheets can")
+    EMPTY_FILE = ("file without questions", "name the file that holds them")
+    COLUMNS = ("columns that cannot be told", "name them under data.table.columns")
+    BAD_ROW = ("malformed row", "mend it; a text with commas or line breaks stands in quotes", True)
+    BAD_QUESTION = ("malformed question", "compare with VQAv2's layout: question_id, image_id, question", True)
     BAD_ANNOTATION = (
         "malformed annotation",
-        "compare with VQAv2's layout: question_id, image_id, question_type, answer_type, multiple_choice_answer, "
-        "answers",
+        "compare with VQAv2's layout: question_id, image_id, answers, and, where they are given, question_type, "
+        "answer_type, multiple_choice_answer",
+        True,
     )
-    ANSWER_COUNT = ("not 10 answers", "give every annotation exactly 10 answers")
-    DUPLICATE_QUESTION = ("duplicate question id", "remove or renumber one of them")
+    NO_ANSWER = ("question without any answer", "give an answer that says something, or leave the question out", True)
+    UNSAID_ANSWER = (
+        "main answer that nobody gave",
+        "use the annotations that belong to the questions, or set data.doubtful: count",
+    )
+    DUPLICATE_QUESTION = ("duplicate question id", "remove or renumber one of them", True)
     DUPLICATE_ANNOTATION = ("duplicate annotation", "remove all but one annotation of the question")
-    NO_ANNOTATION = ("question without annotation", "use the annotations file that belongs to the questions file")
-    NO_QUESTION = ("annotation without question", "use the questions file that belongs to the annotations file")
-    IMAGE_MISMATCH = ("image id differs", "make question and annotation name the same image")
-    IMAGE_ID = ("image id does not fit the name pattern", "correct the id, or data.SPLIT.image_name")
-    QUESTION_OVERLAP = ("question id in both splits", "renumber one split, or set data.allow_split_overlap: true")
+    NO_ANNOTATION = ("question without annotation", "use the annotations file that belongs to the questions file", True)
+    NO_QUESTION = ("annotation without question", "use the questions file that belongs to the annotations file", True)
+    IMAGE_MISMATCH = ("image id differs", "make question and annotation name the same image", True)
+    IMAGE_ID = ("image id does not fit the name pattern", "correct the id, or the pattern image_name", True)
+    TOO_MANY_DROPPED = ("too many bad records", "mend them, or raise data.most_dropped")
+    FEW_VALIDATION = (
+        "validation on fewer than two images",
+        "give val questions about at least two images: the evaluation shows each question another one, too",
+    )
+    FEW_IMAGES = ("too few images to share out", "give at least three images, or name a table in data.table.val")
+    QUESTION_OVERLAP = ("question id in both splits", "renumber one split")
     IMAGE_OVERLAP = ("image in both splits", "keep it in one split, or set data.allow_split_overlap: true")
     IMAGE_CONFLICT = ("one image id, two images", "give different images different ids")
-    MISSING_IMAGE = ("missing image", "put the file there, or correct data.SPLIT.images and data.SPLIT.image_name")
+    MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name")
     BROKEN_IMAGE = (
         "unreadable image",
         "replace the file by an intact copy, or raise data.max_image_pixels if it is too large",
     )
 
-    def __init__(self, label: str, remedy: str):
+    def __init__(self, label: str, remedy: str, of_record: bool = False):
         self.label = label
         self.remedy = remedy
+        self.of_record = of_record
+
+
+class _Found:
+    """Violations counted by kind; the first few of a kind are kept in words."""
+
+    def __init__(self, shown: int) -> None:
+        self.count: Counter[ViolationKind] = Counter()
+        self.shown: defaultdict[ViolationKind, list[str]] = defaultdict(list)
+        self._most = shown
+
+    def add(self, kind: ViolationKind, text: str) -> None:
+        self.count[kind] += 1
+        if len(self.shown[kind]) < self._most:
+            self.shown[kind].append(text)
 
 
 class Violations:
-    """All that is wrong with the data, counted by kind; the first few of a kind are kept in words."""
+    """All that is wrong with the data. Bad records are violations too, or they are dropped and noted."""
 
-    def __init__(self) -> None:
-        self.count: Counter[ViolationKind] = Counter()
-        self._shown: defaultdict[ViolationKind, list[str]] = defaultdict(list)
+    def __init__(self, data: DataParams | None = None) -> None:
+        self._found = _Found(_SHOWN_PER_KIND)
+        self._most_dropped = data.most_dropped if data and data.bad_records is BadRecords.DROP else None
+        # The report names every one.
+        self.dropped = {split: _Found(sys.maxsize) for split in SPLITS}
+        self.split: str | None = None
+        """Whose records are being read."""
+
+    @property
+    def drops(self) -> bool:
+        """Tell whether bad records are dropped."""
+        return self._most_dropped is not None
+
+    @property
+    def count(self) -> Counter[ViolationKind]:
+        """Return how many there are of each kind."""
+        return self._found.count
 
     def add(self, kind: ViolationKind, text: str) -> None:
         """Note one violation; `text` names its file and id."""
-        self.count[kind] += 1
-        if len(self._shown[kind]) < _SHOWN_PER_KIND:
-            self._shown[kind].append(text)
+        drop = kind.of_record and self.split and self.drops
+        (self.dropped[str(self.split)] if drop else self._found).add(kind, text)
+
+    def settle(self, questions: int) -> None:
+        """End a split, of which `questions` are left: refuse it where more was dropped than may be."""
+        dropped = self.dropped[str(self.split)]
+        count, total = dropped.count.total(), dropped.count.total() + questions
+        if self._most_dropped is not None and count > self._most_dropped * total:
+            share = f"{count} of {total} records of {self.split} are bad; data.most_dropped is {self._most_dropped:g}"
+            self._found.add(ViolationKind.TOO_MANY_DROPPED, share)
+            for kind, texts in dropped.shown.items():
+                for text in texts:
+                    self._found.add(kind, text)
+        self.split = None
+
+    def dropped_records(self, split: str) -> list[str]:
+        """Return what was dropped of a split, each with its reason."""
+        return [f"{kind.label}: {text}" for kind, texts in self.dropped[split].shown.items() for text in texts]
 
     def __bool__(self) -> bool:
         return bool(self.count)
@@ -81,7 +146,7 @@ class Violations:
         lines = [f"the data breaks its contract in {self.count.total()} places; no records were made."]
         for kind, count in self.count.items():
             lines.append(f"{kind.label}: {count}. To do: {kind.remedy}.")
-            lines += [f"  {text}" for text in self._shown[kind]]
+            lines += [f"  {text}" for text in self._found.shown[kind]]
             if count > _SHOWN_PER_KIND:
                 lines.append(f"  ... and {count - _SHOWN_PER_KIND} more")
         raise UserError("\n".join(lines))
@@ -93,6 +158,75 @@ class MalformedRecord(Exception):
     def __init__(self, kind: ViolationKind, text: str):
         super().__init__(text)
         self.kind = kind
+
+
+# --- what every source ends as ------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One question."""
+
+    where: str
+    """File and id, for messages."""
+    image_name: str
+    record: dict[str, Any]
+    """As `records.QUESTION_FEATURES`."""
+
+
+@dataclass
+class Split:
+    """One split of a source."""
+
+    split: str
+    name: str
+    """The file or files of its questions, for messages."""
+    images: Sequence[Path]
+    """Folders of images and zip archives of them."""
+    rows: Callable[[Violations], Iterator[Row]]
+    """Yields the questions in the file's order; what is wrong becomes a violation."""
+    inputs: dict[str, Path] = field(default_factory=dict)
+    """The files read, by what they hold."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data ready to be checked and stored."""
+
+    name: str
+    """The value of `data.source`."""
+    origin: dict[str, Any]
+    """What identifies the data beyond the files read (a package and its version, say); kept in the manifest."""
+    splits: tuple[Split, ...]
+    notes: tuple[str, ...] = ()
+    """What was changed before the rows; kept in the manifest."""
+
+
+def answered(question: str, given: Any, kinds: Any, main: Any) -> dict[str, Any]:
+    """Return the part of a record that is about the answers; what is not given is filled in.
+
+    The taught answer is the main one where it is given, else the most common one that says something, the earlier first.
+
+    Args:
+        question: in whose words the question's type is found.
+        given: (answers, confidences); the latter are empty where none is given.
+        kinds: (question type, answer type), None or blank where not given.
+        main: the main answer, None or blank where not given.
+    """
+    answers, confidences = given
+    said = Counter(answer for answer in answers if not answer.isspace() and answer)
+    if not said:
+        raise MalformedRecord(ViolationKind.NO_ANSWER, f"its answers are {list(answers)!r:.60}")
+    taught = main if main and not main.isspace() else max(said, key=said.__getitem__)
+    return {
+        "question_type": sys.intern(kinds[0] or question_type(question)),
+        "answer_type": sys.intern(kinds[1] or answer_type(taught)),
+        "multiple_choice_answer": taught,
+        "answers": answers,
+        "answer_confidences": confidences,
+    }
+
+
+# --- VQAv2's layout -----------------------------------------------------------------------------------------------------
 
 
 class Question(NamedTuple):
@@ -108,9 +242,9 @@ class Annotation(NamedTuple):
 
     question_id: int
     image_id: int
-    question_type: str
-    answer_type: str
-    multiple_choice_answer: str
+    kinds: tuple[str | None, str | None]
+    """Question type and answer type."""
+    multiple_choice_answer: str | None
     answers: tuple[str, ...]
     answer_confidences: tuple[str, ...]
 
@@ -121,39 +255,37 @@ def parse_question(entry: Any) -> Question:
     _check_object(entry, ("question_id", "image_id", "question"), kind)
     _check_id(entry, "question_id", kind)
     _check_id(entry, "image_id", kind)
-    _check_text(entry, "question", kind)
-    return Question(entry["question_id"], entry["image_id"], entry["question"])
+    value = entry["question"]
+    if not is_text(value) or not value.strip():
+        raise MalformedRecord(kind, f"question is {value!r:.60}, not text that says something")
+    return Question(entry["question_id"], entry["image_id"], value)
 
 
 def parse_annotation(entry: Any) -> Annotation:
     """Turn a JSON object into an `Annotation`, or raise `MalformedRecord`."""
     kind = ViolationKind.BAD_ANNOTATION
-    texts = ("question_type", "answer_type", "multiple_choice_answer")
-    _check_object(entry, ("question_id", "image_id", *texts, "answers"), kind)
+    _check_object(entry, ("question_id", "image_id"), kind)
     _check_id(entry, "question_id", kind)
     _check_id(entry, "image_id", kind)
-    _check_text(entry, "question_type", kind)
-    _check_text(entry, "answer_type", kind)
-    # People may have answered nothing; the manifest counts such questions.
-    if not _is_text(entry["multiple_choice_answer"]):
-        raise MalformedRecord(kind, f"multiple_choice_answer is {entry['multiple_choice_answer']!r:.60}, not text")
-    answers = entry["answers"]
-    if not isinstance(answers, list):
-        raise MalformedRecord(kind, f"answers is {answers!r:.60}, not a list")
-    if len(answers) != ANSWERS_PER_QUESTION:
-        raise MalformedRecord(ViolationKind.ANSWER_COUNT, f"{len(answers)} answers, not {ANSWERS_PER_QUESTION}")
-    for answer in answers:
-        _check_object(answer, ("answer", "answer_confidence"), kind)
-        if not _is_text(answer["answer"]) or not _is_text(answer["answer_confidence"]):
-            raise MalformedRecord(kind, f"answer {answer!r:.60} is not text")
-    # Interned, because a few thousand different strings make up VQAv2's 13 million answers and confidences.
-    return Annotation(
-        entry["question_id"],
-        entry["image_id"],
-        *(sys.intern(entry[key]) for key in texts),
-        tuple(sys.intern(answer["answer"]) for answer in answers),
-        tuple(sys.intern(answer["answer_confidence"]) for answer in answers),
+    question_type, answer_type, main = (
+        _optional(entry, key) for key in ("question_type", "answer_type", "multiple_choice_answer")
     )
+    key = "answers" if "answers" in entry or "answer" not in entry else "answer"
+    # One answer may stand alone, under either name.
+    answers = [entry[key]] if isinstance(entry.get(key), str) else entry.get(key)
+    if not isinstance(answers, list):
+        raise MalformedRecord(kind, f"{key} is {answers!r:.60}, not a list" if key in entry else f"without {key}")
+    texts, confidences = [], []
+    for answer in answers:
+        text = answer.get("answer") if isinstance(answer, dict) else answer
+        confidence = answer.get("answer_confidence") if isinstance(answer, dict) else None
+        if not is_text(text) or not (confidence is None or is_text(confidence)):
+            raise MalformedRecord(kind, f"answer {answer!r:.60} is not text")
+        # Interned, because a few thousand different strings make up VQAv2's 13 million answers and confidences.
+        texts.append(sys.intern(text))
+        confidences.append(sys.intern(confidence or ""))
+    sure = tuple(confidences) if any(confidences) else ()
+    return Annotation(entry["question_id"], entry["image_id"], (question_type, answer_type), main, tuple(texts), sure)
 
 
 class Entries(NamedTuple):
@@ -165,6 +297,8 @@ class Entries(NamedTuple):
     """The well-formed entries, `Question` or `Annotation`, in file order."""
     reported: set[int]
     """Question ids of malformed entries: they are violations already, and their counterparts are no further ones."""
+    unnamed: int = 0
+    """Malformed entries whose question id is not known: as many counterparts are no further violations."""
 
 
 def pair(questions: Entries, annotations: Entries, violations: Violations) -> Iterator[tuple[Question, Annotation]]:
@@ -177,6 +311,7 @@ def pair(questions: Entries, annotations: Entries, violations: Violations) -> It
             )
         by_question[annotation.question_id] = annotation
     seen: set[int] = set()
+    lone: list[str] = []
     for question in questions.good:
         where = f"{questions.name}: question_id {question.question_id}"
         annotation = by_question.get(question.question_id)
@@ -184,18 +319,22 @@ def pair(questions: Entries, annotations: Entries, violations: Violations) -> It
             violations.add(ViolationKind.DUPLICATE_QUESTION, where)
         elif annotation is None:
             if question.question_id not in annotations.reported:
-                violations.add(ViolationKind.NO_ANNOTATION, f"{where} is not in {annotations.name}")
+                lone.append(f"{where} is not in {annotations.name}")
         elif annotation.image_id != question.image_id:
             there = f"{annotation.image_id} in {annotations.name}"
             violations.add(ViolationKind.IMAGE_MISMATCH, f"{where} has image_id {question.image_id}, but {there}")
         else:
             yield question, annotation
         seen.add(question.question_id)
-    for question_id in by_question:
-        if question_id not in seen and question_id not in questions.reported:
-            violations.add(
-                ViolationKind.NO_QUESTION, f"{annotations.name}: question_id {question_id} is not in {questions.name}"
-            )
+    for text in lone[annotations.unnamed :]:
+        violations.add(ViolationKind.NO_ANNOTATION, text)
+    lone = [
+        f"{annotations.name}: question_id {question_id} is not in {questions.name}"
+        for question_id in by_question
+        if question_id not in seen and question_id not in questions.reported
+    ]
+    for text in lone[questions.unnamed :]:
+        violations.add(ViolationKind.NO_QUESTION, text)
 
 
 class ImageNames:
@@ -225,17 +364,19 @@ def _check_object(entry: Any, keys: tuple[str, ...], kind: ViolationKind) -> Non
 def _check_id(entry: dict[str, Any], key: str, kind: ViolationKind) -> None:
     value = entry[key]
     # bool is a subclass of int.
-    if type(value) is not int or not 0 <= value <= _LARGEST_ID:
+    if type(value) is not int or not 0 <= value <= LARGEST_ID:
         raise MalformedRecord(kind, f"{key} is {value!r:.60}, not a whole number from 0 up")
 
 
-def _check_text(entry: dict[str, Any], key: str, kind: ViolationKind) -> None:
-    value = entry[key]
-    if not _is_text(value) or not value.strip():
-        raise MalformedRecord(kind, f"{key} is {value!r:.60}, not text that says something")
+def _optional(entry: dict[str, Any], key: str) -> str | None:
+    """Return a text that need not be given; blank is as good as none."""
+    value = entry.get(key)
+    if value is not None and not is_text(value):
+        raise MalformedRecord(ViolationKind.BAD_ANNOTATION, f"{key} is {value!r:.60}, not text")
+    return sys.intern(value) if value and value.strip() else None
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Tell text from other values, and from halves of a character: JSON can hold them, files cannot."""
     if not isinstance(value, str):
         return False

@@ -14,7 +14,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.fetch.contract import ANSWERS_PER_QUESTION
 from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics, mean, quantile
 
 _THUMBNAIL = (300, 220)
@@ -38,15 +37,20 @@ def render_report(
     folder = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": _flatten}
-    pages.globals |= {"shares": _shares, "columns": _columns, "mean": mean, "some": _some}  # ty: ignore[unsupported-operator] - typed by jinja2's own
+    pages.globals |= {"shares": _shares, "columns": _columns, "mean": mean, "some": _some, "total": _total}  # ty: ignore[unsupported-operator] - typed by jinja2's own
     return pages.get_template("data_report.html.j2").render(
         manifest=manifest,
         splits=splits,
         colours=_COLOURS,
-        humans=ANSWERS_PER_QUESTION,
+        humans=max(max(counted.humans) for counted in splits.values()),
         images=_images(images),
         thumbnail=lambda image_id: _thumbnail(images.pictures[image_id], str(image_id), max_pixels),
     )
+
+
+def _total(counts: Counter[int]) -> int:
+    """Return the sum of the counted values."""
+    return sum(value * count for value, count in counts.items())
 
 
 def _some(count: int, total: int) -> str:
@@ -72,8 +76,10 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def _shares(counts: Sequence[Counter[str]]) -> dict[str, Any]:
     """Return the most common values over all splits with their shares in each, the greatest share, and how many are left."""
     together = sum(counts, Counter[str]())
+    if not together:
+        return {"rows": [], "more": 0}
     names = sorted(together, key=lambda name: (-together[name], name))
-    rows = [(name, [count[name] / count.total() for count in counts]) for name in names[:_ROWS]]
+    rows = [(name, [count[name] / max(count.total(), 1) for count in counts]) for name in names[:_ROWS]]
     return {"rows": rows, "most": max(max(shares) for _, shares in rows), "more": len(names) - len(rows)}
 
 

@@ -22,24 +22,31 @@ class QuestionStatistics:
     answer_words: Counter[int] = field(default_factory=Counter)
     """Words of the main answer."""
     agreement: Counter[int] = field(default_factory=Counter)
-    """How many of the ten humans gave the answer that most of them gave."""
+    """How many of the humans gave the answer that most of them gave."""
+    unanimous: int = 0
+    """Questions whose humans all gave one answer."""
+    humans: Counter[int] = field(default_factory=Counter)
+    """Questions by the number of their answers."""
     distinct_answers: Counter[int] = field(default_factory=Counter)
     confidences: Counter[str] = field(default_factory=Counter)
-    """Counts the humans' answers, ten a question."""
+    """Counts the humans' answers."""
     of_image: Counter[int] = field(default_factory=Counter)
     """Questions by image id."""
-    empty_answers: int = 0
-    """Questions whose main answer is blank."""
+    unsaid_answers: list[str] = field(default_factory=list)
+    """Where main answers stand that none of the humans gave."""
     blank_humans: int = 0
     """Humans' answers that are blank."""
     asked_again: int = 0
     """Questions in the words of an earlier one about the same image."""
+    asked_in_both: int = 0
+    """Questions in the words of one in the other split about the same image."""
     files_without_questions: int = 0
-    _asked: set[tuple[int, str]] = field(default_factory=set)
+    asked: set[int] = field(default_factory=set)
+    """Hashes of image and question, which need a tenth of the memory."""
     _examples: dict[str, list[tuple[int, _Row]]] = field(default_factory=dict)
 
-    def add(self, row: _Row) -> None:
-        """Count one row of `records.QUESTION_FEATURES`."""
+    def add(self, row: _Row, where: str = "") -> None:
+        """Count one row of `records.QUESTION_FEATURES`; `where` it stands, for messages."""
         self.questions += 1
         self.answer_types[row["answer_type"]] += 1
         self.question_types[row["question_type"]] += 1
@@ -48,14 +55,18 @@ class QuestionStatistics:
         self.answer_words[len(row["multiple_choice_answer"].split())] += 1
         humans = Counter(row["answers"])
         self.agreement[max(humans.values())] += 1
+        self.unanimous += len(humans) == 1
+        self.humans[len(row["answers"])] += 1
         self.distinct_answers[len(humans)] += 1
         self.confidences.update(row["answer_confidences"])
         self.of_image[row["image_id"]] += 1
-        self.empty_answers += not row["multiple_choice_answer"].strip()
+        main = row["multiple_choice_answer"]
+        if main not in humans and main.strip().lower() not in {answer.strip().lower() for answer in humans}:
+            self.unsaid_answers.append(f"{where}: {main!r:.60}")
         self.blank_humans += sum(count for answer, count in humans.items() if not answer.strip())
-        asked = (row["image_id"], row["question"])
-        self.asked_again += asked in self._asked
-        self._asked.add(asked)
+        asked = hash((row["image_id"], row["question"]))
+        self.asked_again += asked in self.asked
+        self.asked.add(asked)
         self._offer(row)
 
     @property
@@ -65,7 +76,7 @@ class QuestionStatistics:
 
     def finish(self) -> None:
         """Free what only the counting needed."""
-        self._asked.clear()
+        self.asked.clear()
 
     def examples(self) -> list[_Row]:
         """Return a few rows on different images, of all answer types in turn: a draw that is the same in every run."""
@@ -97,6 +108,8 @@ class ImageStatistics:
     """Images by (width, height)."""
     twins: int = 0
     """Images whose bytes are those of an earlier one under another id."""
+    conflicts: set[int] = field(default_factory=set)
+    """Ids that stand for different images."""
     wanted: set[int] = field(default_factory=set)
     """Ids of the images that the report shows."""
     pictures: _Files = field(default_factory=dict)

@@ -7,6 +7,7 @@ but all is still checked.
 
 import hashlib
 import json
+import logging
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,23 +25,18 @@ from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import Annotation, Question, ViolationKind, Violations, pair
+from vlm_vqa.fetch.contract import Row, Source, Split, ViolationKind, Violations
 from vlm_vqa.fetch.data_report import render_report
 from vlm_vqa.fetch.sources import open_source
-from vlm_vqa.fetch.sources.official_layout import (
-    ImageFiles,
-    MissingImage,
-    Source,
-    SplitPaths,
-    read_annotations,
-    read_questions,
-)
+from vlm_vqa.fetch.sources.official_layout import ImageFiles, MissingImage
 from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics
 from vlm_vqa.files import claim
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
-from vlm_vqa.params import DataParams
+from vlm_vqa.params import DataParams, Doubtful
 from vlm_vqa.prefetch import ordered_map
 from vlm_vqa.sealed import PART, fingerprint, publish, scratch, write_sealed
+
+log = logging.getLogger(__name__)
 
 _HASHED_VERSION = 1
 """Of what `data_hash` is made of: raised when records mean something else, not when they are written in another way."""
@@ -91,14 +87,15 @@ def _replace(part: Path, folder: Path) -> None:
 
 def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     """Write all Parquet files and the report into `part` and return the manifest."""
-    violations = Violations()
+    violations = Violations(data)
     texts = [_store_questions(paths, part, violations) for paths in source.splits]
-    if not data.allow_split_overlap:
-        _check_overlap(texts, violations)
+    _check_texts(texts, data, violations)
     seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
     with ExitStack() as stack:
         images = _wanted_images(texts, stack, violations)
         images_digest = _store_images(images, data.max_image_pixels, part, seen, violations)
+    if not data.allow_split_overlap:
+        _check_overlap(texts, seen.conflicts, violations)
     violations.raise_if_any()
     content = {text.paths.split: text.digest.hexdigest() for text in texts}
     manifest = {
@@ -109,7 +106,7 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
         "allow_split_overlap": data.allow_split_overlap,
         "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images_digest, **content}),
         "images": len(images),
-        "splits": {text.paths.split: text.summary() for text in texts},
+        "splits": {text.paths.split: text.summary(violations) for text in texts},
         "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
     }
     page = render_report(manifest, {text.paths.split: text.statistics for text in texts}, seen, data.max_image_pixels)
@@ -121,78 +118,86 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
 class _Texts:
     """What the text files of one split hold, as far as it is needed after they have been stored."""
 
-    paths: SplitPaths
+    paths: Split
     question_ids: set[int] = field(default_factory=set)
     images: dict[int, str] = field(default_factory=dict)
     """File name by image id."""
     statistics: QuestionStatistics = field(default_factory=QuestionStatistics)
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def add(self, row: dict[str, Any], image_name: str) -> None:
-        self.images[row["image_id"]] = image_name
+    def add(self, found: Row) -> None:
+        row = found.record
+        self.images[row["image_id"]] = found.image_name
         self.question_ids.add(row["question_id"])
-        self.statistics.add(row)
-        self.digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+        self.statistics.add(row, found.where)
+        # A column that came later counts only where it says something: the hash of data that lack it is as ever.
+        said = {key: value for key, value in row.items() if value is not None}
+        self.digest.update(json.dumps(said, sort_keys=True).encode() + b"\n")
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, violations: Violations) -> dict[str, Any]:
         """Return the split's entry in the manifest."""
-        files = {"questions": self.paths.questions, "annotations": self.paths.annotations}
+        counted, dropped = self.statistics, violations.dropped_records(self.paths.split)
         return {
-            "questions": self.statistics.questions,
+            "questions": counted.questions,
             "images": len(self.images),
-            "answer_types": dict(self.statistics.answer_types),
-            "empty_answers": self.statistics.empty_answers,
-            "inputs": {key: {"name": path.name, "sha256": sha256_file(path)} for key, path in files.items()},
+            "answer_types": dict(counted.answer_types),
+            "answers_per_question": {str(count): number for count, number in sorted(counted.humans.items())},
+            "unsaid_answers": len(counted.unsaid_answers),
+            "asked_in_both": counted.asked_in_both,
+            "dropped": len(dropped),
+            "dropped_records": dropped,
+            "inputs": {
+                key: {"name": path.name, "sha256": sha256_file(path)} for key, path in self.paths.inputs.items()
+            },
         }
 
 
-def _store_questions(paths: SplitPaths, part: Path, violations: Violations) -> _Texts:
+def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts:
     """Write a split's questions, in their file's order, and return what they are about."""
-    texts = _Texts(paths)
-    questions = read_questions(paths.questions, violations)
-    annotations = read_annotations(paths.annotations, violations)
-    if questions is not None and annotations is not None:
-        pairs = pair(questions, annotations, violations)
-        schema = records.QUESTION_FEATURES.arrow_schema
-        with (
-            tqdm(pairs, f"{paths.split} questions", len(questions.good), unit="question") as progress,
-            pq.ParquetWriter(part / records.questions_file(paths.split), schema, compression="zstd") as writer,
-        ):
-            for group in _groups(_with_images(progress, texts, violations), _QUESTIONS_PER_GROUP):
-                writer.write_table(pa.Table.from_pylist(group, schema))
-    texts.statistics.finish()
+    texts, violations.split = _Texts(split), split.split
+    schema = records.QUESTION_FEATURES.arrow_schema
+    with (
+        tqdm(_noted(split.rows(violations), texts), f"{split.split} questions", unit="question") as progress,
+        pq.ParquetWriter(part / records.questions_file(split.split), schema, compression="zstd") as writer,
+    ):
+        for group in _groups(progress, _QUESTIONS_PER_GROUP):
+            writer.write_table(pa.Table.from_pylist(group, schema))
+    violations.settle(texts.statistics.questions)
     return texts
 
 
-def _with_images(
-    pairs: Iterable[tuple[Question, Annotation]], texts: _Texts, violations: Violations
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows whose image has a file name, noted in `texts`; the others are violations, once an image."""
-    names = texts.paths.names
-    misfits: set[int] = set()
-    for question, annotation in pairs:
-        name = names.name(question.image_id)
-        if name is not None:
-            row = _row(question, annotation)
-            texts.add(row, name)
-            yield row
-        elif question.image_id not in misfits:
-            misfits.add(question.image_id)
-            where = f"{texts.paths.questions}: question_id {question.question_id}"
-            violations.add(
-                ViolationKind.IMAGE_ID, f"{where} has image_id {question.image_id}, too long for {names.pattern}"
-            )
+def _noted(rows: Iterable[Row], texts: _Texts) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        texts.add(row)
+        yield row.record
 
 
-def _row(question: Question, annotation: Annotation) -> dict[str, Any]:
-    return {**annotation._asdict(), **question._asdict()}
+def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) -> None:
+    """Note what a later stage would refuse, and count or refuse what is doubtful."""
+    first, second = (text.statistics for text in texts)
+    first.asked_in_both = second.asked_in_both = len(first.asked & second.asked)
+    val = texts[1]
+    if not violations and len(val.images) < 2:
+        about = f"{val.paths.name}: {second.questions} questions about {len(val.images)} image"
+        violations.add(ViolationKind.FEW_VALIDATION, about)
+    for text in texts:
+        unsaid = text.statistics.unsaid_answers
+        for where in unsaid if data.doubtful is Doubtful.REFUSE else ():
+            violations.add(ViolationKind.UNSAID_ANSWER, where)
+        if unsaid:
+            log.warning("%s: %d main answers that nobody gave, such as %s", text.paths.name, len(unsaid), unsaid[0])
+        if dropped := violations.dropped_records(text.paths.split):
+            log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
+        text.statistics.finish()
+    if first.asked_in_both:
+        log.warning("%d questions stand in both splits, about the same picture", first.asked_in_both)
 
 
-def _check_overlap(texts: list[_Texts], violations: Violations) -> None:
-    """Note what stands in more than one split."""
+def _check_overlap(texts: list[_Texts], conflicts: set[int], violations: Violations) -> None:
+    """Note what stands in more than one split, but for ids whose images are found to differ."""
     first, second = texts
-    names = f"{first.paths.questions} and {second.paths.questions}"
-    for image_id in sorted(first.images.keys() & second.images.keys()):
+    names = f"{first.paths.name} and {second.paths.name}"
+    for image_id in sorted(first.images.keys() & second.images.keys() - conflicts):
         violations.add(ViolationKind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
     for question_id in sorted(first.question_ids & second.question_ids):
         violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
@@ -214,15 +219,15 @@ class _Checked(NamedTuple):
 
 def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
     """Return the places of every image by ascending id: one, or one a split; archives are closed with `stack`."""
-    opened: dict[Path, ImageFiles | None] = {}
+    opened: dict[tuple[Path, ...], ImageFiles | None] = {}
     places: dict[int, list[_Place]] = {}
     for text in texts:
-        path = text.paths.images
-        if path not in opened:
-            opened[path] = _open_images(path, violations)
-            if (new := opened[path]) is not None:
+        paths = tuple(text.paths.images)
+        if paths not in opened:
+            opened[paths] = _open_images(paths[0], violations)
+            if (new := opened[paths]) is not None:
                 stack.callback(new.close)
-        if (files := opened[path]) is not None:
+        if (files := opened[paths]) is not None:
             text.statistics.files_without_questions = files.count() - len(text.images)
         for image_id, name in text.images.items():
             found = places.setdefault(image_id, [])
@@ -262,6 +267,8 @@ def _good_images(
     for image in images:
         for kind, text in image.problems:
             violations.add(kind, text)
+            if kind is ViolationKind.IMAGE_CONFLICT:
+                seen.conflicts.add(image.row["image_id"])
         if not violations:
             digest.update(f"{image.row['image_id']} {image.row['sha256']}\n".encode())
             seen.add(image.row)

@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import ANSWERS_PER_QUESTION
-from vlm_vqa.fetch.sources.official_layout import Source, SplitPaths, official_paths
+from vlm_vqa.fetch.contract import Source
+from vlm_vqa.fetch.question_types import answer_type, question_type
+from vlm_vqa.fetch.sources.official_layout import SplitPaths, official_paths, official_split
 from vlm_vqa.hashing import hash_files
 
 PACKAGE = "easy-vqa"
@@ -28,17 +29,6 @@ DATA_HASH = "d9c0c884563e2a9445c694504c03e5996771197aee7d22118e760176e534ac78"
 _SPLITS = (("train", "train", 0), ("val", "test", 4000))
 # No image has more than 21 questions; VQAv2 too makes question ids of the image's id times 1000.
 _QUESTION_IDS_PER_IMAGE = 1000
-# Those of VQAv2's 65 question types that occur. VQAv2's rule is the longest leading phrase, so longest first.
-_QUESTION_TYPES = (
-    "what is the color of the",
-    "what color is the",
-    "what is the",
-    "is there a",
-    "is there",
-    "does the",
-    "what",
-    "is",
-)
 NOTES = (
     "easy-VQA has one answer to a question; it is written 10 times, each with confidence yes.",
     "val is easy-VQA's test split; 4000 is added to its image ids, because both splits start at 0.",
@@ -52,7 +42,7 @@ def easy_vqa_source(folder: Path) -> Source:
     """Write easy-VQA into `folder` and return it as a source; raises as `write_official_layout` does."""
     write_official_layout(folder)
     origin = {"package": PACKAGE, "version": VERSION, "data_hash": DATA_HASH}
-    return Source("easy-vqa", origin, official_paths(folder), NOTES)
+    return Source("easy-vqa", origin, tuple(map(official_split, official_paths(folder))), NOTES)
 
 
 def write_official_layout(folder: str | Path) -> None:
@@ -72,19 +62,6 @@ def write_official_layout(folder: str | Path) -> None:
             with Image.open(data / package_split / "images" / f"{image_id}.png") as image:
                 target = paths.images / paths.names.name(image_id + offset)  # ty: ignore[unsupported-operator] - short ids
                 image.convert("RGB").save(target, "JPEG", quality=95, subsampling=0)
-
-
-def question_type(question: str) -> str:
-    """Return VQAv2's question type: the longest of its leading phrases, or `none of the above`."""
-    words = question.lower()
-    return next((phrase for phrase in _QUESTION_TYPES if words.startswith(f"{phrase} ")), "none of the above")
-
-
-def answer_type(answer: str) -> str:
-    """Return VQAv2's answer type: `yes/no`, `number` or `other`."""
-    if answer in ("yes", "no"):
-        return "yes/no"
-    return "number" if answer.isdecimal() else "other"
 
 
 def _package_data() -> Path:
@@ -128,10 +105,7 @@ def _write_texts(paths: SplitPaths, rows: list[tuple[int, int, str, str]]) -> No
             "question_type": question_type(question),
             "answer_type": answer_type(answer),
             "multiple_choice_answer": answer,
-            "answers": [
-                {"answer": answer, "answer_confidence": "yes", "answer_id": number}
-                for number in range(1, ANSWERS_PER_QUESTION + 1)
-            ],
+            "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)],
         }
         for question_id, image_id, question, answer in rows
     ]

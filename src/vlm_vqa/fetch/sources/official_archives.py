@@ -16,10 +16,10 @@ from pathlib import Path
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import ImageNames
+from vlm_vqa.fetch.contract import ImageNames, Source, Split
 from vlm_vqa.fetch.sources import download
 from vlm_vqa.fetch.sources.download import Download
-from vlm_vqa.fetch.sources.official_layout import Source, SplitPaths
+from vlm_vqa.fetch.sources.official_layout import SplitPaths, official_split
 from vlm_vqa.fetch.sources.zip_archive import files, open_zip, shown
 from vlm_vqa.params import OfficialParams
 
@@ -90,7 +90,7 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         _check_entries(one.path, archive)
     origin = {"archives": checksums, "checksums": f"replaced by {CHECKSUMS_VARIABLE}" if replaced else "official"}
     notes = (f"NOT VQAv2: the checksums of other archives were given in {CHECKSUMS_VARIABLE}.",) if replaced else ()
-    return Source("official", origin, _split_paths(records.parent / FOLDER), notes)
+    return Source("official", origin, _splits(records.parent / FOLDER), notes)
 
 
 def remove_archives(params: OfficialParams, records: Path) -> None:
@@ -154,14 +154,16 @@ def _check_entries(path: Path, archive: _Archive) -> None:
         )
 
 
-def _split_paths(folder: Path) -> tuple[SplitPaths, ...]:
+def _splits(folder: Path) -> tuple[Split, ...]:
     return tuple(
-        SplitPaths(
-            split,
-            folder / _texts("Questions", split),
-            folder / _texts("Annotations", split),
-            folder / f"{split}2014.zip",
-            ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
+        official_split(
+            SplitPaths(
+                split,
+                folder / _texts("Questions", split),
+                folder / _texts("Annotations", split),
+                folder / f"{split}2014.zip",
+                ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
+            )
         )
         for split in SPLITS
     )

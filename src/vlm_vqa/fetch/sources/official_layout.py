@@ -1,5 +1,6 @@
-"""Source `directory`: VQAv2's official file layout in a local folder. Every other source ends here too."""
+"""Source `directory`: VQAv2's official file layout in a local folder, and what it has in common with other text files."""
 
+import functools
 import gzip
 import json
 import logging
@@ -8,7 +9,7 @@ import os
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,11 +23,17 @@ from vlm_vqa.fetch.contract import (
     ImageNames,
     MalformedRecord,
     Question,
+    Row,
+    Source,
+    Split,
     ViolationKind,
     Violations,
+    answered,
+    pair,
     parse_annotation,
     parse_question,
 )
+from vlm_vqa.fetch.recognise import refusal
 from vlm_vqa.fetch.sources.zip_archive import files, open_zip, shown
 from vlm_vqa.files import MOST_BYTES, check_regular
 from vlm_vqa.params import DataParams
@@ -41,6 +48,8 @@ _ZIP_MAGIC = b"PK\x03\x04"
 # expect anyway); EOFError where the bytes end early; NotImplementedError for a compression method that Python lacks;
 # ValueError for a ZIP64 offset that no file has, and as UnicodeDecodeError for a name that is not UTF-8 though flagged so.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
+READ_ERRORS = (OSError, RecursionError, *_DAMAGE)
+"""What reading a file of texts raises: JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +62,6 @@ class SplitPaths:
     images: Path
     """A folder of images, or a zip archive of them."""
     names: ImageNames
-
-
-@dataclass(frozen=True)
-class Source:
-    """Data in official layout, ready to be checked and stored."""
-
-    name: str
-    """The value of `data.source`."""
-    origin: dict[str, Any]
-    """What identifies the data beyond the files read (a package and its version, say); kept in the manifest."""
-    splits: tuple[SplitPaths, ...]
-    notes: tuple[str, ...] = ()
-    """What was changed before the files were written; kept in the manifest."""
 
 
 def directory_source(data: DataParams) -> Source:
@@ -83,9 +79,53 @@ def directory_source(data: DataParams) -> Source:
     splits = []
     for split in SPLITS:
         files = getattr(data, split)
-        paths = (folder / files.questions, folder / files.annotations, folder / files.images)
-        splits.append(SplitPaths(split, *paths, ImageNames(files.image_name)))
+        first, *more = places(folder, files.images)
+        paths = SplitPaths(
+            split, folder / files.questions, folder / files.annotations, first, ImageNames(files.image_name)
+        )
+        splits.append(official_split(paths, more))
     return Source("directory", {}, tuple(splits))
+
+
+def places(folder: Path, names: str | list[str]) -> list[Path]:
+    """Return the folders and archives that a parameter names."""
+    return [folder / name for name in ([names] if isinstance(names, str) else names)]
+
+
+def official_split(paths: SplitPaths, more_images: Sequence[Path] = ()) -> Split:
+    """Return a split that is read from its questions and annotations files."""
+    inputs = {"questions": paths.questions, "annotations": paths.annotations}
+    images = (paths.images, *more_images)
+    return Split(paths.split, str(paths.questions), images, functools.partial(_rows, paths), inputs)
+
+
+def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
+    """Yield the pairs of question and annotation whose image has a file name."""
+    questions = read_questions(paths.questions, violations)
+    annotations = read_annotations(paths.annotations, violations)
+    if questions is None or annotations is None:
+        return
+    misfits: set[int] = set()
+    for question, annotation in pair(questions, annotations, violations):
+        where = f"{paths.questions}: question_id {question.question_id}"
+        name = paths.names.name(question.image_id)
+        try:
+            if name is not None:
+                yield Row(where, name, _record(question, annotation))
+            elif question.image_id not in misfits or violations.drops:
+                misfits.add(question.image_id)
+                long = f"{where} has image_id {question.image_id}, too long for {paths.names.pattern}"
+                violations.add(ViolationKind.IMAGE_ID, long)
+        except MalformedRecord as error:
+            violations.add(error.kind, f"{where}: {error}")
+
+
+def _record(question: Question, annotation: Annotation) -> dict[str, Any]:
+    given = (annotation.answers, annotation.answer_confidences)
+    return {
+        **question._asdict(),
+        **answered(question.question, given, annotation.kinds, annotation.multiple_choice_answer),
+    }
 
 
 def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
@@ -124,34 +164,65 @@ def _read_entries(
         except MalformedRecord:
             return entry
 
+    content = read_json(path, violations, compact)
+    if content is None:
+        return None
+    # VQA-CP's files are the bare lists.
+    entries = content.get(key) if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not (entries == [] or _is_official(entries[0], key)):
+        found = refusal(path) or f"without a list {key!r} of VQAv2's entries"
+        violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {found}")
+        return None
+    if not entries:
+        violations.add(ViolationKind.EMPTY_FILE, f"{path}: the list {key!r} is empty")
+        return None
+    return _sort_out(path, entries, kind, parse, violations)
+
+
+def _is_official(entry: Any, key: str) -> bool:
+    """Tell an entry of VQAv2's from one that holds question and answers at once, as other layouts have them."""
+    other = "answers" if key == "questions" else "question"
+    return not isinstance(entry, dict) or other not in entry
+
+
+def read_json(path: Path, violations: Violations, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Return what a file of JSON holds, as it is, gzipped or in a zip of its own; None, and a violation, if it is none."""
     try:
         log.info("reading %s (%.0f MB)", path.name, path.stat().st_size / 1e6)
-        with _open_text(path) as file:
+        with open_bytes(path) as file:
             # A few MB can unpack to anything.
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise OSError(f"it unpacks to more than {MOST_BYTES:,} bytes")
-        # One name for both: a split's annotations need not be held twice.
-        text = text.decode("utf-8")
-        content = json.loads(text, object_hook=compact)
-    except FileNotFoundError:
-        violations.add(ViolationKind.MISSING_FILE, f"{path}")
+        # One name for all: a split's annotations need not be held twice.
+        text = text.decode("utf-8-sig")
+        return json.loads(text, object_hook=object_hook)
+    except READ_ERRORS as error:
+        violations.add(*unreadable(path, error))
         return None
-    # JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError.
-    except (OSError, RecursionError, *_DAMAGE) as error:
-        violations.add(ViolationKind.BROKEN_FILE, f"{path}: not complete JSON ({error})")
-        return None
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        violations.add(ViolationKind.BROKEN_FILE, f"{path}: without a list {key!r}")
-        return None
-    if not content[key]:
-        violations.add(ViolationKind.BROKEN_FILE, f"{path}: the list {key!r} is empty")
-        return None
-    return _sort_out(path, content[key], kind, parse, violations)
+
+
+def unreadable(path: Path, error: Exception) -> tuple[ViolationKind, str]:
+    """Return the violation that one of `READ_ERRORS` means, raised when a file of texts was read."""
+    if isinstance(error, FileNotFoundError):
+        return ViolationKind.MISSING_FILE, f"{path}"
+    if isinstance(error, UnicodeDecodeError) and isinstance(error.object, bytes):
+        start = error.object[:4]
+        wide = start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start
+        what = "is UTF-16; save it as UTF-8" if wide else f"is not UTF-8 ({error.reason} at byte {error.start})"
+        return ViolationKind.ENCODING, f"{path}: {what}"
+    if (what := refusal(path)) is not None:
+        return ViolationKind.FOREIGN_FILE, f"{path}: {what}"
+    if isinstance(error, json.JSONDecodeError):
+        # What is cut short ends inside of something.
+        cut = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip()) - 4
+        if not cut:
+            return ViolationKind.BAD_SYNTAX, f"{path}: {error}"
+    return ViolationKind.BROKEN_FILE, f"{path}: not complete ({error})"
 
 
 @contextmanager
-def _open_text(path: Path) -> Generator[IO[bytes] | gzip.GzipFile]:
+def open_bytes(path: Path) -> Generator[IO[bytes] | gzip.GzipFile]:
     """Open a file of JSON as it is, gzipped, or as the one JSON file of a zip archive."""
     check_regular(path)
     with open(path, "rb") as file:
@@ -178,19 +249,23 @@ def _sort_out(
     path: Path, entries: list[Any], kind: type, parse: Callable[[Any], Any], violations: Violations
 ) -> Entries:
     """Part well-formed entries from malformed ones."""
-    result = Entries(str(path), [], set())
+    good: list[Any] = []
+    reported: set[int] = set()
+    unnamed = 0
     for row, entry in enumerate(entries):
         if isinstance(entry, kind):
-            result.good.append(entry)
+            good.append(entry)
             continue
         try:
-            result.good.append(parse(entry))
+            good.append(parse(entry))
         except MalformedRecord as error:
             question_id = entry.get("question_id") if isinstance(entry, dict) else None
-            if isinstance(question_id, int):
-                result.reported.add(question_id)
+            if str(question_id).isdecimal():
+                reported.add(int(question_id))
+            else:
+                unnamed += 1
             violations.add(error.kind, f"{path}: entry {row} (question_id {question_id}): {error}")
-    return result
+    return Entries(str(path), good, reported, unnamed)
 
 
 class MissingImage(Exception):
