@@ -21,8 +21,12 @@ TABLES = {
     "a VizWiz annotations file": [{"image": "a.jpg", "question": "What?", "answerable": 1, "answers": TEN}],
     "an A-OKVQA file": [{"image_id": 7, "question": "What?", "direct_answers": ["cup"], "question_id": "x"}],
     "a TextVQA file": {"data": [{"image_id": "a", "question": "What?", "answers": ["cup"], "flickr_300k_url": "u"}]},
-    "an ST-VQA file": {"data": [{"file_path": "x/a.jpg", "question": "What?", "answers": ["cup"], "set_name": "train"}]},
-    "a DocVQA file": {"data": [{"image": "x/a.jpg", "question": "What?", "answers": ["cup"], "docId": 1, "questionId": 2}]},
+    "an ST-VQA file": {
+        "data": [{"file_path": "x/a.jpg", "question": "What?", "answers": ["cup"], "set_name": "train"}]
+    },
+    "a DocVQA file": {
+        "data": [{"image": "x/a.jpg", "question": "What?", "answers": ["cup"], "docId": 1, "questionId": 2}]
+    },
     "a GQA file": {"01": {"imageId": "a", "question": "What?", "answer": "cup", "fullAnswer": "a cup"}},
     "a VQA-RAD file": [{"image_name": "a.jpg", "question": "What?", "answer": "cup", "phrase_type": "freeform"}],
     "a SLAKE file": [{"img_name": "x/a.jpg", "question": "What?", "answer": "cup", "q_lang": "en"}],
@@ -81,7 +85,7 @@ def test_one_table_in_any_form(tmp_path, ending):
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif ending in ("csv", "tsv"):
         mark = "," if ending == "csv" else "\t"
-        line = mark.join(('a/IMG_1.JPG', '"Wo, bitte?\nHier?"', "dort"))
+        line = mark.join(("a/IMG_1.JPG", '"Wo, bitte?\nHier?"', "dort"))
         write(path, "\ufeff" + mark.join(rows[0]) + f"\n{line}" * 3)
     else:
         write(path, rows if ending == "json" else "\n".join(map(json.dumps, rows)))

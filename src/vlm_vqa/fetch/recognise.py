@@ -41,18 +41,21 @@ KINDS = {
     "VQAv2's questions": {"questions", "question_id", "image_id", "question"},
 }
 """Data sets by the keys of an entry that others lack; an envelope's key counts as one of them."""
+USUAL = {
+    "image": ("image", "image_path", "image_file", "image_name", "file_name", "filename", "file_path", "img", "img_path",
+              "img_name", "picture", "photo", "file"),
+    "question": ("question", "query", "prompt", "conversations"),
+    "answers": ("answers_original", "answers", "answer", "direct_answers", "label", "conversations"),
+    "question_id": ("question_id", "questionid", "qid", "id"),
+    "image_id": ("image_id", "id_image", "imageid", "img_id"),
+    "question_type": ("question_type",),
+    "answer_type": ("answer_type",),
+    "main_answer": ("multiple_choice_answer", "main_answer"),
+}  # fmt: skip
+"""The usual names of a table's columns by what they hold, in small letters; the earlier first."""
 _WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 _TEST = "there is no other second split: choose nothing by its scores"
 _GAP = re.compile(r"[\s,:]*")
-
-
-_QUESTION = {"question", "questions", "conversations"}
-_ANSWERS = {"answer", "answers", "direct_answers", "multiple_choice_answer", "conversations"}
-
-def find_columns(names):
-    usual={"image":("image","image_name","img_name","file_path","imageid","image_id","file","file_name","filename"),"question":("question","conversations"),"answers":("answers","answer","direct_answers","conversations"),"question_id":("question_id","questionid","qid","id")}
-    low={n.lower():n for n in names}
-    return {k:next((low[c] for c in v if c in low),None) for k,v in usual.items()}
 
 
 class Head(NamedTuple):
@@ -160,7 +163,9 @@ def recognise(path: Path) -> Found:
         UserError: there is nothing to read, or it is not clear which files are meant; it says what to do.
     """
     if not path.exists():
-        raise UserError(f"{path}: there is no such file or folder, and a hub repository is named OWNER/NAME. Mend the path.")
+        raise UserError(
+            f"{path}: there is no such file or folder, and a hub repository is named OWNER/NAME. Mend the path."
+        )
     if path.is_file() and path.suffix.lower() not in TABLES:
         raise UserError(f"{path}: is none of {', '.join(TABLES)}. Unpack it if it is an archive, and name the folder.")
     folder = path if path.is_dir() else path.parent
@@ -181,7 +186,9 @@ def recognise(path: Path) -> Found:
     else:
         raise UserError(_nothing(folder, files))
     if sum(name.suffix.lower() not in (*TABLES, *PICTURES, ".zip") for name in files) > len(files) / 2:
-        found.unsure["data.directory"] = "DVC reads every file in it: move questions and pictures to a folder of their own"
+        found.unsure["data.directory"] = (
+            "DVC reads every file in it: move questions and pictures to a folder of their own"
+        )
     return found
 
 
@@ -200,9 +207,10 @@ def _files(folder: Path) -> list[PurePath]:
 def _roles(one: Head) -> set[str]:
     """Return what a file can be of: VQAv2's questions or annotations, or a table of questions and answers."""
     keys = {name.lower() for name in one.columns}
-    asks, answers = bool(keys & _QUESTION), bool(keys & _ANSWERS)
+    asks, answers = (bool(keys & {*USUAL[role]}) for role in ("question", "answers"))
     if asks and answers:
         return {"table"}
+    asks, answers = asks or one.envelope == "questions", answers or "multiple_choice_answer" in keys
     if {"question_id", "image_id"} <= keys and (asks or answers):
         return {"questions" if asks else "annotations"}
     return set()
@@ -220,7 +228,7 @@ def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) 
     """Return the keys for VQAv2's layout."""
     unsure, data = {}, {}
     of = {(_split(name), *_roles(one)): name for name, one in reversed(heads.items())}
-    second = "val" if ("val", "annotations") in of else "test"
+    second = "test" if ("test", "annotations") in of and ("val", "annotations") not in of else "val"
     for split, there in (("train", "train"), ("val", second)):
         names = {role: of.get((there, role)) for role in ("questions", "annotations")}
         if None in names.values():
@@ -253,14 +261,14 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
         train, val = [*heads], []
     if len(train) != 1 or len(val) > 1:
         raise UserError(
-            f"{folder}: it is not clear which of {_shown(heads)} are for training and which for validation. Name one file, or"
-            " call two of them train and val with their endings."
+            f"{folder}: it is not clear which of {_shown(heads)} are for training and which for validation. Name one file, "
+            "or call two of them train and val with their endings."
         )
     if val and "val" not in of:
         unsure["data.table.val"] = _TEST
     if len(heads) > len(train + val):
         unsure["data.table.train"] = f"nothing is read from {_shown(name for name in heads if name not in train + val)}"
-    columns = find_columns(heads[train[0]].columns)
+    columns = _columns(heads[train[0]].columns, unsure)
     images: Any = None
     pattern = None
     for split, name in zip(("train", "val"), train + val, strict=False):
@@ -272,6 +280,18 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
     table = {"train": first, "val": second, "val_share": None if val else 0.2, "val_seed": 0}
     table |= {"images": images, "image_name": pattern, "columns": columns}
     return Found(heads[train[0]].kind, {"source": "table", "table": table}, unsure)
+
+
+def _columns(names: list[str], unsure: dict[str, str]) -> dict[str, str | None]:
+    """Return a table's columns by what they hold."""
+    there = {name.strip().lower(): name for name in reversed(names)}
+    found = {role: [there[name] for name in usual if name in there] for role, usual in USUAL.items()}
+    for role in ("image", "question", "answers"):
+        if len(found[role]) > 1:
+            unsure[f"data.table.columns.{role}"] = f"{_shown(found[role][1:])} could be meant too"
+    # Many data sets call their pictures by numbers alone.
+    found["image"] = found["image"] or found["image_id"]
+    return {role: one[0] if one else None for role, one in found.items()}
 
 
 def _both(train: str | list[str], val: str | list[str]) -> str | list[str]:
@@ -320,7 +340,9 @@ def _path(name: Any) -> PurePath:
 def _nothing(folder: Path, files: list[PurePath]) -> str:
     pictures = [name.name for name in files if name.suffix.lower() in PICTURES]
     if not pictures:
-        return f"{folder}: neither questions ({', '.join(TABLES)}) nor pictures are here. Name the folder that has them."
+        return (
+            f"{folder}: neither questions ({', '.join(TABLES)}) nor pictures are here. Name the folder that has them."
+        )
     return (
         f"{folder}: {len(pictures)} pictures, but no questions. Write a table beside them, such as questions.csv:\n"
         f"image,question,answer\n{pictures[0]},What is it?,a cat"

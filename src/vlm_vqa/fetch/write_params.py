@@ -1,20 +1,16 @@
 """`vlm-vqa init`: params.yaml for the questions in a file, a folder or a hub repository, from a preset."""
 
-import json
 import math
-import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.recognise import Found, recognise
-from vlm_vqa.fetch.sources.hf_dataset import recognise_repository
+from vlm_vqa.fetch.recognise import Found, block, recognise
+from vlm_vqa.fetch.sources.hf_dataset import newest
 from vlm_vqa.fetch.write_records import Look, look
 from vlm_vqa.launch_file import read_launch
-from vlm_vqa.params import Params, load_params, parse_params
+from vlm_vqa.params import HELM_MAX_TOKENS, Params, load_params, parse_params
 from vlm_vqa.sealed import aside
-from vlm_vqa.yaml_file import Unquoted, compose, read_yaml
+from vlm_vqa.yaml_file import compose, read_yaml
 
 PRESETS = Path("presets")
 _STEPS = {True: 300, False: 100}
@@ -31,21 +27,44 @@ def init(path: Path, preset: str, force: bool, target: Path = Path("params.yaml"
     """
     presets = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
     if preset not in presets:
-        raise UserError(f"--preset is {preset!r}; it must be one of {', '.join(presets)}. Run from the project's root folder.")
-    found = recognise(path) if path.exists() or len(path.parts) != 2 else recognise_repository(str(path))
+        known = ", ".join(presets) or "in presets/: run from the project's root folder"
+        raise UserError(f"--preset is {preset!r}; it must be one of {known}.")
+    found = _repository(path.as_posix()) if not path.exists() and len(path.parts) == 2 else recognise(path)
     values = read_yaml(presets[preset])
     values["data"] |= {"official": None, "hub": None, "table": None} | found.data | _directory(path, found)
     params = parse_params(values, "what was recognised")
-    seen = look(params.data, _IMAGES)
-    text = _with(presets[preset].read_text(encoding="utf-8"), "data", _section(values["data"], found.unsure))
-    for key, value in _fitting(params, seen).items():
+    text = presets[preset].read_text(encoding="utf-8")
+    text = _with(text, "data", block(values["data"], found.unsure).removeprefix("data:\n  ") + "\n\n")
+    # A repository would be downloaded whole.
+    seen = None if found.data["source"] == "hub" else look(params.data, _IMAGES)
+    for key, value in _fitting(params, seen).items() if seen else ():
         text = _with(text, key, str(value))
     if target.exists() and not force and target.read_bytes() not in {file.read_bytes() for file in presets.values()}:
-        raise UserError(f"{target} is none of the presets as they are: --force replaces it. It would be:\n\n{text}")
+        raise UserError(f"{target} is no preset as it comes: --force replaces it. It would be:\n\n{text}")
     with aside(target) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
         load_params(unfinished)
     return _said(path, found, values["data"]["directory"], seen)
+
+
+def _repository(name: str) -> Found:
+    """Return the keys for a `datasets` repository on the hub, at its newest commit."""
+    commit, splits = newest(name)
+    train = "train" if "train" in splits else splits[0]
+    val = next(
+        (split for split in ("validation", "val", "dev", "test", *splits) if split in splits and split != train), None
+    )
+    if val is None:
+        raise UserError(
+            f"{name} has one split, {train}. Download its files, and name their folder: a share becomes val."
+        )
+    val = known[0]
+    unsure = {} if val.startswith("val") else {"data.hub.val.split": f"it has {', '.join(splits)}"}
+    unsure |= dict.fromkeys(("prompt.text_length", "train.num_train_epochs"), "the repository was not read")
+    hub = {
+        key: {"repository": name, "revision": commit, "split": split} for key, split in (("train", train), ("val", val))
+    }
+    return Found("a datasets repository", {"source": "hub", "hub": hub}, unsure)
 
 
 def _directory(path: Path, found: Found) -> dict[str, str]:
@@ -54,7 +73,9 @@ def _directory(path: Path, found: Found) -> dict[str, str]:
         return {}
     folder, project = (path if path.is_dir() else path.parent).resolve(), Path.cwd()
     if project.is_relative_to(folder):
-        raise UserError(f"{folder}: the project itself lies in it. Move questions and pictures to a folder of their own.")
+        raise UserError(
+            f"{folder}: the project itself lies in it. Move questions and pictures to a folder of their own."
+        )
     return {"directory": str(folder.relative_to(project) if folder.is_relative_to(project) else folder)}
 
 
@@ -77,22 +98,25 @@ def _fitting(params: Params, seen: Look) -> dict[str, int]:
     most = len(params.prompt.instruction.encode()) + seen.longest + 4
     return {f"train.{key}": value for key, value in changed.items()} | {
         "prompt.text_length": max(params.prompt.text_length, 32 * math.ceil(most / 32)),
+        "evaluation.max_new_tokens": HELM_MAX_TOKENS,
         "evaluation.helm_instances": min(params.evaluation.helm_instances, seen.questions["val"] or 1),
     }
 
 
-def _said(path: Path, found: Found, directory: str, seen: Look) -> list[str]:
-    counts = ", ".join(f"{split}: {seen.questions[split]} questions on {seen.images[split]} images" for split in seen.images)
-    lines = [f"{path} is {found.what}; params.yaml reads it as data.source: {found.data['source']}.", counts]
+def _said(path: Path, found: Found, directory: str, seen: Look | None) -> list[str]:
+    lines = [f"{path} is {found.what}; params.yaml reads it as data.source: {found.data['source']}."]
     lines += [f"unsure: {key}: {why}. Look at it in params.yaml." for key, why in found.unsure.items()]
-    if found.data["source"] != "hub" and not Path(directory).is_absolute():
-        lines.append(f"for `dvc exp run --temp` and `--queue`: dvc add {directory} && git add {directory}.dvc .gitignore")
-    if seen.violations:
-        return [*lines, seen.violations.text(), "next: mend these, then `vlm-vqa check`, then `make repro`"]
+    if seen is not None:
+        counts = [
+            f"{seen.questions[split]} questions on {seen.images[split]} images for {split}" for split in seen.images
+        ]
+        lines.append(f"{' and '.join(counts)}; of the images, up to {_IMAGES} were looked at.")
+        if not Path(directory).is_absolute():
+            add = f"dvc add {directory} && git add {directory}.dvc .gitignore"
+            lines.append(f"before experiments in copies (`dvc exp run --temp`, `--queue`): {add}")
+    if seen is not None and seen.violations:
+        return [*lines, seen.violations.text(), "next: mend that, then: vlm-vqa check, and: make repro"]
     return [*lines, 'next: make repro, then: vlm-vqa ask PICTURE "QUESTION"']
-
-
-# --- text -----------------------------------------------------------------------------------------------------------
 
 
 def _with(text: str, key: str, value: str) -> str:

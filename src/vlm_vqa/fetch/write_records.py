@@ -8,12 +8,15 @@ but all is still checked.
 import hashlib
 import json
 import logging
+import tempfile
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,15 +90,7 @@ def _replace(part: Path, folder: Path) -> None:
 
 def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     """Write all Parquet files and the report into `part` and return the manifest."""
-    violations = Violations(data)
-    texts = [_store_questions(paths, part, violations) for paths in source.splits]
-    _check_texts(texts, data, violations)
-    seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
-    with ExitStack() as stack:
-        images = _wanted_images(texts, stack, violations)
-        images_digest = _store_images(images, data.max_image_pixels, part, seen, violations)
-    if not data.allow_split_overlap:
-        _check_overlap(texts, seen.conflicts, violations)
+    violations, texts, seen, images, images_digest = _read(source, data, part)
     violations.raise_if_any()
     content = {text.paths.split: text.digest.hexdigest() for text in texts}
     manifest = {
@@ -105,7 +100,7 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
         "notes": list(source.notes),
         "allow_split_overlap": data.allow_split_overlap,
         "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images_digest, **content}),
-        "images": len(images),
+        "images": images,
         "splits": {text.paths.split: text.summary(violations) for text in texts},
         "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
     }
@@ -150,6 +145,50 @@ class _Texts:
                 key: {"name": path.name, "sha256": sha256_file(path)} for key, path in self.paths.inputs.items()
             },
         }
+
+
+class Look(NamedTuple):
+    """What the contract finds in data of which no records are made."""
+
+    violations: Violations
+    questions: dict[str, int]
+    """By split."""
+    images: dict[str, int]
+    longest: int
+    """Bytes of the longest question with the longest of its answers."""
+
+
+def look(data: DataParams, most_images: int | None = None) -> Look:
+    """Apply the data contract and keep nothing; of the images only the first `most_images`.
+
+    Raises:
+        UserError: the source is not there.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="vlm-vqa-look-") as folder,
+        open_source(data, Path(folder) / "records") as source,
+    ):
+        violations, texts, *_ = _read(source, data, Path(folder), most_images, keep=False)
+    counted = {text.paths.split: text.statistics for text in texts}
+    questions = {split: one.questions for split, one in counted.items()}
+    images = {text.paths.split: len(text.images) for text in texts}
+    return Look(violations, questions, images, max(one.longest for one in counted.values()))
+
+
+def _read(
+    source: Source, data: DataParams, part: Path, most_images: int | None = None, keep: bool = True
+) -> tuple[Violations, list[_Texts], ImageStatistics, int, str]:
+    """Check everything, and write it into `part`; images only where they are to be kept. Return what was found."""
+    violations = Violations(data)
+    texts = [_store_questions(paths, part, violations) for paths in source.splits]
+    _check_texts(texts, data, violations)
+    seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
+    with ExitStack() as stack:
+        images = dict(islice(_wanted_images(texts, stack, violations).items(), most_images))
+        images_digest = _store_images(images, data.max_image_pixels, part if keep else None, seen, violations)
+    if not data.allow_split_overlap:
+        _check_overlap(texts, seen.conflicts, violations)
+    return violations, texts, seen, len(images), images_digest
 
 
 def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts:
@@ -247,16 +286,17 @@ def _open_images(path: Path, violations: Violations) -> ImageFiles | None:
 
 
 def _store_images(
-    images: dict[int, list[_Place]], max_pixels: int, part: Path, seen: ImageStatistics, violations: Violations
+    images: dict[int, list[_Place]], max_pixels: int, part: Path | None, seen: ImageStatistics, violations: Violations
 ) -> str:
-    """Check every image, count it and store it once; return a hash over ids and contents."""
+    """Check every image, count it and store it once, if anywhere; return a hash over ids and contents."""
     digest = hashlib.sha256()
     workers = usable_cores().count
     with ThreadPoolExecutor(workers) as pool:
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
         checked = ordered_map(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
-            _write_shards(_good_images(progress, digest, seen, violations), part)
+            good = _good_images(progress, digest, seen, violations)
+            deque(good, maxlen=0) if part is None else _write_shards(good, part)
     return digest.hexdigest()
 
 
