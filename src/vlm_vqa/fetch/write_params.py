@@ -51,14 +51,10 @@ def _repository(name: str) -> Found:
     """Return the keys for a `datasets` repository on the hub, at its newest commit."""
     commit, splits = newest(name)
     train = "train" if "train" in splits else splits[0]
-    val = next(
-        (split for split in ("validation", "val", "dev", "test", *splits) if split in splits and split != train), None
-    )
-    if val is None:
-        raise UserError(
-            f"{name} has one split, {train}. Download its files, and name their folder: a share becomes val."
-        )
-    val = known[0]
+    others = [split for split in ("validation", "val", "dev", "test", *splits) if split in splits and split != train]
+    if not others:
+        raise UserError(f"{name} has one split, {train}. Download its files and name their folder: a share becomes val.")
+    val = others[0]
     unsure = {} if val.startswith("val") else {"data.hub.val.split": f"it has {', '.join(splits)}"}
     unsure |= dict.fromkeys(("prompt.text_length", "train.num_train_epochs"), "the repository was not read")
     hub = {
