@@ -1,7 +1,6 @@
-"""Where data come from. Every source ends as files in VQAv2's official layout, which `directory` reads.
+"""Where data come from. Every source ends as rows: `contract.Row`s by split, and places of images.
 
-A new source is a value of `params.Source`, a module here that brings its files into a folder, and a case in
-`open_source`.
+A new source is a value of `params.Source`, a module here that yields its rows, and a case in `open_source`.
 """
 
 import tempfile
@@ -10,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm_vqa import params
+from vlm_vqa.fetch.contract import Source
 from vlm_vqa.fetch.sources.easy_vqa import easy_vqa_source
 from vlm_vqa.fetch.sources.hf_dataset import hub_source
 from vlm_vqa.fetch.sources.official_archives import official_source, remove_archives
-from vlm_vqa.fetch.sources.official_layout import Source, directory_source
+from vlm_vqa.fetch.sources.official_layout import directory_source
+from vlm_vqa.fetch.sources.table import table_source
 
 
 @contextmanager
@@ -33,6 +34,8 @@ def open_source(data: params.DataParams, records: Path = Path("data/records")) -
     match data.source:
         case params.Source.DIRECTORY:
             yield directory_source(data)
+        case params.Source.TABLE:
+            yield table_source(data)
         case params.Source.EASY_VQA:
             with tempfile.TemporaryDirectory(prefix="vlm-vqa-easy-vqa-") as folder:
                 yield easy_vqa_source(Path(folder))

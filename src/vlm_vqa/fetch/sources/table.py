@@ -1,0 +1,437 @@
+"""Source `table`: questions in csv, tsv, JSON lines, JSON or Parquet, each row with its picture's name and its answers.
+
+A table is read twice, row by row: once for what must be known of all rows (which ids are whole numbers, which pictures there
+are), once for the records. Texts are read by Python's own csv and json, for other readers take `NA` for nothing, `01` for a
+number and `2020-01-02` for a date; Parquet by `datasets`.
+"""
+
+import ast
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from vlm_vqa.data.records import SPLITS
+from vlm_vqa.errors import UserError
+from vlm_vqa.fetch.contract import (
+    LARGEST_ID,
+    ImageNames,
+    MalformedRecord,
+    Row,
+    Source,
+    Split,
+    ViolationKind,
+    Violations,
+    answered,
+    is_text,
+)
+from vlm_vqa.fetch.recognise import refusal
+from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, open_bytes, places, read_json, unreadable
+from vlm_vqa.files import check_regular
+from vlm_vqa.params import Columns, DataParams, TableParams
+
+USUAL = {
+    "image": ("image", "image_path", "image_file", "image_name", "file_name", "filename", "img", "img_path", "picture"),
+    "question": ("question", "query", "prompt", "conversations"),
+    "answers": ("answers_original", "answers", "answer", "direct_answers", "label", "conversations"),
+    "question_id": ("question_id", "questionid", "qid", "id"),
+    "image_id": ("image_id", "id_image", "imageid"),
+    "question_type": ("question_type",),
+    "answer_type": ("answer_type",),
+    "main_answer": ("multiple_choice_answer", "main_answer"),
+}
+"""The usual names of columns, in small letters."""
+_FIRST = ("question_id", "image_id")
+"""Where several names are there, the first one holds."""
+_LOOK = 100
+"""Rows of JSON that are asked for the names of their columns."""
+ROWS_AT_ONCE = 100
+"""Rows of Parquet that are decoded together: with their images, some 20 MB."""
+_Raw = dict[str, Any] | MalformedRecord
+
+
+def table_source(data: DataParams) -> Source:
+    """Return the tables that `data.table` names.
+
+    Raises:
+        UserError: `data.directory` is no folder.
+    """
+    table, folder = data.table, Path(data.directory)
+    assert isinstance(table, TableParams), "load_params asks for it"
+    if not folder.is_dir():
+        raise UserError(
+            f"data.directory is {data.directory!r}, which is no folder. Name the one that holds the tables."
+        )
+    files = {split: folder / name for split, name in zip(SPLITS, (table.train, table.val), strict=True) if name}
+    names = ImageNames(table.image_name) if table.image_name else None
+    reader = Tables(files, table.columns or Columns(), names, table.val_share, table.val_seed)
+    splits = []
+    for split in SPLITS:
+        file = files.get(split, files["train"])
+        written = [table.images] if isinstance(table.images, str) else table.images or []
+        images = places(folder, [name.replace("{split}", split) for name in written])
+        reader.apart = any("{split}" in name for name in written)
+        inputs = {"table": file} if file.is_file() else {path.name: path for path in parts_of(file)}
+        inputs = {key: path for key, path in inputs.items() if path.is_file()}
+        splits.append(Split(split, str(file), images, functools.partial(reader.rows, split), inputs))
+    origin = {} if table.val_share is None else {"val_share": table.val_share, "val_seed": table.val_seed}
+    return Source("table", origin, tuple(splits))
+
+
+@dataclass
+class Tables:
+    """Both splits of a table, and what is known of all their rows."""
+
+    files: Mapping[str, Path]
+    """By split; without val where a share of train's images is val."""
+    columns: Columns
+    names: ImageNames | None = None
+    val_share: float | None = None
+    val_seed: int = 0
+    apart: bool = False
+    """Each split has pictures of its own, which may bear the names of the other's."""
+    _whole: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_FIRST, True))
+    """Whether all ids are whole numbers as they stand."""
+    _val_images: set[str] | None = None
+    _questions: dict[int, str] = field(default_factory=dict)
+    """The split of each question id."""
+    _places: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """The first split and the picture of each image id."""
+    _scanned: bool = False
+
+    def rows(self, split: str, violations: Violations) -> Iterator[Row]:
+        """Yield a split's questions; both splits are read before the first."""
+        if not self._scanned:
+            self._scanned = True
+            self._scan(violations)
+        file = self.files.get(split, self.files["train"])
+        found = self._open(file, violations)
+        if found is None:
+            return
+        columns, rows = found
+        for number, row in enumerate(rows, 1):
+            where = f"{file}: row {number}"
+            try:
+                if isinstance(row, MalformedRecord):
+                    raise row
+                if self._val_images is None or (self._image(row, columns) in self._val_images) == (split == "val"):
+                    yield from self._records(row, columns, split, where)
+            except MalformedRecord as error:
+                # A row that cannot be read has no picture by which it belongs to val.
+                if self._val_images is None or split == "train":
+                    violations.add(error.kind, f"{where}: {error}")
+
+    def _open(self, file: Path, violations: Violations) -> tuple[dict[str, str], Iterator[_Raw]] | None:
+        """Return a table's columns by what they hold, and its rows; None, and a violation, where it is no table."""
+        before = violations.count.total()
+        rows = read_rows(file, violations)
+        first = list(islice(rows, _LOOK))
+        there = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row)
+        if first and not there:
+            violations.add(ViolationKind.FOREIGN_FILE, f"{file}: {refusal(file) or f'row 1: {first[0]}'}")
+        elif there:
+            columns = find_columns(file, list(there), self.columns, violations)
+            return None if columns is None else (columns, chain(first, rows))
+        elif violations.count.total() == before:
+            violations.add(ViolationKind.EMPTY_FILE, f"{file}: no rows")
+        return None
+
+    def _scan(self, violations: Violations) -> None:
+        """Learn what must be known of all rows. What is wrong with a file is said when its records are read."""
+        images: set[str] = set()
+        for file in self.files.values():
+            columns, rows = self._open(file, Violations()) or ({}, ())
+            for row in rows:
+                if isinstance(row, MalformedRecord):
+                    continue
+                image = self._image(row, columns)
+                self._whole["image_id"] &= _whole(image) is not None
+                self._whole["question_id"] &= _whole(row.get(columns.get("question_id"))) is not None
+                if self.val_share is not None and image:
+                    images.add(image)
+        if self.val_share is not None:
+            count = max(2, round(self.val_share * len(images)))
+            drawn = sorted(images, key=lambda image: hashlib.sha256(f"{self.val_seed}:{image}".encode()).digest())
+            self._val_images = set(drawn[:count])
+            if 0 < len(images) <= count:
+                few = f"{self.files['train']}: {len(images)} images, of which {count} would be val"
+                violations.add(ViolationKind.FEW_IMAGES, few)
+
+    def _image(self, row: dict[str, Any], columns: dict[str, str]) -> str:
+        """Return what tells a row's picture from others: its id, else its name; blank where it has none."""
+        value = row.get(columns.get("image_id") or columns["image"])
+        return "" if value is None or isinstance(value, dict | list) else str(value).strip()
+
+    def _records(self, row: dict[str, Any], columns: dict[str, str], split: str, where: str) -> Iterator[Row]:
+        """Yield the records of a row: one, or one for each turn of a conversation."""
+        values = {role: row.get(column) for role, column in columns.items()}
+        image_id, original, name = self._picture(values, split)
+        talk = columns["question"] == columns["answers"]
+        pairs = _turns(values["question"]) if talk else [(values["question"], values["answers"])]
+        kinds = tuple(_text(values.get(key), key).strip() for key in ("question_type", "answer_type"))
+        main = _text(values.get("main_answer"), "main_answer")
+        called = _text(values.get("question_id"), "question_id").strip()
+        for place, (question, answers) in enumerate(pairs):
+            text = _text(question, "question")
+            if not text.strip():
+                raise MalformedRecord(
+                    ViolationKind.BAD_QUESTION, f"question is {text!r:.60}, not text that says something"
+                )
+            answer = answered(text, read_answers(answers), kinds, main)
+            given = f"{called}#{place}" if called and place else called
+            question_id, original_id = self._question_id(given, split, f"{original or image_id}\n{text}")
+            ids = {"question_id": question_id, "image_id": image_id, "original_question_id": original_id}
+            yield Row(where, name, {**ids, "question": text, **answer, "original_image_id": original})
+
+    def _picture(self, values: dict[str, Any], split: str) -> tuple[int, str | None, str]:
+        """Return a picture's id, what the table calls it if it is called otherwise, and its file's name."""
+        kind = ViolationKind.BAD_ROW
+        name, given = (_text(values.get(key), key).strip() for key in ("image", "image_id"))
+        given = given or name
+        if not name:
+            raise MalformedRecord(kind, "names no picture")
+        if self.names:
+            made = self.names.name(int(name)) if name.isdecimal() else None
+            if made is None:
+                raise MalformedRecord(ViolationKind.IMAGE_ID, f"image is {name!r:.60}, no id for {self.names.pattern}")
+            name = made
+        image_id = _whole(given) if self._whole["image_id"] else None
+        image_id = made_id(given) if image_id is None else image_id
+        place = f"{split}/{name}" if self.apart else name
+        first, known = self._places.setdefault(image_id, (split, place))
+        if known != place:
+            if first == split:
+                raise MalformedRecord(kind, f"image_id {given!r:.60} stands for {known!r:.60} and {place!r:.60}")
+            # Each split numbers its own pictures.
+            given = f"{split}/{given}"
+            image_id = made_id(given)
+            self._places[image_id] = (split, place)
+        return image_id, None if str(image_id) == given else given, name
+
+    def _question_id(self, given: str, split: str, about: str) -> tuple[int, str | None]:
+        """Return a question's id, and what the table calls it if that is something else.
+
+        Without an id in the table it is made of what the question is `about`, and of its place among equal ones.
+        """
+        whole = _whole(given) if self._whole["question_id"] else None
+        made, place = made_id(given or about) if whole is None else whole, 0
+        while (first := self._questions.get(made)) is not None:
+            if given and first == split:
+                raise MalformedRecord(ViolationKind.DUPLICATE_QUESTION, f"question_id {given!r:.60}")
+            place += 1
+            made = made_id(f"{split}/{given}" if given else f"{about}\n{place}")
+        self._questions[made] = split
+        return made, None if not given or str(made) == given else given
+
+
+def made_id(text: str) -> int:
+    """Return an id for a text: the first 53 bits of its SHA-256, which every reader of JSON keeps."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) >> 3
+
+
+def _whole(value: Any) -> int | None:
+    """Return the whole number from 0 up that an id is, or writes in the one usual way."""
+    if (
+        isinstance(value, str)
+        and value.isascii()
+        and value.isdecimal()
+        and len(value) < 20
+        and str(int(value)) == value
+    ):
+        value = int(value)
+    return value if type(value) is int and 0 <= value <= LARGEST_ID else None
+
+
+def _text(value: Any, what: str) -> str:
+    """Return a cell as text: numbers as they are written, nothing as a blank."""
+    if value is None:
+        return ""
+    if type(value) in (int, float):
+        return str(value)
+    if not is_text(value):
+        raise MalformedRecord(ViolationKind.BAD_ROW, f"{what} is {value!r:.60}, not text")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """Return the list that a text writes, in JSON or as Python prints it; anything else as it is."""
+    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return read(value)
+    return value
+
+
+def read_answers(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the answers of a cell, and how sure who gave them was, empty where it does not say so.
+
+    One text or number; a list of such, or of objects with `answer`; an object of lists, as `datasets` may give the latter.
+    """
+    value = _listed(value)
+    if isinstance(value, dict) and isinstance(value.get("answer"), list):
+        value = [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
+    answers, confidences = [], []
+    for item in value if isinstance(value, list) else [value]:
+        text, sure = (item.get("answer"), item.get("answer_confidence")) if isinstance(item, dict) else (item, None)
+        answers.append(sys.intern(_text(text, "an answer")))
+        confidences.append(sys.intern(_text(sure, "answer_confidence")))
+    return tuple(answers), tuple(confidences) if any(confidences) else ()
+
+
+def _turns(talk: Any) -> Iterator[tuple[str, str]]:
+    """Yield question and answer of a conversation in LLaVA's layout, or in that of chat templates."""
+    talk, question = _listed(talk), None
+    for turn in talk if isinstance(talk, list) else ():
+        who, said = (
+            (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
+            if isinstance(turn, dict)
+            else ("", "")
+        )
+        said = _text(said, "a turn").replace("<image>", "").strip()
+        if who in ("human", "user"):
+            question = said
+        elif who in ("gpt", "assistant") and question is not None:
+            yield question, said
+            question = None
+        elif who != "system":
+            raise MalformedRecord(ViolationKind.BAD_ROW, f"{turn!r:.60} is no turn of a human's and then of a model's")
+
+
+# --- columns ------------------------------------------------------------------------------------------------------------
+
+
+def find_columns(file: Path, there: Sequence[str], wanted: Columns, violations: Violations) -> dict[str, str] | None:
+    """Return a table's columns by what they hold; None, and a violation, where one cannot be told."""
+    found: dict[str, str] = {role: name for role, name in dataclasses.asdict(wanted).items() if name is not None}
+    wrong = [f"data.table.columns.{role} is {name!r}" for role, name in found.items() if name not in there]
+    named = {name.strip().lower(): name for name in there if name not in found.values()}
+    for role in (role for role in USUAL if role not in found):
+        names = [named[name] for name in USUAL[role] if name in named]
+        if role in _FIRST or USUAL[role][0] in named and role == "answers":
+            names = names[:1]
+        if len(names) > 1:
+            wrong.append(f"{' and '.join(names)} could all be the {role}")
+        elif names:
+            found[role] = names[0]
+    # A picture may be known by its id alone, and one answer be the main one.
+    for role, other in (("image", "image_id"), ("answers", "main_answer"), ("question", None)):
+        if role not in found and other in found:
+            found[role] = found.pop(other) if role == "answers" else found[other]
+        elif role not in found and not any(role in text for text in wrong):
+            wrong.append(f"no column for the {role}")
+    if wrong:
+        violations.add(ViolationKind.COLUMNS, f"{file}: {'; '.join(wrong)}; it has {', '.join(there)}")
+        return None
+    return found
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------------
+
+
+def parts_of(file: Path) -> list[Path]:
+    """Return the files of a table: itself, or those in its folder."""
+    if not file.is_dir():
+        return [file]
+    return sorted(path for path in file.rglob("*") if path.suffix in (".parquet", ".arrow", ".jsonl"))
+
+
+def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
+    """Yield a table's rows by column, and for each one that cannot be read why; what is no table is a violation."""
+    for path in parts_of(file):
+        kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+        try:
+            if kind in ("parquet", "arrow"):
+                check_regular(path, sys.maxsize)
+                yield from read_parquet(str(path), kind)
+            elif kind in ("csv", "tsv", "jsonl", "ndjson", "json"):
+                yield from _read_text(path, kind, violations)
+            else:
+                known = "it is read by its ending, and csv, tsv, jsonl, json and parquet are known"
+                violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {refusal(path) or known}")
+        except (csv.Error, pa.ArrowException) as error:
+            violations.add(ViolationKind.BROKEN_FILE, f"{path}: {' '.join(str(error).split())}")
+        except READ_ERRORS as error:
+            violations.add(*unreadable(path, error))
+
+
+def read_parquet(file: str, kind: str = "parquet") -> Iterator[dict[str, Any]]:
+    """Yield the rows of one file or address, pictures undecoded."""
+    stream = datasets.load_dataset(
+        kind, data_files={"rows": [file]}, split="rows", streaming=True, trust_remote_code=False,
+        **({"batch_size": ROWS_AT_ONCE} if kind == "parquet" else {}),
+    )  # fmt: skip
+    assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "parquet names its columns"
+    for column, feature in stream.features.items():
+        if isinstance(feature, datasets.Image):
+            stream = stream.cast_column(column, datasets.Image(decode=False))
+    yield from stream
+
+
+def _read_text(path: Path, kind: str, violations: Violations) -> Iterator[_Raw]:
+    with open_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:  # ty: ignore[invalid-argument-type] - gzip's too
+        first, second = lines.readline(), lines.readline()
+        if "\0" in first:
+            raise UnicodeDecodeError("utf-8", first.encode()[:100], 0, 1, "it has zeros")
+        # Many a .json holds JSON lines.
+        if kind == "json" and not (second.lstrip().startswith("{") and isinstance(_json_row(first), dict)):
+            kind = "whole"
+        rest = chain([first, second], lines)
+        if kind in ("csv", "tsv"):
+            yield from _read_csv(rest, "\t" if kind == "tsv" else max(",;\t|", key=first.count))
+        elif kind != "whole":
+            yield from map(_json_row, filter(str.strip, rest))
+    if kind == "whole":
+        yield from _json_rows(path, read_json(path, violations), violations)
+
+
+def _read_csv(lines: Iterable[str], delimiter: str) -> Iterator[_Raw]:
+    reader = csv.reader(lines, delimiter=delimiter)
+    header = [name.strip() for name in next(reader, [])]
+    for cells in reader:
+        if len(cells) == len(header):
+            yield dict(zip(header, cells, strict=True))
+        elif cells:
+            found = f"line {reader.line_num}: {len(cells)} cells, but {len(header)} columns"
+            yield MalformedRecord(ViolationKind.BAD_ROW, found)
+
+
+def _json_row(line: str) -> _Raw:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return MalformedRecord(ViolationKind.BAD_ROW, f"not JSON ({error})")
+    return row if isinstance(row, dict) else MalformedRecord(ViolationKind.BAD_ROW, f"{row!r:.60} is not an object")
+
+
+def _json_rows(path: Path, content: Any, violations: Violations) -> Iterator[_Raw]:
+    """Yield the rows of a list, of the one list in an object (TextVQA), or of an object of objects by their ids (GQA)."""
+    if isinstance(content, dict):
+        lists = [
+            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        if len(lists) == 1:
+            content = lists[0]
+        elif content and all(isinstance(value, dict) for value in content.values()):
+            content = [{"question_id": key, **value} for key, value in content.items()]
+    if isinstance(content, list):
+        for row in content:
+            yield (
+                row
+                if isinstance(row, dict)
+                else MalformedRecord(ViolationKind.BAD_ROW, f"{row!r:.60} is not an object")
+            )
+    elif content is not None:
+        found = refusal(path) or "neither a list of objects nor an object with one such list"
+        violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {found}")
