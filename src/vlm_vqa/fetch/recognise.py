@@ -89,8 +89,8 @@ def head(path: Path) -> Head:
                 return Head(entries, "", file.metadata.num_rows <= len(entries))
         text, cut = _text(path)
         if ending in (".csv", ".tsv"):
-            lines = text.splitlines()[: -1 if cut else None]
-            entries = csv.DictReader(lines, dialect="excel-tab" if ending == ".tsv" else "excel")
+            lines = text.splitlines(keepends=True)[: -1 if cut else None] or [""]
+            entries = csv.DictReader(lines, delimiter="\t" if ending == ".tsv" else max(",;\t|", key=lines[0].count))
         elif ending in (".jsonl", ".ndjson"):
             entries = _items(text, 0)
         else:
@@ -119,9 +119,9 @@ def _json(text: str) -> tuple[str, Iterator[Any]]:
     by_id = []
     with suppress(ValueError):
         for key, at in _keys(text, place + 1):
-            if text[at] == "[" and isinstance(next(_items(text, at + 1), None), dict):
+            if text[at : at + 1] == "[" and isinstance(next(_items(text, at + 1), None), dict):
                 return key, _items(text, at + 1)
-            by_id += [{"id": key, **one} for one in itertools.islice(_items(text, at), 1) if isinstance(one, dict)]
+            by_id += [{"question_id": key, **one} for one in itertools.islice(_items(text, at), 1) if isinstance(one, dict)]
     return "", iter([one for one in by_id if "question" in one])
 
 

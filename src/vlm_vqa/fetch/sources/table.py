@@ -37,22 +37,11 @@ from vlm_vqa.fetch.contract import (
     answered,
     is_text,
 )
-from vlm_vqa.fetch.recognise import refusal
+from vlm_vqa.fetch.recognise import USUAL, refusal
 from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, open_bytes, places, read_json, unreadable
 from vlm_vqa.files import check_regular
 from vlm_vqa.params import Columns, DataParams, TableParams
 
-USUAL = {
-    "image": ("image", "image_path", "image_file", "image_name", "file_name", "filename", "img", "img_path", "picture"),
-    "question": ("question", "query", "prompt", "conversations"),
-    "answers": ("answers_original", "answers", "answer", "direct_answers", "label", "conversations"),
-    "question_id": ("question_id", "questionid", "qid", "id"),
-    "image_id": ("image_id", "id_image", "imageid"),
-    "question_type": ("question_type",),
-    "answer_type": ("answer_type",),
-    "main_answer": ("multiple_choice_answer", "main_answer"),
-}
-"""The usual names of columns, in small letters."""
 _FIRST = ("question_id", "image_id")
 """Where several names are there, the first one holds."""
 _LOOK = 100
