@@ -113,7 +113,7 @@ def test_no_more_than_the_head_is_read(tmp_path, monkeypatch):
     "text", ["", "[", "{", "[[", '{"a"', '{"a":', "[1, 2]", '{"a": [1]}', "\0\0\0", "[" * 100_000, '{"a":' * 100_000]
 )
 def test_what_is_none_is_none(tmp_path, text):
-    for ending in ("json", "jsonl", "parquet"):
+    for ending in ("json", "parquet"):
         path = write(tmp_path / f"a.{ending}", text)
         assert head(path).entries == [] and refusal(path) is None
 

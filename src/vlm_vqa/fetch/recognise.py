@@ -312,25 +312,35 @@ def _images(
         with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(folder / archive) as file:
             inside += [(_path(member), str(archive)) for member in file.namelist()[:_MOST_FILES]]
     inside = [(name, place) for name, place in inside if name.suffix.lower() in PICTURES]
-    wanted = {_path(value).name.lower() for value in values}
-    hits = Counter(place for name, place in inside if {name.name.lower(), name.stem.lower()} & wanted)
+    wanted = {_stem(_path(value)) for value in values}
+    hits: dict[str, set[str]] = {}
+    for name, place in inside:
+        if _stem(name) in wanted:
+            hits.setdefault(place, set()).add(_stem(name))
     pattern = None
-    if not hits and all(text.isdecimal() for text in wanted):
-        numbered: dict[str, list[tuple[str, str]]] = {}
+    if not hits and all(stem.isdecimal() for stem in wanted):
+        numbered: dict[str, list[tuple[str, PurePath]]] = {}
         for name, place in inside:
             parts = re.fullmatch(r"([^{}]*?)(\d+)", name.stem)
             if parts and str(int(parts[2])) in wanted:
                 width = f":0{len(parts[2])}d" if parts[2][0] == "0" < parts[2] else ""
-                numbered.setdefault(f"{parts[1]}{{image_id{width}}}", []).append((place, name.suffix))
-        for stem in sorted(numbered, key=lambda stem: len(numbered[stem]))[-1:]:
-            hits = Counter(place for place, _ in numbered[stem])
-            pattern = stem + Counter(ending for _, ending in numbered[stem]).most_common(1)[0][0]
-    if hits.total() < len(wanted):
-        unsure[key] = f"of the first {len(wanted)} pictures {len(wanted) - hits.total()} were not found by name"
-    places = sorted(hits, key=lambda place: (hits[place] < len(wanted), _split(PurePath(place)) != split))
-    if places and (hits[places[0]] >= len(wanted) or len(places) == 1):
+                numbered.setdefault(f"{parts[1]}{{image_id{width}}}", []).append((place, name))
+        for stem, names in sorted(numbered.items(), key=lambda one: len(one[1]))[-1:]:
+            for place, name in names:
+                hits.setdefault(place, set()).add(name.stem)
+            pattern = stem + Counter(name.suffix for _, name in names).most_common(1)[0][0]
+    lacking = len(wanted) - len(set().union(*hits.values()))
+    if lacking:
+        unsure[key] = f"of the first {len(wanted)} pictures {lacking} were not found by name"
+    places = sorted(hits, key=lambda place: (len(hits[place]) < len(wanted), _split(PurePath(place)) != split))
+    if places and (len(hits[places[0]]) >= len(wanted) or len(places) == 1):
         return places[0], pattern
-    return places if places and "." not in places else ".", pattern
+    return places if any(place.endswith(".zip") for place in places) else ".", pattern
+
+
+def _stem(name: PurePath) -> str:
+    """Return a picture's name as it is looked for: case and ending do not count."""
+    return (name.stem if name.suffix.lower() in PICTURES else name.name).lower()
 
 
 def _path(name: Any) -> PurePath:
