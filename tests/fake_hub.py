@@ -274,7 +274,7 @@ def rows_of(folder):
         rows[paths.split] = [
             {**annotation, **question, "image": {"bytes": file.read_bytes(), "path": file.name}}
             for question, annotation in zip(questions, annotations, strict=True)
-            for file in [paths.images / paths.names.name(question["image_id"])]
+            for file in [paths.images[0] / paths.names.name(question["image_id"])]
         ]
     return rows
 

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.sources.official_layout import ImageFiles, MissingImage
+from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
 
 
 def a_zip(method: int) -> bytes:
@@ -37,7 +37,7 @@ def test_a_damaged_zip_is_named_whatever_zipfile_makes_of_it(tmp_path):
                 data[drawn.randrange(first, len(data))] = drawn.choice([0, 1, 255, drawn.randrange(256)])
         path.write_bytes(data)
         try:
-            images = ImageFiles(path)
+            images = ImageFiles([path])
         except (zipfile.BadZipFile, OSError):
             refused["archive"] += 1
             continue
@@ -61,4 +61,4 @@ def test_a_zip64_offset_that_no_file_has_is_named(tmp_path):
     path = tmp_path / "images.zip"
     path.write_bytes(data[:directory] + entry + extra + last)
     with pytest.raises(UserError, match="a.jpg: cannot be unpacked"):
-        ImageFiles(path).read("a.jpg", 10**6)
+        ImageFiles([path]).read("a.jpg", 10**6)

@@ -121,7 +121,9 @@ def _json(text: str) -> tuple[str, Iterator[Any]]:
         for key, at in _keys(text, place + 1):
             if text[at : at + 1] == "[" and isinstance(next(_items(text, at + 1), None), dict):
                 return key, _items(text, at + 1)
-            by_id += [{"question_id": key, **one} for one in itertools.islice(_items(text, at), 1) if isinstance(one, dict)]
+            by_id += [
+                {"question_id": key, **one} for one in itertools.islice(_items(text, at), 1) if isinstance(one, dict)
+            ]
     return "", iter([one for one in by_id if "question" in one])
 
 

@@ -53,7 +53,9 @@ def _repository(name: str) -> Found:
     train = "train" if "train" in splits else splits[0]
     others = [split for split in ("validation", "val", "dev", "test", *splits) if split in splits and split != train]
     if not others:
-        raise UserError(f"{name} has one split, {train}. Download its files and name their folder: a share becomes val.")
+        raise UserError(
+            f"{name} has one split, {train}. Download its files and name their folder: a share becomes val."
+        )
     val = others[0]
     unsure = {} if val.startswith("val") else {"data.hub.val.split": f"it has {', '.join(splits)}"}
     unsure |= dict.fromkeys(("prompt.text_length", "train.num_train_epochs"), "the repository was not read")

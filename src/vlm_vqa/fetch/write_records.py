@@ -31,7 +31,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Row, Source, Split, ViolationKind, Violations
 from vlm_vqa.fetch.data_report import render_report
 from vlm_vqa.fetch.sources import open_source
-from vlm_vqa.fetch.sources.official_layout import ImageFiles, MissingImage
+from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
 from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics
 from vlm_vqa.files import claim
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
@@ -263,7 +263,7 @@ def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations
     for text in texts:
         paths = tuple(text.paths.images)
         if paths not in opened:
-            opened[paths] = _open_images(paths[0], violations)
+            opened[paths] = _open_images(paths, violations)
             if (new := opened[paths]) is not None:
                 stack.callback(new.close)
         if (files := opened[paths]) is not None:
@@ -272,16 +272,19 @@ def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations
             found = places.setdefault(image_id, [])
             if files is not None and (place := _Place(files, name)) not in found:
                 found.append(place)
+    for files in (there := [files for files in opened.values() if files is not None]):
+        files.others = [other for other in there if other is not files]
     return dict(sorted(places.items()))
 
 
-def _open_images(path: Path, violations: Violations) -> ImageFiles | None:
+def _open_images(paths: tuple[Path, ...], violations: Violations) -> ImageFiles | None:
     try:
-        return ImageFiles(path)
-    except FileNotFoundError:
-        violations.add(ViolationKind.MISSING_FILE, f"{path}: neither a folder nor a zip archive of images")
+        return ImageFiles(paths)
+    except FileNotFoundError as error:
+        violations.add(ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images")
     except (OSError, zipfile.BadZipFile) as error:
-        violations.add(ViolationKind.BROKEN_FILE, f"{path}: not a usable zip archive ({error})")
+        named = " or ".join(map(str, paths))
+        violations.add(ViolationKind.BROKEN_FILE, f"{named}: not a usable zip archive ({error})")
     return None
 
 
@@ -359,16 +362,15 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
     rows: list[dict[str, Any]] = []
     problems: list[tuple[ViolationKind, str]] = []
     for place in places:
-        where = place.files.where(place.name)
         try:
             data = place.files.read(place.name, _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES)
-            image = open_image(data, where, max_pixels)
-        except MissingImage:
-            problems.append((ViolationKind.MISSING_IMAGE, f"{where} (image_id {image_id})"))
+            image = open_image(data, place.files.where(place.name), max_pixels)
+        except MissingImage as error:
+            problems.append((ViolationKind.MISSING_IMAGE, f"{error} (image_id {image_id}){error.hint}"))
         except (UserError, OSError) as error:
             problems.append((ViolationKind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
         else:
-            rows.append(_image_row(image_id, place.name, data, image.size))
+            rows.append(_image_row(image_id, place.files.file_name(place.name), data, image.size))
     if len({row["sha256"] for row in rows}) > 1:
         named = " and ".join(place.files.where(place.name) for place in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))

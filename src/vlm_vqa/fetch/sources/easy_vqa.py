@@ -54,13 +54,13 @@ def write_official_layout(folder: str | Path) -> None:
     folder = Path(folder)
     data = _package_data()
     for paths, (_, package_split, offset) in zip(official_paths(folder), _SPLITS, strict=True):
-        paths.images.mkdir(parents=True, exist_ok=True)
+        paths.images[0].mkdir(parents=True, exist_ok=True)
         entries = json.loads((data / package_split / "questions.json").read_text(encoding="utf-8"))
         _write_texts(paths, list(_number(entries, offset)))
         image_ids = sorted({image_id for _, _, image_id in entries})
         for image_id in tqdm(image_ids, desc=f"easy-VQA {paths.split}", unit="image"):
             with Image.open(data / package_split / "images" / f"{image_id}.png") as image:
-                target = paths.images / paths.names.name(image_id + offset)  # ty: ignore[unsupported-operator] - short ids
+                target = paths.images[0] / paths.names.name(image_id + offset)  # ty: ignore[unsupported-operator] - short ids
                 image.convert("RGB").save(target, "JPEG", quality=95, subsampling=0)
 
 

@@ -82,7 +82,7 @@ def _stream_split(split: str, wanted: HubRepository, folder: Path) -> SplitPaths
         made_of = {**dataclasses.asdict(wanted), "to": split, "files": found.names, "columns": _COLUMNS}
         place = folder / hash_json(made_of)[:16]
         paths = official_paths(place)[SPLITS.index(split)]
-        paths.images.mkdir(parents=True, exist_ok=True)
+        paths.images[0].mkdir(parents=True, exist_ok=True)
         parts = [place / f"part-{index:05d}" for index in range(len(found.files))]
         with tqdm(total=found.questions, desc=f"{split} from {repository.name}", unit="question") as progress:
             writer = _PartWriter(repository, paths, progress)
@@ -293,7 +293,7 @@ class _PartWriter:
                         self.progress.update()
                 (folder / "images").write_text(json.dumps(list(images.items())))
                 # They count with the part, so they must be on the disk before it.
-                for path in (*map(self._image, images), self.paths.images):
+                for path in (*map(self._image, images), self.paths.images[0]):
                     flush(path)
         except pa.ArrowInvalid as error:
             raise UserError(f"{self.repository}: {file} is no intact Parquet file ({error}).") from error
@@ -320,7 +320,7 @@ class _PartWriter:
         images[image_id] = sha256
 
     def _image(self, image_id: int) -> Path:
-        return self.paths.images / self.paths.names.name(image_id)  # ty: ignore[unsupported-operator] - _write_image looked
+        return self.paths.images[0] / self.paths.names.name(image_id)  # ty: ignore[unsupported-operator] - _write_image looked
 
 
 def _line(entry: dict[str, Any]) -> str:

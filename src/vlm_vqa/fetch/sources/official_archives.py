@@ -161,7 +161,7 @@ def _splits(folder: Path) -> tuple[Split, ...]:
                 split,
                 folder / _texts("Questions", split),
                 folder / _texts("Annotations", split),
-                folder / f"{split}2014.zip",
+                (folder / f"{split}2014.zip",),
                 ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
             )
         )

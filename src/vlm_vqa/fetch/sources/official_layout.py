@@ -4,15 +4,12 @@ import functools
 import gzip
 import json
 import logging
-import lzma
 import os
 import zipfile
-import zlib
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from vlm_vqa.data.records import SPLITS
@@ -34,21 +31,16 @@ from vlm_vqa.fetch.contract import (
     parse_question,
 )
 from vlm_vqa.fetch.recognise import refusal
+from vlm_vqa.fetch.sources.image_files import DAMAGE, ENCRYPTED
 from vlm_vqa.fetch.sources.zip_archive import files, open_zip, shown
 from vlm_vqa.files import MOST_BYTES, check_regular
 from vlm_vqa.params import DataParams
 
 log = logging.getLogger(__name__)
 
-_ENCRYPTED = 0x1
-"""Of a zip member's flags (APPNOTE 4.4.4)."""
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
-# Reading a damaged member, zipfile raises its own error and those of its decompressors (bz2's is an OSError, which readers
-# expect anyway); EOFError where the bytes end early; NotImplementedError for a compression method that Python lacks;
-# ValueError for a ZIP64 offset that no file has, and as UnicodeDecodeError for a name that is not UTF-8 though flagged so.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
-READ_ERRORS = (OSError, RecursionError, *_DAMAGE)
+READ_ERRORS = (OSError, RecursionError, *DAMAGE)
 """What reading a file of texts raises: JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError."""
 
 
@@ -59,8 +51,8 @@ class SplitPaths:
     split: str
     questions: Path
     annotations: Path
-    images: Path
-    """A folder of images, or a zip archive of them."""
+    images: tuple[Path, ...]
+    """Folders of images, or zip archives of them."""
     names: ImageNames
 
 
@@ -79,24 +71,21 @@ def directory_source(data: DataParams) -> Source:
     splits = []
     for split in SPLITS:
         files = getattr(data, split)
-        first, *more = places(folder, files.images)
-        paths = SplitPaths(
-            split, folder / files.questions, folder / files.annotations, first, ImageNames(files.image_name)
-        )
-        splits.append(official_split(paths, more))
+        texts = (folder / files.questions, folder / files.annotations)
+        paths = SplitPaths(split, *texts, places(folder, files.images), ImageNames(files.image_name))
+        splits.append(official_split(paths))
     return Source("directory", {}, tuple(splits))
 
 
-def places(folder: Path, names: str | list[str]) -> list[Path]:
+def places(folder: Path, names: str | list[str]) -> tuple[Path, ...]:
     """Return the folders and archives that a parameter names."""
-    return [folder / name for name in ([names] if isinstance(names, str) else names)]
+    return tuple(folder / name for name in ([names] if isinstance(names, str) else names))
 
 
-def official_split(paths: SplitPaths, more_images: Sequence[Path] = ()) -> Split:
+def official_split(paths: SplitPaths) -> Split:
     """Return a split that is read from its questions and annotations files."""
     inputs = {"questions": paths.questions, "annotations": paths.annotations}
-    images = (paths.images, *more_images)
-    return Split(paths.split, str(paths.questions), images, functools.partial(_rows, paths), inputs)
+    return Split(paths.split, str(paths.questions), paths.images, functools.partial(_rows, paths), inputs)
 
 
 def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
@@ -135,7 +124,7 @@ def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
             split,
             folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json",
             folder / f"v2_mscoco_{split}2014_annotations.json",
-            folder / f"{split}2014",
+            (folder / f"{split}2014",),
             ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
         )
         for split in SPLITS
@@ -236,7 +225,7 @@ def open_bytes(path: Path) -> Generator[IO[bytes] | gzip.GzipFile]:
         if len(members) != 1:
             names = shown(member.filename for member in members)
             raise zipfile.BadZipFile(f"the archive holds {len(members)} files instead of one: {names}")
-        if members[0].flag_bits & _ENCRYPTED:
+        if members[0].flag_bits & ENCRYPTED:
             raise zipfile.BadZipFile(f"{members[0].filename} is encrypted")
         if members[0].file_size > MOST_BYTES:
             raise zipfile.BadZipFile(f"{members[0].filename} would unpack to {members[0].file_size} bytes")
@@ -266,84 +255,3 @@ def _sort_out(
                 unnamed += 1
             violations.add(error.kind, f"{path}: entry {row} (question_id {question_id}): {error}")
     return Entries(str(path), good, reported, unnamed)
-
-
-class MissingImage(Exception):
-    """There is no such image; the message says where it was looked for."""
-
-
-class ImageFiles:
-    """Image files by name, in a folder or inside a zip archive (below any folder in it). Reads from several threads."""
-
-    def __init__(self, path: Path):
-        """Open `path`.
-
-        Raises:
-            OSError, zipfile.BadZipFile: it is neither a folder nor a zip archive of files below it, as `open_zip` says.
-        """
-        self.path = path
-        self._zip = None if path.is_dir() else open_zip(path)
-        self._members: defaultdict[str, list[zipfile.ZipInfo]] = defaultdict(list)
-        for info in self._zip.infolist() if self._zip else ():
-            self._members[PurePosixPath(info.filename).name].append(info)
-
-    def read(self, name: str, max_bytes: int) -> bytes:
-        """Return a file's bytes.
-
-        Raises:
-            MissingImage: there is no such file.
-            UserError: it is larger than `max_bytes`, or encrypted, damaged or of an unknown compression inside the archive.
-            OSError: it cannot be read.
-        """
-        where = self.where(name)
-        size = self._size(name)
-        if size > max_bytes:
-            raise UserError(f"{where}: {size} bytes are too many for an image of data.max_image_pixels")
-        if self._zip is None:
-            check_regular(self.path / name, max_bytes)
-            return (self.path / name).read_bytes()
-        member = self._members[name][0]
-        # zipfile would raise a bare RuntimeError, which could be anything.
-        if member.flag_bits & _ENCRYPTED:
-            raise UserError(f"{where}: is encrypted; unpack the archive with its password and name the folder instead")
-        try:
-            return self._zip.read(member)
-        except _DAMAGE as error:
-            raise UserError(f"{where}: cannot be unpacked ({error})") from error
-
-    def count(self) -> int:
-        """Return how many files there are."""
-        if self._zip is not None:
-            return len(files(self._zip))
-        return sum(map(_is_file, os.scandir(self.path)))
-
-    def where(self, name: str) -> str:
-        """Return the place of a file, for messages."""
-        return f"{self.path / name}" if self._zip is None else f"{self.path}: {name}"
-
-    def close(self) -> None:
-        """Close the archive."""
-        if self._zip is not None:
-            self._zip.close()
-
-    def _size(self, name: str) -> int:
-        if self._zip is None:
-            try:
-                return (self.path / name).stat().st_size
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise MissingImage(self.where(name)) from error
-        members = self._members.get(name, [])
-        if not members:
-            raise MissingImage(self.where(name))
-        if len(members) > 1:
-            places = " and ".join(member.filename for member in members)
-            raise UserError(f"{self.where(name)}: {len(members)} files of this name ({places})")
-        return members[0].file_size
-
-
-def _is_file(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:
-        # A link that leads to itself.
-        return False

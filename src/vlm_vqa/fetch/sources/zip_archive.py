@@ -9,7 +9,7 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from vlm_vqa.files import check_regular
 
@@ -44,7 +44,13 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 def files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """Return the entries that are files, without what macOS adds."""
-    return [info for info in archive.infolist() if not info.is_dir() and not _JUNK.fullmatch(info.filename)]
+    infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
+    return [info for info in infos if not _JUNK.fullmatch("/".join(parts(info.filename)))]
+
+
+def parts(name: str) -> list[str]:
+    """Return a name's folders and its last part. Windows writes backslashes; every unpacker reads them as folders."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
 
 
 def shown(names: Iterable[str]) -> str:
@@ -55,7 +61,7 @@ def shown(names: Iterable[str]) -> str:
 
 
 def _check(entries: list[zipfile.ZipInfo]) -> None:
-    names = Counter(info.filename for info in entries)
+    names = Counter("/".join(parts(info.filename)) for info in entries)
     faults = {
         "would leave the archive's folder": [info.orig_filename for info in entries if _leaves(info)],
         "are links or devices": [info.filename for info in entries if _is_special(info)],
@@ -68,15 +74,9 @@ def _check(entries: list[zipfile.ZipInfo]) -> None:
 
 
 def _leaves(info: zipfile.ZipInfo) -> bool:
-    """Tell whether a name is absolute, has a drive, climbs, or means something else on another system."""
+    """Tell whether a name is absolute, has a drive, climbs, or has a byte that ends names."""
     name = info.orig_filename
-    return (
-        name.startswith("/")
-        or "\\" in name
-        or "\0" in name
-        or re.match(r"[A-Za-z]:", name) is not None
-        or ".." in PurePosixPath(name).parts
-    )
+    return name.startswith(("/", "\\")) or "\0" in name or bool(re.match("[A-Za-z]:", name)) or ".." in parts(name)
 
 
 def _is_special(info: zipfile.ZipInfo) -> bool:
