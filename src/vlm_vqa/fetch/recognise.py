@@ -402,5 +402,5 @@ def _lines(values: Mapping[str, Any], prefix: str, unsure: Mapping[str, str]) ->
 def _written(value: Any) -> str:
     if isinstance(value, Unquoted):
         return str(value)
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][\w./-]*", value) and value.lower() not in _WORDS
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/]([\w./{}:-]*[\w/}])?", value) and value.lower() not in _WORDS
     return value if plain else json.dumps(value, ensure_ascii=False)
