@@ -92,12 +92,12 @@ def _projections(value: Any) -> Any:
 
 
 def _places(value: Any) -> Any:
-    if isinstance(value, list) and value:
-        return [Line().read(one) for one in value]
-    return Line(wanted="text, or a list of texts").read(value)
+    one = Line().read
+    return tuple(map(one, value)) if isinstance(value, list | tuple) and value else one(value)
 
 
 _LAYERS = pydantic.WithJsonSchema({"type": "array", "items": {"enum": [*PROJECTIONS]}, "minItems": 1})
+_PLACES = pydantic.WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
 Truth = Annotated[bool, BeforeValidator(truth)]
 Count = Annotated[int, Range(2**31 - 1)]
 Natural = Annotated[int, Range(2**31 - 1, least=0)]
@@ -114,10 +114,7 @@ Share = Annotated[float, Range(0.999, least=0)]
 Wide = Literal[Dtype.FLOAT32, Dtype.BFLOAT16]
 """DINOv2 and Gemma 2 overflow in float16."""
 Text = Annotated[str, Line()]
-Places = Annotated[
-    str | list[str],
-    pydantic.PlainValidator(_places, json_schema_input_type=str | list[str]),
-]
+Places = Annotated[str | tuple[str, ...], BeforeValidator(_places), _PLACES]
 """One folder or archive, or several."""
 Commit = Annotated[str, Line("[0-9a-f]{40}", "a commit of 40 hex digits")]
 Launch = Annotated[str, Line("[a-z0-9-]{1,100}", "the NAME of a file launch/NAME.yaml", dvc=True)]
@@ -178,7 +175,7 @@ class SplitFiles(Section):
     annotations: Text
     """Annotations file, JSON or gzipped JSON."""
     images: Places
-    """Folder of images with its sub-folders, or a zip archive of them; or a list of such."""
+    """Folder of images, with its sub-folders, or a zip archive of them; or a list of such."""
     image_name: ImageName
     """Name of an image's file as a format string of `image_id`."""
 

@@ -75,7 +75,7 @@ def test_the_counts_are_those_of_the_data(vqav2_folder, directory_params, tmp_pa
     fetch(directory_params(folder), tmp_path / "records")
     rows = Page(page(tmp_path / "records")).rows
     assert rows["questions"] == ["12", "6"] and rows["images with questions"] == ["4", "2"]
-    assert rows["questions without a main answer"] == ["1 (8.33 %)", "0 (0.00 %)"]
+    assert rows["main answers that nobody gave"] == ["0 (0.00 %)", "0 (0.00 %)"]
     assert rows["blank answers among the humans'"] == ["3 (2.50 %)", "0 (0.00 %)"]
     assert rows["humans who agree on the main answer, mean"] == [f"{(11 * 9 + 3) / 12:.2f} of 10", "9.00 of 10"]
     assert rows["asked in the same words of the same image before"] == ["1 (8.33 %)", "0 (0.00 %)"]

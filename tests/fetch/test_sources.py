@@ -10,6 +10,7 @@ from PIL import Image, JpegImagePlugin
 from vlm_vqa import params
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Violations, pair
+from vlm_vqa.fetch.question_types import answer_type, question_type
 from vlm_vqa.fetch.sources import easy_vqa, open_source
 from vlm_vqa.fetch.sources.official_layout import official_paths, read_annotations, read_questions
 
@@ -52,8 +53,8 @@ def test_no_id_is_in_both_splits(layout):
 
 
 def test_types_are_those_of_vqav2(layout):
-    assert Counter(a.answer_type for _, a in layout["train"][1]) == {"yes/no": 28_407, "other": 10_168}
-    types = {q.question: a.question_type for _, pairs in layout.values() for q, a in pairs}
+    assert Counter(a.kinds[1] for _, a in layout["train"][1]) == {"yes/no": 28_407, "other": 10_168}
+    types = {q.question: a.kinds[0] for _, pairs in layout.values() for q, a in pairs}
     assert types["what color is the shape?"] == "what color is the"
     assert types["what is the color of the circle?"] == "what is the color of the"
     assert types["what is the blue shape?"] == "what is the"
@@ -62,25 +63,39 @@ def test_types_are_those_of_vqav2(layout):
     assert types["is there not a red shape?"] == "is there"
     assert types["is no circle present?"] == "is"
     assert types["does the image not contain a circle?"] == "does the"
-    assert "none of the above" not in types.values()
+    assert "none" not in types.values()
 
 
 def test_types_follow_vqav2s_rule_on_real_questions(shared_data):
     sample = shared_data / "vqav2-sample"
     questions = json.loads((sample / "questions.json").read_text())["questions"]
     annotations = json.loads((sample / "annotations.json").read_text())["annotations"]
-    compared = 0
-    for question, annotation in zip(questions, annotations, strict=True):
-        # Only the phrases that occur in easy-VQA are known here; more specific ones of VQAv2's list are not.
-        if annotation["question_type"] in ("what color is the", "is there a", "is there", "does the"):
-            assert easy_vqa.question_type(question["question"]) == annotation["question_type"]
-            compared += 1
-    assert compared > 5
+    found = [question_type(question["question"]) for question in questions]
+    given = [annotation["question_type"].replace("none of the above", "none") for annotation in annotations]
+    assert found == given
+    answers = [(one["answer_type"], answer_type(one["multiple_choice_answer"])) for one in annotations]
+    assert sum(given == found for given, found in answers) > 0.9 * len(answers)
 
 
-@pytest.mark.parametrize(("answer", "kind"), [("yes", "yes/no"), ("no", "yes/no"), ("12", "number"), ("red", "other")])
+@pytest.mark.parametrize(
+    ("answer", "kind"), [("yes", "yes/no"), (" No", "yes/no"), ("12", "number"), ("1,000", "number"), ("red", "other")]
+)
 def test_answer_types(answer, kind):
-    assert easy_vqa.answer_type(answer) == kind
+    assert answer_type(answer) == kind
+
+
+@pytest.mark.parametrize(
+    ("question", "kind"),
+    [
+        ("What color is the car?", "what color is the"),
+        ("Why?", "why"),
+        ("Whatever?", "none"),
+        ("Name it", "none"),
+        ("?", "none"),
+    ],
+)
+def test_question_types(question, kind):
+    assert question_type(question) == kind
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -114,7 +129,7 @@ def test_the_source_is_identified_and_cleans_up(monkeypatch, directory_params):
     # Writing is tested above; here only what stands around it.
     monkeypatch.setattr(easy_vqa, "write_official_layout", lambda folder: None)
     with open_source(directory_params(".", source=params.Source.EASY_VQA)) as source:
-        folder = source.splits[0].questions.parent
+        folder = source.splits[0].inputs["questions"].parent
         assert folder.is_dir()
         assert source.name == "easy-vqa" and source.origin["version"] == "1.0" and len(source.origin["data_hash"]) == 64
         assert any("10 times" in note for note in source.notes) and any("4000" in note for note in source.notes)

@@ -44,7 +44,11 @@ def test_the_manifest_counts_and_hashes_what_is_there(vqav2_folder, directory_pa
         "questions": 12,
         "images": 4,
         "answer_types": {"yes/no": 4, "number": 4, "other": 4},
-        "empty_answers": 0,
+        "answers_per_question": {"10": 12},
+        "unsaid_answers": 0,
+        "asked_in_both": 0,
+        "dropped": 0,
+        "dropped_records": [],
         "inputs": {
             "questions": {"name": QUESTIONS, "sha256": sha256_file(source / QUESTIONS)},
             "annotations": {"name": ANNOTATIONS, "sha256": sha256_file(source / ANNOTATIONS)},
@@ -133,12 +137,18 @@ def test_images_without_questions_are_left_out(vqav2_folder, directory_params, t
     assert fetch(directory_params(folder), tmp_path / "records")["images"] == 6
 
 
-def test_blank_main_answers_are_counted(vqav2_folder, directory_params, tmp_path):
+@pytest.mark.parametrize("main", ["", None])
+def test_without_a_main_answer_the_most_common_is_taught(main, vqav2_folder, directory_params, tmp_path):
     folder = vqav2_folder()
     content = json.loads((folder / ANNOTATIONS).read_text())
-    content["annotations"][0]["multiple_choice_answer"] = ""
+    for annotation in content["annotations"]:
+        annotation["multiple_choice_answer"] = main
+        annotation["answers"] = ["", "", "", "b", {"answer": "a"}, "a", "b"]
     (folder / ANNOTATIONS).write_text(json.dumps(content))
-    assert fetch(directory_params(folder), tmp_path / "records")["splits"]["train"]["empty_answers"] == 1
+    manifest = fetch(directory_params(folder), tmp_path / "records")
+    rows = records.load_questions(tmp_path / "records", "train")
+    assert set(rows["multiple_choice_answer"]) == {"b"} and set(map(len, rows["answers"])) == {7}
+    assert manifest["splits"]["train"]["answers_per_question"] == {"7": 12}
 
 
 def test_a_failed_fetch_leaves_earlier_records_as_they_were(vqav2_folder, directory_params, tmp_path, monkeypatch):

@@ -35,7 +35,8 @@ def open_source(data: params.DataParams, records: Path = Path("data/records")) -
         case params.Source.DIRECTORY:
             yield directory_source(data)
         case params.Source.TABLE:
-            yield table_source(data)
+            with tempfile.TemporaryDirectory(prefix="table-", dir=records.parent) as folder:
+                yield table_source(data, Path(folder))
         case params.Source.EASY_VQA:
             with tempfile.TemporaryDirectory(prefix="vlm-vqa-easy-vqa-") as folder:
                 yield easy_vqa_source(Path(folder))
@@ -46,5 +47,5 @@ def open_source(data: params.DataParams, records: Path = Path("data/records")) -
                 remove_archives(data.official, records)
         case params.Source.HUB:
             assert data.hub is not None, "load_params asks for it"
-            with hub_source(data.hub, records.parent / "hub") as source:
+            with hub_source(data.hub, data.table, records.parent / "hub") as source:
                 yield source

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,14 +72,14 @@ def directory_source(data: DataParams) -> Source:
     for split in SPLITS:
         files = getattr(data, split)
         texts = (folder / files.questions, folder / files.annotations)
-        paths = SplitPaths(split, *texts, places(folder, files.images), ImageNames(files.image_name))
-        splits.append(official_split(paths))
+        images = tuple(places(folder, files.images))
+        splits.append(official_split(SplitPaths(split, *texts, images, ImageNames(files.image_name))))
     return Source("directory", {}, tuple(splits))
 
 
-def places(folder: Path, names: str | list[str]) -> tuple[Path, ...]:
+def places(folder: Path, names: str | Sequence[str]) -> list[Path]:
     """Return the folders and archives that a parameter names."""
-    return tuple(folder / name for name in ([names] if isinstance(names, str) else names))
+    return [folder / name for name in ([names] if isinstance(names, str) else names)]
 
 
 def official_split(paths: SplitPaths) -> Split:
@@ -207,7 +207,8 @@ def unreadable(path: Path, error: Exception) -> tuple[ViolationKind, str]:
         cut = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip()) - 4
         if not cut:
             return ViolationKind.BAD_SYNTAX, f"{path}: {error}"
-    return ViolationKind.BROKEN_FILE, f"{path}: not complete ({error})"
+    what = "not complete JSON" if isinstance(error, json.JSONDecodeError | RecursionError) else "cannot be read"
+    return ViolationKind.BROKEN_FILE, f"{path}: {what} ({error})"
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from tqdm import tqdm
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
@@ -39,6 +40,7 @@ from vlm_vqa.fetch.contract import (
 )
 from vlm_vqa.fetch.recognise import USUAL, refusal
 from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, open_bytes, places, read_json, unreadable
+from vlm_vqa.fetch.sources.spill import Spill
 from vlm_vqa.files import check_regular
 from vlm_vqa.params import Columns, DataParams, TableParams
 
@@ -51,8 +53,8 @@ ROWS_AT_ONCE = 100
 _Raw = dict[str, Any] | MalformedRecord
 
 
-def table_source(data: DataParams) -> Source:
-    """Return the tables that `data.table` names.
+def table_source(data: DataParams, spilled: Path) -> Source:
+    """Return the tables that `data.table` names; pictures whose bytes stand in them are written into `spilled`.
 
     Raises:
         UserError: `data.directory` is no folder.
@@ -64,19 +66,62 @@ def table_source(data: DataParams) -> Source:
             f"data.directory is {data.directory!r}, which is no folder. Name the one that holds the tables."
         )
     files = {split: folder / name for split, name in zip(SPLITS, (table.train, table.val), strict=True) if name}
-    names = ImageNames(table.image_name) if table.image_name else None
-    reader = Tables(files, table.columns or Columns(), names, table.val_share, table.val_seed)
+    columns, names = table.columns or Columns(), ImageNames(table.image_name) if table.image_name else None
+    written = [table.images] if isinstance(table.images, str) else table.images or ["."]
+    images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
+    read = files if table.images else _spilled(files, columns, spilled)
+    if read is not files:
+        images = dict.fromkeys(SPLITS, [spilled / "images"])
+    apart = read is files and any("{split}" in name for name in written)
+    called = {split: str(file) for split, file in files.items()}
+    reader = Tables(read, columns, called, names, table.val_share, table.val_seed, apart)
     splits = []
     for split in SPLITS:
         file = files.get(split, files["train"])
-        written = [table.images] if isinstance(table.images, str) else table.images or []
-        images = places(folder, [name.replace("{split}", split) for name in written])
-        reader.apart = any("{split}" in name for name in written)
-        inputs = {"table": file} if file.is_file() else {path.name: path for path in parts_of(file)}
-        inputs = {key: path for key, path in inputs.items() if path.is_file()}
-        splits.append(Split(split, str(file), images, functools.partial(reader.rows, split), inputs))
+        inputs = {path.name if file.is_dir() else "table": path for path in parts_of(file) if path.is_file()}
+        splits.append(Split(split, str(file), images[split], functools.partial(reader.rows, split), inputs))
     origin = {} if table.val_share is None else {"val_share": table.val_share, "val_seed": table.val_seed}
     return Source("table", origin, tuple(splits))
+
+
+def _spilled(files: dict[str, Path], columns: Columns, folder: Path) -> dict[str, Path]:
+    """Return tables without the bytes of pictures that stand in them, or the tables as they are if there are none."""
+    parts = {split: parts_of(file) for split, file in files.items()}
+    if not all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
+        return files
+    with tqdm(desc="pictures in the table", unit="question") as progress:
+        spill = Spill(folder, progress)
+        for split, paths in parts.items():
+            for index, path in enumerate(paths):
+                rows = read_parquet(str(path), path.suffix[1:])
+                spill.write(
+                    rows, image_column(rows, str(path), columns), folder / split / f"part-{index:05d}", str(path)
+                )
+    return {split: folder / split for split in files}
+
+
+def _holds_pictures(path: Path) -> bool:
+    """Tell whether a file is one of Parquet or Arrow with bytes in a column."""
+    with contextlib.suppress(OSError, pa.ArrowException, datasets.exceptions.DatasetsError):
+        if path.suffix in (".parquet", ".arrow") and path.is_file():
+            row = next(iter(read_parquet(str(path), path.suffix[1:])), {})
+            return any(
+                isinstance(value.get("bytes") if isinstance(value, dict) else value, bytes) for value in row.values()
+            )
+    return False
+
+
+def image_column(rows: datasets.IterableDataset, where: str, columns: Columns) -> str:
+    """Return the column of a table that holds pictures.
+
+    Raises:
+        UserError: it cannot be told, or another column that is wanted cannot.
+    """
+    violations, there = Violations(), list(rows.features or {})
+    found = find_columns(where, there, columns, violations)
+    violations.raise_if_any()
+    assert found is not None, "or else there is a violation"
+    return found["image"]
 
 
 @dataclass
@@ -86,6 +131,8 @@ class Tables:
     files: Mapping[str, Path]
     """By split; without val where a share of train's images is val."""
     columns: Columns
+    called: Mapping[str, str] = field(default_factory=dict)
+    """What messages call them, if it is not their paths."""
     names: ImageNames | None = None
     val_share: float | None = None
     val_seed: int = 0
@@ -105,13 +152,12 @@ class Tables:
         if not self._scanned:
             self._scanned = True
             self._scan(violations)
-        file = self.files.get(split, self.files["train"])
-        found = self._open(file, violations)
+        found = self._open(split, violations)
         if found is None:
             return
         columns, rows = found
         for number, row in enumerate(rows, 1):
-            where = f"{file}: row {number}"
+            where = f"{self._called(split)}: row {number}"
             try:
                 if isinstance(row, MalformedRecord):
                     raise row
@@ -122,26 +168,31 @@ class Tables:
                 if self._val_images is None or split == "train":
                     violations.add(error.kind, f"{where}: {error}")
 
-    def _open(self, file: Path, violations: Violations) -> tuple[dict[str, str], Iterator[_Raw]] | None:
+    def _called(self, split: str) -> str:
+        """Return what messages call a split's table."""
+        split = split if split in self.files else "train"
+        return self.called.get(split, str(self.files[split]))
+
+    def _open(self, split: str, violations: Violations) -> tuple[dict[str, str], Iterator[_Raw]] | None:
         """Return a table's columns by what they hold, and its rows; None, and a violation, where it is no table."""
-        before = violations.count.total()
-        rows = read_rows(file, violations)
+        before, file = violations.count.total(), self.files.get(split, self.files["train"])
+        rows, called = read_rows(file, violations), self._called(split)
         first = list(islice(rows, _LOOK))
         there = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row)
         if first and not there:
-            violations.add(ViolationKind.FOREIGN_FILE, f"{file}: {refusal(file) or f'row 1: {first[0]}'}")
+            violations.add(ViolationKind.FOREIGN_FILE, f"{called}: {refusal(file) or f'row 1: {first[0]}'}")
         elif there:
-            columns = find_columns(file, list(there), self.columns, violations)
+            columns = find_columns(called, list(there), self.columns, violations)
             return None if columns is None else (columns, chain(first, rows))
         elif violations.count.total() == before:
-            violations.add(ViolationKind.EMPTY_FILE, f"{file}: no rows")
+            violations.add(ViolationKind.EMPTY_FILE, f"{called}: no rows")
         return None
 
     def _scan(self, violations: Violations) -> None:
         """Learn what must be known of all rows. What is wrong with a file is said when its records are read."""
         images: set[str] = set()
-        for file in self.files.values():
-            columns, rows = self._open(file, Violations()) or ({}, ())
+        for split in self.files:
+            columns, rows = self._open(split, Violations()) or ({}, ())
             for row in rows:
                 if isinstance(row, MalformedRecord):
                     continue
@@ -155,13 +206,14 @@ class Tables:
             drawn = sorted(images, key=lambda image: hashlib.sha256(f"{self.val_seed}:{image}".encode()).digest())
             self._val_images = set(drawn[:count])
             if 0 < len(images) <= count:
-                few = f"{self.files['train']}: {len(images)} images, of which {count} would be val"
+                few = f"{self._called('train')}: {len(images)} images, of which {count} would be val"
                 violations.add(ViolationKind.FEW_IMAGES, few)
 
     def _image(self, row: dict[str, Any], columns: dict[str, str]) -> str:
         """Return what tells a row's picture from others: its id, else its name; blank where it has none."""
-        value = row.get(columns.get("image_id") or columns["image"])
-        return "" if value is None or isinstance(value, dict | list) else str(value).strip()
+        with contextlib.suppress(MalformedRecord):
+            return _text(row.get(columns.get("image_id") or columns["image"]), "image").strip()
+        return ""
 
     def _records(self, row: dict[str, Any], columns: dict[str, str], split: str, where: str) -> Iterator[Row]:
         """Yield the records of a row: one, or one for each turn of a conversation."""
@@ -202,7 +254,9 @@ class Tables:
         first, known = self._places.setdefault(image_id, (split, place))
         if known != place:
             if first == split:
-                raise MalformedRecord(kind, f"image_id {given!r:.60} stands for {known!r:.60} and {place!r:.60}")
+                raise MalformedRecord(
+                    ViolationKind.IMAGE_CONFLICT, f"image_id {given!r:.60} stands for {known!r:.60} before"
+                )
             # Each split numbers its own pictures.
             given = f"{split}/{given}"
             image_id = made_id(given)
@@ -245,6 +299,9 @@ def _whole(value: Any) -> int | None:
 
 def _text(value: Any, what: str) -> str:
     """Return a cell as text: numbers as they are written, nothing as a blank."""
+    if isinstance(value, dict) and what == "image":
+        # As `datasets` writes a picture that stands elsewhere.
+        value = value.get("path")
     if value is None:
         return ""
     if type(value) in (int, float):
@@ -301,7 +358,9 @@ def _turns(talk: Any) -> Iterator[tuple[str, str]]:
 # --- columns ------------------------------------------------------------------------------------------------------------
 
 
-def find_columns(file: Path, there: Sequence[str], wanted: Columns, violations: Violations) -> dict[str, str] | None:
+def find_columns(
+    file: Path | str, there: Sequence[str], wanted: Columns, violations: Violations
+) -> dict[str, str] | None:
     """Return a table's columns by what they hold; None, and a violation, where one cannot be told."""
     found: dict[str, str] = {role: name for role, name in dataclasses.asdict(wanted).items() if name is not None}
     wrong = [f"data.table.columns.{role} is {name!r}" for role, name in found.items() if name not in there]
@@ -355,8 +414,8 @@ def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
             violations.add(*unreadable(path, error))
 
 
-def read_parquet(file: str, kind: str = "parquet") -> Iterator[dict[str, Any]]:
-    """Yield the rows of one file or address, pictures undecoded."""
+def read_parquet(file: str, kind: str = "parquet") -> datasets.IterableDataset:
+    """Return the rows of one file or address, pictures undecoded."""
     stream = datasets.load_dataset(
         kind, data_files={"rows": [file]}, split="rows", streaming=True, trust_remote_code=False,
         **({"batch_size": ROWS_AT_ONCE} if kind == "parquet" else {}),
@@ -365,7 +424,7 @@ def read_parquet(file: str, kind: str = "parquet") -> Iterator[dict[str, Any]]:
     for column, feature in stream.features.items():
         if isinstance(feature, datasets.Image):
             stream = stream.cast_column(column, datasets.Image(decode=False))
-    yield from stream
+    return stream
 
 
 def _read_text(path: Path, kind: str, violations: Violations) -> Iterator[_Raw]:
