@@ -89,7 +89,7 @@ def test_one_table_in_any_form(tmp_path, ending):
         write(path, "\ufeff" + mark.join(rows[0]) + f"\n{line}" * 3)
     else:
         write(path, rows if ending == "json" else "\n".join(map(json.dumps, rows)))
-    assert head(path).entries == rows and head(path).whole
+    assert head(path).entries == rows
     write(tmp_path / "photos/a/img_1.jpg", "")
     for given in (path, tmp_path):
         table = recognise(given).data["table"]
@@ -106,7 +106,7 @@ def test_no_more_than_the_head_is_read(tmp_path, monkeypatch):
         "table.csv": "image,question,answer\n" + "\n".join(",".join(row.values()) for row in rows),
     }.items():
         one = head(write(tmp_path / name, text))
-        assert not one.whole and 50 < len(one.entries) <= 100 and one.entries == rows[: len(one.entries)], name
+        assert 50 < len(one.entries) <= 100 and one.entries == rows[: len(one.entries)], name
 
 
 @pytest.mark.parametrize(
@@ -135,15 +135,16 @@ def test_pictures_of_both_splits_and_what_is_unsure(tmp_path):
 
 
 def test_what_cannot_be_told_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="no such file or folder, and a hub repository is named OWNER/NAME"):
+    with pytest.raises(UserError, match="no such file or folder. Mend the path; a hub repository is named OWNER/NAME"):
         recognise(tmp_path / "gone")
-    with pytest.raises(UserError, match="neither questions .* nor pictures are here"):
+    with pytest.raises(UserError, match="no questions with answers in .csv, .* and 0 pictures"):
         recognise(tmp_path)
     write(tmp_path / "a/IMG_1.HEIC", "")
-    with pytest.raises(UserError, match="1 pictures, but no questions.*\nimage,question,answer\nIMG_1.HEIC,"):
-        recognise(tmp_path)
-    with pytest.raises(UserError, match="Unpack it if it is an archive"):
-        recognise(write(tmp_path / "all.zip", ""))
+    write(tmp_path / "notes.csv", "who,when\nme,now")
+    for path in (tmp_path, write(tmp_path / "all.zip", ""), tmp_path / "notes.csv"):
+        with pytest.raises(UserError, match="(?s)1 pictures. Unpack archives.*\nimage,question,answer\nIMG_1.HEIC,"):
+            recognise(path)
+    assert "this is a table (1 entries with who, when): set data.source: table" in refusal(tmp_path / "notes.csv")
     for name in ("one.csv", "two.csv"):
         write(tmp_path / name, "image,question,answer\nIMG_1,What?,cup")
     with pytest.raises(UserError, match="not clear which of one.csv, two.csv are for training"):

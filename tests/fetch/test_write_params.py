@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests import fake_hub
 from vlm_vqa.cli import main
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import load_params
@@ -93,7 +92,9 @@ def test_an_edited_file_is_replaced_by_force_only(project, tmp_path, capsys):
         ("vqav2-reference", 1000, [6, 5, 8]),
     ],
 )
-def test_small_data_get_small_steps_and_enough_of_them(project, tmp_path, capsys, monkeypatch, preset, images, expected):
+def test_small_data_get_small_steps_and_enough_of_them(
+    project, tmp_path, capsys, monkeypatch, preset, images, expected
+):
     monkeypatch.setattr("vlm_vqa.fetch.write_records._store_images", lambda *_: "")
     folder = photos(tmp_path / "photos", images=2)
     rows = [f"img_{number}.jpg,What?,cup" for number in range(images)] * 2
@@ -114,7 +115,8 @@ def test_what_init_and_check_say_of_bad_data(project, tmp_path, capsys):
     assert "dvc add" in said and load_params("params.yaml").data.directory == "my data"
     assert main(["check"]) == 2
     for text in (said, capsys.readouterr().err):
-        assert all(found in text for found in ("unreadable image: 1", "missing image: 1", "malformed question: 1"))
+        for found in ("unreadable image: 1.", "missing image: 1.", "malformed question: 1."):
+            assert found in text
     assert main(["check", "--params-only"]) == 0
     assert sorted(path.name for path in project.iterdir()) == ["launch", "my data", "params.yaml", "presets"]
 
@@ -122,7 +124,7 @@ def test_what_init_and_check_say_of_bad_data(project, tmp_path, capsys):
 def test_what_init_refuses(project, tmp_path, capsys):
     for words, reason in (
         (["gone.csv"], "gone.csv: there is no such file or folder"),
-        ([str(project)], "neither questions"),
+        ([str(project)], "no questions with answers"),
         ([str(photos(tmp_path))], "the project itself lies in it"),
         ([str(tmp_path), "--preset", "huge"], "--preset is 'huge'; it must be one of small, vqav2"),
     ):

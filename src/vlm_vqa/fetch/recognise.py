@@ -1,10 +1,9 @@
 """What a file or folder of questions is, told from its head, and the `data` section of params.yaml that reads it.
 
-No file is read beyond its first MB and its first entries, and no more than `_MOST_FILES` names of a folder are listed.
+No file is read beyond its first MB and its first entries, and no more than `_MOST_FILES` names are listed.
 """
 
 import csv
-import itertools
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -21,29 +21,9 @@ import pyarrow.parquet as pq
 from vlm_vqa.errors import UserError
 from vlm_vqa.yaml_file import Unquoted
 
-_MOST_BYTES = 2**20
-_MOST_ENTRIES = 100
-_MOST_FILES = 500_000
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
-KINDS = {
-    "a file of LLaVA's conversations": {"conversations"},
-    "an A-OKVQA file": {"direct_answers", "question"},
-    "a VizWiz annotations file": {"image", "question", "answerable"},
-    "a TextVQA file": {"flickr_300k_url", "question"},
-    "an ST-VQA file": {"file_path", "question", "set_name"},
-    "a DocVQA file": {"docId", "questionId", "question"},
-    "a GQA file": {"imageId", "fullAnswer", "question"},
-    "a VQA-RAD file": {"phrase_type", "image_name", "question"},
-    "a SLAKE file": {"img_name", "q_lang", "question"},
-    "a VQA-CP file": {"coco_split", "question_id"},
-    "VQAv2's annotations": {"annotations", "question_id", "image_id"},
-    "VQAv2's questions": {"questions", "question_id", "image_id", "question"},
-}
-"""Data sets by the keys of an entry that others lack; an envelope's key counts as one of them."""
 USUAL = {
     "image": ("image", "image_path", "image_file", "image_name", "file_name", "filename", "file_path", "img", "img_path",
-              "img_name", "picture", "photo", "file"),
+              "img_name", "picture", "photo"),
     "question": ("question", "query", "prompt", "conversations"),
     "answers": ("answers_original", "answers", "answer", "direct_answers", "label", "conversations"),
     "question_id": ("question_id", "questionid", "qid", "id"),
@@ -53,96 +33,96 @@ USUAL = {
     "main_answer": ("multiple_choice_answer", "main_answer"),
 }  # fmt: skip
 """The usual names of a table's columns by what they hold, in small letters; the earlier first."""
-_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
+_KINDS = {
+    "a file of LLaVA's conversations": {"conversations"},
+    "an A-OKVQA file": {"direct_answers"},
+    "a VizWiz annotations file": {"image", "answerable"},
+    "a TextVQA file": {"flickr_300k_url"},
+    "an ST-VQA file": {"file_path", "set_name"},
+    "a DocVQA file": {"docId", "questionId"},
+    "a GQA file": {"imageId", "fullAnswer"},
+    "a VQA-RAD file": {"phrase_type", "image_name"},
+    "a SLAKE file": {"img_name", "q_lang"},
+}
+"""Published data sets by keys of an entry that others lack."""
+_MOST_BYTES, _MOST_ENTRIES, _MOST_FILES = 2**20, 100, 500_000
 _TEST = "there is no other second split: choose nothing by its scores"
-_GAP = re.compile(r"[\s,:]*")
+_LIST = re.compile(r'(?:"([^"]*)"\s*:\s*)?\[\s*(?=\{)')
+_BY_ID = re.compile(r'[\s,{]*"([^"]*)"\s*:\s*(?=\{)')
+_SPLIT = re.compile(r"(?<![a-z])(train|val|dev|minival|test)(?:ing|id|idation|dev)?(?![a-z])")
+_PLAIN = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[A-Za-z_/]([\w./{}:-]*[\w/}])?", re.IGNORECASE)
 
 
 class Head(NamedTuple):
-    """The beginning of a file of questions."""
+    """The first entries of a file; none where it is no table and nothing like one."""
 
     entries: list[dict[str, Any]]
-    envelope: str
-    """The key under which the entries stand in their file; empty where they are the file."""
-    whole: bool
-    """Whether these are all entries."""
+    envelope: str = ""
+    """The key under which they stand in a JSON file; empty where they are the file."""
 
     @property
     def columns(self) -> list[str]:
-        return list(dict.fromkeys(itertools.chain.from_iterable(self.entries)))
+        return list(dict.fromkeys(name for one in self.entries for name in one))
 
     @property
     def kind(self) -> str:
         """What it is, in words that follow "this is"."""
-        keys = {*self.columns, self.envelope}
-        return next((kind for kind, wanted in KINDS.items() if wanted <= keys), "a table")
+        return next((kind for kind, wanted in _KINDS.items() if wanted <= {*self.columns}), "a table")
+
+    @property
+    def role(self) -> str | None:
+        """Tell a table of questions and answers from VQAv2's questions or annotations alone."""
+        keys = {name.strip().lower() for name in self.columns}
+        asks, answers = (bool(keys & {*USUAL[role]}) for role in ("question", "answers"))
+        if asks and answers:
+            return "table"
+        official = {"question_id", "image_id"} <= keys
+        return "questions" if official and asks else "annotations" if official and answers else None
 
 
 def head(path: Path) -> Head:
-    """Return the first entries of a csv, tsv, JSON, JSON lines or Parquet file; none where it is something else."""
-    entries: Iterable[Any]
-    envelope, ending = "", path.suffix.lower()
+    """Return the head of a csv, tsv, JSON, JSON lines or Parquet file."""
+    ending = path.suffix.lower()
     try:
         if ending == ".parquet":
-            with pq.ParquetFile(path) as file:
-                entries = next(file.iter_batches(_MOST_ENTRIES), pa.record_batch({})).to_pylist()
-                return Head(entries, "", file.metadata.num_rows <= len(entries))
-        text, cut = _text(path)
+            with pq.ParquetFile(path) as parquet:
+                return Head(
+                    [row for rows in islice(parquet.iter_batches(_MOST_ENTRIES), 1) for row in rows.to_pylist()]
+                )
+        with open(path, "rb") as file:
+            data = file.read(_MOST_BYTES)
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "ignore")
+        # The last line may be cut.
+        lines = text.splitlines(keepends=True)[: -1 if len(data) == _MOST_BYTES else None] or [""]
         if ending in (".csv", ".tsv"):
-            lines = text.splitlines(keepends=True)[: -1 if cut else None] or [""]
-            entries = csv.DictReader(lines, delimiter="\t" if ending == ".tsv" else max(",;\t|", key=lines[0].count))
-        elif ending in (".jsonl", ".ndjson"):
-            entries = _items(text, 0)
-        else:
-            envelope, entries = _json(text)
-        found = [one for one in itertools.islice(entries, _MOST_ENTRIES + 1) if isinstance(one, dict)]
+            mark = "\t" if ending == ".tsv" else max(",;\t|", key=lines[0].count)
+            return Head([*islice(csv.DictReader(lines, delimiter=mark), _MOST_ENTRIES)])
+        if ending != ".json" or [line[:1] for line in lines[:2]] == ["{", "{"]:
+            rows = [json.loads(line) for line in lines[:_MOST_ENTRIES]]
+            return Head([row for row in rows if isinstance(row, dict)])
+        return _json(text)
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException):
-        return Head([], "", True)
-    return Head(found[:_MOST_ENTRIES], envelope, not cut and len(found) <= _MOST_ENTRIES)
+        return Head([])
 
 
-def _text(path: Path) -> tuple[str, bool]:
-    """Return a file's first MB and whether there is more; as UTF-8 or, where it says so, as UTF-16."""
-    with open(path, "rb") as file:
-        data = file.read(_MOST_BYTES + 1)
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return data[:_MOST_BYTES].decode(encoding, "ignore"), len(data) > _MOST_BYTES
-
-
-def _json(text: str) -> tuple[str, Iterator[Any]]:
-    """Return the entries of a JSON text, which may be cut: its list, its first list of objects, or its objects by id."""
-    start = _GAP.match(text)
-    assert start is not None
-    place = start.end()
-    if text[place : place + 1] == "[":
-        return "", _items(text, place + 1)
-    by_id = []
-    with suppress(ValueError):
-        for key, at in _keys(text, place + 1):
-            if text[at : at + 1] == "[" and isinstance(next(_items(text, at + 1), None), dict):
-                return key, _items(text, at + 1)
-            by_id += [
-                {"question_id": key, **one} for one in itertools.islice(_items(text, at), 1) if isinstance(one, dict)
-            ]
-    return "", iter([one for one in by_id if "question" in one])
-
-
-def _keys(text: str, place: int) -> Iterator[tuple[str, int]]:
-    """Yield the keys of a JSON object and where their values begin."""
+def _json(text: str) -> Head:
+    """Return the head of a JSON text, which may be cut: of its list, of its first list of objects, or of objects by id."""
     decode = json.JSONDecoder().raw_decode
-    while text[(place := _GAP.match(text, place).end()) : place + 1] == '"':  # ty: ignore[unresolved-attribute]
-        key, place = decode(text, place)
-        place = _GAP.match(text, place).end()  # ty: ignore[unresolved-attribute]
-        yield key, place
-        _, place = decode(text, place)
-
-
-def _items(text: str, place: int) -> Iterator[Any]:
-    """Yield JSON values one after the other, up to what is none."""
+    found: list[dict[str, Any]] = []
+    by_id = _BY_ID.match(text)
+    if by_id and "question" not in decode(text, by_id.end())[0]:
+        by_id = None
+    start = by_id or _LIST.search(text)
+    place = start.end() if start else len(text)
     with suppress(ValueError):
-        while True:
-            one, place = json.JSONDecoder().raw_decode(text, _GAP.match(text, place).end())  # ty: ignore[unresolved-attribute]
-            yield one
+        while len(found) < _MOST_ENTRIES:
+            one, place = decode(text, place)
+            found.append({"question_id": by_id[1], **one} if by_id else one)
+            by_id = by_id and _BY_ID.match(text, place)
+            place = by_id.end() if by_id else len(text) - len(text[place:].lstrip(", \r\n\t"))
+    return Head(found, start[1] or "" if start and not by_id else "")
 
 
 # --- a folder -----------------------------------------------------------------------------------------------------------
@@ -166,86 +146,64 @@ def recognise(path: Path) -> Found:
     """
     if not path.exists():
         raise UserError(
-            f"{path}: there is no such file or folder, and a hub repository is named OWNER/NAME. Mend the path."
+            f"{path}: there is no such file or folder. Mend the path; a hub repository is named OWNER/NAME."
         )
-    if path.is_file() and path.suffix.lower() not in TABLES:
-        raise UserError(f"{path}: is none of {', '.join(TABLES)}. Unpack it if it is an archive, and name the folder.")
     folder = path if path.is_dir() else path.parent
-    files = _files(folder)
-    heads = {name: found for name in files if name.suffix.lower() in TABLES and (found := head(folder / name)).entries}
-    asked = {name: one for name, one in heads.items() if {"questions", "annotations"} & _roles(one)}
-    tables = {name: one for name, one in heads.items() if "table" in _roles(one)}
+    files = list(islice(_files(folder), _MOST_FILES))
+    heads = {name: head(folder / name) for name in files if name.suffix.lower() in TABLES}
+    official = {name: one for name, one in heads.items() if one.role in ("questions", "annotations")}
+    tables = {name: one for name, one in heads.items() if one.role == "table"}
     if path.is_file():
-        mine = path.relative_to(folder)
-        if mine not in tables:
-            asked = {}
-        alike = {} if _split(mine) is None else {n: h for n, h in tables.items() if _split(n) != _split(mine)}
-        tables = {mine: head(path)} | {name: one for name, one in alike.items() if one.columns == head(path).columns}
-    if asked and not tables:
-        found = _official(folder, files, asked)
-    elif tables:
-        found = _table(folder, files, tables)
-    else:
-        raise UserError(_nothing(folder, files))
-    if sum(name.suffix.lower() not in (*TABLES, *PICTURES, ".zip") for name in files) > len(files) / 2:
-        found.unsure["data.directory"] = (
-            "DVC reads every file in it: move questions and pictures to a folder of their own"
-        )
-    return found
+        mine, official = PurePath(path.name), {}
+        others = [name for name in tables if {_split(mine), _split(name)} > {"train"}]
+        tables = {name: tables[name] for name in (mine, *others) if name in tables}
+    if tables:
+        return _table(folder, files, tables)
+    if official:
+        return _official(folder, files, official)
+    pictures = [name.name for name in files if name.suffix.lower() in PICTURES]
+    example = f"image,question,answer\n{[*pictures, 'a.jpg'][0]},What is it?,cup"
+    raise UserError(
+        f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures. Unpack archives, and write"
+        f" a table beside the pictures, such as questions.csv:\n{example}"
+    )
 
 
-def _files(folder: Path) -> list[PurePath]:
-    """Return the files below a folder, relative to it, hidden ones left out."""
-    found: list[PurePath] = []
+def _files(folder: Path) -> Iterator[PurePath]:
+    """Yield the files below a folder, relative to it, hidden ones left out."""
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         inside = PurePath(os.path.relpath(place, folder))
-        found += [inside / name for name in sorted(names) if not name.startswith(".")]
-        if len(found) > _MOST_FILES:
-            break
-    return found[:_MOST_FILES]
-
-
-def _roles(one: Head) -> set[str]:
-    """Return what a file can be of: VQAv2's questions or annotations, or a table of questions and answers."""
-    keys = {name.lower() for name in one.columns}
-    asks, answers = (bool(keys & {*USUAL[role]}) for role in ("question", "answers"))
-    if asks and answers:
-        return {"table"}
-    asks, answers = asks or one.envelope == "questions", answers or "multiple_choice_answer" in keys
-    if {"question_id", "image_id"} <= keys and (asks or answers):
-        return {"questions" if asks else "annotations"}
-    return set()
+        yield from (inside / name for name in sorted(names) if not name.startswith("."))
 
 
 def _split(name: PurePath) -> str | None:
     """Return train, val or test where a file's name says so, or the nearest folder's."""
     for part in (name.stem, *(folder.name for folder in name.parents)):
-        if found := re.search(r"(?<![a-z])(train|val|dev|minival|test)(?:ing|id|idation|dev)?(?![a-z])", part.lower()):
-            return {"train": "train", "test": "test"}.get(found[1], "val")
+        if found := _SPLIT.search(part.lower()):
+            return found[1] if found[1] in ("train", "test") else "val"
     return None
 
 
 def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> Found:
     """Return the keys for VQAv2's layout."""
     unsure, data = {}, {}
-    of = {(_split(name), *_roles(one)): name for name, one in reversed(heads.items())}
+    of = {(_split(name), one.role): name for name, one in reversed(heads.items())}
     second = "test" if ("test", "annotations") in of and ("val", "annotations") not in of else "val"
     for split, there in (("train", "train"), ("val", second)):
         names = {role: of.get((there, role)) for role in ("questions", "annotations")}
-        if None in names.values():
+        lacking = [role for role, name in names.items() if name is None]
+        if lacking:
             raise UserError(
-                f"{folder}: this is VQAv2's layout ({_shown(heads)}), but no file has "
-                f"{' and '.join(role for role, name in names.items() if name is None)} of {split} by its name. Call them "
-                "train_questions.json, train_annotations.json, val_questions.json and val_annotations.json; or write one "
-                "table (csv or JSON lines) with image, question and answer, of which a share becomes val."
+                f"{folder}: this is VQAv2's layout ({_shown(heads)}), but no file has {' and '.join(lacking)} of {split} by "
+                "its name. Call them train_questions.json, train_annotations.json, val_questions.json and "
+                "val_annotations.json; or write one table with image, question and answer, of which a share becomes val."
             )
-        values = [one["image_id"] for name, head in heads.items() if name in names.values() for one in head.entries]
+        values = [one["image_id"] for name, found in heads.items() if name in names.values() for one in found.entries]
         images, pattern = _images(folder, files, values, split, unsure, f"data.{split}.images")
         data[split] = {role: str(name) for role, name in names.items()}
         data[split] |= {"images": images, "image_name": pattern or "{image_id}.jpg"}
-        more = [name for name in heads if _split(name) == there and name not in names.values()]
-        if more:
+        if more := [name for name in heads if _split(name) == there and name not in names.values()]:
             unsure[f"data.{split}.questions"] = f"{_shown(more)} could be meant too"
     if second == "test":
         unsure["data.val.questions"] = _TEST
@@ -255,10 +213,8 @@ def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) 
 def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> Found:
     """Return the keys for a table, or one for each split."""
     unsure: dict[str, str] = {}
-    of: dict[str | None, list[PurePath]] = {}
-    for name in heads:
-        of.setdefault(_split(name), []).append(name)
-    train, val = of.get("train", []), of.get("val") or of.get("test", [])
+    names = {split: [name for name in heads if _split(name) == split] for split in ("train", "val", "test")}
+    train, val = names["train"], names["val"] or names["test"]
     if len(heads) == 1:
         train, val = [*heads], []
     if len(train) != 1 or len(val) > 1:
@@ -266,21 +222,20 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
             f"{folder}: it is not clear which of {_shown(heads)} are for training and which for validation. Name one file, "
             "or call two of them train and val with their endings."
         )
-    if val and "val" not in of:
+    if val and not names["val"]:
         unsure["data.table.val"] = _TEST
-    if len(heads) > len(train + val):
-        unsure["data.table.train"] = f"nothing is read from {_shown(name for name in heads if name not in train + val)}"
+    if rest := [name for name in heads if name not in train + val]:
+        unsure["data.table.train"] = f"nothing is read from {_shown(rest)}"
     columns = _columns(heads[train[0]].columns, unsure)
-    images: Any = None
-    pattern = None
+    places, pattern = [], None
     for split, name in zip(("train", "val"), train + val, strict=False):
         values = [one[columns["image"]] for one in heads[name].entries if one.get(columns["image"]) not in (None, "")]
         if values and isinstance(values[0], str | int):
             place, pattern = _images(folder, files, values, split, unsure, "data.table.images")
-            images = place if images in (None, place) else _both(images, place)
-    first, second = str(train[0]), str(val[0]) if val else None
+            places.append(place)
+    first, second = (str(name[0]) if name else None for name in (train, val))
     table = {"train": first, "val": second, "val_share": None if val else 0.2, "val_seed": 0}
-    table |= {"images": images, "image_name": pattern, "columns": columns}
+    table |= {"images": _together(places), "image_name": pattern, "columns": columns}
     return Found(heads[train[0]].kind, {"source": "table", "table": table}, unsure)
 
 
@@ -296,69 +251,53 @@ def _columns(names: list[str], unsure: dict[str, str]) -> dict[str, str | None]:
     return {role: one[0] if one else None for role, one in found.items()}
 
 
-def _both(train: str | list[str], val: str | list[str]) -> str | list[str]:
-    """Return where the pictures of both splits are; `{split}` stands for train or val."""
-    named = train.replace("train", "{split}") if isinstance(train, str) else ""
-    if isinstance(val, str) and named == val.replace("val", "{split}"):
+def _together(places: list[str]) -> str | list[str] | None:
+    """Return where the pictures of both splits are; `{split}` stands for train or val, and the reader looks into folders."""
+    if len(set(places)) < 2:
+        return places[0] if places else None
+    if (named := places[0].replace("train", "{split}")) == places[1].replace("val", "{split}"):
         return named
-    places = [*([train] if isinstance(train, str) else train), *([val] if isinstance(val, str) else val)]
-    return "." if "." in places else list(dict.fromkeys(places))
+    return "." if "." in places else places
 
 
 def _images(
     folder: Path, files: list[PurePath], values: list[Any], split: str, unsure: dict[str, str], key: str
-) -> tuple[str | list[str], str | None]:
-    """Return the folders or archives in which pictures of these names or numbers lie, and the pattern of numbers' names."""
-    inside = [(name, str(name.parts[0]) if len(name.parts) > 1 else ".") for name in files]
+) -> tuple[str, str | None]:
+    """Return the folder or archive in which pictures of these names or numbers lie, and the pattern of numbers' names."""
+    inside = [(name, name.parts[0] if len(name.parts) > 1 else ".") for name in files]
     for archive in (name for name in files if name.suffix.lower() == ".zip"):
         with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(folder / archive) as file:
             inside += [(_path(member), str(archive)) for member in file.namelist()[:_MOST_FILES]]
-    inside = [(name, place) for name, place in inside if name.suffix.lower() in PICTURES]
     wanted = {_stem(_path(value)) for value in values}
-    hits: dict[str, set[str]] = {}
+    by_pattern: dict[str, list[tuple[str, str, str]]] = {"": []}
     for name, place in inside:
+        number = re.fullmatch(r"([^{}]*?)0*(\d+)", name.stem)
+        if name.suffix.lower() not in PICTURES:
+            continue
         if _stem(name) in wanted:
-            hits.setdefault(place, set()).add(_stem(name))
-    pattern = None
-    if not hits and all(stem.isdecimal() for stem in wanted):
-        numbered: dict[str, list[tuple[str, PurePath]]] = {}
-        for name, place in inside:
-            parts = re.fullmatch(r"([^{}]*?)(\d+)", name.stem)
-            if parts and str(int(parts[2])) in wanted:
-                width = f":0{len(parts[2])}d" if parts[2][0] == "0" < parts[2] else ""
-                numbered.setdefault(f"{parts[1]}{{image_id{width}}}", []).append((place, name))
-        for stem, names in sorted(numbered.items(), key=lambda one: len(one[1]))[-1:]:
-            for place, name in names:
-                hits.setdefault(place, set()).add(name.stem)
-            pattern = stem + Counter(name.suffix for _, name in names).most_common(1)[0][0]
-    lacking = len(wanted) - len(set().union(*hits.values()))
-    if lacking:
+            by_pattern[""].append((place, _stem(name), name.suffix))
+        elif number and number[2] in wanted:
+            digits = len(name.stem) - len(number[1])
+            width = f":0{digits}d" if digits > len(number[2]) else ""
+            by_pattern.setdefault(f"{number[1]}{{image_id{width}}}", []).append((place, number[2], name.suffix))
+    of_split = Counter(name for name, hits in by_pattern.items() for hit in hits if _split(PurePath(hit[0])) == split)
+    stem = "" if by_pattern[""] else max(by_pattern, key=lambda one: (len(by_pattern[one]), of_split[one]))
+    hits, found = by_pattern[stem], Counter({(place, one) for place, one, _ in by_pattern[stem]})
+    if lacking := len(wanted - {one for _, one, _ in hits}):
         unsure[key] = f"of the first {len(wanted)} pictures {lacking} were not found by name"
-    places = sorted(hits, key=lambda place: (len(hits[place]) < len(wanted), _split(PurePath(place)) != split))
-    if places and (len(hits[places[0]]) >= len(wanted) or len(places) == 1):
-        return places[0], pattern
-    return places if any(place.endswith(".zip") for place in places) else ".", pattern
-
-
-def _stem(name: PurePath) -> str:
-    """Return a picture's name as it is looked for: case and ending do not count."""
-    return (name.stem if name.suffix.lower() in PICTURES else name.name).lower()
+    count = Counter(place for place, _ in found)
+    pattern = stem + Counter(ending for *_, ending in hits).most_common(1)[0][0] if stem else None
+    best = max(count, key=lambda place: (count[place], _split(PurePath(place)) == split), default=".")
+    return best if len(count) < 2 or count[best] == len(wanted) else ".", pattern
 
 
 def _path(name: Any) -> PurePath:
     return PurePath(str(name).replace("\\", "/"))
 
 
-def _nothing(folder: Path, files: list[PurePath]) -> str:
-    pictures = [name.name for name in files if name.suffix.lower() in PICTURES]
-    if not pictures:
-        return (
-            f"{folder}: neither questions ({', '.join(TABLES)}) nor pictures are here. Name the folder that has them."
-        )
-    return (
-        f"{folder}: {len(pictures)} pictures, but no questions. Write a table beside them, such as questions.csv:\n"
-        f"image,question,answer\n{pictures[0]},What is it?,a cat"
-    )
+def _stem(name: PurePath) -> str:
+    """Return a picture's name as it is looked for: case and ending do not count."""
+    return (name.stem if name.suffix.lower() in PICTURES else name.name).lower()
 
 
 def _shown(names: Iterable[Any]) -> str:
@@ -371,18 +310,17 @@ def _shown(names: Iterable[Any]) -> str:
 
 def refusal(path: Path) -> str | None:
     """Return what a file is that stands where VQAv2's layout is wanted, with the block that reads it; None if unknown."""
-    one = head(path) if path.is_file() else Head([], "", True)
-    if not one.entries or {"questions", "annotations"} & _roles(one):
-        return None
-    count = f"{len(one.entries)}" if one.whole else f"more than {len(one.entries)}"
-    what = f"this is {one.kind} ({count} entries with {_shown(one.columns)})"
-    if "table" not in _roles(one):
-        return None if path.suffix.lower() == ".json" else f"{what}: set data.source: table and name data.table.columns"
-    try:
-        found = recognise(path)
-    except UserError as error:
-        return f"{what}: set data.source: table; {error}"
-    return f"{what}: set\n{block({'directory': str(path.parent)} | found.data, found.unsure)}"
+    one = head(path) if path.is_file() else Head([])
+    more = len(one.entries) == _MOST_ENTRIES or path.stat().st_size > _MOST_BYTES if one.entries else False
+    what = f"this is {one.kind} ({len(one.entries)}{' or more' * more} entries with {_shown(one.columns)})"
+    if one.role == "table":
+        try:
+            found = recognise(path)
+        except UserError as error:
+            return f"{what}: set data.source: table. {error}"
+        return f"{what}: set\n{block({'directory': str(path.parent)} | found.data, found.unsure)}"
+    known = one.entries and one.role is None and path.suffix.lower() != ".json"
+    return f"{what}: set data.source: table, and name its columns under data.table.columns" if known else None
 
 
 def block(data: Mapping[str, Any], unsure: Mapping[str, str]) -> str:
@@ -392,15 +330,8 @@ def block(data: Mapping[str, Any], unsure: Mapping[str, str]) -> str:
 
 def _lines(values: Mapping[str, Any], prefix: str, unsure: Mapping[str, str]) -> Iterator[str]:
     for name, value in values.items():
-        mark = f"  # unsure: {unsure[prefix + name]}" if prefix + name in unsure else ""
-        written = "" if isinstance(value, dict) else f" {_written(value)}"
-        yield "  " * prefix.count(".") + f"{name}:{written}{mark}"
+        key, plain = prefix + name, isinstance(value, Unquoted) or isinstance(value, str) and _PLAIN.fullmatch(value)
+        written = "" if isinstance(value, dict) else f" {value if plain else json.dumps(value, ensure_ascii=False)}"
+        yield "  " * prefix.count(".") + f"{name}:{written}" + (f"  # unsure: {unsure[key]}" if key in unsure else "")
         if isinstance(value, dict):
-            yield from _lines(value, f"{prefix}{name}.", unsure)
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, Unquoted):
-        return str(value)
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/]([\w./{}:-]*[\w/}])?", value) and value.lower() not in _WORDS
-    return value if plain else json.dumps(value, ensure_ascii=False)
+            yield from _lines(value, f"{key}.", unsure)
