@@ -72,10 +72,11 @@ class ViolationKind(Enum):
     QUESTION_OVERLAP = ("question id in both splits", "renumber one split")
     IMAGE_OVERLAP = ("image in both splits", "keep it in one split, or set data.allow_split_overlap: true")
     IMAGE_CONFLICT = ("one image id, two images", "give different images different ids")
-    MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name")
+    MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name", True)
     BROKEN_IMAGE = (
         "unreadable image",
         "replace the file by an intact copy, or raise data.max_image_pixels if it is too large",
+        True,
     )
 
     def __init__(self, label: str, remedy: str, of_record: bool = False):
@@ -93,6 +94,9 @@ class _Found:
         self._most = shown
 
     def add(self, kind: ViolationKind, text: str) -> None:
+        # A file that holds questions and answers is read as both.
+        if not kind.of_record and text in self.shown[kind]:
+            return
         self.count[kind] += 1
         if len(self.shown[kind]) < self._most:
             self.shown[kind].append(text)
@@ -244,6 +248,8 @@ class Question(NamedTuple):
     question_id: int
     image_id: int
     question: str
+    coco_split: str = ""
+    """VQA-CP's: the part of COCO that has the image, `train2014` or `val2014`."""
 
 
 class Annotation(NamedTuple):
@@ -267,7 +273,8 @@ def parse_question(entry: Any) -> Question:
     value = entry["question"]
     if not is_text(value) or not value.strip():
         raise MalformedRecord(kind, f"question is {value!r:.60}, not text that says something")
-    return Question(entry["question_id"], entry["image_id"], value)
+    part = entry.get("coco_split")
+    return Question(entry["question_id"], entry["image_id"], value, sys.intern(part) if isinstance(part, str) else "")
 
 
 def parse_annotation(entry: Any) -> Annotation:

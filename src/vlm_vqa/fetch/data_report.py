@@ -44,6 +44,7 @@ def render_report(
         colours=_COLOURS,
         humans=max(max(counted.humans) for counted in splits.values()),
         images=_images(images),
+        pictures=images.pictures,
         thumbnail=lambda image_id: _thumbnail(images.pictures[image_id], str(image_id), max_pixels),
     )
 

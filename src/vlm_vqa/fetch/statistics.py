@@ -112,6 +112,8 @@ class ImageStatistics:
     """Images by (width, height)."""
     twins: int = 0
     """Images whose bytes are those of an earlier one under another id."""
+    bad: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    """Images that are dropped with their questions: the kind of violation, and its words, by id."""
     conflicts: set[int] = field(default_factory=set)
     """Ids that stand for different images."""
     wanted: set[int] = field(default_factory=set)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -100,7 +100,7 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
         "notes": list(source.notes),
         "allow_split_overlap": data.allow_split_overlap,
         "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images_digest, **content}),
-        "images": images,
+        "images": images - len(seen.bad),
         "splits": {text.paths.split: text.summary(violations) for text in texts},
         "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
     }
@@ -181,11 +181,12 @@ def _read(
     """Check everything, and write it into `part`; images only where they are to be kept. Return what was found."""
     violations = Violations(data)
     texts = [_store_questions(paths, part, violations) for paths in source.splits]
-    _check_texts(texts, data, violations)
     seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
     with ExitStack() as stack:
         images = dict(islice(_wanted_images(texts, stack, violations).items(), most_images))
         images_digest = _store_images(images, data.max_image_pixels, part if keep else None, seen, violations)
+    texts = [_without_bad_images(text, seen, part, violations) for text in texts]
+    _check_texts(texts, data, violations)
     if not data.allow_split_overlap:
         _check_overlap(texts, seen.conflicts, violations)
     return violations, texts, seen, len(images), images_digest
@@ -209,6 +210,29 @@ def _noted(rows: Iterable[Row], texts: _Texts) -> Iterator[dict[str, Any]]:
     for row in rows:
         texts.add(row)
         yield row.record
+
+
+def _without_bad_images(text: _Texts, seen: ImageStatistics, part: Path, violations: Violations) -> _Texts:
+    """Return a split without the questions about dropped images, written anew if there are any."""
+    if violations or not (bad := seen.bad.keys() & text.images.keys()):
+        return text
+    earlier = part / "with bad images"
+    (part / records.questions_file(text.paths.split)).rename(earlier)
+
+    def rows(violations: Violations) -> Iterator[Row]:
+        with pq.ParquetFile(earlier) as file:
+            for record in (record for batch in file.iter_batches() for record in batch.to_pylist()):
+                where, image_id = f"{text.paths.name}: question_id {record['question_id']}", record["image_id"]
+                if image_id in bad:
+                    kind, problem = seen.bad[image_id]
+                    violations.add(kind, f"{where}: {problem}")
+                else:
+                    yield Row(where, text.images[image_id], record)
+
+    left = _store_questions(replace(text.paths, rows=rows), part, violations)
+    left.statistics.files_without_questions = text.statistics.files_without_questions
+    earlier.unlink()
+    return left
 
 
 def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) -> None:
@@ -298,20 +322,23 @@ def _store_images(
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
         checked = ordered_map(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
-            good = _good_images(progress, digest, seen, violations)
+            good = _good_images(zip(images, progress, strict=True), digest, seen, violations)
             deque(good, maxlen=0) if part is None else _write_shards(good, part)
     return digest.hexdigest()
 
 
 def _good_images(
-    images: Iterable[_Checked], digest: Any, seen: ImageStatistics, violations: Violations
+    images: Iterable[tuple[int, _Checked]], digest: Any, seen: ImageStatistics, violations: Violations
 ) -> Iterator[dict[str, Any]]:
     """Yield rows up to the first violation, and go on checking."""
-    for image in images:
+    for image_id, image in images:
+        if violations.drops and image.problems and all(kind.of_record for kind, _ in image.problems):
+            seen.bad[image_id] = image.problems[0]
+            continue
         for kind, text in image.problems:
             violations.add(kind, text)
             if kind is ViolationKind.IMAGE_CONFLICT:
-                seen.conflicts.add(image.row["image_id"])
+                seen.conflicts.add(image_id)
         if not violations:
             digest.update(f"{image.row['image_id']} {image.row['sha256']}\n".encode())
             seen.add(image.row)

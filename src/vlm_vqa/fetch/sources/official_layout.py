@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
+_COCO = ("train2014", "val2014")
 READ_ERRORS = (OSError, RecursionError, *DAMAGE)
 """What reading a file of texts raises: JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError."""
 
@@ -98,6 +100,8 @@ def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
     for question, annotation in pair(questions, annotations, violations):
         where = f"{paths.questions}: question_id {question.question_id}"
         name = paths.names.name(question.image_id)
+        if name and question.coco_split in _COCO:
+            name = re.sub("|".join(_COCO), question.coco_split, name)
         try:
             if name is not None:
                 yield Row(where, name, _record(question, annotation))
@@ -112,7 +116,9 @@ def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
 def _record(question: Question, annotation: Annotation) -> dict[str, Any]:
     given = (annotation.answers, annotation.answer_confidences)
     return {
-        **question._asdict(),
+        "question_id": question.question_id,
+        "image_id": question.image_id,
+        "question": question.question,
         **answered(question.question, given, annotation.kinds, annotation.multiple_choice_answer),
     }
 
@@ -156,11 +162,11 @@ def _read_entries(
     content = read_json(path, violations, compact)
     if content is None:
         return None
-    # VQA-CP's files are the bare lists.
     entries = content.get(key) if isinstance(content, dict) else content
-    if not isinstance(entries, list) or not (entries == [] or _is_official(entries[0], key)):
-        found = refusal(path) or f"without a list {key!r} of VQAv2's entries"
-        violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {found}")
+    # VQA-CP's files are the bare lists; other data sets' are lists of both at once.
+    foreign = isinstance(content, list) and content and not _is_official(content[0], key)
+    if not isinstance(entries, list) or foreign:
+        violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {refusal(path) or f'without a list {key!r}'}")
         return None
     if not entries:
         violations.add(ViolationKind.EMPTY_FILE, f"{path}: the list {key!r} is empty")
@@ -169,9 +175,17 @@ def _read_entries(
 
 
 def _is_official(entry: Any, key: str) -> bool:
-    """Tell an entry of VQAv2's from one that holds question and answers at once, as other layouts have them."""
-    other = "answers" if key == "questions" else "question"
-    return not isinstance(entry, dict) or other not in entry
+    """Tell an entry of a bare list of questions, or of annotations, from one that holds both."""
+    known = {"question_id", "image_id"} | ({"question"} if key == "questions" else set())
+    both = {"question", "direct_answers", "answers", "answer"} - (
+        {"question"} if key == "questions" else {"answers", "answer"}
+    )
+    return (
+        isinstance(entry, Question | Annotation)
+        or isinstance(entry, dict)
+        and known <= entry.keys()
+        and not both & entry.keys()
+    )
 
 
 def read_json(path: Path, violations: Violations, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
@@ -202,11 +216,12 @@ def unreadable(path: Path, error: Exception) -> tuple[ViolationKind, str]:
         return ViolationKind.ENCODING, f"{path}: {what}"
     if (what := refusal(path)) is not None:
         return ViolationKind.FOREIGN_FILE, f"{path}: {what}"
-    if isinstance(error, json.JSONDecodeError):
+    if isinstance(error, json.JSONDecodeError) and len(error.doc) > 4:
         # What is cut short ends inside of something.
         cut = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip()) - 4
         if not cut:
-            return ViolationKind.BAD_SYNTAX, f"{path}: {error}"
+            kind = ViolationKind.BAD_SYNTAX if error.pos else ViolationKind.FOREIGN_FILE
+            return kind, f"{path}: {'' if error.pos else 'is no JSON: '}{error}"
     what = "not complete JSON" if isinstance(error, json.JSONDecodeError | RecursionError) else "cannot be read"
     return ViolationKind.BROKEN_FILE, f"{path}: {what} ({error})"
 

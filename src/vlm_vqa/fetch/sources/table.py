@@ -165,7 +165,7 @@ class Tables:
                     yield from self._records(row, columns, split, where)
             except MalformedRecord as error:
                 # A row that cannot be read has no picture by which it belongs to val.
-                if self._val_images is None or split == "train":
+                if isinstance(row, dict) or self._val_images is None or split == "train":
                     violations.add(error.kind, f"{where}: {error}")
 
     def _called(self, split: str) -> str:
