@@ -37,8 +37,8 @@ def init(path: Path, preset: str, force: bool, target: Path = Path("params.yaml"
     text = _with(text, "data", block(values["data"], found.unsure).removeprefix("data:\n  ") + "\n\n")
     # A repository would be downloaded whole.
     seen = None if found.data["source"] == "hub" else look(params.data, _IMAGES)
-    for key, value in _fitting(params, seen).items() if seen else ():
-        text = _with(text, key, str(value))
+    for key, value in _fitting(params, seen, found.unsure).items():
+        text = _with(text, key, str(value) + f"  # unsure: {found.unsure[key]}" * (key in found.unsure))
     if target.exists() and not force and target.read_bytes() not in {file.read_bytes() for file in presets.values()}:
         raise UserError(f"{target} is no preset as it comes: --force replaces it. It would be:\n\n{text}")
     with aside(target) as unfinished:
@@ -58,7 +58,6 @@ def _repository(name: str) -> Found:
         )
     val = others[0]
     unsure = {} if val.startswith("val") else {"data.hub.val.split": f"it has {', '.join(splits)}"}
-    unsure |= dict.fromkeys(("prompt.text_length", "train.num_train_epochs"), "the repository was not read")
     hub = {
         key: {"repository": name, "revision": commit, "split": split} for key, split in (("train", train), ("val", val))
     }
@@ -77,9 +76,13 @@ def _directory(path: Path, found: Found) -> dict[str, str]:
     return {"directory": str(folder.relative_to(project) if folder.is_relative_to(project) else folder)}
 
 
-def _fitting(params: Params, seen: Look) -> dict[str, int]:
+def _fitting(params: Params, seen: Look | None, unsure: dict[str, str]) -> dict[str, int]:
     """Return the values that depend on how many questions there are, and how long."""
-    train, questions = params.train, seen.questions["train"]
+    train, random = params.train, params.language.model == "random"
+    if seen is None:
+        unsure |= dict.fromkeys(("prompt.text_length", "train.num_train_epochs"), "the repository was not read")
+        return {"prompt.text_length": params.prompt.text_length, "train.num_train_epochs": train.num_train_epochs}
+    questions = seen.questions["train"]
     processes = read_launch(train.launch)["num_processes"]
     step = train.batch_size * train.gradient_accumulation_steps * processes
     # Small data are divided into eight steps an epoch, but for steps of less than eight questions.
@@ -89,9 +92,11 @@ def _fitting(params: Params, seen: Look) -> dict[str, int]:
         rows = min(train.batch_size, wanted // processes)
         changed = {"batch_size": rows, "gradient_accumulation_steps": wanted // (rows * processes)}
         step = changed["gradient_accumulation_steps"] * rows * processes
-    steps = _STEPS[params.language.model == "random"]
-    epochs = max(train.num_train_epochs, math.ceil(steps / math.ceil(max(questions, 1) / step)))
-    changed |= {"num_train_epochs": epochs}
+    changed["num_train_epochs"] = max(
+        train.num_train_epochs, math.ceil(_STEPS[random] / math.ceil(max(questions, 1) / step))
+    )
+    if not random and changed["num_train_epochs"] > train.num_train_epochs:
+        unsure["train.num_train_epochs"] = f"{_STEPS[random]} steps were not tried with this model"
     # Every tokenizer here falls back to bytes, so a text has no more tokens than bytes. Rows are as long as their tokens.
     most = len(params.prompt.instruction.encode()) + seen.longest + 4
     return {f"train.{key}": value for key, value in changed.items()} | {
