@@ -232,7 +232,7 @@ class Tables:
                 )
             answer = answered(text, read_answers(answers), kinds, main)
             given = f"{called}#{place}" if called and place else called
-            question_id, original_id = self._question_id(given, split, f"{original or image_id}\n{text}")
+            question_id, original_id = self._question_id(given, split, f"{image_id}\n{text}")
             ids = {"question_id": question_id, "image_id": image_id, "original_question_id": original_id}
             yield Row(where, name, {**ids, "question": text, **answer, "original_image_id": original})
 
@@ -258,8 +258,7 @@ class Tables:
                     ViolationKind.IMAGE_CONFLICT, f"image_id {given!r:.60} stands for {known!r:.60} before"
                 )
             # Each split numbers its own pictures.
-            given = f"{split}/{given}"
-            image_id = made_id(given)
+            image_id = made_id(f"{split}/{given}")
             self._places[image_id] = (split, place)
         return image_id, None if str(image_id) == given else given, name
 
@@ -448,7 +447,7 @@ def _read_csv(lines: Iterable[str], delimiter: str) -> Iterator[_Raw]:
     reader = csv.reader(lines, delimiter=delimiter)
     header = [name.strip() for name in next(reader, [])]
     for cells in reader:
-        if len(cells) == len(header):
+        if cells and len(cells) == len(header):
             yield dict(zip(header, cells, strict=True))
         elif cells:
             found = f"line {reader.line_num}: {len(cells)} cells, but {len(header)} columns"
