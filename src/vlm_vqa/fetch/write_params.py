@@ -38,7 +38,7 @@ def init(path: Path, preset: str, force: bool, target: Path = Path("params.yaml"
     # A repository would be downloaded whole.
     seen = None if found.data["source"] == "hub" else look(params.data, _IMAGES)
     for key, value in _fitting(params, seen, found.unsure).items():
-        text = _with(text, key, str(value) + f"  # unsure: {found.unsure[key]}" * (key in found.unsure))
+        text = _with(text, key, f"{value}  # unsure: {found.unsure[key]}" if key in found.unsure else str(value))
     if target.exists() and not force and target.read_bytes() not in {file.read_bytes() for file in presets.values()}:
         raise UserError(f"{target} is no preset as it comes: --force replaces it. It would be:\n\n{text}")
     with aside(target) as unfinished:
