@@ -59,9 +59,9 @@ def _check(arguments: argparse.Namespace) -> int:
     if params.data.source in (Source.DIRECTORY, Source.TABLE) and not arguments.params_only:
         from vlm_vqa.fetch.write_records import look
 
-        seen = look(params.data)
-        seen.violations.raise_if_any()
-        counts = " and ".join(f"{seen.questions[split]} questions for {split}" for split in seen.questions)
+        found = look(params.data)
+        found.violations.raise_if_any()
+        counts = " and ".join(f"{text.statistics.questions} questions for {text.paths.split}" for text in found.texts)
         print(f"{params.data.directory}: {counts}, which keep the data contract")
     return 0
 

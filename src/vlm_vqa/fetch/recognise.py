@@ -201,6 +201,9 @@ def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) 
             )
         values = [one["image_id"] for name, found in heads.items() if name in names.values() for one in found.entries]
         images, pattern = _images(folder, files, values, split, unsure, f"data.{split}.images")
+        if "coco_split" in heads[of[there, "questions"]].columns:
+            # VQA-CP's pictures of each split lie in both folders of COCO's.
+            images, _ = ".", unsure.pop(f"data.{split}.images", None)
         data[split] = {role: str(name) for role, name in names.items()}
         data[split] |= {"images": images, "image_name": pattern or "{image_id}.jpg"}
         if more := [name for name in heads if _split(name) == there and name not in names.values()]:
@@ -267,37 +270,31 @@ def _images(
     inside = [(name, name.parts[0] if len(name.parts) > 1 else ".") for name in files]
     for archive in (name for name in files if name.suffix.lower() == ".zip"):
         with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(folder / archive) as file:
-            inside += [(_path(member), str(archive)) for member in file.namelist()[:_MOST_FILES]]
-    wanted = {_stem(_path(value)) for value in values}
-    by_pattern: dict[str, list[tuple[str, str, str]]] = {"": []}
-    for name, place in inside:
-        number = re.fullmatch(r"([^{}]*?)0*(\d+)", name.stem)
-        if name.suffix.lower() not in PICTURES:
-            continue
-        if _stem(name) in wanted:
-            by_pattern[""].append((place, _stem(name), name.suffix))
-        elif number and number[2] in wanted:
-            digits = len(name.stem) - len(number[1])
-            width = f":0{digits}d" if digits > len(number[2]) else ""
-            by_pattern.setdefault(f"{number[1]}{{image_id{width}}}", []).append((place, number[2], name.suffix))
+            inside += [(PurePath(member), str(archive)) for member in file.namelist()[:_MOST_FILES]]
+    wanted = {_stem(value) for value in values}
+    by_pattern: dict[str, list[tuple[str, str, str]]] = {}
+    for name, place in ((name, place) for name, place in inside if name.suffix.lower() in PICTURES):
+        stem, pattern = _stem(name), ""
+        if stem not in wanted and (parts := re.fullmatch(r"(.*[/\\])?([^{}]*?)0*(\d+)", str(name.with_suffix("")))):
+            digits, stem = len(_stem(name)) - len(parts[2]), parts[3]
+            pattern = f"{parts[2]}{{image_id{f':0{digits}d' if digits > len(stem) else ''}}}"
+        if stem in wanted:
+            by_pattern.setdefault(pattern, []).append((place, stem, name.suffix))
     of_split = Counter(name for name, hits in by_pattern.items() for hit in hits if _split(PurePath(hit[0])) == split)
-    stem = "" if by_pattern[""] else max(by_pattern, key=lambda one: (len(by_pattern[one]), of_split[one]))
-    hits, found = by_pattern[stem], Counter({(place, one) for place, one, _ in by_pattern[stem]})
-    if lacking := len(wanted - {one for _, one, _ in hits}):
+    pattern = max(by_pattern, key=lambda one: (one == "", len(by_pattern[one]), of_split[one]), default="")
+    hits = by_pattern.get(pattern, [])
+    if lacking := len(wanted - {stem for _, stem, _ in hits}):
         unsure[key] = f"of the first {len(wanted)} pictures {lacking} were not found by name"
-    count = Counter(place for place, _ in found)
-    pattern = stem + Counter(ending for *_, ending in hits).most_common(1)[0][0] if stem else None
+    count = Counter(place for place, _ in {hit[:2] for hit in hits})
     best = max(count, key=lambda place: (count[place], _split(PurePath(place)) == split), default=".")
-    return best if len(count) < 2 or count[best] == len(wanted) else ".", pattern
+    ending = Counter(hit[2] for hit in hits).most_common(1)[0][0] if pattern else ""
+    return best if len(count) < 2 or count[best] == len(wanted) else ".", pattern + ending or None
 
 
-def _path(name: Any) -> PurePath:
-    return PurePath(str(name).replace("\\", "/"))
-
-
-def _stem(name: PurePath) -> str:
-    """Return a picture's name as it is looked for: case and ending do not count."""
-    return (name.stem if name.suffix.lower() in PICTURES else name.name).lower()
+def _stem(name: Any) -> str:
+    """Return a picture's name as it is looked for: case and ending do not count, nor whose slashes they are."""
+    path = PurePath(str(name).replace("\\", "/").lower())
+    return path.stem if path.suffix in PICTURES else path.name
 
 
 def _shown(names: Iterable[Any]) -> str:

@@ -82,7 +82,7 @@ def _fitting(params: Params, seen: Look | None, unsure: dict[str, str]) -> dict[
     if seen is None:
         unsure |= dict.fromkeys(("prompt.text_length", "train.num_train_epochs"), "the repository was not read")
         return {"prompt.text_length": params.prompt.text_length, "train.num_train_epochs": train.num_train_epochs}
-    questions = seen.questions["train"]
+    questions, others = (text.statistics.questions for text in seen.texts)
     processes = read_launch(train.launch)["num_processes"]
     step = train.batch_size * train.gradient_accumulation_steps * processes
     # Small data are divided into eight steps an epoch, but for steps of less than eight questions.
@@ -98,11 +98,11 @@ def _fitting(params: Params, seen: Look | None, unsure: dict[str, str]) -> dict[
     if not random and changed["num_train_epochs"] > train.num_train_epochs:
         unsure["train.num_train_epochs"] = f"{_STEPS[random]} steps were not tried with this model"
     # Every tokenizer here falls back to bytes, so a text has no more tokens than bytes. Rows are as long as their tokens.
-    most = len(params.prompt.instruction.encode()) + seen.longest + 4
+    most = len(params.prompt.instruction.encode()) + max(text.statistics.longest for text in seen.texts) + 4
     return {f"train.{key}": value for key, value in changed.items()} | {
         "prompt.text_length": max(params.prompt.text_length, 32 * math.ceil(most / 32)),
         "evaluation.max_new_tokens": HELM_MAX_TOKENS,
-        "evaluation.helm_instances": min(params.evaluation.helm_instances, seen.questions["val"] or 1),
+        "evaluation.helm_instances": min(params.evaluation.helm_instances, others or 1),
     }
 
 
@@ -111,7 +111,8 @@ def _said(path: Path, found: Found, directory: str, seen: Look | None) -> list[s
     lines += [f"unsure: {key}: {why}. Look at it in params.yaml." for key, why in found.unsure.items()]
     if seen is not None:
         counts = [
-            f"{seen.questions[split]} questions on {seen.images[split]} images for {split}" for split in seen.images
+            f"{text.statistics.questions} questions on {len(text.images)} images for {text.paths.split}"
+            for text in seen.texts
         ]
         lines.append(f"{' and '.join(counts)}; of the images, up to {_IMAGES} were looked at.")
         if not Path(directory).is_absolute():

@@ -148,14 +148,13 @@ class _Texts:
 
 
 class Look(NamedTuple):
-    """What the contract finds in data of which no records are made."""
+    """What was read, and all that is wrong with it."""
 
     violations: Violations
-    questions: dict[str, int]
-    """By split."""
-    images: dict[str, int]
-    longest: int
-    """Bytes of the longest question with the longest of its answers."""
+    texts: list[_Texts]
+    seen: ImageStatistics
+    images: int
+    images_digest: str
 
 
 def look(data: DataParams, most_images: int | None = None) -> Look:
@@ -164,21 +163,12 @@ def look(data: DataParams, most_images: int | None = None) -> Look:
     Raises:
         UserError: the source is not there.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="vlm-vqa-look-") as folder,
-        open_source(data, Path(folder) / "records") as source,
-    ):
-        violations, texts, *_ = _read(source, data, Path(folder), most_images, keep=False)
-    counted = {text.paths.split: text.statistics for text in texts}
-    questions = {split: one.questions for split, one in counted.items()}
-    images = {text.paths.split: len(text.images) for text in texts}
-    return Look(violations, questions, images, max(one.longest for one in counted.values()))
+    with tempfile.TemporaryDirectory() as folder, open_source(data, Path(folder) / "records") as source:
+        return _read(source, data, Path(folder), most_images, keep=False)
 
 
-def _read(
-    source: Source, data: DataParams, part: Path, most_images: int | None = None, keep: bool = True
-) -> tuple[Violations, list[_Texts], ImageStatistics, int, str]:
-    """Check everything, and write it into `part`; images only where they are to be kept. Return what was found."""
+def _read(source: Source, data: DataParams, part: Path, most_images: int | None = None, keep: bool = True) -> Look:
+    """Check everything, and write it into `part`, images only where they are to be kept."""
     violations = Violations(data)
     texts = [_store_questions(paths, part, violations) for paths in source.splits]
     seen = ImageStatistics(wanted={row["image_id"] for text in texts for row in text.statistics.examples()})
@@ -189,7 +179,7 @@ def _read(
     _check_texts(texts, data, violations)
     if not data.allow_split_overlap:
         _check_overlap(texts, seen.conflicts, violations)
-    return violations, texts, seen, len(images), images_digest
+    return Look(violations, texts, seen, len(images), images_digest)
 
 
 def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts:
