@@ -226,10 +226,11 @@ def answered(question: str, given: Any, kinds: Any, main: Any) -> dict[str, Any]
         main: the main answer, None or blank where not given.
     """
     answers, confidences = given
-    said = Counter(answer for answer in answers if not answer.isspace() and answer)
-    if not said:
+    if not any(map(str.strip, answers)):
         raise MalformedRecord(ViolationKind.NO_ANSWER, f"its answers are {list(answers)!r:.60}")
-    taught = main if main and not main.isspace() else max(said, key=said.__getitem__)
+    if not (taught := main if main and main.strip() else ""):
+        said = Counter(filter(str.strip, answers))
+        taught = max(said, key=said.__getitem__)
     return {
         "question_type": sys.intern(kinds[0] or question_type(question)),
         "answer_type": sys.intern(kinds[1] or answer_type(taught)),

@@ -194,6 +194,8 @@ class Tables:
         for split in self.files:
             columns, rows = self._open(split, Violations()) or ({}, ())
             for row in rows:
+                if self.val_share is None and not any(self._whole.values()):
+                    break
                 if isinstance(row, MalformedRecord):
                     continue
                 image = self._image(row, columns)
@@ -211,19 +213,19 @@ class Tables:
 
     def _image(self, row: dict[str, Any], columns: dict[str, str]) -> str:
         """Return what tells a row's picture from others: its id, else its name; blank where it has none."""
-        with contextlib.suppress(MalformedRecord):
-            return _text(row.get(columns.get("image_id") or columns["image"]), "image").strip()
-        return ""
+        value = row.get(columns.get("image_id") or columns["image"])
+        value = value.get("path") if isinstance(value, dict) else value
+        return str(value).strip() if isinstance(value, str | int) else ""
 
     def _records(self, row: dict[str, Any], columns: dict[str, str], split: str, where: str) -> Iterator[Row]:
         """Yield the records of a row: one, or one for each turn of a conversation."""
-        values = {role: row.get(column) for role, column in columns.items()}
+        values = dict.fromkeys(USUAL) | {role: row.get(column) for role, column in columns.items()}
         image_id, original, name = self._picture(values, split)
         talk = columns["question"] == columns["answers"]
         pairs = _turns(values["question"]) if talk else [(values["question"], values["answers"])]
-        kinds = tuple(_text(values.get(key), key).strip() for key in ("question_type", "answer_type"))
-        main = _text(values.get("main_answer"), "main_answer")
-        called = _text(values.get("question_id"), "question_id").strip()
+        kinds = [_text(values[key], key).strip() for key in ("question_type", "answer_type")]
+        main = _text(values["main_answer"], "main_answer")
+        called = _text(values["question_id"], "question_id").strip()
         for place, (question, answers) in enumerate(pairs):
             text = _text(question, "question")
             if not text.strip():
@@ -239,8 +241,8 @@ class Tables:
     def _picture(self, values: dict[str, Any], split: str) -> tuple[int, str | None, str]:
         """Return a picture's id, what the table calls it if it is called otherwise, and its file's name."""
         kind = ViolationKind.BAD_ROW
-        name, given = (_text(values.get(key), key).strip() for key in ("image", "image_id"))
-        given = given or name
+        name = _text(values["image"], "image").strip()
+        given = _text(values["image_id"], "image_id").strip() or name
         if not name:
             raise MalformedRecord(kind, "names no picture")
         if self.names:
@@ -298,6 +300,8 @@ def _whole(value: Any) -> int | None:
 
 def _text(value: Any, what: str) -> str:
     """Return a cell as text: numbers as they are written, nothing as a blank."""
+    if type(value) is str and value.isascii():
+        return value  # nearly every one
     if isinstance(value, dict) and what == "image":
         # As `datasets` writes a picture that stands elsewhere.
         value = value.get("path")
@@ -327,12 +331,19 @@ def read_answers(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     value = _listed(value)
     if isinstance(value, dict) and isinstance(value.get("answer"), list):
         value = [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
-    answers, confidences = [], []
-    for item in value if isinstance(value, list) else [value]:
-        text, sure = (item.get("answer"), item.get("answer_confidence")) if isinstance(item, dict) else (item, None)
-        answers.append(sys.intern(_text(text, "an answer")))
-        confidences.append(sys.intern(_text(sure, "answer_confidence")))
-    return tuple(answers), tuple(confidences) if any(confidences) else ()
+    items = value if isinstance(value, list) else [value]
+    sure: list[Any] = []
+    if items and isinstance(items[0], dict):
+        sure = [item.get("answer_confidence") if isinstance(item, dict) else None for item in items]
+        items = [item.get("answer") if isinstance(item, dict) else item for item in items]
+    return _texts(items, "an answer"), _texts(sure, "answer_confidence") if any(sure) else ()
+
+
+def _texts(values: list[Any], what: str) -> tuple[str, ...]:
+    with contextlib.suppress(TypeError):
+        if all(map(str.isascii, values)):
+            return tuple(values)  # nearly always
+    return tuple(_text(value, what) for value in values)
 
 
 def _turns(talk: Any) -> Iterator[tuple[str, str]]:
