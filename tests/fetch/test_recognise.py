@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -150,3 +151,16 @@ def test_what_cannot_be_told_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(UserError, match="not clear which of one.csv, two.csv are for training"):
         recognise(tmp_path)
     assert recognise(tmp_path / "two.csv").data["table"]["train"] == "two.csv"
+
+
+def test_a_folder_of_datasets_is_one_table_a_split(tmp_path):
+    rows = [{"image": {"bytes": b"x", "path": None}, "question": "What?", "answer": "cup"}] * 4
+    one = datasets.Dataset.from_list(rows)
+    one.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict(train=one, validation=one).save_to_disk(
+        tmp_path / "two", num_shards={"train": 2, "validation": 1}
+    )
+    tables = [recognise(tmp_path / name).data["table"] for name in ("one", "two")]
+    assert [(table["train"], table["val"], table["images"]) for table in tables] == [
+        (".", None, None), ("train", "validation", None)]  # fmt: skip
+    assert recognise(tmp_path / "two/train").data["table"]["train"] == "."

@@ -3,8 +3,10 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -43,14 +45,21 @@ def _made(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet", "datasets"])
 def test_init_writes_parameters_that_load_and_read_the_data(project, tmp_path, capsys, kind):
     folder = photos(tmp_path / "photos")
     if kind != "csv":
         rows = list(csv.DictReader((folder / "questions.csv").read_text("utf-8-sig").splitlines()))
         (folder / "questions.csv").unlink()
-        text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
-        (folder / f"questions.{kind}").write_text(text)
+        table = datasets.Dataset.from_list(rows)
+        match kind:
+            case "datasets":
+                table.save_to_disk(folder / "table", num_shards=2)
+            case "parquet":
+                table.to_parquet(folder / "questions.parquet")
+            case _:
+                text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
+                (folder / f"questions.{kind}").write_text(text)
     assert main(["init", str(folder)]) == 0
     said = capsys.readouterr().out
     params = load_params("params.yaml")
@@ -65,7 +74,11 @@ def test_init_writes_parameters_that_load_and_read_the_data(project, tmp_path, c
     kept = [line for line in (project / "params.yaml").read_text().splitlines() if line in before]
     assert len(kept) > len(before) - 9 and before[:4] == kept[:4], "all else stays, comments too"
     assert main(["check"]) == 0 and "6 questions for val, which keep the data contract" in capsys.readouterr().out
-    assert fetch(params.data, tmp_path / "records")["splits"]["val"]["questions"] == 6
+    manifest = fetch(params.data, tmp_path / "records")
+    assert manifest["splits"]["val"]["questions"] == 6
+    table = replace(params.data.table, train="questions.csv")
+    as_csv = replace(params.data, directory=str(photos(tmp_path / "csv")), table=table)
+    assert manifest["data_hash"] == fetch(as_csv, tmp_path / "others")["data_hash"], "whatever it is written in"
 
 
 def test_an_edited_file_is_replaced_by_force_only(project, tmp_path, capsys):

@@ -33,7 +33,7 @@ USUAL = {
     "main_answer": ("multiple_choice_answer", "main_answer"),
 }  # fmt: skip
 """The usual names of a table's columns by what they hold, in small letters; the earlier first."""
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 _KINDS = {
     "a file of LLaVA's conversations": {"conversations"},
@@ -91,6 +91,9 @@ def head(path: Path) -> Head:
                 return Head(
                     [row for rows in islice(parquet.iter_batches(_MOST_ENTRIES), 1) for row in rows.to_pylist()]
                 )
+        if ending == ".arrow":
+            with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+                return Head(next(iter(stream)).slice(0, _MOST_ENTRIES).to_pylist())
         with open(path, "rb") as file:
             data = file.read(_MOST_BYTES)
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "ignore")
@@ -103,7 +106,7 @@ def head(path: Path) -> Head:
             rows = [json.loads(line) for line in lines[:_MOST_ENTRIES]]
             return Head([row for row in rows if isinstance(row, dict)])
         return _json(text)
-    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException):
+    except (OSError, ValueError, RecursionError, StopIteration, csv.Error, pa.ArrowException):
         return Head([])
 
 
@@ -153,6 +156,11 @@ def recognise(path: Path) -> Found:
     heads = {name: head(folder / name) for name in files if name.suffix.lower() in TABLES}
     official = {name: one for name, one in heads.items() if one.role in ("questions", "annotations")}
     tables = {name: one for name, one in heads.items() if one.role == "table"}
+    for place in {name.parent for name in tables if re.search(r"-\d{5}-of-\d{5}$", name.stem)}:
+        parts = [name for name in tables if name.parent == place]
+        # A folder as `datasets` writes it, one split in many files.
+        if path.is_dir() and len({_split(name) for name in parts}) == 1:
+            tables[place] = [tables.pop(name) for name in parts][0]
     if path.is_file():
         mine, official = PurePath(path.name), {}
         others = [name for name in tables if {_split(mine), _split(name)} > {"train"}]
