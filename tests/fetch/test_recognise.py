@@ -164,3 +164,9 @@ def test_a_folder_of_datasets_is_one_table_a_split(tmp_path):
     assert [(table["train"], table["val"], table["images"]) for table in tables] == [
         (".", None, None), ("train", "validation", None)]  # fmt: skip
     assert recognise(tmp_path / "two/train").data["table"]["train"] == "."
+
+
+def test_a_table_without_pictures_or_with_more_cells_than_columns(tmp_path):
+    path = write(tmp_path / "a.csv", "question,answer\nWhat?,cup,mug\nWho?\n")
+    assert recognise(path).data["table"]["columns"]["image"] is None
+    assert "question, answer" in refusal(path)

@@ -49,7 +49,7 @@ _KINDS = {
 """Published data sets by keys of an entry that others lack."""
 _MOST_BYTES, _MOST_ENTRIES, _MOST_FILES = 2**20, 100, 500_000
 _TEST = "there is no other second split: choose nothing by its scores"
-_LIST = re.compile(r'(?:"([^"]*)"\s*:\s*)?\[\s*(?=\{)')
+_LIST = re.compile(r"\[\s*(?=\{)")
 _BY_ID = re.compile(r'[\s,{]*"([^"]*)"\s*:\s*(?=\{)')
 _SPLIT = re.compile(r"(?<![a-z])(train|val|dev|minival|test)(?:ing|id|idation|dev)?(?![a-z])")
 _PLAIN = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[A-Za-z_/]([\w./{}:-]*[\w/}])?", re.IGNORECASE)
@@ -59,8 +59,6 @@ class Head(NamedTuple):
     """The first entries of a file; none where it is no table and nothing like one."""
 
     entries: list[dict[str, Any]]
-    envelope: str = ""
-    """The key under which they stand in a JSON file; empty where they are the file."""
 
     @property
     def columns(self) -> list[str]:
@@ -92,8 +90,11 @@ def head(path: Path) -> Head:
                     [row for rows in islice(parquet.iter_batches(_MOST_ENTRIES), 1) for row in rows.to_pylist()]
                 )
         if ending == ".arrow":
-            with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-                return Head(next(iter(stream)).slice(0, _MOST_ENTRIES).to_pylist())
+            with pa.ipc.open_stream(pa.OSFile(str(path))) as stream:
+                rows = next(iter(stream)).slice(0, _MOST_ENTRIES)
+                # Damaged offsets would lead out of the file.
+                rows.validate(full=True)
+                return Head(rows.to_pylist())
         with open(path, "rb") as file:
             data = file.read(_MOST_BYTES)
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "ignore")
@@ -101,7 +102,7 @@ def head(path: Path) -> Head:
         lines = text.splitlines(keepends=True)[: -1 if len(data) == _MOST_BYTES else None] or [""]
         if ending in (".csv", ".tsv"):
             mark = "\t" if ending == ".tsv" else max(",;\t|", key=lines[0].count)
-            return Head([*islice(csv.DictReader(lines, delimiter=mark), _MOST_ENTRIES)])
+            return Head([*islice(csv.DictReader(lines, delimiter=mark, restkey=""), _MOST_ENTRIES)])
         if ending != ".json" or [line[:1] for line in lines[:2]] == ["{", "{"]:
             rows = [json.loads(line) for line in lines[:_MOST_ENTRIES]]
             return Head([row for row in rows if isinstance(row, dict)])
@@ -125,7 +126,7 @@ def _json(text: str) -> Head:
             found.append({"question_id": by_id[1], **one} if by_id else one)
             by_id = by_id and _BY_ID.match(text, place)
             place = by_id.end() if by_id else len(text) - len(text[place:].lstrip(", \r\n\t"))
-    return Head(found, start[1] or "" if start and not by_id else "")
+    return Head([one for one in found if isinstance(one, dict)])
 
 
 # --- a folder -----------------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) 
                 "its name. Call them train_questions.json, train_annotations.json, val_questions.json and "
                 "val_annotations.json; or write one table with image, question and answer, of which a share becomes val."
             )
-        values = [one["image_id"] for name, found in heads.items() if name in names.values() for one in found.entries]
+        values = [one.get("image_id", "") for name in names.values() for one in heads[name].entries]
         images, pattern = _images(folder, files, values, split, unsure, f"data.{split}.images")
         if "coco_split" in heads[of[there, "questions"]].columns:
             # VQA-CP's pictures of each split lie in both folders of COCO's.
@@ -238,14 +239,14 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
     if rest := [name for name in heads if name not in train + val]:
         unsure["data.table.train"] = f"nothing is read from {_shown(rest)}"
     columns = _columns(heads[train[0]].columns, unsure)
-    places, pattern = [], None
+    image, places, pattern = columns["image"], [], None
     for split, name in zip(("train", "val"), train + val, strict=False):
-        values = [one[columns["image"]] for one in heads[name].entries if one.get(columns["image"]) not in (None, "")]
+        values = [one[image] for one in heads[name].entries if image and one.get(image) not in (None, "")]
         if values and isinstance(values[0], str | int):
             place, pattern = _images(folder, files, values, split, unsure, "data.table.images")
             places.append(place)
     first, second = (str(name[0]) if name else None for name in (train, val))
-    table = {"train": first, "val": second, "val_share": None if val else 0.2, "val_seed": 0}
+    table: dict[str, Any] = {"train": first, "val": second, "val_share": None if val else 0.2, "val_seed": 0}
     table |= {"images": _together(places), "image_name": pattern, "columns": columns}
     return Found(heads[train[0]].kind, {"source": "table", "table": table}, unsure)
 
