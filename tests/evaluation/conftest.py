@@ -89,6 +89,8 @@ def question_rows(images: int, first_id: int) -> list[dict]:
                     "multiple_choice_answer": answer,
                     "answers": answers,
                     "answer_confidences": ["yes"] * 10,
+                    "original_question_id": None,
+                    "original_image_id": None,
                 }
             )
     return rows

@@ -46,6 +46,6 @@ def open_source(data: params.DataParams, records: Path = Path("data/records")) -
             if not data.official.keep_archives:
                 remove_archives(data.official, records)
         case params.Source.HUB:
-            assert data.hub is not None, "load_params asks for it"
+            assert data.hub is not None and not isinstance(data.table, params.TableParams), "load_params asks for it"
             with hub_source(data.hub, data.table, records.parent / "hub") as source:
                 yield source

@@ -265,8 +265,8 @@ def _sort_out(
             good.append(parse(entry))
         except MalformedRecord as error:
             question_id = entry.get("question_id") if isinstance(entry, dict) else None
-            if str(question_id).isdecimal():
-                reported.add(int(question_id))
+            if str(question_id).isdecimal() and len(str(question_id)) < 20:
+                reported.add(int(str(question_id)))
             else:
                 unnamed += 1
             violations.add(error.kind, f"{path}: entry {row} (question_id {question_id}): {error}")

@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from datasets.exceptions import DatasetsError
 from tqdm import tqdm
 
 from vlm_vqa.data.records import SPLITS
@@ -102,8 +103,9 @@ def _spilled(files: dict[str, Path], columns: Columns, folder: Path) -> dict[str
 
 def _holds_pictures(path: Path) -> bool:
     """Tell whether a file is one of Parquet or Arrow with bytes in a column."""
-    with contextlib.suppress(OSError, pa.ArrowException, datasets.exceptions.DatasetsError):
-        if path.suffix in (".parquet", ".arrow") and path.is_file():
+    with contextlib.suppress(OSError, pa.ArrowException, DatasetsError):
+        if path.suffix in (".parquet", ".arrow"):
+            check_regular(path, sys.maxsize)
             row = next(iter(read_parquet(str(path), path.suffix[1:])), {})
             return any(
                 isinstance(value.get("bytes") if isinstance(value, dict) else value, bytes) for value in row.values()
@@ -418,7 +420,7 @@ def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
             else:
                 known = "it is read by its ending, and csv, tsv, jsonl, json and parquet are known"
                 violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {refusal(path) or known}")
-        except (csv.Error, pa.ArrowException) as error:
+        except (csv.Error, pa.ArrowException, DatasetsError) as error:
             violations.add(ViolationKind.BROKEN_FILE, f"{path}: {' '.join(str(error).split())}")
         except READ_ERRORS as error:
             violations.add(*unreadable(path, error))
@@ -426,10 +428,11 @@ def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
 
 def read_parquet(file: str, kind: str = "parquet") -> datasets.IterableDataset:
     """Return the rows of one file or address, pictures undecoded."""
+    config: dict[str, Any] = {"batch_size": ROWS_AT_ONCE} if kind == "parquet" else {}
+    files = {"rows": [file]}
     stream = datasets.load_dataset(
-        kind, data_files={"rows": [file]}, split="rows", streaming=True, trust_remote_code=False,
-        **({"batch_size": ROWS_AT_ONCE} if kind == "parquet" else {}),
-    )  # fmt: skip
+        kind, data_files=files, split="rows", streaming=True, trust_remote_code=False, **config
+    )
     assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "parquet names its columns"
     for column, feature in stream.features.items():
         if isinstance(feature, datasets.Image):
@@ -438,7 +441,7 @@ def read_parquet(file: str, kind: str = "parquet") -> datasets.IterableDataset:
 
 
 def _read_text(path: Path, kind: str, violations: Violations) -> Iterator[_Raw]:
-    with open_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:  # ty: ignore[invalid-argument-type] - gzip's too
+    with open_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
         first, second = lines.readline(), lines.readline()
         if "\0" in first:
             raise UnicodeDecodeError("utf-8", first.encode()[:100], 0, 1, "it has zeros")
