@@ -48,7 +48,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from vlm_vqa.checks import check_here, fill_in
-    from vlm_vqa.params import load_params
+    from vlm_vqa.params import Source, load_params
 
     if arguments.write:
         for key in fill_in(arguments.params):
@@ -56,6 +56,21 @@ def _check(arguments: argparse.Namespace) -> int:
     params = load_params(arguments.params)
     check_here(params)
     print(f"{arguments.params}: {len(params.flat())} parameters, valid; params_hash {params.hash()}")
+    if params.data.source in (Source.DIRECTORY, Source.TABLE) and not arguments.params_only:
+        from vlm_vqa.fetch.write_records import look
+
+        found = look(params.data)
+        found.violations.raise_if_any()
+        counts = " and ".join(f"{text.statistics.questions} questions for {text.paths.split}" for text in found.texts)
+        print(f"{params.data.directory}: {counts}, which keep the data contract")
+    return 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from vlm_vqa.fetch.write_params import init
+
+    for line in init(arguments.path, arguments.preset, arguments.force):
+        print(line)
     return 0
 
 
@@ -201,6 +216,25 @@ def _add_compare_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--allow-missing-base", action="store_true", help="pass where REV has no report yet")
 
 
+def _add_params(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that write params.yaml and check it."""
+    sub = command("init", _init, "Write params.yaml for questions of your own, and say what was found.")
+    sub.add_argument("path", type=Path, metavar="PATH", help="a folder or file of questions, or OWNER/NAME on the hub")
+    sub.add_argument("--preset", default="small", help="a file of presets/, for the models (default: %(default)s)")
+    sub.add_argument("--force", action="store_true", help="replace a params.yaml that was edited")
+
+    sub = command(
+        "check", _check, "Check a parameter file, and the data in the folder that it names, without running anything."
+    )
+    sub.add_argument("params", type=Path, nargs="?", default=Path("params.yaml"), help="default: %(default)s")
+    sub.add_argument(
+        "--write",
+        action="store_true",
+        help="add the keys that a file of an earlier version lacks, each as it was before",
+    )
+    sub.add_argument("--params-only", action="store_true", help="leave out the data, of which every picture is decoded")
+
+
 def _add_mending(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands for what DVC leaves locked or damaged."""
     sub = command(
@@ -233,13 +267,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_ask_options(command("ask", _ask, "Answer questions about pictures with the exported model."))
 
-    sub = command("check", _check, "Check a parameter file without running anything.")
-    sub.add_argument("params", type=Path, nargs="?", default=Path("params.yaml"), help="default: %(default)s")
-    sub.add_argument(
-        "--write",
-        action="store_true",
-        help="add the keys that a file of an earlier version lacks, each as it was before",
-    )
+    _add_params(command)
 
     _add_compare_options(
         command(

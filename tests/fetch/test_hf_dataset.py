@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -28,12 +29,13 @@ from tests.fake_hub import (
     serve,
     write_repository,
 )
+from vlm_vqa.cli import main
 from vlm_vqa.data import records
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.sources import hf_dataset as source
 from vlm_vqa.fetch.sources import spill
 from vlm_vqa.fetch.write_records import fetch
-from vlm_vqa.params import Columns, HubParams, HubRepository, HubTable, Source
+from vlm_vqa.params import Columns, HubParams, HubRepository, HubTable, Source, load_params
 
 NAME = "lmms-lab/VQAv2"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -372,3 +374,20 @@ def test_offline_what_is_not_there_is_told_with_the_command_that_brings_it(made,
     command = f"hf download {NAME} --repo-type dataset --revision {REVISION}"
     with pytest.raises(UserError, match=f"HF_HUB_OFFLINE is set, and .* not, or not whole.*`{command}`"):
         made.fetch()
+
+
+def test_init_names_the_newest_commit_and_the_splits(made, tmp_path, monkeypatch, capsys):
+    root = Path(__file__).parents[2]
+    for name in ("presets", "launch"):
+        shutil.copytree(root / name, tmp_path / "project" / name)
+    monkeypatch.chdir(tmp_path / "project")
+    assert main(["init", NAME]) == 0
+    params = load_params("params.yaml")
+    assert params.data.hub == HubParams(
+        HubRepository(NAME, REVISION, "train"), HubRepository(NAME, REVISION, "validation")
+    )
+    marked = [
+        line for line in Path("params.yaml").read_text().splitlines() if "# unsure: the repository was not" in line
+    ]
+    assert [line.split(":")[0].strip() for line in marked] == ["text_length", "num_train_epochs"]
+    assert main(["init", "no/such", "--force"]) == 2 and "the hub shows no such dataset" in capsys.readouterr().err

@@ -19,6 +19,10 @@ from vlm_vqa.params import IMAGE_NAME, BadRecords, DataParams
 
 LARGEST_ID = 2**63 - 1
 """Ids are stored as 64-bit integers."""
+IN_A_COPY = (
+    "This is DVC's copy of the project for an experiment. It has only what git or DVC know: give data.directory as an "
+    "absolute path, or `dvc add` a folder of the data's own (docs/data.md, Where the data lie)."
+)
 # A wrong path makes every image a violation: the message names this many of a kind and counts the rest.
 _SHOWN_PER_KIND = 20
 
@@ -148,15 +152,20 @@ class Violations:
 
     def raise_if_any(self) -> None:
         """Raise one `UserError` that lists every kind with its count, its first cases and its remedy."""
-        if not self:
-            return
+        if self:
+            raise UserError(self.text())
+
+    def text(self) -> str:
+        """Return every kind with its count, its first cases and its remedy."""
         lines = [f"the data breaks its contract in {self.count.total()} places; no records were made."]
         for kind, count in self.count.items():
             lines.append(f"{kind.label}: {count}. To do: {kind.remedy}.")
             lines += [f"  {text}" for text in self._found.shown[kind]]
             if count > _SHOWN_PER_KIND:
                 lines.append(f"  ... and {count - _SHOWN_PER_KIND} more")
-        raise UserError("\n".join(lines))
+        if "/.dvc/tmp/exps/" in f"{Path.cwd()}/":
+            lines.append(IN_A_COPY)
+        return "\n".join(lines)
 
 
 class MalformedRecord(Exception):

@@ -43,6 +43,8 @@ class QuestionStatistics:
     """Questions in the words of an earlier one about the same image."""
     asked_in_both: int = 0
     """Questions in the words of one in the other split about the same image."""
+    longest: int = 0
+    """Bytes of the longest question with the longest of its answers."""
     files_without_questions: int = 0
     asked: set[int] = field(default_factory=set)
     """Hashes of image and question, which need a tenth of the memory."""
@@ -57,6 +59,8 @@ class QuestionStatistics:
         self.main_answers[row["multiple_choice_answer"]] += 1
         self.answer_words[len(row["multiple_choice_answer"].split())] += 1
         humans = Counter(row["answers"])
+        longest = max(len(answer.encode()) for answer in (*humans, row["multiple_choice_answer"]))
+        self.longest = max(self.longest, len(row["question"].encode()) + longest)
         self.agreement[max(humans.values())] += 1
         self.unanimous += len(humans) == 1
         self.humans[len(row["answers"])] += 1

@@ -8,12 +8,15 @@ but all is still checked.
 import hashlib
 import json
 import logging
+import tempfile
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,18 +91,7 @@ def _replace(part: Path, folder: Path) -> None:
 
 def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     """Write all Parquet files and the report into `part` and return the manifest."""
-    violations = Violations(data)
-    texts = [_store_questions(paths, part, violations) for paths in source.splits]
-    wanted = {row["image_id"] for text in texts for row in text.statistics.examples()}
-    seen = ImageStatistics(Lookalikes([text.images for text in texts]), wanted)
-    with ExitStack() as stack:
-        images = _wanted_images(texts, stack, violations)
-        images_digest = _store_images(images, data.max_image_pixels, part, seen, violations)
-        _check_alike(images, data, seen, violations)
-    texts = [_without_bad_images(text, seen, part, violations) for text in texts]
-    _check_texts(texts, data, violations)
-    if not data.allow_split_overlap:
-        _check_overlap(texts, seen.conflicts, violations)
+    violations, texts, seen, images, images_digest = _read(source, data, part)
     violations.raise_if_any()
     content = {text.paths.split: text.digest.hexdigest() for text in texts}
     manifest = {
@@ -109,7 +101,7 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
         "notes": list(source.notes),
         "allow_split_overlap": data.allow_split_overlap,
         "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images_digest, **content}),
-        "images": len(images) - len(seen.bad),
+        "images": images - len(seen.bad),
         "pictures": {
             "changed": dict(sorted(seen.changes.items())),
             "twins": dict(zip(content, seen.lookalikes.twins, strict=True)),
@@ -160,6 +152,45 @@ class _Texts:
                 key: {"name": path.name, "sha256": sha256_file(path)} for key, path in self.paths.inputs.items()
             },
         }
+
+
+class Inspection(NamedTuple):
+    """What was read, and all that is wrong with it."""
+
+    violations: Violations
+    texts: list[_Texts]
+    seen: ImageStatistics
+    images: int
+    images_digest: str
+
+
+def inspect_data(data: DataParams, most_images: int | None = None) -> Inspection:
+    """Apply the data contract and keep nothing; of the images only the first `most_images`.
+
+    Raises:
+        UserError: the source is not there.
+    """
+    with tempfile.TemporaryDirectory() as folder, open_source(data, Path(folder) / "records") as source:
+        return _read(source, data, Path(folder), most_images, keep=False)
+
+
+def _read(
+    source: Source, data: DataParams, part: Path, most_images: int | None = None, keep: bool = True
+) -> Inspection:
+    """Check everything, and write it into `part`, images only where they are to be kept."""
+    violations = Violations(data)
+    texts = [_store_questions(paths, part, violations) for paths in source.splits]
+    wanted = {row["image_id"] for text in texts for row in text.statistics.examples()}
+    seen = ImageStatistics(Lookalikes([text.images for text in texts]), wanted)
+    with ExitStack() as stack:
+        images = dict(islice(_wanted_images(texts, stack, violations).items(), most_images))
+        images_digest = _store_images(images, data.max_image_pixels, part if keep else None, seen, violations)
+        _check_alike(images, data, seen, violations)
+    texts = [_without_bad_images(text, seen, part, violations) for text in texts]
+    _check_texts(texts, data, violations)
+    if not data.allow_split_overlap:
+        _check_overlap(texts, seen.conflicts, violations)
+    return Inspection(violations, texts, seen, len(images), images_digest)
 
 
 def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts:
@@ -287,16 +318,17 @@ def _open_images(paths: tuple[Path, ...], violations: Violations) -> ImageFiles 
 
 
 def _store_images(
-    images: dict[int, list[_Place]], max_pixels: int, part: Path, seen: ImageStatistics, violations: Violations
+    images: dict[int, list[_Place]], max_pixels: int, part: Path | None, seen: ImageStatistics, violations: Violations
 ) -> str:
-    """Check every image, count it and store it once; return a hash over ids and contents."""
+    """Check every image, count it and store it once, if anywhere; return a hash over ids and contents."""
     digest = hashlib.sha256()
     workers = usable_cores().count
     with ThreadPoolExecutor(workers) as pool:
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
         checked = ordered_map(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
-            _write_shards(_good_images(zip(images, progress, strict=True), digest, seen, violations), part)
+            good = _good_images(zip(images, progress, strict=True), digest, seen, violations)
+            deque(good, maxlen=0) if part is None else _write_shards(good, part)
     return digest.hexdigest()
 
 

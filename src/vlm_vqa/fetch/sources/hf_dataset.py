@@ -151,6 +151,19 @@ def _find_files(repository: Repository, split: str, split_key: str) -> _Found:
     return _Found(list(files), relative)
 
 
+def newest(name: str) -> tuple[str, list[str]]:
+    """Return a repository's newest commit and the splits that it has there.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    repository = Repository("PATH", name, "its newest commit", "main", "dataset")
+    with translate_errors(repository):
+        commit = str(HfApi().dataset_info(name).sha)
+        base, names = _contents(dataclasses.replace(repository, revision=commit))
+        return commit, list(map(str, _patterns(repository, base, _card(base, names))))
+
+
 def _contents(repository: Repository) -> tuple[str, list[str]]:
     """Return where the repository is read from, and the names of its files."""
     name, revision = repository.name, repository.revision

@@ -39,23 +39,12 @@ from vlm_vqa.fetch.contract import (
     answered,
     is_text,
 )
-from vlm_vqa.fetch.recognise import refusal
+from vlm_vqa.fetch.recognise import USUAL, refusal
 from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, open_bytes, places, read_json, unreadable
 from vlm_vqa.fetch.sources.spill import Spill
 from vlm_vqa.files import check_regular
 from vlm_vqa.params import Columns, DataParams, TableParams
 
-USUAL = {
-    "image": ("image", "image_path", "image_file", "image_name", "file_name", "filename", "img", "img_path", "picture"),
-    "question": ("question", "query", "prompt", "conversations"),
-    "answers": ("answers_original", "answers", "answer", "direct_answers", "label", "conversations"),
-    "question_id": ("question_id", "questionid", "qid", "id"),
-    "image_id": ("image_id", "id_image", "imageid"),
-    "question_type": ("question_type",),
-    "answer_type": ("answer_type",),
-    "main_answer": ("multiple_choice_answer", "main_answer"),
-}
-"""The usual names of columns, in small letters."""
 _FIRST = ("question_id", "image_id")
 """Where several names are there, the first one holds."""
 _LOOK = 100
@@ -178,7 +167,7 @@ class Tables:
                     yield from self._records(row, columns, split, where)
             except MalformedRecord as error:
                 # A row that cannot be read has no picture by which it belongs to val.
-                if self._val_images is None or split == "train":
+                if isinstance(row, dict) or self._val_images is None or split == "train":
                     violations.add(error.kind, f"{where}: {error}")
 
     def _called(self, split: str) -> str:

@@ -1,0 +1,131 @@
+"""`vlm-vqa init`: params.yaml for the questions in a file, a folder or a hub repository, from a preset."""
+
+import math
+from pathlib import Path
+
+from vlm_vqa.errors import UserError
+from vlm_vqa.fetch.recognise import Found, block, recognise
+from vlm_vqa.fetch.sources.hf_dataset import newest
+from vlm_vqa.fetch.write_records import Inspection, inspect_data
+from vlm_vqa.launch_file import read_launch
+from vlm_vqa.params import HELM_MAX_TOKENS, Params, load_params, parse_params
+from vlm_vqa.sealed import aside
+from vlm_vqa.yaml_file import compose, read_yaml
+
+PRESETS = Path("presets")
+_STEPS = {True: 300, False: 100}
+"""Optimizer steps, at least: for a language model that starts from random weights, and for one that knows English."""
+_IMAGES = 200
+"""Pictures that `init` looks at; `check` looks at all."""
+
+
+def init(path: Path, preset: str, force: bool, target: Path = Path("params.yaml")) -> list[str]:
+    """Write `target` for the questions at `path`, and return what is to be said about them.
+
+    Raises:
+        UserError: there are none, or it is not clear which; or `target` was edited, and `force` is not given.
+    """
+    presets = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
+    if preset not in presets:
+        known = ", ".join(presets) or "in presets/: run from the project's root folder"
+        raise UserError(f"--preset is {preset!r}; it must be one of {known}.")
+    found = _repository(path.as_posix()) if not path.exists() and len(path.parts) == 2 else recognise(path)
+    values = read_yaml(presets[preset])
+    values["data"] |= {"official": None, "hub": None, "table": None} | found.data | _directory(path, found)
+    params = parse_params(values, "what was recognised")
+    text = presets[preset].read_text(encoding="utf-8")
+    text = _with(text, "data", block(values["data"], found.unsure).removeprefix("data:\n  ") + "\n\n")
+    # A repository would be downloaded whole.
+    seen = None if found.data["source"] == "hub" else inspect_data(params.data, _IMAGES)
+    for key, value in _fitting(params, seen, found.unsure).items():
+        text = _with(text, key, f"{value}  # unsure: {found.unsure[key]}" if key in found.unsure else str(value))
+    if target.exists() and not force and target.read_bytes() not in {file.read_bytes() for file in presets.values()}:
+        raise UserError(f"{target} is no preset as it comes: --force replaces it. It would be:\n\n{text}")
+    with aside(target) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+        load_params(unfinished)
+    return _said(path, found, values["data"]["directory"], seen)
+
+
+def _repository(name: str) -> Found:
+    """Return the keys for a `datasets` repository on the hub, at its newest commit."""
+    commit, splits = newest(name)
+    train = "train" if "train" in splits else splits[0]
+    others = [split for split in ("validation", "val", "dev", "test", *splits) if split in splits and split != train]
+    if not others:
+        raise UserError(
+            f"{name} has one split, {train}. Download its files and name their folder: a share becomes val."
+        )
+    val = others[0]
+    unsure = {} if val.startswith("val") else {"data.hub.val.split": f"it has {', '.join(splits)}"}
+    hub = {
+        key: {"repository": name, "revision": commit, "split": split} for key, split in (("train", train), ("val", val))
+    }
+    return Found("a datasets repository", {"source": "hub", "hub": hub}, unsure)
+
+
+def _directory(path: Path, found: Found) -> dict[str, str]:
+    """Return the data's folder as params.yaml names it: below the project relative to it, else wherever it is."""
+    if found.data["source"] == "hub":
+        return {}
+    folder, project = (path if path.is_dir() else path.parent).resolve(), Path.cwd()
+    if project.is_relative_to(folder):
+        raise UserError(
+            f"{folder}: the project itself lies in it. Move questions and pictures to a folder of their own."
+        )
+    return {"directory": str(folder.relative_to(project) if folder.is_relative_to(project) else folder)}
+
+
+def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) -> dict[str, int]:
+    """Return the values that depend on how many questions there are, and how long."""
+    train, random = params.train, params.language.model == "random"
+    if seen is None:
+        unsure |= dict.fromkeys(("prompt.text_length", "train.num_train_epochs"), "the repository was not read")
+        return {"prompt.text_length": params.prompt.text_length, "train.num_train_epochs": train.num_train_epochs}
+    questions, others = (text.statistics.questions for text in seen.texts)
+    processes = read_launch(train.launch)["num_processes"]
+    step = train.batch_size * train.gradient_accumulation_steps * processes
+    # Small data are divided into eight steps an epoch, but for steps of less than eight questions.
+    wanted = max(8, 2 ** int(math.log2(max(questions, 8) / 8)), processes)
+    changed = {}
+    if wanted < step:
+        rows = min(train.batch_size, wanted // processes)
+        changed = {"batch_size": rows, "gradient_accumulation_steps": wanted // (rows * processes)}
+        step = changed["gradient_accumulation_steps"] * rows * processes
+    changed["num_train_epochs"] = max(
+        train.num_train_epochs, math.ceil(_STEPS[random] / math.ceil(max(questions, 1) / step))
+    )
+    if not random and changed["num_train_epochs"] > train.num_train_epochs:
+        unsure["train.num_train_epochs"] = f"{_STEPS[random]} steps were not tried with this model"
+    # Every tokenizer here falls back to bytes, so a text has no more tokens than bytes. Rows are as long as their tokens.
+    most = len(params.prompt.instruction.encode()) + max(text.statistics.longest for text in seen.texts) + 4
+    return {f"train.{key}": value for key, value in changed.items()} | {
+        "prompt.text_length": max(params.prompt.text_length, 32 * math.ceil(most / 32)),
+        "evaluation.max_new_tokens": HELM_MAX_TOKENS,
+        "evaluation.helm_instances": min(params.evaluation.helm_instances, others or 1),
+    }
+
+
+def _said(path: Path, found: Found, directory: str, seen: Inspection | None) -> list[str]:
+    lines = [f"{path} is {found.what}; params.yaml reads it as data.source: {found.data['source']}."]
+    lines += [f"unsure: {key}: {why}. Look at it in params.yaml." for key, why in found.unsure.items()]
+    if seen is not None:
+        counts = [
+            f"{text.statistics.questions} questions on {len(text.images)} images for {text.paths.split}"
+            for text in seen.texts
+        ]
+        lines.append(f"{' and '.join(counts)}; of the images, up to {_IMAGES} were looked at.")
+        if not Path(directory).is_absolute():
+            add = f"dvc add {directory} && git add {directory}.dvc .gitignore"
+            lines.append(f"before experiments in copies (`dvc exp run --temp`, `--queue`): {add}")
+    if seen is not None and seen.violations:
+        return [*lines, seen.violations.text(), "next: mend that, then: vlm-vqa check, and: make repro"]
+    return [*lines, 'next: make repro, then: vlm-vqa ask PICTURE "QUESTION"']
+
+
+def _with(text: str, key: str, value: str) -> str:
+    """Return a file's text with another value of a key; all else, comments too, stays."""
+    node = compose(text)
+    for name in key.split("."):
+        node = {one.value: two for one, two in node.value}[name]
+    return text[: node.start_mark.index] + value + text[node.end_mark.index :]
