@@ -394,6 +394,20 @@ def test_a_share_of_the_images_becomes_val(made):
         made.fetch(val=None, val_share=0.5)
 
 
+def test_one_photo_under_two_names_is_never_shared_out_to_both_splits(made):
+    """The share that becomes val is of pictures, so a copy goes where the first goes; by names it would be a leak."""
+    rows = made.rows["train"] + made.rows["val"]
+    names = sorted({row["image"] for row in rows})
+    for name in names:
+        path = next(made.folder.rglob(name))
+        path.with_name(f"copy of {name}").write_bytes(path.read_bytes())
+    made.write("csv", rows + [{**row, "image": f"copy of {row['image']}"} for row in rows], "train")
+    for seed in range(4):
+        manifest = made.fetch(val=None, val_share=0.34, val_seed=seed)
+        assert manifest["splits"]["val"]["images"] == 4 and manifest["pictures"]["twins_across"] == 0
+        assert manifest["pictures"]["twins"] == {"train": 4, "val": 2}
+
+
 # --- what is wrong ------------------------------------------------------------------------------------------------------
 
 

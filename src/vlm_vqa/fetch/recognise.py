@@ -208,7 +208,7 @@ def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) 
                 "its name. Call them train_questions.json, train_annotations.json, val_questions.json and "
                 "val_annotations.json; or write one table with image, question and answer, of which a share becomes val."
             )
-        values = [one.get("image_id", "") for name in names.values() for one in heads[name].entries]
+        values = [one.get("image_id", "") for name in names.values() if name for one in heads[name].entries]
         images, pattern = _images(folder, files, values, split, unsure, f"data.{split}.images")
         if "coco_split" in heads[of[there, "questions"]].columns:
             # VQA-CP's pictures of each split lie in both folders of COCO's.

@@ -83,7 +83,7 @@ def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) ->
         unsure |= dict.fromkeys(("prompt.text_length", "train.num_train_epochs"), "the repository was not read")
         return {"prompt.text_length": params.prompt.text_length, "train.num_train_epochs": train.num_train_epochs}
     questions, others = (text.statistics.questions for text in seen.texts)
-    processes = read_launch(train.launch)["num_processes"]
+    processes = read_launch(train.launch).processes
     step = train.batch_size * train.gradient_accumulation_steps * processes
     # Small data are divided into eight steps an epoch, but for steps of less than eight questions.
     wanted = max(8, 2 ** int(math.log2(max(questions, 8) / 8)), processes)

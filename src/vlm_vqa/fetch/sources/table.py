@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -40,9 +41,11 @@ from vlm_vqa.fetch.contract import (
     is_text,
 )
 from vlm_vqa.fetch.recognise import USUAL, refusal
+from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
 from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, open_bytes, places, read_json, unreadable
 from vlm_vqa.fetch.sources.spill import Spill
-from vlm_vqa.files import check_regular
+from vlm_vqa.files import MOST_BYTES, check_regular
+from vlm_vqa.hashing import sha256_bytes
 from vlm_vqa.params import Columns, DataParams, TableParams
 
 _FIRST = ("question_id", "image_id")
@@ -75,7 +78,7 @@ def table_source(data: DataParams, spilled: Path) -> Source:
         images = dict.fromkeys(SPLITS, [spilled / "images"])
     apart = read is files and any("{split}" in name for name in written)
     called = {split: str(file) for split, file in files.items()}
-    reader = Tables(read, columns, called, names, table.val_share, table.val_seed, apart)
+    reader = Tables(read, columns, called, names, table.val_share, table.val_seed, images["train"], apart)
     splits = []
     for split in SPLITS:
         file = files.get(split, files["train"])
@@ -138,6 +141,8 @@ class Tables:
     names: ImageNames | None = None
     val_share: float | None = None
     val_seed: int = 0
+    places: Sequence[Path] = ()
+    """Where the pictures are of which a share becomes val."""
     apart: bool = False
     """Each split has pictures of its own, which may bear the names of the other's."""
     _whole: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_FIRST, True))
@@ -192,7 +197,7 @@ class Tables:
 
     def _scan(self, violations: Violations) -> None:
         """Learn what must be known of all rows. What is wrong with a file is said when its records are read."""
-        images: set[str] = set()
+        images: dict[str, str] = {}
         for split in self.files:
             columns, rows = self._open(split, Violations()) or ({}, ())
             for row in rows:
@@ -204,14 +209,31 @@ class Tables:
                 self._whole["image_id"] &= _whole(image) is not None
                 self._whole["question_id"] &= _whole(row.get(columns.get("question_id"))) is not None
                 if self.val_share is not None and image:
-                    images.add(image)
+                    images[image] = self._image(row, {"image": columns["image"]})
         if self.val_share is not None:
-            count = max(2, round(self.val_share * len(images)))
-            drawn = sorted(images, key=lambda image: hashlib.sha256(f"{self.val_seed}:{image}".encode()).digest())
-            self._val_images = set(drawn[:count])
-            if 0 < len(images) <= count:
-                few = f"{self._called('train')}: {len(images)} images, of which {count} would be val"
-                violations.add(ViolationKind.FEW_IMAGES, few)
+            self._draw_val(images, self.val_share, violations)
+
+    def _draw_val(self, images: Mapping[str, str], share: float, violations: Violations) -> None:
+        """Draw the pictures of val. Of equal files all go to one split, whatever they are called: one photo, two names."""
+        equal: dict[str, list[str]] = {}
+        with contextlib.ExitStack() as stack:
+            files = None
+            # What cannot be read is for the records to refuse; it stands for itself.
+            with contextlib.suppress(UserError, OSError, zipfile.BadZipFile):
+                files = ImageFiles(self.places)
+                stack.callback(files.close)
+            for image, name in tqdm(images.items(), "pictures to share out", unit="picture"):
+                name = self.names.name(int(name)) if self.names and name.isdecimal() else name
+                content = image
+                with contextlib.suppress(MissingImage, UserError, OSError):
+                    content = sha256_bytes(files.read(name or image, MOST_BYTES)) if files else image
+                equal.setdefault(content, []).append(image)
+        count = max(2, round(share * len(equal)))
+        drawn = sorted(equal, key=lambda content: hashlib.sha256(f"{self.val_seed}:{content}".encode()).digest())
+        self._val_images = {image for content in drawn[:count] for image in equal[content]}
+        if 0 < len(equal) <= count:
+            few = f"{self._called('train')}: {len(equal)} images, of which {count} would be val"
+            violations.add(ViolationKind.FEW_IMAGES, few)
 
     def _image(self, row: dict[str, Any], columns: dict[str, str]) -> str:
         """Return what tells a row's picture from others: its id, else its name; blank where it has none."""
