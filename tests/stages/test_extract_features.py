@@ -234,17 +234,17 @@ def test_odd_images_become_the_stock_paths_features(run_folder):
     assert torch.equal(FeatureStore.open("data/features").batch(range(len(files))), stock(files))
 
 
-def test_an_exif_orientation_is_not_applied(run_folder):
-    """transformers' `load_image` turns the picture, its processor does not; COCO's have no orientation to apply."""
+def test_a_photo_is_seen_upright(run_folder):
+    """As people and transformers' `load_image` see it; its processor alone would leave it on its side."""
     pixels = np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     orientation = Image.Exif()
     orientation[0x0112] = 6
-    turned = saved(Image.fromarray(pixels), "JPEG", exif=orientation)
-    plain = as_jpeg(Image.fromarray(pixels))
-    write_records({1: turned, 2: plain})
+    turned = saved(Image.fromarray(pixels), "PNG", exif=orientation)
+    upright = saved(Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_270), "PNG")
+    write_records({1: turned, 2: upright})
     extract_features.main()
     features = FeatureStore.open("data/features").batch([1, 2])
-    assert torch.equal(features[0], features[1]) and torch.equal(features[1:], stock([plain]))
+    assert torch.equal(features[0], features[1]) and torch.equal(features[1:], stock([upright]))
     assert not torch.equal(features[:1], stock([turned]))
 
 
