@@ -69,7 +69,7 @@ def test_the_five_minutes_are_as_the_page_writes_them(tmp_path, shared_data):
     photos(shared_data / "vqav2-sample", tmp_path / "photos", 30)
     # The environment is this one, already made.
     (project / ".venv").symlink_to(sys.prefix)
-    make = "make() { command make --old-file .venv/.ready \"$@\"; }\n"
+    make = 'make() { command make --old-file .venv/.ready "$@"; }\n'
     script = block("Your own data in five minutes", "bash").replace("~/photos", str(tmp_path / "photos"))
     assert "vlm-vqa init" in script and "make repro" in script and "vlm-vqa ask" in script
     done = bash(make + script, project, tmp_path)

@@ -143,8 +143,10 @@ def test_what_cannot_be_told_is_refused_with_what_to_do(tmp_path):
     write(tmp_path / "a/IMG_1.HEIC", "")
     write(tmp_path / "notes.csv", "who,when\nme,now")
     for path in (tmp_path, write(tmp_path / "all.zip", ""), tmp_path / "notes.csv"):
-        with pytest.raises(UserError, match="(?s)1 pictures. Unpack archives.*\nimage,question,answer\nIMG_1.HEIC,"):
+        with pytest.raises(UserError, match="(?s)1 pictures. .*Unpack archives.*\nimage,question,answer\nIMG_1.HEIC,"):
             recognise(path)
+    with pytest.raises(UserError, match="notes.csv has the columns who, when. Unpack"):
+        recognise(tmp_path)
     assert "this is a table (1 entries with who, when): set data.source: table" in refusal(tmp_path / "notes.csv")
     for name in ("one.csv", "two.csv"):
         write(tmp_path / name, "image,question,answer\nIMG_1,What?,cup")

@@ -172,9 +172,12 @@ def recognise(path: Path) -> Found:
         return _official(folder, files, official)
     pictures = [name.name for name in files if name.suffix.lower() in PICTURES]
     example = f"image,question,answer\n{[*pictures, 'a.jpg'][0]},What is it?,cup"
+    other = next(
+        (f" {name} has the columns {', '.join(one.columns)}." for name, one in heads.items() if one.columns), ""
+    )
     raise UserError(
-        f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures. Unpack archives, and write"
-        f" a table beside the pictures, such as questions.csv:\n{example}"
+        f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{other} Unpack archives, and "
+        f"write a table beside the pictures, such as questions.csv:\n{example}"
     )
 
 
