@@ -176,8 +176,8 @@ def recognise(path: Path) -> Found:
         (f" {name} has the columns {', '.join(one.columns)}." for name, one in heads.items() if one.columns), ""
     )
     raise UserError(
-        f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{other} Unpack archives, and "
-        f"write a table beside the pictures, such as questions.csv:\n{example}"
+        f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{other} Unpack archives, "
+        f"and write a table beside the pictures, such as questions.csv:\n{example}"
     )
 
 
