@@ -141,7 +141,7 @@ BROKEN = {
     "answer with half a character": (
         edit_answers(lambda answers: answers[3].update(answer="\udc00")),
         ViolationKind.BAD_ANNOTATION,
-        "(question_id 25001): answer",
+        "(question_id 25001): an answer is",
     ),
     "image id negative": (edit_question(image_id=-1), ViolationKind.BAD_QUESTION, "image_id is -1"),
     "image id huge": (edit_question(image_id=2**63), ViolationKind.BAD_QUESTION, "image_id is 9223372036854775808"),
@@ -164,7 +164,7 @@ BROKEN = {
     "answer no text": (
         edit_answers(lambda answers: answers[3].update(answer=7)),
         ViolationKind.BAD_ANNOTATION,
-        "(question_id 25001): answer",
+        "(question_id 25001): an answer is",
     ),
     "question twice": (double(QUESTIONS), ViolationKind.DUPLICATE_QUESTION, f"{QUESTIONS}: question_id 25001"),
     "annotation twice": (double(ANNOTATIONS), ViolationKind.DUPLICATE_ANNOTATION, f"{ANNOTATIONS}: question_id 25001"),

@@ -159,6 +159,10 @@ class Violations:
         raise UserError("\n".join(lines))
 
 
+class ReadAgain(Exception):
+    """A source has learnt from a row what it should have known before the first: its splits are to be read anew."""
+
+
 class MalformedRecord(Exception):
     """One entry is not what its layout says; the message says how, without naming file or id."""
 
@@ -208,7 +212,7 @@ class Source:
     """What was changed before the rows; kept in the manifest."""
 
 
-def answered(question: str, given: Any, kinds: Any, main: Any) -> dict[str, Any]:
+def answered(question: str, given: Any, kinds: Sequence[str], main: str) -> dict[str, Any]:
     """Return the part of a record that is about the answers; what is not given is filled in.
 
     The taught answer is the main one where it is given, else the most common one that says something, the earlier first.
@@ -216,13 +220,14 @@ def answered(question: str, given: Any, kinds: Any, main: Any) -> dict[str, Any]
     Args:
         question: in whose words the question's type is found.
         given: (answers, confidences); the latter are empty where none is given.
-        kinds: (question type, answer type), None or blank where not given.
-        main: the main answer, None or blank where not given.
+        kinds: (question type, answer type), blank where not given.
+        main: the main answer, blank where not given.
     """
     answers, confidences = given
     if not any(map(str.strip, answers)):
         raise MalformedRecord(ViolationKind.NO_ANSWER, f"its answers are {list(answers)!r:.60}")
-    if not (taught := main if main and main.strip() else ""):
+    taught = main
+    if not taught.strip():
         said = Counter(filter(str.strip, answers))
         taught = max(said, key=said.__getitem__)
     return {
@@ -234,118 +239,33 @@ def answered(question: str, given: Any, kinds: Any, main: Any) -> dict[str, Any]
     }
 
 
-# --- VQAv2's layout -----------------------------------------------------------------------------------------------------
-
-
-class Question(NamedTuple):
-    """One entry of a questions file."""
-
-    question_id: int
-    image_id: int
-    question: str
-    coco_split: str = ""
-    """VQA-CP's: the part of COCO that has the image, `train2014` or `val2014`."""
-
-
-class Annotation(NamedTuple):
-    """One entry of an annotations file; answers and their confidences keep the file's order."""
-
-    question_id: int
-    image_id: int
-    kinds: tuple[str | None, str | None]
-    """Question type and answer type."""
-    multiple_choice_answer: str | None
-    answers: tuple[str, ...]
-    answer_confidences: tuple[str, ...]
-
-
-def parse_question(entry: Any) -> Question:
-    """Turn a JSON object into a `Question`, or raise `MalformedRecord`."""
-    kind = ViolationKind.BAD_QUESTION
-    _check_object(entry, ("question_id", "image_id", "question"), kind)
-    _check_id(entry, "question_id", kind)
-    _check_id(entry, "image_id", kind)
-    value = entry["question"]
+def as_question(value: Any) -> str:
+    """Return a question's text, or raise `MalformedRecord`."""
     if not is_text(value) or not value.strip():
-        raise MalformedRecord(kind, f"question is {value!r:.60}, not text that says something")
-    part = entry.get("coco_split")
-    return Question(entry["question_id"], entry["image_id"], value, sys.intern(part) if isinstance(part, str) else "")
+        raise MalformedRecord(ViolationKind.BAD_QUESTION, f"question is {value!r:.60}, not text that says something")
+    return value
 
 
-def parse_annotation(entry: Any) -> Annotation:
-    """Turn a JSON object into an `Annotation`, or raise `MalformedRecord`."""
-    kind = ViolationKind.BAD_ANNOTATION
-    _check_object(entry, ("question_id", "image_id"), kind)
-    _check_id(entry, "question_id", kind)
-    _check_id(entry, "image_id", kind)
-    question_type, answer_type, main = (
-        _optional(entry, key) for key in ("question_type", "answer_type", "multiple_choice_answer")
-    )
-    key = "answers" if "answers" in entry or "answer" not in entry else "answer"
-    # One answer may stand alone, under either name.
-    answers = [entry[key]] if isinstance(entry.get(key), str) else entry.get(key)
-    if not isinstance(answers, list):
-        raise MalformedRecord(kind, f"{key} is {answers!r:.60}, not a list" if key in entry else f"without {key}")
-    texts, confidences = [], []
-    for answer in answers:
-        text = answer.get("answer") if isinstance(answer, dict) else answer
-        confidence = answer.get("answer_confidence") if isinstance(answer, dict) else None
-        if not is_text(text) or not (confidence is None or is_text(confidence)):
-            raise MalformedRecord(kind, f"answer {answer!r:.60} is not text")
-        # Interned, because a few thousand different strings make up VQAv2's 13 million answers and confidences.
-        texts.append(sys.intern(text))
-        confidences.append(sys.intern(confidence or ""))
-    sure = tuple(confidences) if any(confidences) else ()
-    return Annotation(entry["question_id"], entry["image_id"], (question_type, answer_type), main, tuple(texts), sure)
+def read_answers(items: Sequence[Any], text: Callable[[Any, str], str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return answers, and how sure who gave them was: none where it is nowhere said.
+
+    Args:
+        items: texts, or objects with `answer` and `answer_confidence`.
+        text: makes text of a value that is called so, or raises `MalformedRecord`.
+    """
+    sure: list[Any] = [item.get("answer_confidence") if isinstance(item, dict) else None for item in items]
+    said = [item.get("answer") if isinstance(item, dict) else item for item in items]
+    return _texts(said, "an answer", text), _texts(sure, "answer_confidence", text) if any(sure) else ()
 
 
-class Entries(NamedTuple):
-    """What a questions or annotations file holds."""
-
-    name: str
-    """The file's name, for messages."""
-    good: list[Any]
-    """The well-formed entries, `Question` or `Annotation`, in file order."""
-    reported: set[int]
-    """Question ids of malformed entries: they are violations already, and their counterparts are no further ones."""
-    unnamed: int = 0
-    """Malformed entries whose question id is not known: as many counterparts are no further violations."""
-
-
-def pair(questions: Entries, annotations: Entries, violations: Violations) -> Iterator[tuple[Question, Annotation]]:
-    """Yield each question with its annotation, in the order of `questions`; what does not pair is a violation."""
-    by_question: dict[int, Annotation] = {}
-    for annotation in annotations.good:
-        if annotation.question_id in by_question:
-            violations.add(
-                ViolationKind.DUPLICATE_ANNOTATION, f"{annotations.name}: question_id {annotation.question_id}"
-            )
-        by_question[annotation.question_id] = annotation
-    seen: set[int] = set()
-    lone: list[str] = []
-    for question in questions.good:
-        where = f"{questions.name}: question_id {question.question_id}"
-        annotation = by_question.get(question.question_id)
-        if question.question_id in seen:
-            violations.add(ViolationKind.DUPLICATE_QUESTION, where)
-        elif annotation is None:
-            if question.question_id not in annotations.reported:
-                lone.append(f"{where} is not in {annotations.name}")
-        elif annotation.image_id != question.image_id:
-            there = f"{annotation.image_id} in {annotations.name}"
-            violations.add(ViolationKind.IMAGE_MISMATCH, f"{where} has image_id {question.image_id}, but {there}")
-        else:
-            yield question, annotation
-        seen.add(question.question_id)
-    for text in lone[annotations.unnamed :]:
-        violations.add(ViolationKind.NO_ANNOTATION, text)
-    lone = [
-        f"{annotations.name}: question_id {question_id} is not in {questions.name}"
-        for question_id in by_question
-        if question_id not in seen and question_id not in questions.reported
-    ]
-    for text in lone[questions.unnamed :]:
-        violations.add(ViolationKind.NO_QUESTION, text)
+def _texts(values: list[Any], what: str, text: Callable[[Any, str], str]) -> tuple[str, ...]:
+    try:
+        if all(map(str.isascii, values)):
+            # Nearly always. Interned, because a few thousand different strings make up VQAv2's 13 million.
+            return tuple(map(sys.intern, values))
+    except TypeError:
+        pass
+    return tuple(sys.intern(text(value, what)) for value in values)
 
 
 class ImageNames:
@@ -362,29 +282,6 @@ class ImageNames:
     def name(self, image_id: int) -> str | None:
         """Return the image's file name, or None where the id has more digits than the pattern."""
         return self.pattern.format(image_id=image_id) if len(str(image_id)) <= self._digits else None
-
-
-def _check_object(entry: Any, keys: tuple[str, ...], kind: ViolationKind) -> None:
-    if not isinstance(entry, dict):
-        raise MalformedRecord(kind, f"{entry!r:.60} is not an object")
-    missing = [key for key in keys if key not in entry]
-    if missing:
-        raise MalformedRecord(kind, f"without {', '.join(missing)}")
-
-
-def _check_id(entry: dict[str, Any], key: str, kind: ViolationKind) -> None:
-    value = entry[key]
-    # bool is a subclass of int.
-    if type(value) is not int or not 0 <= value <= LARGEST_ID:
-        raise MalformedRecord(kind, f"{key} is {value!r:.60}, not a whole number from 0 up")
-
-
-def _optional(entry: dict[str, Any], key: str) -> str | None:
-    """Return a text that need not be given; blank is as good as none."""
-    value = entry.get(key)
-    if value is not None and not is_text(value):
-        raise MalformedRecord(ViolationKind.BAD_ANNOTATION, f"{key} is {value!r:.60}, not text")
-    return sys.intern(value) if value and value.strip() else None
 
 
 def is_text(value: Any) -> bool:

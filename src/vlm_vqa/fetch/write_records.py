@@ -11,7 +11,7 @@ import logging
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_with_changes
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import Row, Source, Split, ViolationKind, Violations
+from vlm_vqa.fetch.contract import ReadAgain, Row, Source, Split, ViolationKind, Violations
 from vlm_vqa.fetch.data_report import ALIKE_SHOWN, render_report
 from vlm_vqa.fetch.lookalikes import Look, Lookalikes, look
 from vlm_vqa.fetch.sources import open_source
@@ -88,8 +88,7 @@ def _replace(part: Path, folder: Path) -> None:
 
 def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     """Write all Parquet files and the report into `part` and return the manifest."""
-    violations = Violations(data)
-    texts = [_store_questions(paths, part, violations) for paths in source.splits]
+    texts, violations = _store_texts(source, data, part)
     wanted = {row["image_id"] for text in texts for row in text.statistics.examples()}
     seen = ImageStatistics(Lookalikes([text.images for text in texts]), wanted)
     with ExitStack() as stack:
@@ -160,6 +159,14 @@ class _Texts:
                 key: {"name": path.name, "sha256": sha256_file(path)} for key, path in self.paths.inputs.items()
             },
         }
+
+
+def _store_texts(source: Source, data: DataParams, part: Path) -> tuple[list[_Texts], Violations]:
+    """Write the questions of both splits; return what they are about, and what is wrong with them."""
+    while True:
+        violations = Violations(data)
+        with suppress(ReadAgain):
+            return [_store_questions(split, part, violations) for split in source.splits], violations
 
 
 def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts:

@@ -1,8 +1,8 @@
 """Source `table`: questions in csv, tsv, JSON lines, JSON or Parquet, each row with its picture's name and its answers.
 
-A table is read twice, row by row: once for what must be known of all rows (which ids are whole numbers, which pictures there
-are), once for the records. Texts are read by Python's own csv and json, for other readers take `NA` for nothing, `01` for a
-number and `2020-01-02` for a date; Parquet by `datasets`.
+A table is read row by row: anew from the first id that is no whole number, and once more where a share of its pictures is
+drawn. Texts are read by Python's own csv and json, for other readers take `NA` for nothing, `01` for a number and
+`2020-01-02` for a date; Parquet by `datasets`.
 """
 
 import ast
@@ -31,13 +31,16 @@ from vlm_vqa.fetch.contract import (
     LARGEST_ID,
     ImageNames,
     MalformedRecord,
+    ReadAgain,
     Row,
     Source,
     Split,
     ViolationKind,
     Violations,
     answered,
+    as_question,
     is_text,
+    read_answers,
 )
 from vlm_vqa.fetch.recognise import refusal
 from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, open_bytes, places, read_json, unreadable
@@ -46,9 +49,9 @@ from vlm_vqa.files import check_regular
 from vlm_vqa.params import Columns, DataParams, TableParams
 
 USUAL = {
-    "image": ("image", "image_path", "image_file", "image_name", "file_name", "filename", "img", "img_path", "picture"),
     "question": ("question", "query", "prompt", "conversations"),
     "answers": ("answers_original", "answers", "answer", "direct_answers", "label", "conversations"),
+    "image": ("image", "image_path", "image_file", "image_name", "file_name", "filename", "img", "img_path", "picture"),
     "question_id": ("question_id", "questionid", "qid", "id"),
     "image_id": ("image_id", "id_image", "imageid"),
     "question_type": ("question_type",),
@@ -56,6 +59,7 @@ USUAL = {
     "main_answer": ("multiple_choice_answer", "main_answer"),
 }
 """The usual names of columns, in small letters."""
+_TEXTS = list(USUAL)[2:]
 _FIRST = ("question_id", "image_id")
 """Where several names are there, the first one holds."""
 _LOOK = 100
@@ -154,17 +158,23 @@ class Tables:
     _whole: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_FIRST, True))
     """Whether all ids are whole numbers as they stand."""
     _val_images: set[str] | None = None
+    _few: str = ""
+    """What is wrong where there are too few images for a share."""
     _questions: dict[int, str] = field(default_factory=dict)
     """The split of each question id."""
     _places: dict[int, tuple[str, str]] = field(default_factory=dict)
     """The first split and the picture of each image id."""
-    _scanned: bool = False
 
     def rows(self, split: str, violations: Violations) -> Iterator[Row]:
-        """Yield a split's questions; both splits are read before the first."""
-        if not self._scanned:
-            self._scanned = True
-            self._scan(violations)
+        """Yield a split's questions, train's before val's.
+
+        Raises:
+            ReadAgain: an id is no whole number, the first such one.
+        """
+        if self.val_share is not None and self._val_images is None:
+            self._draw(self.val_share)
+        if self._few and split == "train":
+            violations.add(ViolationKind.FEW_IMAGES, self._few)
         found = self._open(split, violations)
         if found is None:
             return
@@ -201,28 +211,15 @@ class Tables:
             violations.add(ViolationKind.EMPTY_FILE, f"{called}: no rows")
         return None
 
-    def _scan(self, violations: Violations) -> None:
-        """Learn what must be known of all rows. What is wrong with a file is said when its records are read."""
-        images: set[str] = set()
-        for split in self.files:
-            columns, rows = self._open(split, Violations()) or ({}, ())
-            for row in rows:
-                if self.val_share is None and not any(self._whole.values()):
-                    break
-                if isinstance(row, MalformedRecord):
-                    continue
-                image = self._image(row, columns)
-                self._whole["image_id"] &= _whole(image) is not None
-                self._whole["question_id"] &= _whole(row.get(columns.get("question_id"))) is not None
-                if self.val_share is not None and image:
-                    images.add(image)
-        if self.val_share is not None:
-            count = max(2, round(self.val_share * len(images)))
-            drawn = sorted(images, key=lambda image: hashlib.sha256(f"{self.val_seed}:{image}".encode()).digest())
-            self._val_images = set(drawn[:count])
-            if 0 < len(images) <= count:
-                few = f"{self._called('train')}: {len(images)} images, of which {count} would be val"
-                violations.add(ViolationKind.FEW_IMAGES, few)
+    def _draw(self, share: float) -> None:
+        """Draw val's images. What is wrong with the file is said when its records are read."""
+        columns, rows = self._open("train", Violations()) or ({}, ())
+        images = {self._image(row, columns) for row in rows if isinstance(row, dict)} - {""}
+        count = max(2, round(share * len(images)))
+        if 0 < len(images) <= count:
+            self._few = f"{self._called('train')}: {len(images)} images, of which {count} would be val"
+        lots = {image: hashlib.sha256(f"{self.val_seed}:{image}".encode()).digest() for image in images}
+        self._val_images = set(sorted(images, key=lots.__getitem__)[:count])
 
     def _image(self, row: dict[str, Any], columns: dict[str, str]) -> str:
         """Return what tells a row's picture from others: its id, else its name; blank where it has none."""
@@ -232,46 +229,38 @@ class Tables:
 
     def _records(self, row: dict[str, Any], columns: dict[str, str], split: str, where: str) -> Iterator[Row]:
         """Yield the records of a row: one, or one for each turn of a conversation."""
-        values = dict.fromkeys(USUAL) | {role: row.get(column) for role, column in columns.items()}
-        image_id, original, name = self._picture(values, split)
-        talk = columns["question"] == columns["answers"]
-        pairs = _turns(values["question"]) if talk else [(values["question"], values["answers"])]
-        kinds = [_text(values[key], key).strip() for key in ("question_type", "answer_type")]
-        main = _text(values["main_answer"], "main_answer")
-        called = _text(values["question_id"], "question_id").strip()
-        for place, (question, answers) in enumerate(pairs):
-            text = _text(question, "question")
-            if not text.strip():
-                raise MalformedRecord(
-                    ViolationKind.BAD_QUESTION, f"question is {text!r:.60}, not text that says something"
-                )
-            answer = answered(text, read_answers(answers), kinds, main)
-            given = f"{called}#{place}" if called and place else called
+        question, answers, *others = [row.get(columns.get(role)) for role in USUAL]
+        image, called, given, *kinds, main = map(_text, others, _TEXTS)
+        kinds = [kind.strip() for kind in kinds]
+        said = []
+        for asked, told in _turns(question) if columns["question"] == columns["answers"] else [(question, answers)]:
+            text = as_question(_text(asked, "question"))
+            said.append((text, answered(text, read_cell(told), kinds, main)))
+        image_id, original, name = self._picture(image.strip(), given.strip(), split)
+        for place, (text, record) in enumerate(said):
+            given = f"{called.strip()}#{place}" if place and called.strip() else called.strip()
             question_id, original_id = self._question_id(given, split, f"{image_id}\n{text}")
             ids = {"question_id": question_id, "image_id": image_id, "original_question_id": original_id}
-            yield Row(where, name, {**ids, "question": text, **answer, "original_image_id": original})
+            yield Row(where, name, {**ids, "question": text, **record, "original_image_id": original})
 
-    def _picture(self, values: dict[str, Any], split: str) -> tuple[int, str | None, str]:
+    def _picture(self, name: str, given: str, split: str) -> tuple[int, str | None, str]:
         """Return a picture's id, what the table calls it if it is called otherwise, and its file's name."""
-        kind = ViolationKind.BAD_ROW
-        name = _text(values["image"], "image").strip()
-        given = _text(values["image_id"], "image_id").strip() or name
         if not name:
-            raise MalformedRecord(kind, "names no picture")
+            raise MalformedRecord(ViolationKind.BAD_ROW, "names no picture")
+        given = given or name
         if self.names:
             made = self.names.name(int(name)) if name.isdecimal() else None
             if made is None:
                 raise MalformedRecord(ViolationKind.IMAGE_ID, f"image is {name!r:.60}, no id for {self.names.pattern}")
             name = made
-        image_id = _whole(given) if self._whole["image_id"] else None
+        image_id = self._id("image_id", given)
         image_id = made_id(given) if image_id is None else image_id
         place = f"{split}/{name}" if self.apart else name
         first, known = self._places.setdefault(image_id, (split, place))
         if known != place:
             if first == split:
-                raise MalformedRecord(
-                    ViolationKind.IMAGE_CONFLICT, f"image_id {given!r:.60} stands for {known!r:.60} before"
-                )
+                clash = f"image_id {given!r:.60} stands for {known!r:.60} before"
+                raise MalformedRecord(ViolationKind.IMAGE_CONFLICT, clash)
             # Each split numbers its own pictures.
             image_id = made_id(f"{split}/{given}")
             self._places[image_id] = (split, place)
@@ -282,7 +271,7 @@ class Tables:
 
         Without an id in the table it is made of what the question is `about`, and of its place among equal ones.
         """
-        whole = _whole(given) if self._whole["question_id"] else None
+        whole = self._id("question_id", given)
         made, place = made_id(given or about) if whole is None else whole, 0
         while (first := self._questions.get(made)) is not None:
             if given and first == split:
@@ -292,23 +281,27 @@ class Tables:
         self._questions[made] = split
         return made, None if not given or str(made) == given else given
 
+    def _id(self, kind: str, given: str) -> int | None:
+        """Return the whole number that an id is; None where not all ids of that kind are whole numbers."""
+        if not self._whole[kind]:
+            return None
+        if (
+            given.isascii()
+            and given.isdecimal()
+            and (given[0] != "0" or given == "0")
+            and int(given[:20]) <= LARGEST_ID
+        ):
+            return int(given)
+        # In most tables with such ids it is the first.
+        self._whole[kind] = False
+        self._questions.clear()
+        self._places.clear()
+        raise ReadAgain
+
 
 def made_id(text: str) -> int:
     """Return an id for a text: the first 53 bits of its SHA-256, which every reader of JSON keeps."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) >> 3
-
-
-def _whole(value: Any) -> int | None:
-    """Return the whole number from 0 up that an id is, or writes in the one usual way."""
-    if (
-        isinstance(value, str)
-        and value.isascii()
-        and value.isdecimal()
-        and len(value) < 20
-        and str(int(value)) == value
-    ):
-        value = int(value)
-    return value if type(value) is int and 0 <= value <= LARGEST_ID else None
 
 
 def _text(value: Any, what: str) -> str:
@@ -336,27 +329,15 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def read_answers(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the answers of a cell, and how sure who gave them was, empty where it does not say so.
+def read_cell(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the answers of a cell, and how sure who gave them was, as `read_answers` does.
 
     One text or number; a list of such, or of objects with `answer`; an object of lists, as `datasets` may give the latter.
     """
     value = _listed(value)
     if isinstance(value, dict) and isinstance(value.get("answer"), list):
         value = [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
-    items = value if isinstance(value, list) else [value]
-    sure: list[Any] = []
-    if items and isinstance(items[0], dict):
-        sure = [item.get("answer_confidence") if isinstance(item, dict) else None for item in items]
-        items = [item.get("answer") if isinstance(item, dict) else item for item in items]
-    return _texts(items, "an answer"), _texts(sure, "answer_confidence") if any(sure) else ()
-
-
-def _texts(values: list[Any], what: str) -> tuple[str, ...]:
-    with contextlib.suppress(TypeError):
-        if all(map(str.isascii, values)):
-            return tuple(values)  # nearly always
-    return tuple(_text(value, what) for value in values)
+    return read_answers(value if isinstance(value, list) else [value], _text)
 
 
 def _turns(talk: Any) -> Iterator[tuple[str, str]]:
