@@ -33,16 +33,17 @@ class ViolationKind(Enum):
     BROKEN_FILE = ("unreadable file", "download or unpack the file again; it is cut short or damaged")
     FOREIGN_FILE = (
         "file of another layout",
-        "name a questions or annotations file of VQAv2's layout under data.train and data.val, or set data.source: table, "
-        "which reads csv, tsv, JSON lines, JSON and Parquet",
+        "name what data.source reads: directory the questions and annotations of VQAv2's layout under data.train and "
+        "data.val, table csv, tsv, JSON lines, JSON or Parquet under data.table",
     )
+    CLOSED_FILE = ("file that cannot be opened", "put a file there that may be read, of at most 2 GiB")
     BAD_SYNTAX = ("file that is not valid JSON", "mend the place it names, or write the file again")
     ENCODING = ("file that is not UTF-8", "save it as UTF-8, as editors and spreadsheets can")
     EMPTY_FILE = ("file without questions", "name the file that holds them")
     COLUMNS = ("columns that cannot be told", "name them under data.table.columns")
     BAD_ROW = ("malformed row", "mend it; a text with commas or line breaks stands in quotes", True)
     OTHER_ARCHIVE = ("archive that is not read", "unpack it and name the folder, or make a zip archive of it")
-    BAD_QUESTION = ("malformed question", "compare with VQAv2's layout: question_id, image_id, question", True)
+    BAD_QUESTION = ("malformed question", "write it out; in VQAv2's layout its question_id and image_id, too", True)
     BAD_ANNOTATION = (
         "malformed annotation",
         "compare with VQAv2's layout: question_id, image_id, answers, and, where they are given, question_type, "
@@ -59,7 +60,7 @@ class ViolationKind(Enum):
     NO_ANNOTATION = ("question without annotation", "use the annotations file that belongs to the questions file", True)
     NO_QUESTION = ("annotation without question", "use the questions file that belongs to the annotations file", True)
     IMAGE_MISMATCH = ("image id differs", "make question and annotation name the same image", True)
-    IMAGE_ID = ("image id does not fit the name pattern", "correct the id, or the pattern image_name", True)
+    IMAGE_ID = ("image id does not fit the name pattern", "correct the id, or image_name in params.yaml", True)
     TOO_MANY_DROPPED = ("too many bad records", "mend them, or raise data.most_dropped")
     FEW_VALIDATION = (
         "validation on fewer than two images",
@@ -71,7 +72,7 @@ class ViolationKind(Enum):
     IMAGE_TWIN = ("image in both splits under two ids", "keep it in one split, or set data.allow_split_overlap: true")
     LOOKALIKE = ("look-alikes in both splits", "keep them in one split, or set data.doubtful: count")
     IMAGE_CONFLICT = ("one image id, two images", "give different images different ids")
-    MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name", True)
+    MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name in params.yaml", True)
     BROKEN_IMAGE = (
         "unreadable image",
         "replace the file by an intact one of a kind that is read, or raise data.max_image_pixels if it is too large",

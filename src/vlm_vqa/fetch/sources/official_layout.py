@@ -302,6 +302,8 @@ def unreadable(path: Path, error: Exception) -> tuple[ViolationKind, str]:
         wide = start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start
         what = "is UTF-16; save it as UTF-8" if wide else f"is not UTF-8 ({error.reason} at byte {error.start})"
         return ViolationKind.ENCODING, f"{path}: {what}"
+    if isinstance(error, OSError) and error.errno:
+        return ViolationKind.CLOSED_FILE, f"{path}: {error.strerror}"
     if (what := refusal(path)) is not None:
         return ViolationKind.FOREIGN_FILE, f"{path}: {what}"
     if isinstance(error, json.JSONDecodeError) and len(error.doc) > 4:
