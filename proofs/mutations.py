@@ -28,7 +28,7 @@ def damage(path: Path, rng: random.Random) -> str:
     inside = damage_json if path.suffix == ".json" else damage_table
     if path.suffix[1:] in ENDINGS and rng.random() < 0.7:
         # Damaged before, it may be neither.
-        with suppress(ValueError, OSError, pa.ArrowException, csv.Error):
+        with suppress(ValueError, TypeError, LookupError, AttributeError, OSError, pa.ArrowException, csv.Error):
             return inside(path, rng)
     how = rng.choice(
         (bits, bits, cut, cut, zeros, twice, insert, empty, missing, folder, loop, swapped, renamed, encoded)

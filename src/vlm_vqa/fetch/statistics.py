@@ -77,10 +77,6 @@ class QuestionStatistics:
         """How many questions an image has; counts images."""
         return Counter(self.of_image.values())
 
-    def finish(self) -> None:
-        """Free what only the counting needed."""
-        self.asked.clear()
-
     def examples(self) -> list[_Row]:
         """Return a few rows on different images, of all answer types in turn: a draw that is the same in every run."""
         queues = [[row for _, row in self._examples[kind]] for kind, _ in self.answer_types.most_common(_EXAMPLES)]

@@ -134,7 +134,8 @@ class _Texts:
     statistics: QuestionStatistics = field(default_factory=QuestionStatistics)
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def add(self, found: Row) -> None:
+    def add(self, found: Row) -> dict[str, Any]:
+        """Take notice of a question, and return its record."""
         row = found.record
         self.images[row["image_id"]] = found.image_name
         self.question_ids.add(row["question_id"])
@@ -142,6 +143,7 @@ class _Texts:
         # A column that came later counts only where it says something: the hash of data that lack it is as ever.
         said = {key: value for key, value in row.items() if value is not None}
         self.digest.update(json.dumps(said, sort_keys=True).encode() + b"\n")
+        return row
 
     def summary(self, violations: Violations) -> dict[str, Any]:
         """Return the split's entry in the manifest."""
@@ -174,19 +176,13 @@ def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts
     texts, violations.split = _Texts(split), split.split
     schema = records.QUESTION_FEATURES.arrow_schema
     with (
-        tqdm(_noted(split.rows(violations), texts), f"{split.split} questions", unit="question") as progress,
+        tqdm(map(texts.add, split.rows(violations)), f"{split.split} questions", unit="question") as progress,
         pq.ParquetWriter(part / records.questions_file(split.split), schema, compression="zstd") as writer,
     ):
         for group in _groups(progress, _QUESTIONS_PER_GROUP):
             writer.write_table(pa.Table.from_pylist(group, schema))
     violations.settle(texts.statistics.questions)
     return texts
-
-
-def _noted(rows: Iterable[Row], texts: _Texts) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        texts.add(row)
-        yield row.record
 
 
 def _without_bad_images(text: _Texts, seen: ImageStatistics, part: Path, violations: Violations) -> _Texts:
@@ -228,7 +224,6 @@ def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) 
             log.warning("%s: %d main answers that nobody gave, such as %s", text.paths.name, len(unsaid), unsaid[0])
         if dropped := violations.dropped_records(text.paths.split):
             log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
-        text.statistics.finish()
     if first.asked_in_both:
         log.warning("%d questions stand in both splits, about the same picture", first.asked_in_both)
 

@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
 _COCO = ("train2014", "val2014")
+_IDS = {"question_id", "image_id"}
+_FOREIGN = {"questions": {"direct_answers", "answers", "answer"}, "annotations": {"question", "direct_answers"}}
+"""What no entry of a bare list has."""
 READ_ERRORS = (OSError, RecursionError, *DAMAGE)
 """What reading a file of texts raises: JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError."""
 
@@ -168,8 +171,9 @@ def _read_entries(path: Path, key: str, violations: Violations) -> _Entries | No
         return None
     entries = content.get(key) if isinstance(content, dict) else content
     # VQA-CP's files are the bare lists; other data sets' are lists of both at once.
-    foreign = isinstance(content, list) and content and not _is_official(content[0], key)
-    if not isinstance(entries, list) or foreign:
+    first = content[0] if isinstance(content, list) and content else None
+    both = isinstance(first, dict) and (not _IDS <= first.keys() or _FOREIGN[key] & first.keys())
+    if not isinstance(entries, list) or both:
         violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {refusal(path) or f'without a list {key!r}'}")
         return None
     if not entries:
@@ -265,15 +269,6 @@ def _pair(questions: _Entries, annotations: _Entries, violations: Violations) ->
     ):
         for question_id in [one for one in ids if one not in there.reported][there.unnamed :]:
             violations.add(kind, f"{here.name}: question_id {question_id} is not in {there.name}")
-
-
-def _is_official(entry: Any, key: str) -> bool:
-    """Tell an entry of a bare list of questions, or of annotations, from one that holds both."""
-    known = {"question_id", "image_id"} | ({"question"} if key == "questions" else set())
-    both = {"question", "direct_answers", "answers", "answer"} - (
-        {"question"} if key == "questions" else {"answers", "answer"}
-    )
-    return isinstance(entry, _Entry) or isinstance(entry, dict) and known <= entry.keys() and not both & entry.keys()
 
 
 def read_json(path: Path, violations: Violations, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:

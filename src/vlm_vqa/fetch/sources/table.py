@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,8 +65,9 @@ _FIRST = ("question_id", "image_id")
 """Where several names are there, the first one holds."""
 _LOOK = 100
 """Rows of JSON that are asked for the names of their columns."""
-ROWS_AT_ONCE = 100
-"""Rows of Parquet that are decoded together: with their images, some 20 MB."""
+_PARQUET = {"path": "parquet", "batch_size": 100}
+"""Rows that are decoded together are, with their images, some 20 MB."""
+_WHOLE = re.compile("0|[1-9][0-9]{,18}")
 _Raw = dict[str, Any] | MalformedRecord
 
 
@@ -109,10 +111,7 @@ def _spilled(files: dict[str, Path], columns: Columns, folder: Path) -> dict[str
         spill = Spill(folder, progress)
         for split, paths in parts.items():
             for index, path in enumerate(paths):
-                rows = read_parquet(str(path), path.suffix[1:])
-                spill.write(
-                    rows, image_column(rows, str(path), columns), folder / split / f"part-{index:05d}", str(path)
-                )
+                spill_parquet(spill, str(path), columns, folder / split / f"part-{index:05d}", str(path))
     return {split: folder / split for split in files}
 
 
@@ -121,24 +120,22 @@ def _holds_pictures(path: Path) -> bool:
     with contextlib.suppress(OSError, pa.ArrowException, DatasetsError):
         if path.suffix in (".parquet", ".arrow"):
             check_regular(path, sys.maxsize)
-            row = next(iter(read_parquet(str(path), path.suffix[1:])), {})
-            return any(
-                isinstance(value.get("bytes") if isinstance(value, dict) else value, bytes) for value in row.values()
-            )
+            cells = next(iter(read_parquet(str(path))), {}).values()
+            return any(isinstance(cell.get("bytes") if isinstance(cell, dict) else cell, bytes) for cell in cells)
     return False
 
 
-def image_column(rows: datasets.IterableDataset, where: str, columns: Columns) -> str:
-    """Return the column of a table that holds pictures.
+def spill_parquet(spill: Spill, file: str, columns: Columns, part: Path, where: str) -> None:
+    """Write a Parquet file or address whose rows hold pictures as a part.
 
     Raises:
-        UserError: it cannot be told, or another column that is wanted cannot.
+        UserError: a column that is wanted cannot be told.
     """
-    violations, there = Violations(), list(rows.features or {})
-    found = find_columns(where, there, columns, violations)
+    rows, violations = read_parquet(file), Violations()
+    found = find_columns(where, list(rows.features or {}), columns, violations)
     violations.raise_if_any()
     assert found is not None, "or else there is a violation"
-    return found["image"]
+    spill.write(rows, found["image"], part, where)
 
 
 @dataclass
@@ -285,12 +282,7 @@ class Tables:
         """Return the whole number that an id is; None where not all ids of that kind are whole numbers."""
         if not self._whole[kind]:
             return None
-        if (
-            given.isascii()
-            and given.isdecimal()
-            and (given[0] != "0" or given == "0")
-            and int(given[:20]) <= LARGEST_ID
-        ):
+        if _WHOLE.fullmatch(given) and int(given) <= LARGEST_ID:
             return int(given)
         # In most tables with such ids it is the first.
         self._whole[kind] = False
@@ -344,11 +336,8 @@ def _turns(talk: Any) -> Iterator[tuple[str, str]]:
     """Yield question and answer of a conversation in LLaVA's layout, or in that of chat templates."""
     talk, question = _listed(talk), None
     for turn in talk if isinstance(talk, list) else ():
-        who, said = (
-            (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
-            if isinstance(turn, dict)
-            else ("", "")
-        )
+        kept = turn if isinstance(turn, dict) else {}
+        who, said = kept.get("from", kept.get("role")), kept.get("value", kept.get("content"))
         said = _text(said, "a turn").replace("<image>", "").strip()
         if who in ("human", "user"):
             question = said
@@ -406,7 +395,7 @@ def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
         try:
             if kind in ("parquet", "arrow"):
                 check_regular(path, sys.maxsize)
-                yield from read_parquet(str(path), kind)
+                yield from read_parquet(str(path))
             elif kind in ("csv", "tsv", "jsonl", "ndjson", "json"):
                 yield from _read_text(path, kind, violations)
             else:
@@ -418,12 +407,11 @@ def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
             violations.add(*unreadable(path, error))
 
 
-def read_parquet(file: str, kind: str = "parquet") -> datasets.IterableDataset:
-    """Return the rows of one file or address, pictures undecoded."""
-    config: dict[str, Any] = {"batch_size": ROWS_AT_ONCE} if kind == "parquet" else {}
-    files = {"rows": [file]}
+def read_parquet(file: str) -> datasets.IterableDataset:
+    """Return the rows of one file of Parquet or Arrow, or of an address of Parquet, pictures undecoded."""
+    config: dict[str, Any] = {"path": "arrow"} if file.endswith(".arrow") else _PARQUET
     stream = datasets.load_dataset(
-        kind, data_files=files, split="rows", streaming=True, trust_remote_code=False, **config
+        **config, data_files={"rows": [file]}, split="rows", streaming=True, trust_remote_code=False
     )
     assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "parquet names its columns"
     for column, feature in stream.features.items():
@@ -462,29 +450,26 @@ def _read_csv(lines: Iterable[str], delimiter: str) -> Iterator[_Raw]:
 
 def _json_row(line: str) -> _Raw:
     try:
-        row = json.loads(line)
+        return _object(json.loads(line))
     except (ValueError, RecursionError) as error:
         return MalformedRecord(ViolationKind.BAD_ROW, f"not JSON ({error})")
+
+
+def _object(row: Any) -> _Raw:
     return row if isinstance(row, dict) else MalformedRecord(ViolationKind.BAD_ROW, f"{row!r:.60} is not an object")
 
 
 def _json_rows(path: Path, content: Any, violations: Violations) -> Iterator[_Raw]:
     """Yield the rows of a list, of the one list in an object (TextVQA), or of an object of objects by their ids (GQA)."""
     if isinstance(content, dict):
-        lists = [
-            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
-        ]
+        lists = (value for value in content.values() if isinstance(value, list))
+        lists = [value for value in lists if value and isinstance(value[0], dict)]
         if len(lists) == 1:
             content = lists[0]
         elif content and all(isinstance(value, dict) for value in content.values()):
             content = [{"question_id": key, **value} for key, value in content.items()]
     if isinstance(content, list):
-        for row in content:
-            yield (
-                row
-                if isinstance(row, dict)
-                else MalformedRecord(ViolationKind.BAD_ROW, f"{row!r:.60} is not an object")
-            )
+        yield from map(_object, content)
     elif content is not None:
         found = refusal(path) or "neither a list of objects nor an object with one such list"
         violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {found}")
