@@ -271,7 +271,7 @@ def test_an_id_that_does_not_fit_the_name_is_named(vqav2_folder, directory_param
     folder = vqav2_folder()
     for name in (QUESTIONS, ANNOTATIONS):
         change(folder, name, lambda entries: by_id(entries).update(image_id=10**12))
-    with pytest.raises(UserError, match=r"does not fit the name pattern: 1(.|\n)*question_id 25001 has image_id 10000"):
+    with pytest.raises(UserError, match=r"does not fit the name pattern: 1(.|\n)*question_id 25001: image_id 10000"):
         fetch(directory_params(folder), tmp_path / "records")
 
 

@@ -85,78 +85,54 @@ class ViolationKind(Enum):
         self.of_record = of_record
 
 
-class _Found:
-    """Violations counted by kind; the first few of a kind are kept in words."""
-
-    def __init__(self, shown: int) -> None:
-        self.count: Counter[ViolationKind] = Counter()
-        self.shown: defaultdict[ViolationKind, list[str]] = defaultdict(list)
-        self._most = shown
-
-    def add(self, kind: ViolationKind, text: str) -> None:
-        # A file that holds questions and answers is read as both.
-        if not kind.of_record and text in self.shown[kind]:
-            return
-        self.count[kind] += 1
-        if len(self.shown[kind]) < self._most:
-            self.shown[kind].append(text)
-
-
 class Violations:
     """All that is wrong with the data. Bad records are violations too, or they are dropped and noted."""
 
     def __init__(self, data: DataParams | None = None) -> None:
-        self._found = _Found(_SHOWN_PER_KIND)
         self._most_dropped = data.most_dropped if data and data.bad_records is BadRecords.DROP else None
-        # The report names every one.
-        self.dropped = {split: _Found(sys.maxsize) for split in SPLITS}
+        self.drops = self._most_dropped is not None
+        """Whether bad records are dropped."""
+        self.found: defaultdict[ViolationKind, list[str]] = defaultdict(list)
+        self._dropped = {split: self.found.copy() for split in SPLITS}
         self.split: str | None = None
         """Whose records are being read."""
 
-    @property
-    def drops(self) -> bool:
-        """Tell whether bad records are dropped."""
-        return self._most_dropped is not None
-
-    @property
-    def count(self) -> Counter[ViolationKind]:
-        """Return how many there are of each kind."""
-        return self._found.count
-
     def add(self, kind: ViolationKind, text: str) -> None:
         """Note one violation; `text` names its file and id."""
-        drop = kind.of_record and self.split and self.drops
-        (self.dropped[str(self.split)] if drop else self._found).add(kind, text)
+        drop = kind.of_record and self.split is not None and self.drops
+        found = (self._dropped[str(self.split)] if drop else self.found)[kind]
+        # A file that holds questions and answers is read as both.
+        if kind.of_record or text not in found[:_SHOWN_PER_KIND]:
+            found.append(text)
 
     def settle(self, questions: int) -> None:
         """End a split, of which `questions` are left: refuse it where more was dropped than may be."""
-        dropped = self.dropped[str(self.split)]
-        count, total = dropped.count.total(), dropped.count.total() + questions
+        dropped = self._dropped[str(self.split)]
+        total = (count := sum(map(len, dropped.values()))) + questions
         if self._most_dropped is not None and count > self._most_dropped * total:
             share = f"{count} of {total} records of {self.split} are bad; data.most_dropped is {self._most_dropped:g}"
-            self._found.add(ViolationKind.TOO_MANY_DROPPED, share)
-            for kind, texts in dropped.shown.items():
-                for text in texts:
-                    self._found.add(kind, text)
+            self.found[ViolationKind.TOO_MANY_DROPPED].append(share)
+            for kind, texts in dropped.items():
+                self.found[kind] += texts
         self.split = None
 
     def dropped_records(self, split: str) -> list[str]:
         """Return what was dropped of a split, each with its reason."""
-        return [f"{kind.label}: {text}" for kind, texts in self.dropped[split].shown.items() for text in texts]
+        return [f"{kind.label}: {text}" for kind, texts in self._dropped[split].items() for text in texts]
 
-    def __bool__(self) -> bool:
-        return bool(self.count)
+    def __len__(self) -> int:
+        return sum(map(len, self.found.values()))
 
     def raise_if_any(self) -> None:
         """Raise one `UserError` that lists every kind with its count, its first cases and its remedy."""
         if not self:
             return
-        lines = [f"the data breaks its contract in {self.count.total()} places; no records were made."]
-        for kind, count in self.count.items():
-            lines.append(f"{kind.label}: {count}. To do: {kind.remedy}.")
-            lines += [f"  {text}" for text in self._found.shown[kind]]
-            if count > _SHOWN_PER_KIND:
-                lines.append(f"  ... and {count - _SHOWN_PER_KIND} more")
+        lines = [f"the data breaks its contract in {len(self)} places; no records were made."]
+        for kind, texts in self.found.items():
+            lines.append(f"{kind.label}: {len(texts)}. To do: {kind.remedy}.")
+            lines += [f"  {text}" for text in texts[:_SHOWN_PER_KIND]]
+            if len(texts) > _SHOWN_PER_KIND:
+                lines.append(f"  ... and {len(texts) - _SHOWN_PER_KIND} more")
         raise UserError("\n".join(lines))
 
 

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics, mean, quantile
+from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics, mean
 
 ALIKE_SHOWN = 12
 """Pairs of pictures that look alike."""
@@ -134,7 +135,7 @@ def _images(images: ImageStatistics) -> dict[str, str]:
         "images of both splits": f"{images.images:,}",
         "bytes": f"{images.bytes / 1e6:,.1f} MB, {images.bytes / images.images / 1e3:.1f} kB an image",
         "smallest and largest": "{} x {}, {} x {}".format(*sizes[0], *sizes[-1]),
-        "median": f"{quantile(pixels, 0.5) / 1e6:.3g} megapixels",
+        "median": f"{median_low(pixels.elements()) / 1e6:.3g} megapixels",
         "most common sizes": "; ".join(f"{w} x {h}: {_some(images.sizes[w, h], images.images)}" for w, h in common),
     }
 

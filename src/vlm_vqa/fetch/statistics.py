@@ -26,8 +26,6 @@ class QuestionStatistics:
     """Words of the main answer."""
     agreement: Counter[int] = field(default_factory=Counter)
     """How many of the humans gave the answer that most of them gave."""
-    unanimous: int = 0
-    """Questions whose humans all gave one answer."""
     humans: Counter[int] = field(default_factory=Counter)
     """Questions by the number of their answers."""
     distinct_answers: Counter[int] = field(default_factory=Counter)
@@ -58,7 +56,6 @@ class QuestionStatistics:
         self.answer_words[len(row["multiple_choice_answer"].split())] += 1
         humans = Counter(row["answers"])
         self.agreement[max(humans.values())] += 1
-        self.unanimous += len(humans) == 1
         self.humans[len(row["answers"])] += 1
         self.distinct_answers[len(humans)] += 1
         self.confidences.update(row["answer_confidences"])
@@ -128,16 +125,6 @@ class ImageStatistics:
         self.lookalikes.add(row["image_id"], row["sha256"], look)
         if row["image_id"] in self.wanted:
             self.pictures[row["image_id"]] = row["image"]["bytes"]
-
-
-def quantile(counts: Counter[int], share: float) -> int:
-    """Return the smallest value that at least `share` of all counted things do not exceed."""
-    target, passed = share * counts.total(), 0
-    for value in sorted(counts):
-        passed += counts[value]
-        if passed >= target:
-            break
-    return value
 
 
 def mean(counts: Counter[int]) -> float:

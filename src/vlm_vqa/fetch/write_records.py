@@ -231,8 +231,8 @@ def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) 
 def _check_overlap(texts: list[_Texts], conflicts: set[int], violations: Violations) -> None:
     """Note what stands in more than one split, but for ids whose images are found to differ."""
     first, second = texts
-    names = f"{first.paths.name} and {second.paths.name}"
-    for image_id in sorted(first.images.keys() & second.images.keys() - conflicts):
+    names, images = f"{first.paths.name} and {second.paths.name}", first.images.keys() & second.images.keys()
+    for image_id in sorted(images - conflicts):
         violations.add(ViolationKind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
     for question_id in sorted(first.question_ids & second.question_ids):
         violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
@@ -403,20 +403,11 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
         except (UserError, OSError) as error:
             problems.append((ViolationKind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
         else:
-            rows.append(_image_row(image_id, found.path.rpartition("/")[2], data, image.size))
+            name, (width, height) = found.path.rpartition("/")[2], image.size
+            row = {"image_id": image_id, "file_name": name, "width": width, "height": height}
+            rows.append(row | {"sha256": sha256_bytes(data), "image": {"bytes": data, "path": name}})
             seen.append((changes, look(image)))
     if len({row["sha256"] for row in rows}) > 1:
         named = " and ".join(place.files.find(place.name).where for place in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
     return _Checked(rows[0], problems, *seen[0]) if rows and not problems else _Checked({}, problems)
-
-
-def _image_row(image_id: int, name: str, data: bytes, size: tuple[int, int]) -> dict[str, Any]:
-    return {
-        "image_id": image_id,
-        "file_name": name,
-        "width": size[0],
-        "height": size[1],
-        "sha256": sha256_bytes(data),
-        "image": {"bytes": data, "path": name},
-    }

@@ -100,7 +100,6 @@ def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
     annotations = _read_entries(paths.annotations, "annotations", violations)
     if questions is None or annotations is None:
         return
-    misfits: set[int] = set()
     for (question_id, image_id, (question, part)), answers in _pair(questions, annotations, violations):
         where = f"{paths.questions}: question_id {question_id}"
         name = paths.names.name(image_id)
@@ -109,13 +108,12 @@ def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
             if name != own:
                 paths.images.extend(place for place in paths.others if place not in paths.images)
         try:
-            if name is not None:
-                record = {"question_id": question_id, "image_id": image_id, "question": question}
-                yield Row(where, name, record | answered(question, *answers))
-            elif image_id not in misfits or violations.drops:
-                misfits.add(image_id)
-                long = f"{where} has image_id {image_id}, too long for {paths.names.pattern}"
-                violations.add(ViolationKind.IMAGE_ID, long)
+            if name is None:
+                raise MalformedRecord(
+                    ViolationKind.IMAGE_ID, f"image_id {image_id} is too long for {paths.names.pattern}"
+                )
+            record = {"question_id": question_id, "image_id": image_id, "question": question}
+            yield Row(where, name, record | answered(question, *answers))
         except MalformedRecord as error:
             violations.add(error.kind, f"{where}: {error}")
 

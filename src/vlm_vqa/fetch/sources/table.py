@@ -83,7 +83,7 @@ def table_source(data: DataParams, spilled: Path) -> Source:
         raise UserError(
             f"data.directory is {data.directory!r}, which is no folder. Name the one that holds the tables."
         )
-    files = {split: folder / name for split, name in zip(SPLITS, (table.train, table.val), strict=True) if name}
+    files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
     columns, names = table.columns or Columns(), ImageNames(table.image_name) if table.image_name else None
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
     images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
@@ -95,7 +95,7 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     reader = Tables(read, columns, called, names, table.val_share, table.val_seed, apart)
     splits = []
     for split in SPLITS:
-        file = files.get(split, files["train"])
+        file = files[split]
         inputs = {path.name if file.is_dir() else "table": path for path in parts_of(file) if path.is_file()}
         splits.append(Split(split, str(file), images[split], functools.partial(reader.rows, split), inputs))
     origin = {} if table.val_share is None else {"val_share": table.val_share, "val_seed": table.val_seed}
@@ -104,15 +104,17 @@ def table_source(data: DataParams, spilled: Path) -> Source:
 
 def _spilled(files: dict[str, Path], columns: Columns, folder: Path) -> dict[str, Path]:
     """Return tables without the bytes of pictures that stand in them, or the tables as they are if there are none."""
-    parts = {split: parts_of(file) for split, file in files.items()}
+    # One file may be for both splits.
+    parts = {file: parts_of(file) for file in files.values()}
     if not all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
         return files
+    places = {file: folder / str(number) for number, file in enumerate(parts)}
     with tqdm(desc="pictures in the table", unit="question") as progress:
         spill = Spill(folder, progress)
-        for split, paths in parts.items():
+        for file, paths in parts.items():
             for index, path in enumerate(paths):
-                spill_parquet(spill, str(path), columns, folder / split / f"part-{index:05d}", str(path))
-    return {split: folder / split for split in files}
+                spill_parquet(spill, str(path), columns, places[file] / f"part-{index:05d}", str(path))
+    return {split: places[file] for split, file in files.items()}
 
 
 def _holds_pictures(path: Path) -> bool:
@@ -143,10 +145,10 @@ class Tables:
     """Both splits of a table, and what is known of all their rows."""
 
     files: Mapping[str, Path]
-    """By split; without val where a share of train's images is val."""
+    """By split; one for both where a share of train's images is val."""
     columns: Columns
-    called: Mapping[str, str] = field(default_factory=dict)
-    """What messages call them, if it is not their paths."""
+    called: Mapping[str, str]
+    """What messages call them."""
     names: ImageNames | None = None
     val_share: float | None = None
     val_seed: int = 0
@@ -177,7 +179,7 @@ class Tables:
             return
         columns, rows = found
         for number, row in enumerate(rows, 1):
-            where = f"{self._called(split)}: row {number}"
+            where = f"{self.called[split]}: row {number}"
             try:
                 if isinstance(row, MalformedRecord):
                     raise row
@@ -188,15 +190,10 @@ class Tables:
                 if self._val_images is None or split == "train":
                     violations.add(error.kind, f"{where}: {error}")
 
-    def _called(self, split: str) -> str:
-        """Return what messages call a split's table."""
-        split = split if split in self.files else "train"
-        return self.called.get(split, str(self.files[split]))
-
     def _open(self, split: str, violations: Violations) -> tuple[dict[str, str], Iterator[_Raw]] | None:
         """Return a table's columns by what they hold, and its rows; None, and a violation, where it is no table."""
-        before, file = violations.count.total(), self.files.get(split, self.files["train"])
-        rows, called = read_rows(file, violations), self._called(split)
+        before, file, called = len(violations), self.files[split], self.called[split]
+        rows = read_rows(file, violations)
         first = list(islice(rows, _LOOK))
         there = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row)
         if first and not there:
@@ -204,7 +201,7 @@ class Tables:
         elif there:
             columns = find_columns(called, list(there), self.columns, violations)
             return None if columns is None else (columns, chain(first, rows))
-        elif violations.count.total() == before:
+        elif len(violations) == before:
             violations.add(ViolationKind.EMPTY_FILE, f"{called}: no rows")
         return None
 
@@ -214,7 +211,7 @@ class Tables:
         images = {self._image(row, columns) for row in rows if isinstance(row, dict)} - {""}
         count = max(2, round(share * len(images)))
         if 0 < len(images) <= count:
-            self._few = f"{self._called('train')}: {len(images)} images, of which {count} would be val"
+            self._few = f"{self.called['train']}: {len(images)} images, of which {count} would be val"
         lots = {image: hashlib.sha256(f"{self.val_seed}:{image}".encode()).digest() for image in images}
         self._val_images = set(sorted(images, key=lots.__getitem__)[:count])
 
