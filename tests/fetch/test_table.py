@@ -128,6 +128,8 @@ def test_pictures_in_the_table_and_a_folder_of_parquet_give_the_same_records(mad
             made.folder / f"{split}-disk"
         )
     assert made.fetch("parquet", "one", images=None)["data_hash"] == expected
+    shared = made.fetch("parquet", "shared", images=None, val=None, val_share=0.5)
+    assert (shared["images"], shared["splits"]["val"]["images"]) == (3, 2)
     disk = made.fetch(into="disk", train="train-disk", val="val-disk", images=None)
     assert disk["data_hash"] == expected
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("table-")], "what was spilled is gone"

@@ -18,7 +18,7 @@ def run(tmp_path_factory):
     archives, work = tmp_path_factory.mktemp("archives"), tmp_path_factory.mktemp("work")
     write_json(work / "checksums.json", data_scale.make_archives(archives, COUNTS))
     with data_scale.served(archives) as url:
-        seconds, gib = data_scale.run_stage(work, data_scale.official(url), work / "checksums.json")
+        seconds, _, gib = data_scale.run_stage(work, data_scale.official(url), work / "checksums.json")
     return archives, work / "data" / "records", seconds, gib
 
 
@@ -53,5 +53,5 @@ def test_json_lines_beside_the_official_layout(tmp_path, monkeypatch):
     monkeypatch.setattr(data_scale, "MOST_RATIO", 100)
     data_scale.main(["--layout", "jsonl", "--share", "0.0002", "--images", "20"])
     result = json.loads((tmp_path / "data_scale.json").read_text())
-    assert [claim["met"] for claim in result["claims"]] == [True] * 3 and result["claims"][2]["ratio"] == 1
+    assert [claim["met"] for claim in result["claims"]] == [True] * 4 and result["claims"][3]["ratio"] == 1
     assert result["details"]["counts"] == {"train": [89, 20], "val": [43, 20]}

@@ -95,16 +95,14 @@ def _persistently(what: str, work: Callable[[], T]) -> T:
         try:
             return work()
         except (HTTPError, ConnectionError, TimeoutError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500 and not _busy(error):
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+            # 408 and 429 say that the hub is busy.
+            if status < 500 and status not in (408, 429):
                 raise
             # Not the error's text: it may hold the signed address of a file in storage.
             log.warning("%s: %s; trying again in %d s", what, type(error).__name__, seconds)
             time.sleep(seconds)
     return work()
-
-
-def _busy(error: HfHubHTTPError) -> bool:
-    return error.response.status_code in (408, 429)
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------

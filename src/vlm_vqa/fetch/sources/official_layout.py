@@ -68,19 +68,21 @@ def directory_source(data: DataParams) -> Source:
     Raises:
         UserError: there is no such folder.
     """
-    folder = Path(data.directory)
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"data.directory is {data.directory!r}, which is no folder. Put the VQAv2 files there as "
-            "data/vqav2/README.md says, or set data.source: easy-vqa."
-        )
-    splits = []
+    folder, splits = folder_of(data), []
     for split in SPLITS:
         files = getattr(data, split)
         texts = (folder / files.questions, folder / files.annotations)
         images, others = (places(folder, one.images) for one in (files, data.val if split == "train" else data.train))
         splits.append(official_split(SplitPaths(split, *texts, images, ImageNames(files.image_name), others)))
     return Source("directory", {}, tuple(splits))
+
+
+def folder_of(data: DataParams) -> Path:
+    """Return the folder that `data.directory` names, or raise `UserError`."""
+    if not os.path.isdir(data.directory):
+        what = f"data.directory is {data.directory!r}, which is no folder. Put the data there (VQAv2's as"
+        raise UserError(f"{what} data/vqav2/README.md says), or set data.source: easy-vqa.")
+    return Path(data.directory)
 
 
 def places(folder: Path, names: str | Sequence[str]) -> list[Path]:

@@ -27,7 +27,6 @@ from datasets.exceptions import DatasetsError
 from tqdm import tqdm
 
 from vlm_vqa.data.records import SPLITS
-from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import (
     LARGEST_ID,
     ImageNames,
@@ -44,7 +43,7 @@ from vlm_vqa.fetch.contract import (
     read_answers,
 )
 from vlm_vqa.fetch.recognise import refusal
-from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, open_bytes, places, read_json, unreadable
+from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, folder_of, open_bytes, places, read_json, unreadable
 from vlm_vqa.fetch.sources.spill import Spill
 from vlm_vqa.files import check_regular
 from vlm_vqa.params import Columns, DataParams, TableParams
@@ -77,12 +76,8 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     Raises:
         UserError: `data.directory` is no folder.
     """
-    table, folder = data.table, Path(data.directory)
+    table, folder = data.table, folder_of(data)
     assert isinstance(table, TableParams), "load_params asks for it"
-    if not folder.is_dir():
-        raise UserError(
-            f"data.directory is {data.directory!r}, which is no folder. Name the one that holds the tables."
-        )
     files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
     columns, names = table.columns or Columns(), ImageNames(table.image_name) if table.image_name else None
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
