@@ -127,6 +127,11 @@ class ImageStatistics:
             self.pictures[row["image_id"]] = row["image"]["bytes"]
 
 
+def total(counts: Counter[int]) -> int:
+    """Return the sum of the counted values."""
+    return sum(value * count for value, count in counts.items())
+
+
 def mean(counts: Counter[int]) -> float:
     """Return the mean of the counted values."""
-    return sum(value * count for value, count in counts.items()) / counts.total()
+    return total(counts) / counts.total()

@@ -111,9 +111,8 @@ def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
                 paths.images.extend(place for place in paths.others if place not in paths.images)
         try:
             if name is None:
-                raise MalformedRecord(
-                    ViolationKind.IMAGE_ID, f"image_id {image_id} is too long for {paths.names.pattern}"
-                )
+                long = f"image_id {image_id} is too long for {paths.names.pattern}"
+                raise MalformedRecord(ViolationKind.IMAGE_ID, long)
             record = {"question_id": question_id, "image_id": image_id, "question": question}
             yield Row(where, name, record | answered(question, *answers))
         except MalformedRecord as error:

@@ -89,8 +89,7 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     called = {split: str(file) for split, file in files.items()}
     reader = Tables(read, columns, called, names, table.val_share, table.val_seed, apart)
     splits = []
-    for split in SPLITS:
-        file = files[split]
+    for split, file in files.items():
         inputs = {path.name if file.is_dir() else "table": path for path in parts_of(file) if path.is_file()}
         splits.append(Split(split, str(file), images[split], functools.partial(reader.rows, split), inputs))
     origin = {} if table.val_share is None else {"val_share": table.val_share, "val_seed": table.val_seed}
