@@ -364,7 +364,7 @@ def find_columns(
         elif role not in found and not any(role in text for text in wrong):
             wrong.append(f"no column for the {role}")
     if wrong:
-        violations.add(ViolationKind.COLUMNS, f"{file}: {'; '.join(wrong)}; it has {', '.join(there)}")
+        violations.add(ViolationKind.COLUMNS, f"{file}: {'; '.join(wrong)}; it has {', '.join(there):.300}")
         return None
     return found
 
