@@ -1,12 +1,15 @@
 """VQAv2's real counts through source `official`: how long the stage takes and how much memory.
 
-    python -m proofs.data_scale
+    python -m proofs.data_scale [--layout official|jsonl] [--share 1] [--images N]
 
 443,757 + 214,354 questions with ten answers each, under the official names and in the official layout, are made up by
 seed; the 82,783 + 40,504 images are a few tiny JPEGs again and again, so decoding photographs and moving 20 GB are not in
 the figures. A server on loopback hands out the six archives, and the stage runs as `dvc repro` runs it, in a process of
 its own. The first 1,000 questions of HELM's choice from the made-up file, picked by HELM's own function, must be those
 that the evaluation picks from the records.
+
+With `--layout jsonl` the same questions are a table of JSON lines, too: source `table` may take 1.5 of the time and memory
+of source `directory`, and the records must be the same. `--share` of the questions, about no more than N images a split.
 """
 
 import functools
@@ -15,6 +18,7 @@ import http.server
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -43,13 +47,16 @@ COUNTS = {"train": (443_757, 82_783), "val": (214_354, 40_504)}
 """Questions and images."""
 MOST_SECONDS = 300
 MOST_GIB = 4
+MOST_RATIO = 1.5
+"""Of the time and memory that JSON lines take to those of the official layout."""
 INSTANCES = 1_000
 
 # Linux counts into a process's greatest size what its parent had when it started it, so a small one starts the stage.
 _STARTER = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
 sys.exit(code)
 """
 
@@ -176,14 +183,52 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
-def run_stage(folder: Path, url: str, checksums: Path) -> tuple[float, float]:
-    """Run the stage in `folder` and return its seconds and the greatest GiB that were resident."""
-    params = yaml.safe_load((ROOT / "presets" / "small.yaml").read_text(encoding="utf-8"))
-    params["data"] |= {
-        "source": "official",
-        "official": {"texts_url": url, "images_url": url, "keep_archives": True, "downloads": 3},
-        "hub": None,
+def official(url: str) -> dict[str, Any]:
+    """Return the part of params.yaml that downloads the archives."""
+    archives = {"texts_url": url, "images_url": url, "keep_archives": True, "downloads": 3}
+    return {"source": "official", "official": archives, "hub": None}
+
+
+def make_table(archives: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Put the official layout and the same as JSON lines into `folder`; return the parts of params.yaml that read them."""
+    read: dict[str, dict[str, Any]] = {
+        "directory": {"source": "directory", "directory": str(folder)},
+        "jsonl": {"source": "table", "directory": str(folder), "table": {"images": "{split}2014.zip"}},
     }
+    for split in COUNTS:
+        names = [f"v2_{kind}_{split.capitalize()}_mscoco.zip" for kind in ("Questions", "Annotations")]
+        entries = []
+        for archive in names:
+            with zipfile.ZipFile(archives / archive) as file:
+                content = file.read(file.namelist()[0])
+                (folder / file.namelist()[0]).write_bytes(content)
+            entries.append(next(value for value in json.loads(content).values() if isinstance(value, list)))
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for question, annotation in zip(*entries, strict=True):
+                image = f"COCO_{split}2014_{question['image_id']:012d}.jpg"
+                file.write(json.dumps({**question, **annotation, "image": image}) + "\n")
+        shutil.copy(archives / f"{split}2014.zip", folder)
+        texts = {"questions": f"v2_OpenEnded_mscoco_{split}2014_questions.json"}
+        texts |= {"annotations": f"v2_mscoco_{split}2014_annotations.json", "images": f"{split}2014.zip"}
+        read["directory"][split] = texts | {"image_name": f"COCO_{split}2014_{{image_id:012d}}.jpg"}
+        read["jsonl"]["table"][split] = f"{split}.jsonl"
+    return read
+
+
+class Took(NamedTuple):
+    """What a run of the stage took; who else is at work on the machine changes its seconds, hardly those of processors."""
+
+    seconds: float
+    processor_seconds: float
+    gib: float
+    """The greatest that were resident."""
+
+
+def run_stage(folder: Path, data: dict[str, Any], checksums: Path | None = None) -> Took:
+    """Run the stage in `folder` on `data`."""
+    params = yaml.safe_load((ROOT / "presets" / "small.yaml").read_text(encoding="utf-8"))
+    params["data"] |= data
+    folder.mkdir(exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     (folder / "launch").symlink_to(ROOT / "launch")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
@@ -192,7 +237,8 @@ def run_stage(folder: Path, url: str, checksums: Path) -> tuple[float, float]:
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise UserError(f"stage fetch-vqav2 {measure.ended(done.returncode)}; its own message is above.")
-    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 2**20
+    seconds, kib = done.stdout.split()[-2:]
+    return Took(time.perf_counter() - start, float(seconds), int(kib) / 2**20)
 
 
 def helm_picks(questions_zip: Path, instances: int) -> list[int]:
@@ -215,40 +261,66 @@ def our_picks(folder: Path, instances: int) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write `data_scale.json`."""
-    measure.parse(measure.parser("data_scale", __doc__, "proofs"), arguments)
+    parser = measure.parser("data_scale", __doc__, "proofs")
+    parser.add_argument("--layout", choices=("official", "jsonl"), default="official")
+    parser.add_argument("--share", type=float, default=1, help="of VQAv2's questions")
+    parser.add_argument("--images", type=int, default=COUNTS["train"][1], metavar="N", help="most images of a split")
+    options = measure.parse(parser, arguments)
+    counts = {}
+    for split, (questions, images) in COUNTS.items():
+        counts[split] = (asked := round(options.share * questions), min(images, options.images, asked))
     with tempfile.TemporaryDirectory(prefix="vlm-vqa-data-scale-") as name:
-        folder = Path(name)
-        archives, work = folder / "server", folder / "work"
+        archives = Path(name) / "server"
         archives.mkdir()
-        work.mkdir()
         print("making the archives", flush=True)
-        checksums = make_archives(archives)
-        write_json(folder / "checksums.json", checksums)
-        with served(archives) as url:
-            seconds, gib = run_stage(work, url, folder / "checksums.json")
-        made = work / "data" / "records"
-        manifest = records.read_manifest(made)
-        found = {split: (one["questions"], one["images"]) for split, one in manifest["splits"].items()}
-        if found != COUNTS:
-            raise RuntimeError(f"the records hold {found} instead of {COUNTS}")
-        theirs, ours = helm_picks(archives / "v2_Questions_Val_mscoco.zip", INSTANCES), our_picks(made, INSTANCES)
-        claims = [
-            measure.Claim(
-                "fetch-vqav2 at VQAv2's counts, tiny images, seconds", *[seconds] * 3, MOST_SECONDS, at_most=True
-            ),
-            measure.Claim("fetch-vqav2 at VQAv2's counts, GiB resident at most", *[gib] * 3, MOST_GIB, at_most=True),
-            measure.Claim(
-                f"share of HELM's {INSTANCES:,} questions that we pick, in its order",
-                *[sum(one == other for one, other in zip(theirs, ours, strict=True)) / INSTANCES] * 3,
-                target=1,
-            ),
-        ]
+        checksums = make_archives(archives, counts)
+        write_json(Path(name) / "checksums.json", checksums)
+        claims, made = (measure_official if options.layout == "official" else measure_jsonl)(Path(name))
+        found = records.read_manifest(made)["splits"]
+        if (found := {split: (one["questions"], one["images"]) for split, one in found.items()}) != counts:
+            raise RuntimeError(f"the records hold {found} instead of {counts}")
         details = {
             "counts": found,
             "archive_bytes": {path.name: path.stat().st_size for path in sorted(archives.iterdir())},
             "record_bytes": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
         }
     measure.write("data_scale", claims, details, {"questions and pictures": "made up"})
+
+
+def measure_official(folder: Path) -> tuple[list[measure.Claim], Path]:
+    """Run the stage on downloads; return what it took, and the records."""
+    archives, work = folder / "server", folder / "work"
+    with served(archives) as url:
+        seconds, _, gib = run_stage(work, official(url), folder / "checksums.json")
+    made = work / "data" / "records"
+    theirs, ours = helm_picks(archives / "v2_Questions_Val_mscoco.zip", INSTANCES), our_picks(made, INSTANCES)
+    return [
+        measure.Claim(
+            "fetch-vqav2 at VQAv2's counts, tiny images, seconds", *[seconds] * 3, MOST_SECONDS, at_most=True
+        ),
+        measure.Claim("fetch-vqav2 at VQAv2's counts, GiB resident at most", *[gib] * 3, MOST_GIB, at_most=True),
+        measure.Claim(
+            f"share of HELM's {INSTANCES:,} questions that we pick, in its order",
+            *[sum(one == other for one, other in zip(theirs, ours, strict=True)) / INSTANCES] * 3,
+            target=1,
+        ),
+    ], made
+
+
+def measure_jsonl(folder: Path) -> tuple[list[measure.Claim], Path]:
+    """Run the stage on the official layout and on JSON lines; return how they compare, and the latter's records."""
+    (folder / "data").mkdir()
+    took, hashes = {}, set()
+    for layout, data in make_table(folder / "server", folder / "data").items():
+        took[layout] = run_stage(folder / layout, data)
+        print(f"{layout}: {took[layout]}", flush=True)
+        made = folder / layout / "data" / "records"
+        hashes.add(records.read_manifest(made)["data_hash"])
+    ratios = [theirs / ours for theirs, ours in zip(took["jsonl"], took["directory"], strict=True)]
+    return [
+        measure.Claim(f"fetch-vqav2, JSON lines to the official layout, {what}", *[ratio] * 3, MOST_RATIO, at_most=True)
+        for what, ratio in zip(("time", "processors' time", "memory"), ratios, strict=True)
+    ] + [measure.Claim("fetch-vqav2, data hashes of both layouts", *[len(hashes)] * 3, 1, at_most=True)], made
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 import contextlib
 import copy
+import csv
 import dataclasses
 import hashlib
 import io
+import json
 import random
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from benchmarks import vqav2
@@ -86,6 +90,19 @@ def _at(place: Path, call: Callable[[], str]) -> str:
 def layout(folder: Path, zipped: bool) -> DataParams:
     """Write a data set under VQAv2's names and return the parameters that fetch it."""
     values = copy.deepcopy(SMALL["data"]) | {"source": "directory", "directory": str(folder)}
+    for split, questions, annotations in _drawn(folder):
+        images = folder / f"{split}2014"
+        write_json(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json", {"questions": questions})
+        write_json(folder / f"v2_mscoco_{split}2014_annotations.json", {"annotations": annotations})
+        if zipped:
+            packed = pack([(f"{split}2014/{path.name}", path.read_bytes()) for path in sorted(images.iterdir())])
+            (folder / f"{split}2014.zip").write_bytes(packed)
+            values[split]["images"] = f"{split}2014.zip"
+    return parse_params(SMALL | {"data": values}).data
+
+
+def _drawn(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Yield split, questions and annotations of a small data set, whose pictures are written."""
     for split, first in (("train", 0), ("val", 100)):
         questions, annotations = vqav2.draw(12, 5, seed=first)
         for row in (*questions, *annotations):
@@ -96,13 +113,52 @@ def layout(folder: Path, zipped: bool) -> DataParams:
         for image_id in {row["image_id"] for row in questions}:
             name = f"COCO_{split}2014_{image_id:012d}.jpg"
             (images / name).write_bytes(vqav2.draw_picture((48, 36), seed=image_id))
-        write_json(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json", {"questions": questions})
-        write_json(folder / f"v2_mscoco_{split}2014_annotations.json", {"annotations": annotations})
-        if zipped:
-            packed = pack([(f"{split}2014/{path.name}", path.read_bytes()) for path in sorted(images.iterdir())])
-            (folder / f"{split}2014.zip").write_bytes(packed)
-            values[split]["images"] = f"{split}2014.zip"
-    return parse_params(SMALL | {"data": values}).data
+        yield split, questions, annotations
+
+
+def tables(folder: Path, ending: str, rng: random.Random) -> DataParams:
+    """Write the same as tables, with or without ids, types and main answers, and one or all ten answers."""
+    table: dict[str, Any] = {"images": [f"{split}2014" for split in records.SPLITS]}
+    kept = rng.choice((("question_id", "image_id", "multiple_choice_answer"), ("question_id",), ("answer_type",), ()))
+    shape: Callable[[list[dict[str, str]]], Any] = rng.choice(
+        (
+            lambda answers: answers[0]["answer"],
+            lambda answers: [one["answer"] for one in answers],
+            lambda answers: answers,
+        )
+    )
+    for split, questions, annotations in _drawn(folder):
+        rows = []
+        for question, annotation in zip(questions, annotations, strict=True):
+            both = question | annotation
+            row = {"image": f"COCO_{split}2014_{both['image_id']:012d}.jpg", "question": both["question"]}
+            answers = shape(both["answers"])
+            flat = ending in ("csv", "tsv") and not isinstance(answers, str)
+            row |= {"answers": json.dumps(answers) if flat else answers} | {key: both[key] for key in kept}
+            rows.append(row)
+        write_rows(folder / f"{split}.{ending}", rows)
+        table[split] = f"{split}.{ending}"
+    if rng.random() < 0.2:
+        table |= {"val": None, "val_share": 0.4}
+    data = SMALL["data"] | {"source": "table", "directory": str(folder), "table": table}
+    if rng.random() < 0.3:
+        data |= {"bad_records": "drop", "most_dropped": 0.5}
+    return parse_params(SMALL | {"data": data}).data
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table as its ending says."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        write_json(path, rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    else:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if path.suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def pack(entries: Sequence[tuple[str, bytes]]) -> bytes:
@@ -125,22 +181,29 @@ def fetch_and_read(data: DataParams, target: Path) -> str:
 
 def damaged_data(place: Path, rng: random.Random) -> Outcome:
     """Fetch a data set of which one or two files are damaged; records of an earlier run are there."""
-    data = layout(place / "data", zipped=rng.random() < 0.4)
+    ending = rng.choice(("official", "official", *mutations.ENDINGS))
+    folder = place / "data"
+    data = layout(folder, zipped=rng.random() < 0.4) if ending == "official" else tables(folder, ending, rng)
     child.in_child(lambda: fetch_and_read(data, place / "records"))
     before = hash_files((place / "records").iterdir(), place)
-    files = sorted(path for path in (place / "data").rglob("*") if path.is_file())
-    if data.train.images.endswith(".zip"):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if ending == "official" and str(data.train.images).endswith(".zip"):
         files = [path for path in files if path.suffix != ".jpg"]
+    # Pictures are many, and what is wrong with one is soon told.
     kinds = sorted({path.suffix + path.name[:5] for path in files})
-    said = []
+    kinds += [kind for kind in kinds if not kind.startswith(".jpg")]
+    said = [ending]
     for _ in range(rng.randint(1, 2)):
         kind = rng.choice(kinds)
         path = rng.choice([path for path in files if path.suffix + path.name[:5] == kind])
         if path.is_file() and path.stat().st_size:
             said.append(f"{path.name} {mutations.damage(path, rng)}")
     what, words = child.in_child(lambda: fetch_and_read(data, place / "records"), PATIENCE)
-    if what != "done" and hash_files((place / "records").iterdir(), place) != before:
+    left = {path.name for path in place.iterdir()} - {"data", "launch", "records", "records.lock"}
+    if left or what != "done" and hash_files((place / "records").iterdir(), place) != before:
         what = "lost"
+    elif what == "refused" and (" at 0x" in words or "Traceback" in words):
+        what = "unclear"
     return "; ".join(said), what, words
 
 

@@ -1,17 +1,19 @@
 """Whatever a person's files or a mirror hold, a command ends with a result or with one sentence, and loses nothing.
 
-    python -m proofs.faults [--params 300] [--data 150] [--mirror 50] [--exports 40] [--starts 0] [--seed 0]
+    python -m proofs.faults [--params 300] [--data 300] [--mirror 50] [--exports 40] [--starts 0] [--seed 0]
 
 Each case is drawn from the seed and runs in a process of its own, for 20 s at most:
 
     params    the small preset with up to three keys changed, through `vlm-vqa check`
-    data      a small data set in the official layout, pictures in a folder or a zip, one or two files damaged: fetched
+    data      a small data set, one or two files damaged: fetched; in the official layout, pictures in a folder or a zip, or
+              tables of all kinds
     mirror    a server of the six archives that drops, stalls, lies and refuses, a few times or for ever: fetched
     exports   an exported model, one file damaged: through `vlm-vqa ask`
     starts    parameter files that `check` takes, with which the train stage starts on the tiny project (10 minutes for 40)
 
 "taken" is a result, "refused" a UserError, exit code 2. Faults are "raised" (another exception), "hung" and "died"; "lost",
-where what earlier runs have written is not as it was after a refusal; and "silent", a mirror's bytes that make other records
+where what earlier runs have written is not as it was after a refusal, or anything half-written is left; "unclear", a
+refusal in a program's words; and "silent", a mirror's bytes that make other records
 than the right ones. Answers of a damaged export are the business of `proofs.flips`. A start that still trains after 60 s is
 taken.
 
@@ -35,8 +37,8 @@ from proofs.fault_cases import Outcome
 from proofs.project import ROOT, workplace
 from vlm_vqa.errors import UserError
 
-COUNTS = {"params": 300, "data": 150, "mirror": 50, "exports": 40, "starts": 0}
-GOOD, BAD = ("taken", "refused"), (*child.BAD, "lost", "silent")
+COUNTS = {"params": 300, "data": 300, "mirror": 50, "exports": 40, "starts": 0}
+GOOD, BAD = ("taken", "refused"), (*child.BAD, "lost", "silent", "unclear")
 
 
 @dataclass(frozen=True)

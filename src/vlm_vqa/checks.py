@@ -84,7 +84,7 @@ def check_records(params: Params, records: Path = RECORDS, run: bool = True) -> 
     if len(set(val["image_id"])) < 2:
         raise UserError(
             f"{records}: the {len(val)} validation questions to evaluate are all about one image, so none can be shown "
-            "another (baselines.shuffled_images). Give data.val a second image, or raise evaluation.vqa_questions."
+            "another (baselines.shuffled_images). Raise evaluation.vqa_questions."
         )
     if os.environ.get("RANK", "0") == "0" and (run or params.language.revision is None):
         _check_lengths(params, records, val["question"])

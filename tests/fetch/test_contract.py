@@ -1,9 +1,10 @@
 """The data contract: each way in which data can be wrong is found, named with file and id, and stops the fetch."""
 
 import json
+import re
 import shutil
 import zipfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import ImageNames, ViolationKind
 from vlm_vqa.fetch.write_records import fetch
+from vlm_vqa.params import BadRecords, DataParams, Doubtful, Source, TableParams
 
 QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
 ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
@@ -141,7 +143,7 @@ BROKEN = {
     "answer with half a character": (
         edit_answers(lambda answers: answers[3].update(answer="\udc00")),
         ViolationKind.BAD_ANNOTATION,
-        "(question_id 25001): answer",
+        "(question_id 25001): an answer is",
     ),
     "image id negative": (edit_question(image_id=-1), ViolationKind.BAD_QUESTION, "image_id is -1"),
     "image id huge": (edit_question(image_id=2**63), ViolationKind.BAD_QUESTION, "image_id is 9223372036854775808"),
@@ -164,7 +166,7 @@ BROKEN = {
     "answer no text": (
         edit_answers(lambda answers: answers[3].update(answer=7)),
         ViolationKind.BAD_ANNOTATION,
-        "(question_id 25001): answer",
+        "(question_id 25001): an answer is",
     ),
     "question twice": (double(QUESTIONS), ViolationKind.DUPLICATE_QUESTION, f"{QUESTIONS}: question_id 25001"),
     "annotation twice": (double(ANNOTATIONS), ViolationKind.DUPLICATE_ANNOTATION, f"{ANNOTATIONS}: question_id 25001"),
@@ -176,6 +178,69 @@ BROKEN = {
         f"{QUESTIONS}: question_id 25001 has image_id 9",
     ),
 }
+
+
+def as_table(rows, **changes):
+    """Name a table in the images' place, with this as its rows."""
+    names = {"train": "train.csv", "val": "train.csv", "images": ["train2014", "val2014"]} | changes
+    return lambda folder: (folder / "train.csv").write_text(rows), lambda params: {
+        "source": Source.TABLE,
+        "table": TableParams(**names),
+    }
+
+
+def copy_into_val(more=b""):
+    def copy(folder):
+        path = next((folder / "val2014").iterdir())
+        path.write_bytes((folder / IMAGE).read_bytes() + more)
+
+    return copy
+
+
+REFUSE, HEAD = {"doubtful": Doubtful.REFUSE}, "image,question,answer\n"
+RAISED = {kind: (damage, lambda params: {}) for damage, kind, _ in BROKEN.values()} | {
+    ViolationKind.CLOSED_FILE: (
+        lambda folder: ((folder / QUESTIONS).unlink(), (folder / QUESTIONS).mkdir()),
+        lambda params: {},
+    ),
+    ViolationKind.COLUMNS: as_table("a,b\n1,2\n"),
+    ViolationKind.BAD_ROW: as_table(HEAD + "1.jpg,What?,this\n1.jpg,What?\n"),
+    ViolationKind.FEW_IMAGES: as_table(HEAD + f"{IMAGE},What?,this\n", val=None, val_share=0.5),
+    ViolationKind.OTHER_ARCHIVE: (
+        lambda folder: (shutil.rmtree(folder / "train2014"), (folder / "train2014").write_bytes(b"Rar!")),
+        lambda params: {},
+    ),
+    ViolationKind.UNSAID_ANSWER: (edit_annotation(multiple_choice_answer="nobody's"), lambda params: REFUSE),
+    ViolationKind.IMAGE_ID: (
+        lambda folder: [
+            change(folder, name, lambda entries: by_id(entries).update(image_id=10**12))
+            for name in (QUESTIONS, ANNOTATIONS)
+        ],
+        lambda params: {},
+    ),
+    ViolationKind.TOO_MANY_DROPPED: (edit_annotation(answers=[]), lambda params: {"bad_records": BadRecords.DROP}),
+    ViolationKind.QUESTION_OVERLAP: (lambda folder: None, lambda params: {"val": params.train}),
+    ViolationKind.IMAGE_OVERLAP: (lambda folder: None, lambda params: {"val": params.train}),
+    ViolationKind.IMAGE_TWIN: (copy_into_val(), lambda params: {}),
+    ViolationKind.LOOKALIKE: (copy_into_val(b"more"), lambda params: REFUSE),
+    ViolationKind.IMAGE_CONFLICT: as_table(
+        HEAD.replace("image", "image_id,image") + f"1,{IMAGE},What?,this\n1,other.jpg,What?,this\n"
+    ),
+}
+"""For each kind an input that raises it: what it does to the folder, and to the parameters."""
+
+
+@pytest.mark.parametrize("kind", ViolationKind)
+def test_every_kind_is_raised_with_a_remedy_that_names_what_there_is(kind, vqav2_folder, directory_params, tmp_path):
+    folder = vqav2_folder()
+    damage, changes = RAISED[kind]
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        fetch(directory_params(folder, **changes(directory_params(folder))), tmp_path / "records")
+    assert f"{kind.label}: " in str(caught.value) and f". To do: {kind.remedy}.\n  " in str(caught.value)
+    assert str(folder) in str(caught.value) or kind is ViolationKind.TOO_MANY_DROPPED
+    keys = re.findall(r"data\.([a-z_]+)", kind.remedy)
+    assert set(keys) <= {field.name for field in fields(DataParams)}
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -206,7 +271,7 @@ def test_an_id_that_does_not_fit_the_name_is_named(vqav2_folder, directory_param
     folder = vqav2_folder()
     for name in (QUESTIONS, ANNOTATIONS):
         change(folder, name, lambda entries: by_id(entries).update(image_id=10**12))
-    with pytest.raises(UserError, match=r"does not fit the name pattern: 1(.|\n)*question_id 25001 has image_id 10000"):
+    with pytest.raises(UserError, match=r"does not fit the name pattern: 1(.|\n)*question_id 25001: image_id 10000"):
         fetch(directory_params(folder), tmp_path / "records")
 
 

@@ -472,7 +472,7 @@ def test_texts_that_unpack_to_too_much_are_not_unpacked(tmp_path, monkeypatch):
     path.write_bytes(zipped([("questions.json", b'{"questions": [' + bytes(10_000) + b"]}")]))
     monkeypatch.setattr(official_layout, "MOST_BYTES", 10_000)
     violations = Violations()
-    assert official_layout.read_questions(path, violations) is None
+    assert official_layout.read_json(path, violations) is None
     with pytest.raises(UserError, match="questions.json would unpack to 10017 bytes"):
         violations.raise_if_any()
 
@@ -514,7 +514,7 @@ def test_a_zip_of_texts_holds_one_file(tmp_path):
     path = tmp_path / QUESTIONS
     path.write_bytes(zipped([("a.json", b"{}"), ("b.json", b"{}"), ("__MACOSX/._a.json", b"")]))
     violations = Violations()
-    assert official_layout.read_questions(path, violations) is None
+    assert official_layout.read_json(path, violations) is None
     with pytest.raises(UserError, match="the archive holds 2 files instead of one: 'a.json', 'b.json'"):
         violations.raise_if_any()
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import Violations, pair
-from vlm_vqa.fetch.sources.official_layout import read_annotations, read_questions
+from vlm_vqa.fetch.contract import ImageNames, Violations
+from vlm_vqa.fetch.sources.official_layout import SplitPaths, official_split
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import train_tokenizer
 from vlm_vqa.params import load_params
@@ -21,14 +21,14 @@ from vlm_vqa.params import load_params
 )
 def test_questions_and_all_ten_answers(shared_data, folder, suffix, count):
     violations = Violations()
-    questions = read_questions(shared_data / folder / f"questions{suffix}", violations)
-    annotations = read_annotations(shared_data / folder / f"annotations{suffix}", violations)
-    pairs = list(pair(questions, annotations, violations))
+    files = [shared_data / folder / f"{kind}{suffix}" for kind in ("questions", "annotations")]
+    split = official_split(SplitPaths("train", *files, [], ImageNames("{image_id}.jpg")))
+    rows = [row.record for row in split.rows(violations)]
     violations.raise_if_any()
-    assert len(pairs) == count
+    assert len(rows) == count
 
     prompt = load_params("presets/vqav2.yaml").prompt
-    texts = [text for question, annotation in pairs for text in (question.question, *annotation.answers)]
+    texts = [text for row in rows for text in (row["question"], *row["answers"])]
     tokenizer = train_tokenizer([*[prompt.instruction] * count, *texts], 8192)
     layout = TokenLayout(
         SimpleNamespace(backend_tokenizer=tokenizer.backend_tokenizer, pad_token_id=0, bos_token_id=2, eos_token_id=1),
@@ -39,11 +39,11 @@ def test_questions_and_all_ten_answers(shared_data, folder, suffix, count):
         image_token_id=3,
     )
     long = [
-        question.question_id
-        for question, annotation in pairs
-        if not all(fits(layout, question.question, answer) for answer in set(annotation.answers) if answer.strip())
+        row["question_id"]
+        for row in rows
+        if not all(fits(layout, row["question"], answer) for answer in set(row["answers"]) if answer.strip())
     ]
-    taught = [q.question_id for q, a in pairs if not fits(layout, q.question, a.multiple_choice_answer)]
+    taught = [row["question_id"] for row in rows if not fits(layout, row["question"], row["multiple_choice_answer"])]
     print(
         f"{folder}: of {count} questions {len(taught)} do not fit {prompt.text_length} tokens with the majority's answer, "
         f"{len(long)} with one of the ten"

@@ -9,52 +9,50 @@ from PIL import Image, JpegImagePlugin
 
 from vlm_vqa import params
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import Violations, pair
+from vlm_vqa.fetch.contract import Violations
 from vlm_vqa.fetch.question_types import answer_type, question_type
 from vlm_vqa.fetch.sources import easy_vqa, open_source
-from vlm_vqa.fetch.sources.official_layout import official_paths, read_annotations, read_questions
+from vlm_vqa.fetch.sources.official_layout import official_paths, official_split
 
 PACKAGE_SPLITS = {"train": ("train", 0), "val": ("test", 4000)}
 
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory):
-    """{split: (its paths, [(question, annotation)])} of all of easy-VQA."""
+    """{split: (its paths, its records)} of all of easy-VQA."""
     folder = tmp_path_factory.mktemp("easy-vqa")
     easy_vqa.write_official_layout(folder)
     violations = Violations()
     read = {}
     for paths in official_paths(folder):
-        questions = read_questions(paths.questions, violations)
-        annotations = read_annotations(paths.annotations, violations)
-        read[paths.split] = paths, list(pair(questions, annotations, violations))
+        read[paths.split] = paths, [row.record for row in official_split(paths).rows(violations)]
     violations.raise_if_any()
     return read
 
 
 @pytest.mark.parametrize(("split", "questions", "images"), [("train", 38_575, 4_000), ("val", 9_673, 1_000)])
 def test_every_question_is_there_with_its_answer_ten_times(layout, split, questions, images):
-    _, pairs = layout[split]
+    _, rows = layout[split]
     name, offset = PACKAGE_SPLITS[split]
     original = json.loads((easy_vqa._package_data() / name / "questions.json").read_text())
-    assert [(q.question, a.multiple_choice_answer, q.image_id - offset) for q, a in pairs] == [
+    assert [(row["question"], row["multiple_choice_answer"], row["image_id"] - offset) for row in rows] == [
         tuple(entry) for entry in original
     ]
-    assert len(pairs) == questions and len({q.image_id for q, _ in pairs}) == images
-    assert all(a.answers == (a.multiple_choice_answer,) * 10 for _, a in pairs)
-    assert all(q.question_id // 1000 == q.image_id for q, _ in pairs)
+    assert len(rows) == questions and len({row["image_id"] for row in rows}) == images
+    assert all(row["answers"] == (row["multiple_choice_answer"],) * 10 for row in rows)
+    assert all(row["question_id"] // 1000 == row["image_id"] for row in rows)
 
 
 def test_no_id_is_in_both_splits(layout):
-    ids = [{q.question_id for q, _ in pairs} for _, pairs in layout.values()]
-    images = [{q.image_id for q, _ in pairs} for _, pairs in layout.values()]
+    ids = [{row["question_id"] for row in rows} for _, rows in layout.values()]
+    images = [{row["image_id"] for row in rows} for _, rows in layout.values()]
     assert not ids[0] & ids[1] and not images[0] & images[1]
     assert [len(found) for found in ids] == [38_575, 9_673]
 
 
 def test_types_are_those_of_vqav2(layout):
-    assert Counter(a.kinds[1] for _, a in layout["train"][1]) == {"yes/no": 28_407, "other": 10_168}
-    types = {q.question: a.kinds[0] for _, pairs in layout.values() for q, a in pairs}
+    assert Counter(row["answer_type"] for row in layout["train"][1]) == {"yes/no": 28_407, "other": 10_168}
+    types = {row["question"]: row["question_type"] for _, rows in layout.values() for row in rows}
     assert types["what color is the shape?"] == "what color is the"
     assert types["what is the color of the circle?"] == "what is the color of the"
     assert types["what is the blue shape?"] == "what is the"

@@ -128,6 +128,8 @@ def test_pictures_in_the_table_and_a_folder_of_parquet_give_the_same_records(mad
             made.folder / f"{split}-disk"
         )
     assert made.fetch("parquet", "one", images=None)["data_hash"] == expected
+    shared = made.fetch("parquet", "shared", images=None, val=None, val_share=0.5)
+    assert (shared["images"], shared["splits"]["val"]["images"]) == (3, 2)
     disk = made.fetch(into="disk", train="train-disk", val="val-disk", images=None)
     assert disk["data_hash"] == expected
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("table-")], "what was spilled is gone"
@@ -208,7 +210,7 @@ def test_an_answer_stays_the_text_that_it_is(made, answer, ending):
     ],
 )
 def test_answers_in_all_their_shapes(cell, answers, sure):
-    assert source.read_answers(cell) == (tuple(answers), tuple(sure))
+    assert source.read_cell(cell) == (tuple(answers), tuple(sure))
 
 
 def test_the_taught_answer_is_the_main_one_else_the_most_common_the_earlier_first(made):
@@ -326,6 +328,21 @@ def test_ids_of_which_one_is_no_whole_number_are_made_and_kept_as_they_were(made
     assert rows[4]["question_id"] == source.made_id("4") and rows[4]["original_question_id"] == "4"
     assert rows[5]["original_question_id"] == (one.strip() or None)
     assert all(0 <= row["question_id"] < 2**53 for row in rows)
+
+
+def test_a_late_id_that_is_no_whole_number_lets_all_be_read_anew(made):
+    """Nothing of the first reading is left: no records, no counts, no violations."""
+    numbered(made, int, lambda split, name: 10 + int(name[4]))
+    made.rows["train"][0]["answer"] = ""
+    made.rows["val"][-1] |= {"question_id": "last", "image_id": "007"}
+    overlap = {"bad_records": BadRecords.DROP, "most_dropped": 0.1}
+    manifest = made.write("jsonl").fetch("jsonl", **overlap)
+    assert manifest["splits"]["train"] | {"inputs": 0, "dropped_records": 0} == manifest["splits"]["train"] | {
+        "questions": 11, "dropped": 1, "inputs": 0, "dropped_records": 0}  # fmt: skip
+    rows = [*made.questions(), *made.questions("val")]
+    assert [row["original_question_id"] for row in rows[10:13]] == ["11", "0", "1"]
+    assert all(row["question_id"] == source.made_id(row["original_question_id"]) for row in rows[:11])
+    assert all(row["image_id"] == source.made_id(row["original_image_id"]) for row in rows)
 
 
 def test_made_ids_are_the_same_whatever_the_order_of_rows(made):

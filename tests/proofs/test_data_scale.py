@@ -1,5 +1,6 @@
 """The proof of the data path, on a handful of questions: its archives are in order, and it runs the real stage."""
 
+import json
 import zipfile
 
 import pytest
@@ -17,7 +18,7 @@ def run(tmp_path_factory):
     archives, work = tmp_path_factory.mktemp("archives"), tmp_path_factory.mktemp("work")
     write_json(work / "checksums.json", data_scale.make_archives(archives, COUNTS))
     with data_scale.served(archives) as url:
-        seconds, gib = data_scale.run_stage(work, url, work / "checksums.json")
+        seconds, _, gib = data_scale.run_stage(work, data_scale.official(url), work / "checksums.json")
     return archives, work / "data" / "records", seconds, gib
 
 
@@ -44,3 +45,13 @@ def test_the_same_archives_come_again(run, tmp_path):
             assert {name: one.read(name) for name in one.namelist()} == {
                 name: two.read(name) for name in two.namelist()
             }
+
+
+def test_json_lines_beside_the_official_layout(tmp_path, monkeypatch):
+    """As it is called; what so few questions take says nothing."""
+    monkeypatch.setattr(data_scale.measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(data_scale, "MOST_RATIO", 100)
+    data_scale.main(["--layout", "jsonl", "--share", "0.0002", "--images", "20"])
+    result = json.loads((tmp_path / "data_scale.json").read_text())
+    assert [claim["met"] for claim in result["claims"]] == [True] * 4 and result["claims"][3]["ratio"] == 1
+    assert result["details"]["counts"] == {"train": [89, 20], "val": [43, 20]}

@@ -37,16 +37,17 @@ class ViolationKind(Enum):
     BROKEN_FILE = ("unreadable file", "download or unpack the file again; it is cut short or damaged")
     FOREIGN_FILE = (
         "file of another layout",
-        "name a questions or annotations file of VQAv2's layout under data.train and data.val, or set data.source: table, "
-        "which reads csv, tsv, JSON lines, JSON and Parquet",
+        "name what data.source reads: directory the questions and annotations of VQAv2's layout under data.train and "
+        "data.val, table csv, tsv, JSON lines, JSON or Parquet under data.table",
     )
+    CLOSED_FILE = ("file that cannot be opened", "put a file there that may be read, of at most 2 GiB")
     BAD_SYNTAX = ("file that is not valid JSON", "mend the place it names, or write the file again")
     ENCODING = ("file that is not UTF-8", "save it as UTF-8, as editors and spreadsheets can")
     EMPTY_FILE = ("file without questions", "name the file that holds them")
     COLUMNS = ("columns that cannot be told", "name them under data.table.columns")
     BAD_ROW = ("malformed row", "mend it; a text with commas or line breaks stands in quotes", True)
     OTHER_ARCHIVE = ("archive that is not read", "unpack it and name the folder, or make a zip archive of it")
-    BAD_QUESTION = ("malformed question", "compare with VQAv2's layout: question_id, image_id, question", True)
+    BAD_QUESTION = ("malformed question", "write it out; in VQAv2's layout its question_id and image_id, too", True)
     BAD_ANNOTATION = (
         "malformed annotation",
         "compare with VQAv2's layout: question_id, image_id, answers, and, where they are given, question_type, "
@@ -63,7 +64,7 @@ class ViolationKind(Enum):
     NO_ANNOTATION = ("question without annotation", "use the annotations file that belongs to the questions file", True)
     NO_QUESTION = ("annotation without question", "use the questions file that belongs to the annotations file", True)
     IMAGE_MISMATCH = ("image id differs", "make question and annotation name the same image", True)
-    IMAGE_ID = ("image id does not fit the name pattern", "correct the id, or the pattern image_name", True)
+    IMAGE_ID = ("image id does not fit the name pattern", "correct the id, or image_name in params.yaml", True)
     TOO_MANY_DROPPED = ("too many bad records", "mend them, or raise data.most_dropped")
     FEW_VALIDATION = (
         "validation on fewer than two images",
@@ -75,7 +76,7 @@ class ViolationKind(Enum):
     IMAGE_TWIN = ("image in both splits under two ids", "keep it in one split, or set data.allow_split_overlap: true")
     LOOKALIKE = ("look-alikes in both splits", "keep them in one split, or set data.doubtful: count")
     IMAGE_CONFLICT = ("one image id, two images", "give different images different ids")
-    MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name", True)
+    MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name in params.yaml", True)
     BROKEN_IMAGE = (
         "unreadable image",
         "replace the file by an intact one of a kind that is read, or raise data.max_image_pixels if it is too large",
@@ -88,67 +89,43 @@ class ViolationKind(Enum):
         self.of_record = of_record
 
 
-class _Found:
-    """Violations counted by kind; the first few of a kind are kept in words."""
-
-    def __init__(self, shown: int) -> None:
-        self.count: Counter[ViolationKind] = Counter()
-        self.shown: defaultdict[ViolationKind, list[str]] = defaultdict(list)
-        self._most = shown
-
-    def add(self, kind: ViolationKind, text: str) -> None:
-        # A file that holds questions and answers is read as both.
-        if not kind.of_record and text in self.shown[kind]:
-            return
-        self.count[kind] += 1
-        if len(self.shown[kind]) < self._most:
-            self.shown[kind].append(text)
-
-
 class Violations:
     """All that is wrong with the data. Bad records are violations too, or they are dropped and noted."""
 
     def __init__(self, data: DataParams | None = None) -> None:
-        self._found = _Found(_SHOWN_PER_KIND)
         self._most_dropped = data.most_dropped if data and data.bad_records is BadRecords.DROP else None
-        # The report names every one.
-        self.dropped = {split: _Found(sys.maxsize) for split in SPLITS}
+        self.drops = self._most_dropped is not None
+        """Whether bad records are dropped."""
+        self.found: defaultdict[ViolationKind, list[str]] = defaultdict(list)
+        self._dropped = {split: self.found.copy() for split in SPLITS}
         self.split: str | None = None
         """Whose records are being read."""
 
-    @property
-    def drops(self) -> bool:
-        """Tell whether bad records are dropped."""
-        return self._most_dropped is not None
-
-    @property
-    def count(self) -> Counter[ViolationKind]:
-        """Return how many there are of each kind."""
-        return self._found.count
-
     def add(self, kind: ViolationKind, text: str) -> None:
         """Note one violation; `text` names its file and id."""
-        drop = kind.of_record and self.split and self.drops
-        (self.dropped[str(self.split)] if drop else self._found).add(kind, text)
+        drop = kind.of_record and self.split is not None and self.drops
+        found = (self._dropped[str(self.split)] if drop else self.found)[kind]
+        # A file that holds questions and answers is read as both.
+        if kind.of_record or text not in found[:_SHOWN_PER_KIND]:
+            found.append(text)
 
     def settle(self, questions: int) -> None:
         """End a split, of which `questions` are left: refuse it where more was dropped than may be."""
-        dropped = self.dropped[str(self.split)]
-        count, total = dropped.count.total(), dropped.count.total() + questions
+        dropped = self._dropped[str(self.split)]
+        total = (count := sum(map(len, dropped.values()))) + questions
         if self._most_dropped is not None and count > self._most_dropped * total:
             share = f"{count} of {total} records of {self.split} are bad; data.most_dropped is {self._most_dropped:g}"
-            self._found.add(ViolationKind.TOO_MANY_DROPPED, share)
-            for kind, texts in dropped.shown.items():
-                for text in texts:
-                    self._found.add(kind, text)
+            self.found[ViolationKind.TOO_MANY_DROPPED].append(share)
+            for kind, texts in dropped.items():
+                self.found[kind] += texts
         self.split = None
 
     def dropped_records(self, split: str) -> list[str]:
         """Return what was dropped of a split, each with its reason."""
-        return [f"{kind.label}: {text}" for kind, texts in self.dropped[split].shown.items() for text in texts]
+        return [f"{kind.label}: {text}" for kind, texts in self._dropped[split].items() for text in texts]
 
-    def __bool__(self) -> bool:
-        return bool(self.count)
+    def __len__(self) -> int:
+        return sum(map(len, self.found.values()))
 
     def raise_if_any(self) -> None:
         """Raise one `UserError` that lists every kind with its count, its first cases and its remedy."""
@@ -157,15 +134,19 @@ class Violations:
 
     def text(self) -> str:
         """Return every kind with its count, its first cases and its remedy."""
-        lines = [f"the data breaks its contract in {self.count.total()} places; no records were made."]
-        for kind, count in self.count.items():
-            lines.append(f"{kind.label}: {count}. To do: {kind.remedy}.")
-            lines += [f"  {text}" for text in self._found.shown[kind]]
-            if count > _SHOWN_PER_KIND:
-                lines.append(f"  ... and {count - _SHOWN_PER_KIND} more")
+        lines = [f"the data breaks its contract in {len(self)} places; no records were made."]
+        for kind, texts in self.found.items():
+            lines.append(f"{kind.label}: {len(texts)}. To do: {kind.remedy}.")
+            lines += [f"  {text}" for text in texts[:_SHOWN_PER_KIND]]
+            if len(texts) > _SHOWN_PER_KIND:
+                lines.append(f"  ... and {len(texts) - _SHOWN_PER_KIND} more")
         if "/.dvc/tmp/exps/" in f"{Path.cwd()}/":
             lines.append(IN_A_COPY)
         return "\n".join(lines)
+
+
+class ReadAgain(Exception):
+    """A source has learnt from a row what it should have known before the first: its splits are to be read anew."""
 
 
 class MalformedRecord(Exception):
@@ -217,7 +198,7 @@ class Source:
     """What was changed before the rows; kept in the manifest."""
 
 
-def answered(question: str, given: Any, kinds: Any, main: Any) -> dict[str, Any]:
+def answered(question: str, given: Any, kinds: Sequence[str], main: str) -> dict[str, Any]:
     """Return the part of a record that is about the answers; what is not given is filled in.
 
     The taught answer is the main one where it is given, else the most common one that says something, the earlier first.
@@ -225,13 +206,14 @@ def answered(question: str, given: Any, kinds: Any, main: Any) -> dict[str, Any]
     Args:
         question: in whose words the question's type is found.
         given: (answers, confidences); the latter are empty where none is given.
-        kinds: (question type, answer type), None or blank where not given.
-        main: the main answer, None or blank where not given.
+        kinds: (question type, answer type), blank where not given.
+        main: the main answer, blank where not given.
     """
     answers, confidences = given
     if not any(map(str.strip, answers)):
         raise MalformedRecord(ViolationKind.NO_ANSWER, f"its answers are {list(answers)!r:.60}")
-    if not (taught := main if main and main.strip() else ""):
+    taught = main
+    if not taught.strip():
         said = Counter(filter(str.strip, answers))
         taught = max(said, key=said.__getitem__)
     return {
@@ -243,118 +225,33 @@ def answered(question: str, given: Any, kinds: Any, main: Any) -> dict[str, Any]
     }
 
 
-# --- VQAv2's layout -----------------------------------------------------------------------------------------------------
-
-
-class Question(NamedTuple):
-    """One entry of a questions file."""
-
-    question_id: int
-    image_id: int
-    question: str
-    coco_split: str = ""
-    """VQA-CP's: the part of COCO that has the image, `train2014` or `val2014`."""
-
-
-class Annotation(NamedTuple):
-    """One entry of an annotations file; answers and their confidences keep the file's order."""
-
-    question_id: int
-    image_id: int
-    kinds: tuple[str | None, str | None]
-    """Question type and answer type."""
-    multiple_choice_answer: str | None
-    answers: tuple[str, ...]
-    answer_confidences: tuple[str, ...]
-
-
-def parse_question(entry: Any) -> Question:
-    """Turn a JSON object into a `Question`, or raise `MalformedRecord`."""
-    kind = ViolationKind.BAD_QUESTION
-    _check_object(entry, ("question_id", "image_id", "question"), kind)
-    _check_id(entry, "question_id", kind)
-    _check_id(entry, "image_id", kind)
-    value = entry["question"]
+def as_question(value: Any) -> str:
+    """Return a question's text, or raise `MalformedRecord`."""
     if not is_text(value) or not value.strip():
-        raise MalformedRecord(kind, f"question is {value!r:.60}, not text that says something")
-    part = entry.get("coco_split")
-    return Question(entry["question_id"], entry["image_id"], value, sys.intern(part) if isinstance(part, str) else "")
+        raise MalformedRecord(ViolationKind.BAD_QUESTION, f"question is {value!r:.60}, not text that says something")
+    return value
 
 
-def parse_annotation(entry: Any) -> Annotation:
-    """Turn a JSON object into an `Annotation`, or raise `MalformedRecord`."""
-    kind = ViolationKind.BAD_ANNOTATION
-    _check_object(entry, ("question_id", "image_id"), kind)
-    _check_id(entry, "question_id", kind)
-    _check_id(entry, "image_id", kind)
-    question_type, answer_type, main = (
-        _optional(entry, key) for key in ("question_type", "answer_type", "multiple_choice_answer")
-    )
-    key = "answers" if "answers" in entry or "answer" not in entry else "answer"
-    # One answer may stand alone, under either name.
-    answers = [entry[key]] if isinstance(entry.get(key), str) else entry.get(key)
-    if not isinstance(answers, list):
-        raise MalformedRecord(kind, f"{key} is {answers!r:.60}, not a list" if key in entry else f"without {key}")
-    texts, confidences = [], []
-    for answer in answers:
-        text = answer.get("answer") if isinstance(answer, dict) else answer
-        confidence = answer.get("answer_confidence") if isinstance(answer, dict) else None
-        if not is_text(text) or not (confidence is None or is_text(confidence)):
-            raise MalformedRecord(kind, f"answer {answer!r:.60} is not text")
-        # Interned, because a few thousand different strings make up VQAv2's 13 million answers and confidences.
-        texts.append(sys.intern(text))
-        confidences.append(sys.intern(confidence or ""))
-    sure = tuple(confidences) if any(confidences) else ()
-    return Annotation(entry["question_id"], entry["image_id"], (question_type, answer_type), main, tuple(texts), sure)
+def read_answers(items: Sequence[Any], text: Callable[[Any, str], str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return answers, and how sure who gave them was: none where it is nowhere said.
+
+    Args:
+        items: texts, or objects with `answer` and `answer_confidence`.
+        text: makes text of a value that is called so, or raises `MalformedRecord`.
+    """
+    sure: list[Any] = [item.get("answer_confidence") if isinstance(item, dict) else None for item in items]
+    said = [item.get("answer") if isinstance(item, dict) else item for item in items]
+    return _texts(said, "an answer", text), _texts(sure, "answer_confidence", text) if any(sure) else ()
 
 
-class Entries(NamedTuple):
-    """What a questions or annotations file holds."""
-
-    name: str
-    """The file's name, for messages."""
-    good: list[Any]
-    """The well-formed entries, `Question` or `Annotation`, in file order."""
-    reported: set[int]
-    """Question ids of malformed entries: they are violations already, and their counterparts are no further ones."""
-    unnamed: int = 0
-    """Malformed entries whose question id is not known: as many counterparts are no further violations."""
-
-
-def pair(questions: Entries, annotations: Entries, violations: Violations) -> Iterator[tuple[Question, Annotation]]:
-    """Yield each question with its annotation, in the order of `questions`; what does not pair is a violation."""
-    by_question: dict[int, Annotation] = {}
-    for annotation in annotations.good:
-        if annotation.question_id in by_question:
-            violations.add(
-                ViolationKind.DUPLICATE_ANNOTATION, f"{annotations.name}: question_id {annotation.question_id}"
-            )
-        by_question[annotation.question_id] = annotation
-    seen: set[int] = set()
-    lone: list[str] = []
-    for question in questions.good:
-        where = f"{questions.name}: question_id {question.question_id}"
-        annotation = by_question.get(question.question_id)
-        if question.question_id in seen:
-            violations.add(ViolationKind.DUPLICATE_QUESTION, where)
-        elif annotation is None:
-            if question.question_id not in annotations.reported:
-                lone.append(f"{where} is not in {annotations.name}")
-        elif annotation.image_id != question.image_id:
-            there = f"{annotation.image_id} in {annotations.name}"
-            violations.add(ViolationKind.IMAGE_MISMATCH, f"{where} has image_id {question.image_id}, but {there}")
-        else:
-            yield question, annotation
-        seen.add(question.question_id)
-    for text in lone[annotations.unnamed :]:
-        violations.add(ViolationKind.NO_ANNOTATION, text)
-    lone = [
-        f"{annotations.name}: question_id {question_id} is not in {questions.name}"
-        for question_id in by_question
-        if question_id not in seen and question_id not in questions.reported
-    ]
-    for text in lone[questions.unnamed :]:
-        violations.add(ViolationKind.NO_QUESTION, text)
+def _texts(values: list[Any], what: str, text: Callable[[Any, str], str]) -> tuple[str, ...]:
+    try:
+        if all(map(str.isascii, values)):
+            # Nearly always. Interned, because a few thousand different strings make up VQAv2's 13 million.
+            return tuple(map(sys.intern, values))
+    except TypeError:
+        pass
+    return tuple(sys.intern(text(value, what)) for value in values)
 
 
 class ImageNames:
@@ -371,29 +268,6 @@ class ImageNames:
     def name(self, image_id: int) -> str | None:
         """Return the image's file name, or None where the id has more digits than the pattern."""
         return self.pattern.format(image_id=image_id) if len(str(image_id)) <= self._digits else None
-
-
-def _check_object(entry: Any, keys: tuple[str, ...], kind: ViolationKind) -> None:
-    if not isinstance(entry, dict):
-        raise MalformedRecord(kind, f"{entry!r:.60} is not an object")
-    missing = [key for key in keys if key not in entry]
-    if missing:
-        raise MalformedRecord(kind, f"without {', '.join(missing)}")
-
-
-def _check_id(entry: dict[str, Any], key: str, kind: ViolationKind) -> None:
-    value = entry[key]
-    # bool is a subclass of int.
-    if type(value) is not int or not 0 <= value <= LARGEST_ID:
-        raise MalformedRecord(kind, f"{key} is {value!r:.60}, not a whole number from 0 up")
-
-
-def _optional(entry: dict[str, Any], key: str) -> str | None:
-    """Return a text that need not be given; blank is as good as none."""
-    value = entry.get(key)
-    if value is not None and not is_text(value):
-        raise MalformedRecord(ViolationKind.BAD_ANNOTATION, f"{key} is {value!r:.60}, not text")
-    return sys.intern(value) if value and value.strip() else None
 
 
 def is_text(value: Any) -> bool:

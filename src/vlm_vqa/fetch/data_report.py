@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics, mean, quantile
+from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics, mean, total
 
 ALIKE_SHOWN = 12
 """Pairs of pictures that look alike."""
@@ -39,7 +40,7 @@ def render_report(
     folder = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": _flatten}
-    pages.globals |= {"shares": _shares, "columns": _columns, "mean": mean, "some": _some, "total": _total}  # ty: ignore[unsupported-operator] - typed by jinja2's own
+    pages.globals |= {"shares": _shares, "columns": _columns, "mean": mean, "some": _some, "total": total}  # ty: ignore[unsupported-operator] - typed by jinja2's own
     return pages.get_template("data_report.html.j2").render(
         manifest=manifest,
         splits=splits,
@@ -50,11 +51,6 @@ def render_report(
         pictures=images.pictures,
         thumbnail=lambda image_id: _thumbnail(images.pictures[image_id], str(image_id), max_pixels),
     )
-
-
-def _total(counts: Counter[int]) -> int:
-    """Return the sum of the counted values."""
-    return sum(value * count for value, count in counts.items())
 
 
 def _some(count: int, total: int) -> str:
@@ -134,7 +130,7 @@ def _images(images: ImageStatistics) -> dict[str, str]:
         "images of both splits": f"{images.images:,}",
         "bytes": f"{images.bytes / 1e6:,.1f} MB, {images.bytes / images.images / 1e3:.1f} kB an image",
         "smallest and largest": "{} x {}, {} x {}".format(*sizes[0], *sizes[-1]),
-        "median": f"{quantile(pixels, 0.5) / 1e6:.3g} megapixels",
+        "median": f"{median_low(pixels.elements()) / 1e6:.3g} megapixels",
         "most common sizes": "; ".join(f"{w} x {h}: {_some(images.sizes[w, h], images.images)}" for w, h in common),
     }
 

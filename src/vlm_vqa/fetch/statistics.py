@@ -26,8 +26,6 @@ class QuestionStatistics:
     """Words of the main answer."""
     agreement: Counter[int] = field(default_factory=Counter)
     """How many of the humans gave the answer that most of them gave."""
-    unanimous: int = 0
-    """Questions whose humans all gave one answer."""
     humans: Counter[int] = field(default_factory=Counter)
     """Questions by the number of their answers."""
     distinct_answers: Counter[int] = field(default_factory=Counter)
@@ -62,7 +60,6 @@ class QuestionStatistics:
         longest = max(len(answer.encode()) for answer in (*humans, row["multiple_choice_answer"]))
         self.longest = max(self.longest, len(row["question"].encode()) + longest)
         self.agreement[max(humans.values())] += 1
-        self.unanimous += len(humans) == 1
         self.humans[len(row["answers"])] += 1
         self.distinct_answers[len(humans)] += 1
         self.confidences.update(row["answer_confidences"])
@@ -80,10 +77,6 @@ class QuestionStatistics:
     def questions_of_image(self) -> Counter[int]:
         """How many questions an image has; counts images."""
         return Counter(self.of_image.values())
-
-    def finish(self) -> None:
-        """Free what only the counting needed."""
-        self.asked.clear()
 
     def examples(self) -> list[_Row]:
         """Return a few rows on different images, of all answer types in turn: a draw that is the same in every run."""
@@ -138,16 +131,11 @@ class ImageStatistics:
             self.pictures[row["image_id"]] = row["image"]["bytes"]
 
 
-def quantile(counts: Counter[int], share: float) -> int:
-    """Return the smallest value that at least `share` of all counted things do not exceed."""
-    target, passed = share * counts.total(), 0
-    for value in sorted(counts):
-        passed += counts[value]
-        if passed >= target:
-            break
-    return value
+def total(counts: Counter[int]) -> int:
+    """Return the sum of the counted values."""
+    return sum(value * count for value, count in counts.items())
 
 
 def mean(counts: Counter[int]) -> float:
     """Return the mean of the counted values."""
-    return sum(value * count for value, count in counts.items()) / counts.total()
+    return total(counts) / counts.total()

@@ -13,7 +13,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -28,7 +28,7 @@ from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_with_changes
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import Row, Source, Split, ViolationKind, Violations
+from vlm_vqa.fetch.contract import ReadAgain, Row, Source, Split, ViolationKind, Violations
 from vlm_vqa.fetch.data_report import ALIKE_SHOWN, render_report
 from vlm_vqa.fetch.lookalikes import Look, Lookalikes, look
 from vlm_vqa.fetch.sources import open_source
@@ -127,7 +127,8 @@ class _Texts:
     statistics: QuestionStatistics = field(default_factory=QuestionStatistics)
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def add(self, found: Row) -> None:
+    def add(self, found: Row) -> dict[str, Any]:
+        """Take notice of a question, and return its record."""
         row = found.record
         self.images[row["image_id"]] = found.image_name
         self.question_ids.add(row["question_id"])
@@ -135,6 +136,7 @@ class _Texts:
         # A column that came later counts only where it says something: the hash of data that lack it is as ever.
         said = {key: value for key, value in row.items() if value is not None}
         self.digest.update(json.dumps(said, sort_keys=True).encode() + b"\n")
+        return row
 
     def summary(self, violations: Violations) -> dict[str, Any]:
         """Return the split's entry in the manifest."""
@@ -178,8 +180,7 @@ def _read(
     source: Source, data: DataParams, part: Path, most_images: int | None = None, keep: bool = True
 ) -> Inspection:
     """Check everything, and write it into `part`, images only where they are to be kept."""
-    violations = Violations(data)
-    texts = [_store_questions(paths, part, violations) for paths in source.splits]
+    texts, violations = _store_texts(source, data, part)
     wanted = {row["image_id"] for text in texts for row in text.statistics.examples()}
     seen = ImageStatistics(Lookalikes([text.images for text in texts]), wanted)
     with ExitStack() as stack:
@@ -193,24 +194,26 @@ def _read(
     return Inspection(violations, texts, seen, len(images), images_digest)
 
 
+def _store_texts(source: Source, data: DataParams, part: Path) -> tuple[list[_Texts], Violations]:
+    """Write the questions of both splits; return what they are about, and what is wrong with them."""
+    while True:
+        violations = Violations(data)
+        with suppress(ReadAgain):
+            return [_store_questions(split, part, violations) for split in source.splits], violations
+
+
 def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts:
     """Write a split's questions, in their file's order, and return what they are about."""
     texts, violations.split = _Texts(split), split.split
     schema = records.QUESTION_FEATURES.arrow_schema
     with (
-        tqdm(_noted(split.rows(violations), texts), f"{split.split} questions", unit="question") as progress,
+        tqdm(map(texts.add, split.rows(violations)), f"{split.split} questions", unit="question") as progress,
         pq.ParquetWriter(part / records.questions_file(split.split), schema, compression="zstd") as writer,
     ):
         for group in _groups(progress, _QUESTIONS_PER_GROUP):
             writer.write_table(pa.Table.from_pylist(group, schema))
     violations.settle(texts.statistics.questions)
     return texts
-
-
-def _noted(rows: Iterable[Row], texts: _Texts) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        texts.add(row)
-        yield row.record
 
 
 def _without_bad_images(text: _Texts, seen: ImageStatistics, part: Path, violations: Violations) -> _Texts:
@@ -252,7 +255,6 @@ def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) 
             log.warning("%s: %d main answers that nobody gave, such as %s", text.paths.name, len(unsaid), unsaid[0])
         if dropped := violations.dropped_records(text.paths.split):
             log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
-        text.statistics.finish()
     if first.asked_in_both:
         log.warning("%d questions stand in both splits, about the same picture", first.asked_in_both)
 
@@ -260,8 +262,8 @@ def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) 
 def _check_overlap(texts: list[_Texts], conflicts: set[int], violations: Violations) -> None:
     """Note what stands in more than one split, but for ids whose images are found to differ."""
     first, second = texts
-    names = f"{first.paths.name} and {second.paths.name}"
-    for image_id in sorted(first.images.keys() & second.images.keys() - conflicts):
+    names, images = f"{first.paths.name} and {second.paths.name}", first.images.keys() & second.images.keys()
+    for image_id in sorted(images - conflicts):
         violations.add(ViolationKind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
     for question_id in sorted(first.question_ids & second.question_ids):
         violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
@@ -433,20 +435,11 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
         except (UserError, OSError) as error:
             problems.append((ViolationKind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
         else:
-            rows.append(_image_row(image_id, found.path.rpartition("/")[2], data, image.size))
+            name, (width, height) = found.path.rpartition("/")[2], image.size
+            row = {"image_id": image_id, "file_name": name, "width": width, "height": height}
+            rows.append(row | {"sha256": sha256_bytes(data), "image": {"bytes": data, "path": name}})
             seen.append((changes, look(image)))
     if len({row["sha256"] for row in rows}) > 1:
         named = " and ".join(place.files.find(place.name).where for place in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
     return _Checked(rows[0], problems, *seen[0]) if rows and not problems else _Checked({}, problems)
-
-
-def _image_row(image_id: int, name: str, data: bytes, size: tuple[int, int]) -> dict[str, Any]:
-    return {
-        "image_id": image_id,
-        "file_name": name,
-        "width": size[0],
-        "height": size[1],
-        "sha256": sha256_bytes(data),
-        "image": {"bytes": data, "path": name},
-    }

@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Source, Split
 from vlm_vqa.fetch.sources.spill import Spill
-from vlm_vqa.fetch.sources.table import Tables, image_column, read_parquet
+from vlm_vqa.fetch.sources.table import Tables, spill_parquet
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.hf_hub import Repository, translate_errors
 from vlm_vqa.params import Columns, HubParams, HubTable
@@ -59,7 +58,7 @@ def hub_source(hub: HubParams, table: HubTable | None, folder: Path) -> Generato
         with translate_errors(repository):
             found[split] = _persistently(repository.name, look)
     columns = table.columns if table and table.columns else Columns()
-    names = {split: files.names for split, files in found.items()}
+    names = {split: list(files) for split, files in found.items()}
     place = folder / hash_json([dataclasses.asdict(hub), names, columns.image])[:16]
     with tqdm(desc="questions from the hub", unit="question") as progress:
         spill = Spill(place, progress)
@@ -73,17 +72,16 @@ def hub_source(hub: HubParams, table: HubTable | None, folder: Path) -> Generato
     shutil.rmtree(place)
 
 
-def _spill_split(repository: Repository, found: "_Found", folder: Path, columns: Columns, spill: Spill) -> None:
+def _spill_split(repository: Repository, files: dict[str, str], folder: Path, columns: Columns, spill: Spill) -> None:
     """Write one split's parts into `folder`, or complete what an earlier run has left there."""
 
     def write(file: str, part: Path) -> None:
         try:
-            rows = read_parquet(file)
-            spill.write(rows, image_column(rows, str(repository), columns), part, str(repository))
+            spill_parquet(spill, file, columns, part, str(repository))
         except pa.ArrowInvalid as error:
             raise UserError(f"{repository}: {file} is no intact Parquet file ({error}).") from error
 
-    for index, file in enumerate(found.files):
+    for index, file in enumerate(files.values()):
         part = folder / f"part-{index:05d}"
         if part.is_dir():
             spill.skip(part)
@@ -97,7 +95,9 @@ def _persistently(what: str, work: Callable[[], T]) -> T:
         try:
             return work()
         except (HTTPError, ConnectionError, TimeoutError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500 and not _busy(error):
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+            # 408 and 429 say that the hub is busy.
+            if status < 500 and status not in (408, 429):
                 raise
             # Not the error's text: it may hold the signed address of a file in storage.
             log.warning("%s: %s; trying again in %d s", what, type(error).__name__, seconds)
@@ -105,25 +105,12 @@ def _persistently(what: str, work: Callable[[], T]) -> T:
     return work()
 
 
-def _busy(error: HfHubHTTPError) -> bool:
-    return error.response.status_code in (408, 429)
-
-
 # --- what is there ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The Parquet files of a split."""
-
-    files: list[str]
-    """As `datasets` opens them: an address on the hub, or a path."""
-    names: list[str]
-    """As the repository calls them."""
-
-
-def _find_files(repository: Repository, split: str, split_key: str) -> _Found:
-    """Return a split's files, as the repository's card or their names say.
+def _find_files(repository: Repository, split: str, split_key: str) -> dict[str, str]:
+    """Return a split's Parquet files, as the repository's card or their names say: by the name that the repository gives
+    them the address or path that `datasets` opens.
 
     `datasets.load_dataset(name)` does the same, but the pinned `datasets` calls huggingface_hub in a way that the pinned
     huggingface_hub refuses. Given the files, its Parquet reader does its work, and no loading script has a part in it.
@@ -147,8 +134,7 @@ def _find_files(repository: Repository, split: str, split_key: str) -> _Found:
         files = DataFilesList([], [])
     if not files:
         raise UserError(f"{repository} has no Parquet files of split {split!r}; only such are read.")
-    relative = [file.removeprefix(base).lstrip("/") for file in files]
-    return _Found(list(files), relative)
+    return {file.removeprefix(base).lstrip("/"): file for file in files}
 
 
 def newest(name: str) -> tuple[str, list[str]]:

@@ -9,15 +9,15 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import ImageNames, Source, Split
+from vlm_vqa.fetch.contract import Source, Split
 from vlm_vqa.fetch.sources import download
 from vlm_vqa.fetch.sources.download import Download
-from vlm_vqa.fetch.sources.official_layout import SplitPaths, official_split
+from vlm_vqa.fetch.sources.official_layout import official_paths, official_split
 from vlm_vqa.fetch.sources.zip_archive import files, open_zip, shown
 from vlm_vqa.params import OfficialParams
 
@@ -134,13 +134,12 @@ def _check_entries(path: Path, archive: _Archive) -> None:
 def _splits(folder: Path) -> tuple[Split, ...]:
     return tuple(
         official_split(
-            SplitPaths(
-                split,
-                folder / _texts("Questions", split),
-                folder / _texts("Annotations", split),
-                [folder / f"{split}2014.zip"],
-                ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
+            replace(
+                paths,
+                questions=folder / _texts("Questions", paths.split),
+                annotations=folder / _texts("Annotations", paths.split),
+                images=[folder / f"{paths.split}2014.zip"],
             )
         )
-        for split in SPLITS
+        for paths in official_paths(folder)
     )

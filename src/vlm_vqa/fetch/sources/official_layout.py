@@ -6,30 +6,29 @@ import json
 import logging
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import (
-    Annotation,
-    Entries,
+    LARGEST_ID,
     ImageNames,
     MalformedRecord,
-    Question,
     Row,
     Source,
     Split,
     ViolationKind,
     Violations,
     answered,
-    pair,
-    parse_annotation,
-    parse_question,
+    as_question,
+    is_text,
+    read_answers,
 )
 from vlm_vqa.fetch.recognise import refusal
 from vlm_vqa.fetch.sources.image_files import DAMAGE, ENCRYPTED
@@ -42,6 +41,9 @@ log = logging.getLogger(__name__)
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
 _COCO = ("train2014", "val2014")
+_IDS = {"question_id", "image_id"}
+_FOREIGN = {"questions": {"direct_answers", "answers", "answer"}, "annotations": {"question", "direct_answers"}}
+"""What no entry of a bare list has."""
 READ_ERRORS = (OSError, RecursionError, *DAMAGE)
 """What reading a file of texts raises: JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError."""
 
@@ -66,19 +68,21 @@ def directory_source(data: DataParams) -> Source:
     Raises:
         UserError: there is no such folder.
     """
-    folder = Path(data.directory)
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"data.directory is {data.directory!r}, which is no folder. Put the VQAv2 files there as "
-            "data/vqav2/README.md says, or set data.source: easy-vqa."
-        )
-    splits = []
+    folder, splits = folder_of(data), []
     for split in SPLITS:
         files = getattr(data, split)
         texts = (folder / files.questions, folder / files.annotations)
         images, others = (places(folder, one.images) for one in (files, data.val if split == "train" else data.train))
         splits.append(official_split(SplitPaths(split, *texts, images, ImageNames(files.image_name), others)))
     return Source("directory", {}, tuple(splits))
+
+
+def folder_of(data: DataParams) -> Path:
+    """Return the folder that `data.directory` names, or raise `UserError`."""
+    if not os.path.isdir(data.directory):
+        what = f"data.directory is {data.directory!r}, which is no folder. Put the data there (VQAv2's as"
+        raise UserError(f"{what} data/vqav2/README.md says), or set data.source: easy-vqa.")
+    return Path(data.directory)
 
 
 def places(folder: Path, names: str | Sequence[str]) -> list[Path]:
@@ -94,37 +98,25 @@ def official_split(paths: SplitPaths) -> Split:
 
 def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
     """Yield the pairs of question and annotation whose image has a file name."""
-    questions = read_questions(paths.questions, violations)
-    annotations = read_annotations(paths.annotations, violations)
+    questions = _read_entries(paths.questions, "questions", violations)
+    annotations = _read_entries(paths.annotations, "annotations", violations)
     if questions is None or annotations is None:
         return
-    misfits: set[int] = set()
-    for question, annotation in pair(questions, annotations, violations):
-        where = f"{paths.questions}: question_id {question.question_id}"
-        name = paths.names.name(question.image_id)
-        if name and question.coco_split in _COCO:
-            own, name = name, re.sub("|".join(_COCO), question.coco_split, name)
+    for (question_id, image_id, (question, part)), answers in _pair(questions, annotations, violations):
+        where = f"{paths.questions}: question_id {question_id}"
+        name = paths.names.name(image_id)
+        if name and part in _COCO:
+            own, name = name, re.sub("|".join(_COCO), part, name)
             if name != own:
                 paths.images.extend(place for place in paths.others if place not in paths.images)
         try:
-            if name is not None:
-                yield Row(where, name, _record(question, annotation))
-            elif question.image_id not in misfits or violations.drops:
-                misfits.add(question.image_id)
-                long = f"{where} has image_id {question.image_id}, too long for {paths.names.pattern}"
-                violations.add(ViolationKind.IMAGE_ID, long)
+            if name is None:
+                long = f"image_id {image_id} is too long for {paths.names.pattern}"
+                raise MalformedRecord(ViolationKind.IMAGE_ID, long)
+            record = {"question_id": question_id, "image_id": image_id, "question": question}
+            yield Row(where, name, record | answered(question, *answers))
         except MalformedRecord as error:
             violations.add(error.kind, f"{where}: {error}")
-
-
-def _record(question: Question, annotation: Annotation) -> dict[str, Any]:
-    given = (annotation.answers, annotation.answer_confidences)
-    return {
-        "question_id": question.question_id,
-        "image_id": question.image_id,
-        "question": question.question,
-        **answered(question.question, given, annotation.kinds, annotation.multiple_choice_answer),
-    }
 
 
 def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
@@ -141,25 +133,35 @@ def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
     )
 
 
-def read_questions(path: Path, violations: Violations) -> Entries | None:
-    """Read a questions file, JSON, gzipped JSON or in a zip of its own; None, and a violation, where it is not one."""
-    return _read_entries(path, "questions", Question, parse_question, violations)
+class _Entry(NamedTuple):
+    """What is kept of a well-formed entry."""
+
+    question_id: int
+    image_id: int
+    content: Any
+    """Of a question: its text, and VQA-CP's part of COCO that has the image. Of an annotation: what `answered` takes."""
 
 
-def read_annotations(path: Path, violations: Violations) -> Entries | None:
-    """Read an annotations file, JSON, gzipped JSON or in a zip of its own; None, and a violation, where it is not one."""
-    return _read_entries(path, "annotations", Annotation, parse_annotation, violations)
+class _Entries(NamedTuple):
+    """What a questions or annotations file holds."""
+
+    name: str
+    """The file's name, for messages."""
+    good: list[_Entry]
+    """In file order."""
+    reported: set[int]
+    """Question ids of malformed entries: they are violations already, and their counterparts are no further ones."""
+    unnamed: int
+    """Malformed entries whose question id is not known: as many counterparts are no further violations."""
 
 
-def _read_entries(
-    path: Path, key: str, kind: type, parse: Callable[[Any], Any], violations: Violations
-) -> Entries | None:
+def _read_entries(path: Path, key: str, violations: Violations) -> _Entries | None:
+    """Read a questions or annotations file; None, and a violation, where it is none."""
+
     def compact(entry: dict[str, Any]) -> Any:
         # Entries shrink while the file is parsed: VQAv2's annotations as plain dicts would take 3 GB.
-        if "question_id" not in entry:
-            return entry
         try:
-            return parse(entry)
+            return _parse(entry, key) if "question_id" in entry else entry
         except MalformedRecord:
             return entry
 
@@ -168,28 +170,104 @@ def _read_entries(
         return None
     entries = content.get(key) if isinstance(content, dict) else content
     # VQA-CP's files are the bare lists; other data sets' are lists of both at once.
-    foreign = isinstance(content, list) and content and not _is_official(content[0], key)
-    if not isinstance(entries, list) or foreign:
+    first = content[0] if isinstance(content, list) and content else None
+    both = isinstance(first, dict) and (not _IDS <= first.keys() or _FOREIGN[key] & first.keys())
+    if not isinstance(entries, list) or both:
         violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {refusal(path) or f'without a list {key!r}'}")
         return None
     if not entries:
         violations.add(ViolationKind.EMPTY_FILE, f"{path}: the list {key!r} is empty")
         return None
-    return _sort_out(path, entries, kind, parse, violations)
+    good: list[_Entry] = []
+    reported: set[int] = set()
+    unnamed = 0
+    for row, entry in enumerate(entries):
+        try:
+            good.append(entry if isinstance(entry, _Entry) else _parse(entry, key))
+        except MalformedRecord as error:
+            question_id = entry.get("question_id") if isinstance(entry, dict) else None
+            if str(question_id).isdecimal() and len(str(question_id)) < 20:
+                reported.add(int(str(question_id)))
+            else:
+                unnamed += 1
+            violations.add(error.kind, f"{path}: entry {row} (question_id {question_id!s:.60}): {error}")
+    return _Entries(str(path), good, reported, unnamed)
 
 
-def _is_official(entry: Any, key: str) -> bool:
-    """Tell an entry of a bare list of questions, or of annotations, from one that holds both."""
-    known = {"question_id", "image_id"} | ({"question"} if key == "questions" else set())
-    both = {"question", "direct_answers", "answers", "answer"} - (
-        {"question"} if key == "questions" else {"answers", "answer"}
-    )
-    return (
-        isinstance(entry, Question | Annotation)
-        or isinstance(entry, dict)
-        and known <= entry.keys()
-        and not both & entry.keys()
-    )
+def _parse(entry: Any, key: str) -> _Entry:
+    """Turn a JSON object of the list `key` into an entry, or raise `MalformedRecord`."""
+    asked = key == "questions"
+    kind = ViolationKind.BAD_QUESTION if asked else ViolationKind.BAD_ANNOTATION
+    if not isinstance(entry, dict):
+        raise MalformedRecord(kind, f"{entry!r:.60} is not an object")
+    wanted = ("question_id", "image_id", "question") if asked else ("question_id", "image_id")
+    if missing := [name for name in wanted if name not in entry]:
+        raise MalformedRecord(kind, f"without {', '.join(missing)}")
+    for name in wanted[:2]:
+        # bool is a subclass of int.
+        if type(entry[name]) is not int or not 0 <= entry[name] <= LARGEST_ID:
+            raise MalformedRecord(kind, f"{name} is {entry[name]!r:.60}, not a whole number from 0 up")
+    content = _question(entry) if asked else _answers(entry)
+    return _Entry(entry["question_id"], entry["image_id"], content)
+
+
+def _question(entry: dict[str, Any]) -> tuple[str, str]:
+    part = entry.get("coco_split")
+    return as_question(entry["question"]), sys.intern(part) if isinstance(part, str) else ""
+
+
+def _answers(entry: dict[str, Any]) -> tuple[Any, ...]:
+    *kinds, main = (_optional(entry, key) for key in ("question_type", "answer_type", "multiple_choice_answer"))
+    key = "answers" if "answers" in entry or "answer" not in entry else "answer"
+    # One answer may stand alone, under either name.
+    items = [entry[key]] if isinstance(entry.get(key), str) else entry.get(key)
+    if not isinstance(items, list):
+        what = f"{key} is {items!r:.60}, not a list" if key in entry else f"without {key}"
+        raise MalformedRecord(ViolationKind.BAD_ANNOTATION, what)
+    return read_answers(items, _text), kinds, main
+
+
+def _text(value: Any, what: str) -> str:
+    if value is None and what == "answer_confidence":
+        return ""
+    if not is_text(value):
+        raise MalformedRecord(ViolationKind.BAD_ANNOTATION, f"{what} is {value!r:.60}, not text")
+    return value
+
+
+def _optional(entry: dict[str, Any], key: str) -> str:
+    """Return a text that need not be given; blank is as good as none."""
+    value = entry.get(key)
+    return "" if value is None or not _text(value, key).strip() else sys.intern(value)
+
+
+def _pair(questions: _Entries, annotations: _Entries, violations: Violations) -> Iterator[tuple[_Entry, Any]]:
+    """Yield each question with its answers, in the order of `questions`; what does not pair is a violation."""
+    by_question: dict[int, _Entry] = {}
+    for annotation in annotations.good:
+        if annotation.question_id in by_question:
+            twice = f"{annotations.name}: question_id {annotation.question_id}"
+            violations.add(ViolationKind.DUPLICATE_ANNOTATION, twice)
+        by_question[annotation.question_id] = annotation
+    # A dict, for it keeps the order.
+    seen: dict[int, None] = {}
+    for question in questions.good:
+        where = f"{questions.name}: question_id {question.question_id}"
+        annotation = by_question.get(question.question_id)
+        if question.question_id in seen:
+            violations.add(ViolationKind.DUPLICATE_QUESTION, where)
+        elif annotation is not None and annotation.image_id != question.image_id:
+            there = f"{annotation.image_id} in {annotations.name}"
+            violations.add(ViolationKind.IMAGE_MISMATCH, f"{where} has image_id {question.image_id}, but {there}")
+        elif annotation is not None:
+            yield question, annotation.content
+        seen[question.question_id] = None
+    for kind, ids, here, there in (
+        (ViolationKind.NO_ANNOTATION, (one for one in seen if one not in by_question), questions, annotations),
+        (ViolationKind.NO_QUESTION, (one for one in by_question if one not in seen), annotations, questions),
+    ):
+        for question_id in [one for one in ids if one not in there.reported][there.unnamed :]:
+            violations.add(kind, f"{here.name}: question_id {question_id} is not in {there.name}")
 
 
 def read_json(path: Path, violations: Violations, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
@@ -218,6 +296,8 @@ def unreadable(path: Path, error: Exception) -> tuple[ViolationKind, str]:
         wide = start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start
         what = "is UTF-16; save it as UTF-8" if wide else f"is not UTF-8 ({error.reason} at byte {error.start})"
         return ViolationKind.ENCODING, f"{path}: {what}"
+    if isinstance(error, OSError) and error.errno:
+        return ViolationKind.CLOSED_FILE, f"{path}: {error.strerror}"
     if (what := refusal(path)) is not None:
         return ViolationKind.FOREIGN_FILE, f"{path}: {what}"
     if isinstance(error, json.JSONDecodeError) and len(error.doc) > 4:
@@ -252,26 +332,3 @@ def open_bytes(path: Path) -> Generator[IO[bytes] | gzip.GzipFile]:
         # No more than the declared size is ever unpacked.
         with archive.open(members[0]) as file:
             yield file
-
-
-def _sort_out(
-    path: Path, entries: list[Any], kind: type, parse: Callable[[Any], Any], violations: Violations
-) -> Entries:
-    """Part well-formed entries from malformed ones."""
-    good: list[Any] = []
-    reported: set[int] = set()
-    unnamed = 0
-    for row, entry in enumerate(entries):
-        if isinstance(entry, kind):
-            good.append(entry)
-            continue
-        try:
-            good.append(parse(entry))
-        except MalformedRecord as error:
-            question_id = entry.get("question_id") if isinstance(entry, dict) else None
-            if str(question_id).isdecimal() and len(str(question_id)) < 20:
-                reported.add(int(str(question_id)))
-            else:
-                unnamed += 1
-            violations.add(error.kind, f"{path}: entry {row} (question_id {question_id}): {error}")
-    return Entries(str(path), good, reported, unnamed)

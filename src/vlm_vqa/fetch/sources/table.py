@@ -1,8 +1,8 @@
 """Source `table`: questions in csv, tsv, JSON lines, JSON or Parquet, each row with its picture's name and its answers.
 
-A table is read twice, row by row: once for what must be known of all rows (which ids are whole numbers, which pictures there
-are), once for the records. Texts are read by Python's own csv and json, for other readers take `NA` for nothing, `01` for a
-number and `2020-01-02` for a date; Parquet by `datasets`.
+A table is read row by row: anew from the first id that is no whole number, and once more where a share of its pictures is
+drawn. Texts are read by Python's own csv and json, for other readers take `NA` for nothing, `01` for a number and
+`2020-01-02` for a date; Parquet by `datasets`.
 """
 
 import ast
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,28 +33,34 @@ from vlm_vqa.fetch.contract import (
     LARGEST_ID,
     ImageNames,
     MalformedRecord,
+    ReadAgain,
     Row,
     Source,
     Split,
     ViolationKind,
     Violations,
     answered,
+    as_question,
     is_text,
+    read_answers,
 )
 from vlm_vqa.fetch.recognise import USUAL, refusal
 from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
-from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, open_bytes, places, read_json, unreadable
+from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, folder_of, open_bytes, places, read_json, unreadable
 from vlm_vqa.fetch.sources.spill import Spill
 from vlm_vqa.files import MOST_BYTES, check_regular
 from vlm_vqa.hashing import sha256_bytes
 from vlm_vqa.params import Columns, DataParams, TableParams
 
+_TEXTS = ("image", "question_id", "image_id", "question_type", "answer_type", "main_answer")
+_ROLES = ("question", "answers", *_TEXTS)
 _FIRST = ("question_id", "image_id")
 """Where several names are there, the first one holds."""
 _LOOK = 100
 """Rows of JSON that are asked for the names of their columns."""
-ROWS_AT_ONCE = 100
-"""Rows of Parquet that are decoded together: with their images, some 20 MB."""
+_PARQUET = {"path": "parquet", "batch_size": 100}
+"""Rows that are decoded together are, with their images, some 20 MB."""
+_WHOLE = re.compile("0|[1-9][0-9]{,18}")
 _Raw = dict[str, Any] | MalformedRecord
 
 
@@ -63,13 +70,9 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     Raises:
         UserError: `data.directory` is no folder.
     """
-    table, folder = data.table, Path(data.directory)
+    table, folder = data.table, folder_of(data)
     assert isinstance(table, TableParams), "load_params asks for it"
-    if not folder.is_dir():
-        raise UserError(
-            f"data.directory is {data.directory!r}, which is no folder. Name the one that holds the tables."
-        )
-    files = {split: folder / name for split, name in zip(SPLITS, (table.train, table.val), strict=True) if name}
+    files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
     columns, names = table.columns or Columns(), ImageNames(table.image_name) if table.image_name else None
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
     images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
@@ -80,8 +83,7 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     called = {split: str(file) for split, file in files.items()}
     reader = Tables(read, columns, called, names, table.val_share, table.val_seed, images["train"], apart)
     splits = []
-    for split in SPLITS:
-        file = files.get(split, files["train"])
+    for split, file in files.items():
         inputs = {path.name if file.is_dir() else "table": path for path in parts_of(file) if path.is_file()}
         splits.append(Split(split, str(file), images[split], functools.partial(reader.rows, split), inputs))
     origin = {} if table.val_share is None else {"val_share": table.val_share, "val_seed": table.val_seed}
@@ -90,18 +92,17 @@ def table_source(data: DataParams, spilled: Path) -> Source:
 
 def _spilled(files: dict[str, Path], columns: Columns, folder: Path) -> dict[str, Path]:
     """Return tables without the bytes of pictures that stand in them, or the tables as they are if there are none."""
-    parts = {split: parts_of(file) for split, file in files.items()}
+    # One file may be for both splits.
+    parts = {file: parts_of(file) for file in files.values()}
     if not all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
         return files
+    places = {file: folder / str(number) for number, file in enumerate(parts)}
     with tqdm(desc="pictures in the table", unit="question") as progress:
         spill = Spill(folder, progress)
-        for split, paths in parts.items():
+        for file, paths in parts.items():
             for index, path in enumerate(paths):
-                rows = read_parquet(str(path), path.suffix[1:])
-                spill.write(
-                    rows, image_column(rows, str(path), columns), folder / split / f"part-{index:05d}", str(path)
-                )
-    return {split: folder / split for split in files}
+                spill_parquet(spill, str(path), columns, places[file] / f"part-{index:05d}", str(path))
+    return {split: places[file] for split, file in files.items()}
 
 
 def _holds_pictures(path: Path) -> bool:
@@ -109,24 +110,22 @@ def _holds_pictures(path: Path) -> bool:
     with contextlib.suppress(OSError, pa.ArrowException, DatasetsError):
         if path.suffix in (".parquet", ".arrow"):
             check_regular(path, sys.maxsize)
-            row = next(iter(read_parquet(str(path), path.suffix[1:])), {})
-            return any(
-                isinstance(value.get("bytes") if isinstance(value, dict) else value, bytes) for value in row.values()
-            )
+            cells = next(iter(read_parquet(str(path))), {}).values()
+            return any(isinstance(cell.get("bytes") if isinstance(cell, dict) else cell, bytes) for cell in cells)
     return False
 
 
-def image_column(rows: datasets.IterableDataset, where: str, columns: Columns) -> str:
-    """Return the column of a table that holds pictures.
+def spill_parquet(spill: Spill, file: str, columns: Columns, part: Path, where: str) -> None:
+    """Write a Parquet file or address whose rows hold pictures as a part.
 
     Raises:
-        UserError: it cannot be told, or another column that is wanted cannot.
+        UserError: a column that is wanted cannot be told.
     """
-    violations, there = Violations(), list(rows.features or {})
-    found = find_columns(where, there, columns, violations)
+    rows, violations = read_parquet(file), Violations()
+    found = find_columns(where, list(rows.features or {}), columns, violations)
     violations.raise_if_any()
     assert found is not None, "or else there is a violation"
-    return found["image"]
+    spill.write(rows, found["image"], part, where)
 
 
 @dataclass
@@ -134,10 +133,10 @@ class Tables:
     """Both splits of a table, and what is known of all their rows."""
 
     files: Mapping[str, Path]
-    """By split; without val where a share of train's images is val."""
+    """By split; one for both where a share of train's images is val."""
     columns: Columns
-    called: Mapping[str, str] = field(default_factory=dict)
-    """What messages call them, if it is not their paths."""
+    called: Mapping[str, str]
+    """What messages call them."""
     names: ImageNames | None = None
     val_share: float | None = None
     val_seed: int = 0
@@ -148,23 +147,29 @@ class Tables:
     _whole: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_FIRST, True))
     """Whether all ids are whole numbers as they stand."""
     _val_images: set[str] | None = None
+    _few: str = ""
+    """What is wrong where there are too few images for a share."""
     _questions: dict[int, str] = field(default_factory=dict)
     """The split of each question id."""
     _places: dict[int, tuple[str, str]] = field(default_factory=dict)
     """The first split and the picture of each image id."""
-    _scanned: bool = False
 
     def rows(self, split: str, violations: Violations) -> Iterator[Row]:
-        """Yield a split's questions; both splits are read before the first."""
-        if not self._scanned:
-            self._scanned = True
-            self._scan(violations)
+        """Yield a split's questions, train's before val's.
+
+        Raises:
+            ReadAgain: an id is no whole number, the first such one.
+        """
+        if self.val_share is not None and self._val_images is None:
+            self._draw(self.val_share)
+        if self._few and split == "train":
+            violations.add(ViolationKind.FEW_IMAGES, self._few)
         found = self._open(split, violations)
         if found is None:
             return
         columns, rows = found
         for number, row in enumerate(rows, 1):
-            where = f"{self._called(split)}: row {number}"
+            where = f"{self.called[split]}: row {number}"
             try:
                 if isinstance(row, MalformedRecord):
                     raise row
@@ -175,15 +180,10 @@ class Tables:
                 if isinstance(row, dict) or self._val_images is None or split == "train":
                     violations.add(error.kind, f"{where}: {error}")
 
-    def _called(self, split: str) -> str:
-        """Return what messages call a split's table."""
-        split = split if split in self.files else "train"
-        return self.called.get(split, str(self.files[split]))
-
     def _open(self, split: str, violations: Violations) -> tuple[dict[str, str], Iterator[_Raw]] | None:
         """Return a table's columns by what they hold, and its rows; None, and a violation, where it is no table."""
-        before, file = violations.count.total(), self.files.get(split, self.files["train"])
-        rows, called = read_rows(file, violations), self._called(split)
+        before, file, called = len(violations), self.files[split], self.called[split]
+        rows = read_rows(file, violations)
         first = list(islice(rows, _LOOK))
         there = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row)
         if first and not there:
@@ -191,49 +191,40 @@ class Tables:
         elif there:
             columns = find_columns(called, list(there), self.columns, violations)
             return None if columns is None else (columns, chain(first, rows))
-        elif violations.count.total() == before:
+        elif len(violations) == before:
             violations.add(ViolationKind.EMPTY_FILE, f"{called}: no rows")
         return None
 
-    def _scan(self, violations: Violations) -> None:
-        """Learn what must be known of all rows. What is wrong with a file is said when its records are read."""
-        images: dict[str, str] = {}
-        for split in self.files:
-            columns, rows = self._open(split, Violations()) or ({}, ())
-            for row in rows:
-                if self.val_share is None and not any(self._whole.values()):
-                    break
-                if isinstance(row, MalformedRecord):
-                    continue
-                image = self._image(row, columns)
-                self._whole["image_id"] &= _whole(image) is not None
-                self._whole["question_id"] &= _whole(row.get(columns.get("question_id"))) is not None
-                if self.val_share is not None and image:
-                    images[image] = self._image(row, {"image": columns["image"]})
-        if self.val_share is not None:
-            self._draw_val(images, self.val_share, violations)
+    def _draw(self, share: float) -> None:
+        """Draw val's pictures: equal files go to one split, under whatever names.
 
-    def _draw_val(self, images: Mapping[str, str], share: float, violations: Violations) -> None:
-        """Draw the pictures of val. Of equal files all go to one split, whatever they are called: one photo, two names."""
+        What is wrong with the file, or with a picture, is said when its records are read.
+        """
+        columns, rows = self._open("train", Violations()) or ({}, ())
+        images = {
+            self._image(row, columns): self._image(row, {"image": columns["image"]})
+            for row in rows
+            if isinstance(row, dict)
+        }
+        images.pop("", None)
         equal: dict[str, list[str]] = {}
         with contextlib.ExitStack() as stack:
             files = None
-            # What cannot be read is for the records to refuse; it stands for itself.
             with contextlib.suppress(UserError, OSError, zipfile.BadZipFile):
                 files = ImageFiles(self.places)
                 stack.callback(files.close)
             for image, name in tqdm(images.items(), "pictures to share out", unit="picture"):
                 name = self.names.name(int(name)) if self.names and name.isdecimal() else name
+                # What cannot be read stands for itself.
                 content = image
                 with contextlib.suppress(MissingImage, UserError, OSError):
                     content = sha256_bytes(files.read(name or image, MOST_BYTES)) if files else image
                 equal.setdefault(content, []).append(image)
         count = max(2, round(share * len(equal)))
+        if 0 < len(equal) <= count:
+            self._few = f"{self.called['train']}: {len(equal)} images, of which {count} would be val"
         drawn = sorted(equal, key=lambda content: hashlib.sha256(f"{self.val_seed}:{content}".encode()).digest())
         self._val_images = {image for content in drawn[:count] for image in equal[content]}
-        if 0 < len(equal) <= count:
-            few = f"{self._called('train')}: {len(equal)} images, of which {count} would be val"
-            violations.add(ViolationKind.FEW_IMAGES, few)
 
     def _image(self, row: dict[str, Any], columns: dict[str, str]) -> str:
         """Return what tells a row's picture from others: its id, else its name; blank where it has none."""
@@ -243,46 +234,38 @@ class Tables:
 
     def _records(self, row: dict[str, Any], columns: dict[str, str], split: str, where: str) -> Iterator[Row]:
         """Yield the records of a row: one, or one for each turn of a conversation."""
-        values = dict.fromkeys(USUAL) | {role: row.get(column) for role, column in columns.items()}
-        image_id, original, name = self._picture(values, split)
-        talk = columns["question"] == columns["answers"]
-        pairs = _turns(values["question"]) if talk else [(values["question"], values["answers"])]
-        kinds = [_text(values[key], key).strip() for key in ("question_type", "answer_type")]
-        main = _text(values["main_answer"], "main_answer")
-        called = _text(values["question_id"], "question_id").strip()
-        for place, (question, answers) in enumerate(pairs):
-            text = _text(question, "question")
-            if not text.strip():
-                raise MalformedRecord(
-                    ViolationKind.BAD_QUESTION, f"question is {text!r:.60}, not text that says something"
-                )
-            answer = answered(text, read_answers(answers), kinds, main)
-            given = f"{called}#{place}" if called and place else called
+        question, answers, *others = [row.get(columns.get(role)) for role in _ROLES]
+        image, called, given, *kinds, main = map(_text, others, _TEXTS)
+        kinds = [kind.strip() for kind in kinds]
+        said = []
+        for asked, told in _turns(question) if columns["question"] == columns["answers"] else [(question, answers)]:
+            text = as_question(_text(asked, "question"))
+            said.append((text, answered(text, read_cell(told), kinds, main)))
+        image_id, original, name = self._picture(image.strip(), given.strip(), split)
+        for place, (text, record) in enumerate(said):
+            given = f"{called.strip()}#{place}" if place and called.strip() else called.strip()
             question_id, original_id = self._question_id(given, split, f"{image_id}\n{text}")
             ids = {"question_id": question_id, "image_id": image_id, "original_question_id": original_id}
-            yield Row(where, name, {**ids, "question": text, **answer, "original_image_id": original})
+            yield Row(where, name, {**ids, "question": text, **record, "original_image_id": original})
 
-    def _picture(self, values: dict[str, Any], split: str) -> tuple[int, str | None, str]:
+    def _picture(self, name: str, given: str, split: str) -> tuple[int, str | None, str]:
         """Return a picture's id, what the table calls it if it is called otherwise, and its file's name."""
-        kind = ViolationKind.BAD_ROW
-        name = _text(values["image"], "image").strip()
-        given = _text(values["image_id"], "image_id").strip() or name
         if not name:
-            raise MalformedRecord(kind, "names no picture")
+            raise MalformedRecord(ViolationKind.BAD_ROW, "names no picture")
+        given = given or name
         if self.names:
             made = self.names.name(int(name)) if name.isdecimal() else None
             if made is None:
                 raise MalformedRecord(ViolationKind.IMAGE_ID, f"image is {name!r:.60}, no id for {self.names.pattern}")
             name = made
-        image_id = _whole(given) if self._whole["image_id"] else None
+        image_id = self._id("image_id", given)
         image_id = made_id(given) if image_id is None else image_id
         place = f"{split}/{name}" if self.apart else name
         first, known = self._places.setdefault(image_id, (split, place))
         if known != place:
             if first == split:
-                raise MalformedRecord(
-                    ViolationKind.IMAGE_CONFLICT, f"image_id {given!r:.60} stands for {known!r:.60} before"
-                )
+                clash = f"image_id {given!r:.60} stands for {known!r:.60} before"
+                raise MalformedRecord(ViolationKind.IMAGE_CONFLICT, clash)
             # Each split numbers its own pictures.
             image_id = made_id(f"{split}/{given}")
             self._places[image_id] = (split, place)
@@ -293,7 +276,7 @@ class Tables:
 
         Without an id in the table it is made of what the question is `about`, and of its place among equal ones.
         """
-        whole = _whole(given) if self._whole["question_id"] else None
+        whole = self._id("question_id", given)
         made, place = made_id(given or about) if whole is None else whole, 0
         while (first := self._questions.get(made)) is not None:
             if given and first == split:
@@ -303,23 +286,22 @@ class Tables:
         self._questions[made] = split
         return made, None if not given or str(made) == given else given
 
+    def _id(self, kind: str, given: str) -> int | None:
+        """Return the whole number that an id is; None where not all ids of that kind are whole numbers."""
+        if not self._whole[kind]:
+            return None
+        if _WHOLE.fullmatch(given) and int(given) <= LARGEST_ID:
+            return int(given)
+        # In most tables with such ids it is the first.
+        self._whole[kind] = False
+        self._questions.clear()
+        self._places.clear()
+        raise ReadAgain
+
 
 def made_id(text: str) -> int:
     """Return an id for a text: the first 53 bits of its SHA-256, which every reader of JSON keeps."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) >> 3
-
-
-def _whole(value: Any) -> int | None:
-    """Return the whole number from 0 up that an id is, or writes in the one usual way."""
-    if (
-        isinstance(value, str)
-        and value.isascii()
-        and value.isdecimal()
-        and len(value) < 20
-        and str(int(value)) == value
-    ):
-        value = int(value)
-    return value if type(value) is int and 0 <= value <= LARGEST_ID else None
 
 
 def _text(value: Any, what: str) -> str:
@@ -347,38 +329,23 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def read_answers(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the answers of a cell, and how sure who gave them was, empty where it does not say so.
+def read_cell(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the answers of a cell, and how sure who gave them was, as `read_answers` does.
 
     One text or number; a list of such, or of objects with `answer`; an object of lists, as `datasets` may give the latter.
     """
     value = _listed(value)
     if isinstance(value, dict) and isinstance(value.get("answer"), list):
         value = [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
-    items = value if isinstance(value, list) else [value]
-    sure: list[Any] = []
-    if items and isinstance(items[0], dict):
-        sure = [item.get("answer_confidence") if isinstance(item, dict) else None for item in items]
-        items = [item.get("answer") if isinstance(item, dict) else item for item in items]
-    return _texts(items, "an answer"), _texts(sure, "answer_confidence") if any(sure) else ()
-
-
-def _texts(values: list[Any], what: str) -> tuple[str, ...]:
-    with contextlib.suppress(TypeError):
-        if all(map(str.isascii, values)):
-            return tuple(values)  # nearly always
-    return tuple(_text(value, what) for value in values)
+    return read_answers(value if isinstance(value, list) else [value], _text)
 
 
 def _turns(talk: Any) -> Iterator[tuple[str, str]]:
     """Yield question and answer of a conversation in LLaVA's layout, or in that of chat templates."""
     talk, question = _listed(talk), None
     for turn in talk if isinstance(talk, list) else ():
-        who, said = (
-            (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
-            if isinstance(turn, dict)
-            else ("", "")
-        )
+        kept = turn if isinstance(turn, dict) else {}
+        who, said = kept.get("from", kept.get("role")), kept.get("value", kept.get("content"))
         said = _text(said, "a turn").replace("<image>", "").strip()
         if who in ("human", "user"):
             question = said
@@ -414,7 +381,7 @@ def find_columns(
         elif role not in found and not any(role in text for text in wrong):
             wrong.append(f"no column for the {role}")
     if wrong:
-        violations.add(ViolationKind.COLUMNS, f"{file}: {'; '.join(wrong)}; it has {', '.join(there)}")
+        violations.add(ViolationKind.COLUMNS, f"{file}: {'; '.join(wrong)}; it has {', '.join(there):.300}")
         return None
     return found
 
@@ -436,7 +403,7 @@ def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
         try:
             if kind in ("parquet", "arrow"):
                 check_regular(path, sys.maxsize)
-                yield from read_parquet(str(path), kind)
+                yield from read_parquet(str(path))
             elif kind in ("csv", "tsv", "jsonl", "ndjson", "json"):
                 yield from _read_text(path, kind, violations)
             else:
@@ -448,12 +415,11 @@ def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
             violations.add(*unreadable(path, error))
 
 
-def read_parquet(file: str, kind: str = "parquet") -> datasets.IterableDataset:
-    """Return the rows of one file or address, pictures undecoded."""
-    config: dict[str, Any] = {"batch_size": ROWS_AT_ONCE} if kind == "parquet" else {}
-    files = {"rows": [file]}
+def read_parquet(file: str) -> datasets.IterableDataset:
+    """Return the rows of one file of Parquet or Arrow, or of an address of Parquet, pictures undecoded."""
+    config: dict[str, Any] = {"path": "arrow"} if file.endswith(".arrow") else _PARQUET
     stream = datasets.load_dataset(
-        kind, data_files=files, split="rows", streaming=True, trust_remote_code=False, **config
+        **config, data_files={"rows": [file]}, split="rows", streaming=True, trust_remote_code=False
     )
     assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "parquet names its columns"
     for column, feature in stream.features.items():
@@ -492,29 +458,26 @@ def _read_csv(lines: Iterable[str], delimiter: str) -> Iterator[_Raw]:
 
 def _json_row(line: str) -> _Raw:
     try:
-        row = json.loads(line)
+        return _object(json.loads(line))
     except (ValueError, RecursionError) as error:
         return MalformedRecord(ViolationKind.BAD_ROW, f"not JSON ({error})")
+
+
+def _object(row: Any) -> _Raw:
     return row if isinstance(row, dict) else MalformedRecord(ViolationKind.BAD_ROW, f"{row!r:.60} is not an object")
 
 
 def _json_rows(path: Path, content: Any, violations: Violations) -> Iterator[_Raw]:
     """Yield the rows of a list, of the one list in an object (TextVQA), or of an object of objects by their ids (GQA)."""
     if isinstance(content, dict):
-        lists = [
-            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
-        ]
+        lists = (value for value in content.values() if isinstance(value, list))
+        lists = [value for value in lists if value and isinstance(value[0], dict)]
         if len(lists) == 1:
             content = lists[0]
         elif content and all(isinstance(value, dict) for value in content.values()):
             content = [{"question_id": key, **value} for key, value in content.items()]
     if isinstance(content, list):
-        for row in content:
-            yield (
-                row
-                if isinstance(row, dict)
-                else MalformedRecord(ViolationKind.BAD_ROW, f"{row!r:.60} is not an object")
-            )
+        yield from map(_object, content)
     elif content is not None:
         found = refusal(path) or "neither a list of objects nor an object with one such list"
         violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {found}")
