@@ -104,14 +104,7 @@ def swapped(path: Path, rng: random.Random) -> None:
 
 def renamed(path: Path, rng: random.Random) -> None:
     """Another ending, another case, or a name that is not plain."""
-    names = (
-        path.name.upper(),
-        f"{path.stem}.png",
-        f"{path.stem}.txt",
-        path.stem,
-        f" {path.name}",
-        f"\u00e9\n{path.name}",
-    )
+    names = (path.name.upper(), f"{path.stem}.png", f"{path.stem}.txt", f" {path.name}", f"\u00e9\n{path.name}")
     path.rename(path.with_name(rng.choice(names)))
 
 

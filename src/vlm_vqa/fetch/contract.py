@@ -37,8 +37,8 @@ class ViolationKind(Enum):
     BROKEN_FILE = ("unreadable file", "download or unpack the file again; it is cut short or damaged")
     FOREIGN_FILE = (
         "file of another layout",
-        "name what data.source reads: directory the questions and annotations of VQAv2's layout under data.train and "
-        "data.val, table csv, tsv, JSON lines, JSON or Parquet under data.table",
+        "name one that data.source reads: questions and annotations of VQAv2's layout under data.train and data.val "
+        "(source: directory), or csv, tsv, JSON lines, JSON or Parquet under data.table (source: table)",
     )
     CLOSED_FILE = ("file that cannot be opened", "put a file there that may be read, of at most 2 GiB")
     BAD_SYNTAX = ("file that is not valid JSON", "mend the place it names, or write the file again")
