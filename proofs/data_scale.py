@@ -233,7 +233,8 @@ def run_stage(folder: Path, data: dict[str, Any], checksums: Path | None = None)
     (folder / "launch").symlink_to(ROOT / "launch")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     start = time.perf_counter()
-    command = [sys.executable, "-c", _STARTER, *fetch_command(checksums)]
+    stage = fetch_command(checksums) if checksums else [sys.executable, ROOT / "stages" / "fetch_vqav2.py"]
+    command = [sys.executable, "-c", _STARTER, *stage]
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise UserError(f"stage fetch-vqav2 {measure.ended(done.returncode)}; its own message is above.")
