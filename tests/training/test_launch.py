@@ -157,7 +157,7 @@ from vlm_vqa.errors import UserError
 try:
     print(launch.start(dataclasses.replace(load_params("presets/small.yaml").train, launch="{name}")))
 except UserError as error:
-    print(f"refused: {error}")  # one write: the ranks share a pipe
+    print(f"refused: {{error}}")  # one write: the ranks share a pipe
 """
 
 
