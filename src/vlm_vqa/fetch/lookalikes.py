@@ -12,8 +12,8 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-# Of 75 photos of COCO, encoded again down to quality 15 or at a quarter to twice the size, 98.9 % stay within both bounds;
-# different ones differ in 18 bits at least. Of easy-VQA's drawings 5,317 pairs are within the first, none within both.
+# Copies of photos, encoded again or in another size, mostly stay within both (tests/fetch/test_lookalikes.py). Drawings
+# such as easy-VQA's differ in few bits of the first; by both, none of its val pictures looks like one of train.
 _BITS, _COLOUR = 6, 10
 _FIELDS = 8
 
@@ -63,7 +63,7 @@ class Lookalikes:
     def near(self) -> list[tuple[int, int]]:
         """Return pairs as `equal` does whose pictures look alike, the nearest for each of the second split, nearest first.
 
-        Takes 4 s for VQAv2's 82,783 x 40,504. Pictures that look the same are compared once.
+        Takes seconds for VQAv2's 82,783 x 40,504. Pictures that look the same are compared once.
         """
         known = {second for _, second in self.equal()}
         first: dict[Look, int] = {}

@@ -23,8 +23,9 @@ from vlm_vqa.files import check_regular
 ENCRYPTED = 0x1
 """Of a zip member's flags (APPNOTE 4.4.4)."""
 # Reading a damaged member, zipfile raises its own error and those of its decompressors (bz2's is an OSError, which readers
-# expect anyway); EOFError where the bytes end early; NotImplementedError for a compression method that Python lacks;
-# ValueError for a ZIP64 offset that no file has, and as UnicodeDecodeError for a name that is not UTF-8 though flagged so.
+# expect anyway); EOFError where the bytes end early; NotImplementedError for a compression method that Python lacks, and for
+# patched or strongly encrypted data; ValueError for a ZIP64 offset that no file has, and as UnicodeDecodeError for a name
+# that is not UTF-8 though flagged so.
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
 _OTHERS = {(257, b"ustar"): "tar", (0, b"\x1f\x8b"): "gzip", (0, b"7z\xbc\xaf"): "7z", (0, b"Rar!"): "rar"}
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|data:")
