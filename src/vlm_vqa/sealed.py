@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from fsspec.spec import AbstractBufferedFile
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.files import check_regular
@@ -137,16 +138,13 @@ def read_folder(path: Path, what: str, remedy: str) -> dict[str, Any]:
     content = read_sealed(path, what, remedy)
     hashes = content.pop("files")
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda name: _hash_of(path.parent / name), hashes))
-    for (name, expected), value in zip(hashes.items(), found, strict=True):
-        if value != expected:
-            state = "missing" if value is None else "damaged: its SHA-256 is not the one that was sealed"
-            raise UserError(f"{os.path.normpath(path.parent / name)}: {state}. {remedy}")
+        files = [Path(os.path.normpath(path.parent / name)) for name in hashes]
+        found = pool.map(lambda file: sha256_file(file) if file.is_file() else None, files)
+        for file, expected, value in zip(files, hashes.values(), found, strict=True):
+            if value != expected:
+                state = "missing" if value is None else "damaged: its SHA-256 is not the one that was sealed"
+                raise UserError(f"{file}: {state}. {remedy}")
     return content
-
-
-def _hash_of(path: Path) -> str | None:
-    return sha256_file(path) if path.is_file() else None
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -159,7 +157,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256.hexdigest(), "blocks": "".join(blocks)}
 
 
-def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> io.RawIOBase | io.BufferedReader:
+def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> io.IOBase:
     """Open a file of which every block is compared with its checksum when it is read.
 
     Args:
@@ -175,42 +173,22 @@ def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> io.RawIOBa
     return _CheckedFile(path, made["blocks"], remedy) if checks_blocks() else open(path, "rb")
 
 
-class _CheckedFile(io.RawIOBase):
+class _CheckedFile(AbstractBufferedFile):
     def __init__(self, path: Path, blocks: str, remedy: str):
-        super().__init__()
-        self._path, self._blocks, self._remedy = path, blocks, remedy
-        self._file = open(path, "rb", buffering=0)
-        self._size, self._at = path.stat().st_size, 0
+        super().__init__(None, path, cache_type="none", size=path.stat().st_size)
+        self._blocks, self._remedy, self._file = blocks, remedy, open(path, "rb", buffering=0)
         # Number and content of the block that was read last: small reads stand side by side.
         self._last = (-1, b"")
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def readinto(self, target: Any) -> int:
-        done = 0
-        with memoryview(target).cast("B") as view:
-            while done < len(view) and self._at < self._size:
-                number, within = divmod(self._at, BLOCK_BYTES)
-                piece = self._block(number)[within : within + len(view) - done]
-                view[done : done + len(piece)] = piece
-                done += len(piece)
-                self._at += len(piece)
-        return done
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        numbers = range(start // BLOCK_BYTES, -(-min(end, self.size) // BLOCK_BYTES))
+        return b"".join(map(self._block, numbers))[start % BLOCK_BYTES :][: end - start]
 
     def _block(self, number: int) -> bytes:
         if self._last[0] != number:
             block = os.pread(self._file.fileno(), BLOCK_BYTES, number * BLOCK_BYTES)
             if f"{checksum(block):0{_DIGITS}x}" != self._blocks[number * _DIGITS : (number + 1) * _DIGITS]:
-                raise damaged(self._path, number * BLOCK_BYTES, self._remedy)
+                raise damaged(self.path, number * BLOCK_BYTES, self._remedy)
             self._last = (number, block)
         return self._last[1]
 
