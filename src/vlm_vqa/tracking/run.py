@@ -126,7 +126,7 @@ def training_run(params: Params, *, key: str, tags: Mapping[str, str], source: s
 
 def log_export(params: Params, *, weights_hash: str, files: Iterable[str | Path] = ()) -> None:
     """Adds the exported model's files (`export/`) to the run that trained it. Never raises."""
-    _add(params, weights_hash, {}, {"exported": "true"}, files, "export")
+    _add(params, weights_hash, {}, "exported", files, "export")
 
 
 def log_evaluation(
@@ -134,24 +134,24 @@ def log_evaluation(
 ) -> None:
     """Adds the scores of `report` (see `evaluation_metrics`) and `files` (under their own folders) to the run that
     trained the model. Never raises."""
-    _add(params, weights_hash, evaluation_metrics(report), {"evaluated": "true"}, files, None)
+    _add(params, weights_hash, report, "evaluated", files)
 
 
 def _add(
     params: Params,
     weights_hash: str,
-    metrics: Mapping[str, float],
-    tags: Mapping[str, str],
+    report: Mapping[str, Any],
+    done: str,
     files: Iterable[str | Path],
-    folder: str | None,
+    folder: str = "",
 ) -> None:
     root = checkout_root()
     try:
         store = Store(params, root)
         run = store.find(weights_hash, params.hash())
         run_id = run.info.run_id if run else recreate(store, weights_hash, Path("."))
-        store.put_metrics(run_id, numbers(metrics, 0))
-        store.put_tags(run_id, tags)
+        store.put_metrics(run_id, numbers(evaluation_metrics(report), 0))
+        store.put_tags(run_id, {done: "true"})
         for path in files:
             store.put_files(run_id, path, folder or os.path.relpath(Path(path).parent))
         url = view_url(store.uri, store.experiment_id)
