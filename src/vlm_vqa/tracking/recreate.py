@@ -101,14 +101,13 @@ def changed_params(folder: Path) -> list[str]:
     lock = folder / "dvc.lock"
     if not lock.is_file():
         return ["all parameters"]
-    stages = (read(lock) or {}).get("stages", {})
-    now = read(folder / "params.yaml")
-    changed = set()
-    for stage in stages.values():
+
+    def below(values: Any, name: str) -> Any:
+        return values.get(name) if isinstance(values, dict) else None
+
+    now, changed = read(folder / "params.yaml"), set()
+    for stage in (read(lock) or {}).get("stages", {}).values():
         for key, value in stage.get("params", {}).get("params.yaml", {}).items():
-            if (
-                reduce(lambda found, part: found.get(part) if isinstance(found, dict) else None, key.split("."), now)
-                != value
-            ):
+            if reduce(below, key.split("."), now) != value:
                 changed.add(key)
     return sorted(changed)

@@ -57,18 +57,17 @@ class TrainingRun:
 
     def fail(self, reason: str) -> None:
         """Mark the run as failed where no exception can: this process is about to be ended."""
-        self._send()
         self.set_tags({"failure": reason})
-        self._attempt(lambda store, run_id: store.client.set_terminated(run_id, "FAILED"))
+        self._end("FAILED")
 
     def __enter__(self) -> "TrainingRun":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if kind is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
-            status = "FINISHED"
-        else:
-            status = "FAILED" if issubclass(kind, Exception) else "KILLED"
+        done = kind is None or (isinstance(error, SystemExit) and error.code in (None, 0))
+        self._end("FINISHED" if done else "FAILED" if isinstance(error, Exception) else "KILLED")
+
+    def _end(self, status: str) -> None:
         self._send()
         self._attempt(lambda store, run_id: store.client.set_terminated(run_id, status))
 
@@ -109,16 +108,13 @@ def training_run(params: Params, *, key: str, tags: Mapping[str, str], source: s
         everything = identity(params) | surroundings() | dict(tags)
         everything |= {"checkpoint_key": key, "mlflow.source.name": source}
         run = store.unfinished(key)
-        if run is None:
-            run_id = store.create(everything)
-            log.info("MLflow run %s (%s)", run_id, without_secrets(store.uri))
-            return TrainingRun(store, run_id)
-        run_id = run.info.run_id
-        store.client.update_run(run_id, status="RUNNING")
-        store.put_params(run_id, known=run.data.params)
-        store.put_tags(run_id, everything)
-        log.info("continuing MLflow run %s (%s)", run_id, without_secrets(store.uri))
-        return TrainingRun(store, run_id, store.last_steps(run))
+        run_id = run.info.run_id if run else store.create(everything)
+        if run:
+            store.client.update_run(run_id, status="RUNNING")
+            store.put_params(run_id, known=run.data.params)
+            store.put_tags(run_id, everything)
+        log.info("%sMLflow run %s (%s)", "continuing " if run else "", run_id, without_secrets(store.uri))
+        return TrainingRun(store, run_id, store.last_steps(run) if run else None)
     except Exception as error:  # noqa: BLE001
         _warn(tracking_uri(root), error)
         return TrainingRun()

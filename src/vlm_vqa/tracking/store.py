@@ -41,15 +41,12 @@ def checkout_root(start: str | Path | None = None) -> Path:
     """The folder of the user's checkout that `start` (default: the working directory) belongs to.
 
     DVC runs queued and `--temp` experiments in copies under `<root>/.dvc/tmp/exps/` and deletes them afterwards: inside
-    such a copy this is `<root>`, not the copy. The path decides, not DVC_ROOT: outside an experiment that variable may
-    be left over from another repository.
+    such a copy this is `<root>`, not the copy. The path decides: DVC_ROOT may be left over from another repository.
     """
     here = Path(start or ".").resolve()
     checkout = next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), here)
-    for folder in checkout.parents:
-        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
-            return folder.parents[2]
-    return checkout
+    exps = (folder for folder in checkout.parents if folder.parts[-3:] == (".dvc", "tmp", "exps"))
+    return next((folder.parents[2] for folder in exps), checkout)
 
 
 def tracking_uri(root: Path) -> str:
@@ -198,8 +195,7 @@ def _experiment_tags() -> dict[str, str]:
 
 
 def view_url(uri: str, experiment_id: str) -> str:
-    """Where a browser shows the runs with parameters and scores: on the server, or on `mlflow ui` of a local store."""
-    # `mlflow ui` reads the variable, too.
+    """Where a browser shows the runs and scores: on the server, or on `mlflow ui`, which reads MLFLOW_PORT, too."""
     server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
     where = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     return f"{without_secrets(server)}/{where}"
@@ -232,19 +228,18 @@ def _make_whole(database: Path) -> None:
 
 def _settled(database: Path) -> bool:
     """Whether `database` is whole, once nobody else is making it; if not, it is removed where no record is in it."""
-    while not _is_whole(database):
-        if time.time() - _last_write(database) < SECONDS_QUIET:
-            time.sleep(0.2)
-            continue
-        if database.exists() and _holds_records(database):
-            path, uri = shlex.quote(str(database)), shlex.quote(f"sqlite:///{database}")
-            raise RuntimeError(
-                "its tables are half made, or another MLflow version's, and hold records: copy the file, then"
-                f" `mlflow db upgrade {uri}`; if that fails, `mv {path} {path}.half` makes room for a new one"
-            )
-        _remove(database)
-        return False
-    return True
+    while not (whole := _is_whole(database)) and time.time() - _last_write(database) < SECONDS_QUIET:
+        time.sleep(0.2)
+    if whole:
+        return True
+    if database.exists() and _holds_records(database):
+        path, uri = shlex.quote(str(database)), shlex.quote(f"sqlite:///{database}")
+        raise RuntimeError(
+            "its tables are half made, or another MLflow version's, and hold records: copy the file, then"
+            f" `mlflow db upgrade {uri}`; if that fails, `mv {path} {path}.half` makes room for a new one"
+        )
+    _remove(database)
+    return False
 
 
 def _is_whole(database: Path) -> bool:
@@ -254,9 +249,8 @@ def _is_whole(database: Path) -> bool:
     if not database.exists():
         return False
     with _connected(database) as connection:
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone():
-            return False
-        versions = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+        made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone()
+        versions = connection.execute("SELECT version_num FROM alembic_version").fetchall() if made else []
     return versions == [(_get_latest_schema_revision(),)]
 
 
