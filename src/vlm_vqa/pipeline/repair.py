@@ -38,10 +38,8 @@ class Fault:
     stage: str
     path: Path
     what: str
-    content: Path | bytes | None = None
-    """What it should hold, where that is known."""
-    lost: bool = True
-    """Whether only running the stage brings it back."""
+    content: Path | bytes | None = None  # what it should hold, where that is known
+    lost: bool = True  # whether only running the stage brings it back
 
     def __str__(self) -> str:
         return f"{self.stage}: {os.path.relpath(self.path)}: {self.what}"
@@ -57,11 +55,7 @@ def _md5(path: Path) -> str | None:
 
 @contextmanager
 def recorded(root: Path, stages: Sequence[str]) -> Generator[list[Output]]:
-    """Give the stages' outputs that `dvc.lock` records, all stages' by default.
-
-    Raises:
-        UserError: DVC cannot read its files, or has no such stage.
-    """
+    """Give the stages' outputs that `dvc.lock` records, all by default; UserError if DVC cannot, or has no such stage."""
     try:
         with Repo(str(root)) as repo:
             known = {stage.addressing: stage for stage in repo.index.stages}
@@ -181,9 +175,7 @@ def repair(root: Path, stages: Sequence[str], run: bool = True) -> int:
     """Remove what is damaged of the stages' outputs, bring it back and return the exit code of `dvc repro`.
 
     From whole objects of DVC's cache, from whole files in the project or from git; what none of them has is made again.
-
-    Raises:
-        UserError: a living `dvc` is at work here, or a file lies in an output that is no part of it.
+    UserError if a living `dvc` is at work here, or a file lies in an output that is no part of it.
     """
     for line in unlock(root):
         print(line)
@@ -217,8 +209,7 @@ def _mend(fault: Fault) -> str:
     if path.is_dir():
         aside = path.rename(path.with_name(f"{path.name}.damaged-{time.time():.0f}"))
         return f"moved to {aside.name}"
-    if path.is_file() or path.is_symlink():
-        path.unlink()
+    path.unlink(missing_ok=True)
     if fault.content is None:
         return "removed"
     path.parent.mkdir(parents=True, exist_ok=True)
