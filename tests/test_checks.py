@@ -64,7 +64,7 @@ def test_random_files_through_the_parser(tmp_path):
         ({"vision": {"launch": "none"}}, "vision.launch is 'none', but there is no launch/none.yaml"),
         (
             {"train": {"launch": "cpu-zero2", "restart_optimizer": True}},
-            "train.restart_optimizer is true, which ZeRO-2",
+            "train.restart_optimizer is true, but ZeRO-2",
         ),
         ({"vision": {"launch": "cpu-fsdp2"}}, "vision.launch is 'cpu-fsdp2', which divides a model"),
         ({"vision": {"model": "./none"}}, "vision.model is './none', but no model's config.json is there"),

@@ -111,8 +111,8 @@ def test_noise_that_reads_as_failure_is_kept_back_and_nothing_else(logger, modul
 def test_a_reader_that_has_enough_ends_the_command_quietly():
     done = subprocess.run(
         f"{sys.executable} -c 'import sys; sys.path.insert(0, \"src\"); import vlm_vqa.cli as c;"
-        " c._check = lambda a: [print(n, flush=True) for n in range(100000)];"
-        " sys.exit(c.main([\"check\"]))' | head -n 1",
+        " spill = lambda: [print(n, flush=True) for n in range(100000)]; spill.__name__ = \"spill\";"
+        " c.command()(spill); sys.exit(c.main([\"spill\"]))' | head -n 1",
         shell=True, cwd=REPO, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout == "0\n" and done.stderr == ""

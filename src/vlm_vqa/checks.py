@@ -16,15 +16,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode
 from vlm_vqa.data.records import load_questions, manifest_for_a_look, read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.launch_file import check_params, read_copies, read_launch
-from vlm_vqa.params import (
-    Params,
-    Punkt,
-    is_local,
-    keys_of,
-    lacking_keys,
-    parse_params,
-    written,
-)
+from vlm_vqa.params import Params, Punkt, is_local, keys_of, lacking_keys, parse_params, written
 from vlm_vqa.yaml_file import compose, read_yaml
 
 log = logging.getLogger(__name__)
@@ -34,11 +26,7 @@ RECORDS = Path("data/records")
 
 
 def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORDS, run: bool = False) -> None:
-    """Check this machine, and the records where there are some of this source; `run` as for `check_machine`.
-
-    Raises:
-        UserError: they do not allow the five stages.
-    """
+    """Check this machine, and records of this source if there are any, for the five stages; `run` as below."""
     check_machine(params, launches, run)
     manifest = read_manifest(records) if run else manifest_for_a_look(records)
     if manifest is not None and manifest.get("source") == params.data.source.value:
@@ -48,10 +36,7 @@ def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORD
 def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -> None:
     """Refuse launches and models that are not here, and nltk data that cannot be had where the stages `run`.
 
-    A prediction or a check may be about another machine: there, what nltk lacks is only said.
-
-    Raises:
-        UserError: naming the parameter.
+    A prediction or a check may be about another machine: there, what nltk lacks is only said. UserError names the parameter.
     """
     read_copies(params.vision.launch, launches)
     check_params(params.train, read_launch(params.train.launch, launches).strategy)
@@ -65,17 +50,12 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
         if run and os.environ.get("RANK", "0") == "0":
             prepare_punkt(Punkt.INSTALLED)
         elif not run and not punkt_is_installed():
-            log.warning(
-                "evaluation.punkt_tab is installed, but nltk's punkt_tab is not on this machine: needs a network"
-            )
+            lacking = "nltk's punkt_tab is not on this machine: needs a network"
+            log.warning("evaluation.punkt_tab is installed, but %s", lacking)
 
 
 def check_records(params: Params, records: Path = RECORDS, run: bool = True) -> None:
-    """Refuse records that the training or the evaluation would refuse. A tokenizer is downloaded where the stages `run`.
-
-    Raises:
-        UserError: naming the split.
-    """
+    """Refuse, by UserError, records that training or evaluation would; a tokenizer is downloaded where the stages `run`."""
     val = load_questions(records, "val", ["image_id", "question"])
     if params.evaluation.vqa_questions is not None:
         from vlm_vqa.evaluation.helm.files import helm_order
@@ -106,11 +86,7 @@ def _check_lengths(params: Params, records: Path, asked: Sequence[str]) -> None:
 
 
 def fill_in(path: Path) -> list[str]:
-    """Write into a valid parameter file the keys that it lacks, each below the one before it; return them.
-
-    Raises:
-        UserError: the file is not valid, or its layout has no place for a line.
-    """
+    """Write and return the keys that a valid file lacks, each below the one before it; UserError if there is no place."""
     values, text = read_yaml(path), path.read_text(encoding="utf-8")
     lacking = lacking_keys(parse_params(values, str(path)), values)
     for key, value in lacking.items():
@@ -125,11 +101,7 @@ def fill_in(path: Path) -> list[str]:
 
 
 def _with_line(text: str, section: Sequence[str], after: str, line: str) -> str:
-    """Return a file's text with one more line in a section: below key `after` and its value, indented like it.
-
-    Raises:
-        LookupError: the section is not written in lines of its own, or has no such key.
-    """
+    """Return a text with one more line in a section, below key `after`; LookupError if it is not in lines of its own."""
     node = compose(text)
     for name in section:
         node = {key.value: value for key, value in node.value}[name]

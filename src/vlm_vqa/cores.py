@@ -38,10 +38,7 @@ class Threads:
 
 
 def usable_cores(root: Path = Path("/")) -> Threads:
-    """Return how many cores this process may use: those of its affinity (taskset, cpuset), or its cgroups' quota.
-
-    `root` holds `proc`, and the cgroups where `proc` says.
-    """
+    """Return how many cores this process may use: its affinity (taskset, cpuset) or, if less, the quota of its cgroups."""
     machine = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
     if (quota := _cgroup_quota(root)) < cores:
@@ -50,10 +47,9 @@ def usable_cores(root: Path = Path("/")) -> Threads:
 
 
 def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
-    """Return how many threads each of this machine's `processes` gets: what the user says, or its part of the cores.
+    """Return how many threads each of this machine's `processes` gets: its part of the cores, or what the user says.
 
-    Raises:
-        UserError: `OMP_NUM_THREADS` is no number of threads.
+    UserError if that, `OMP_NUM_THREADS`, is no number of threads.
     """
     cores = usable_cores(root)
     part = Threads(max(1, cores.count // processes), f"{cores.why} / {processes} process{'es' * (processes != 1)}")
@@ -62,9 +58,8 @@ def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
     # OpenMP allows a list, for parallel regions inside others; there are none.
     found = re.fullmatch(r"([1-9][0-9]{0,3})(\s*,\s*[1-9][0-9]*)*", said)
     if found is None:
-        raise UserError(
-            f"{VARIABLE} is {said!r}; set it to a number of threads from 1 to 9999, or unset it for {part}."
-        )
+        number = "a number of threads from 1 to 9999"
+        raise UserError(f"{VARIABLE} is {said!r}; set it to {number}, or unset it for {part}.")
     count = int(found[1])
     return Threads(count, VARIABLE + f", more than {part.why}" * (count > part.count))
 
@@ -142,13 +137,10 @@ class Crowd:
         if share >= LEAST_SHARE:
             return None
         busy = f"the machine is busy: this process gets {share:.0%} of the time that it wants of its cores"
-        count = self.threads.count
-        if count == 1:
+        if self.threads.count == 1:
             return f"{busy}. End other programs, or let it go on: it only takes longer."
-        return (
-            f"{busy}, and its {count} threads wait for each other: {VARIABLE}=1 would be faster. End other programs, or "
-            "stop this and start it again so."
-        )
+        why = f"its {self.threads.count} threads wait for each other: {VARIABLE}=1 would be faster"
+        return f"{busy}, and {why}. End other programs, or stop this and start it again so."
 
 
 def waits() -> dict[str, tuple[float, float]]:

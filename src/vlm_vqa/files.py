@@ -17,11 +17,7 @@ MOST_BYTES = 2**31
 
 
 def check_regular(path: str | Path, most: int = MOST_BYTES) -> None:
-    """Refuse what has no end or never begins: a pipe, a device, a socket; and what is too large.
-
-    Raises:
-        OSError: it is none, or there is nothing.
-    """
+    """Refuse, by OSError, what has no end or never begins (a pipe, a device, a socket), is too large, or is not there."""
     found = os.stat(path)
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -32,11 +28,7 @@ def check_regular(path: str | Path, most: int = MOST_BYTES) -> None:
 
 
 def claim(lock: Path, busy: str) -> IO[str]:
-    """Hold a lock until the process ends; the caller keeps what is returned.
-
-    Raises:
-        UserError: with the words `busy`: another process holds it.
-    """
+    """Hold a lock until the process ends; the caller keeps what is returned. UserError `busy` if another process has it."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     file = open(lock, "a", encoding="utf-8")
     try:

@@ -13,9 +13,6 @@ import yaml
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import Dtype, TrainParams
 
-TYPES = {"NO", "MULTI_GPU", "FSDP", "DEEPSPEED"}
-"""accelerate's distributed types that a launch file may ask for."""
-
 
 class Strategy(Enum):
     """How the work is divided among processes."""
@@ -40,8 +37,7 @@ class LaunchFile(NamedTuple):
     """What a launch file asks for."""
 
     path: Path
-    key: str
-    """The parameter that names it, for messages."""
+    key: str  # the parameter that names it, for messages
     strategy: Strategy
     processes: int
     machines: int
@@ -53,27 +49,18 @@ class LaunchFile(NamedTuple):
         return self.processes // self.machines
 
     def compare(self, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        """Compare facts that the file asks for with what has started.
-
-        Raises:
-            UserError: one differs.
-        """
+        """Compare facts that the file asks for with what has started; UserError if one differs."""
         stage = {"train.launch": "train", "vision.launch": "extract-features"}[self.key]
         command = f"accelerate launch --config_file {self.path} stages/{stage.replace('-', '_')}.py"
         for fact, value in wanted.items():
             if found[fact] != value:
-                raise UserError(
-                    f"{self.path} ({self.key}) asks for {fact} {value}, but {found[fact]} started. Run `dvc repro {stage}`, "
-                    f"or `{command}`, on a machine that has what it asks for, or choose another {self.key}."
-                )
+                where = f"on a machine that has what it asks for, or choose another {self.key}."
+                wrong = f"{self.path} ({self.key}) asks for {fact} {value}, but {found[fact]} started"
+                raise UserError(f"{wrong}. Run `dvc repro {stage}`, or `{command}`, {where}")
 
 
 def read_launch(name: str, folder: str | Path = "launch", key: str = "train.launch") -> LaunchFile:
-    """Read `launch/NAME.yaml`; `key` is the parameter that names it, for messages.
-
-    Raises:
-        UserError: there is no such launch (the existing ones are named), or it asks for what training does not support.
-    """
+    """Read `launch/NAME.yaml`, which `key` names; UserError if there is none, or it asks for what training cannot do."""
     path = Path(folder) / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in Path(folder).glob("*.yaml")))
@@ -85,91 +72,65 @@ def read_launch(name: str, folder: str | Path = "launch", key: str = "train.laun
         raise UserError(f"{path}: not an accelerate config: {error}. Compare with launch/cpu.yaml.") from error
     if lacking:
         raise UserError(f"{path}: without {', '.join(sorted(lacking))}. Compare with launch/cpu.yaml.")
-    return LaunchFile(
-        path, key, _strategy_of(asked, path), asked["num_processes"], asked["num_machines"], asked["use_cpu"]
-    )
+    sizes = asked["num_processes"], asked["num_machines"]
+    return LaunchFile(path, key, _strategy_of(asked, path), *sizes, asked["use_cpu"])
 
 
 def read_copies(name: str, folder: str | Path = "launch") -> LaunchFile:
-    """Read a launch of extract-features, whose processes each hold the whole encoder.
-
-    Raises:
-        UserError: as `read_launch`; or it divides a model or spans machines.
-    """
+    """Read a launch of extract-features, whose processes each hold the whole encoder; UserError if it says otherwise."""
     asked = read_launch(name, folder, "vision.launch")
     if asked.strategy not in (Strategy.SINGLE, Strategy.DDP) or asked.machines != 1:
-        raise UserError(
-            f"vision.launch is {name!r}, which divides a model or spans machines; the encoder is copied to processes of one "
-            "machine. Set vision.launch to cpu, cpu-ddp or ddp."
-        )
+        copied = "the encoder is copied to processes of one machine. Set vision.launch to cpu, cpu-ddp or ddp."
+        raise UserError(f"vision.launch is {name!r}, which divides a model or spans machines; {copied}")
     return asked
 
 
 def _strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
-    kind = asked.get("distributed_type")
-    if kind not in TYPES:
-        raise UserError(f"{path}: distributed_type is {kind!r}; it must be one of {', '.join(sorted(TYPES))}.")
+    def check(key: str, *allowed: Any, section: str = "", default: Any = None, why: str = "") -> None:
+        """Refuse other values; where there is none, accelerate takes `default`."""
+        value = (asked.get(section) or {} if section else asked).get(key)
+        value = default if value is None else value
+        if value not in allowed:
+            raise UserError(f"{path}: {key} is {value!r}; it must be {' or '.join(map(str, allowed))}{why}.")
+
+    kind = asked["distributed_type"]
+    check("distributed_type", "NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
     if (kind == "NO") != (asked["num_processes"] == 1):
-        raise UserError(
-            f"{path}: distributed_type {kind} with num_processes {asked['num_processes']}; NO is for one process, "
-            "the others for several."
-        )
-    if asked.get("mixed_precision", "no") != "no":
-        raise UserError(f"{path}: mixed_precision must be 'no': train.compute_dtype decides.")
+        number = f"distributed_type {kind} with num_processes {asked['num_processes']}"
+        raise UserError(f"{path}: {number}; NO is for one process, the others for several.")
+    check("mixed_precision", "no", default="no", why=": train.compute_dtype decides")
     if kind == "FSDP":
-        return _check_fsdp(asked.get("fsdp_config", {}), path)
+        check("fsdp_version", 2, section="fsdp_config", default=1)
+        for key in ("cpu_ram_efficient_loading", "activation_checkpointing", "offload_params"):
+            check(f"fsdp_{key}", False, section="fsdp_config", default=False)
     if kind == "DEEPSPEED":
-        return _check_deepspeed(asked.get("deepspeed_config", {}), path)
-    return {"NO": Strategy.SINGLE, "MULTI_GPU": Strategy.DDP}[kind]
-
-
-def _check_fsdp(config: dict[str, Any], path: Path) -> Strategy:
-    wanted = {
-        "fsdp_version": 2,
-        "fsdp_cpu_ram_efficient_loading": False,
-        "fsdp_activation_checkpointing": False,
-        "fsdp_offload_params": False,
-    }
-    for key, value in wanted.items():
-        # accelerate's defaults are other ones for the version alone.
-        if config.get(key, 1 if key == "fsdp_version" else False) != value:
-            raise UserError(f"{path}: {key} is {config.get(key)}; it must be {value}.")
-    return Strategy.FSDP2
-
-
-def _check_deepspeed(config: dict[str, Any], path: Path) -> Strategy:
-    stages = {2: Strategy.ZERO2, 3: Strategy.ZERO3}
-    if config.get("zero_stage") not in stages:
-        raise UserError(f"{path}: zero_stage is {config.get('zero_stage')}; it must be 2 or 3.")
-    if config.get("zero3_init_flag"):
-        raise UserError(f"{path}: zero3_init_flag must be false: the model is built before it is divided.")
-    unknown = sorted(config.keys() - {"zero_stage", "zero3_init_flag"})
-    if unknown:
-        raise UserError(f"{path}: deepspeed_config has {', '.join(unknown)}; params.yaml decides everything else.")
-    return stages[config["zero_stage"]]
+        check("zero_stage", 2, 3, section="deepspeed_config")
+        built = ": the model is built before it is divided"
+        check("zero3_init_flag", False, section="deepspeed_config", default=False, why=built)
+        config = asked["deepspeed_config"]
+        if unknown := sorted(config.keys() - {"zero_stage", "zero3_init_flag"}):
+            raise UserError(f"{path}: deepspeed_config has {', '.join(unknown)}; params.yaml decides everything else.")
+        return Strategy.ZERO2 if config["zero_stage"] == 2 else Strategy.ZERO3
+    return {"NO": Strategy.SINGLE, "MULTI_GPU": Strategy.DDP, "FSDP": Strategy.FSDP2}[kind]
 
 
 def check_params(train: TrainParams, strategy: Strategy) -> None:
-    """Refuse parameters that a strategy would drop.
-
-    Raises:
-        UserError: naming both.
-    """
-    if not strategy.deepspeed:
-        return
-    if train.percentile_clipping not in (0, 100):
-        raise UserError(
-            f"train.percentile_clipping is {train.percentile_clipping}, but {strategy.value} (train.launch {train.launch}) "
-            "joins all parameters into flat pieces that hide each parameter's norm. Set it to 100 (off), or use DDP or "
-            "FSDP2."
-        )
-    if train.weights_dtype is not Dtype.FLOAT32:
-        raise UserError(
-            f"train.weights_dtype is {train.weights_dtype.value}, but {strategy.value} (train.launch {train.launch}) keeps "
-            "float32 weights of its own. Set it to float32, or use DDP or FSDP2."
-        )
-    if train.restart_optimizer:
-        raise UserError(
-            f"train.restart_optimizer is true, which {strategy.value} (train.launch {train.launch}) cannot do. Set it to "
-            "false, or delete the folder below checkpoints/ to start again."
-        )
+    """Refuse, by UserError, parameters that a strategy would drop."""
+    refused = {
+        "percentile_clipping": (
+            train.percentile_clipping not in (0, 100),
+            "joins all parameters into pieces that hide each parameter's norm. Set it to 100 (off), or use DDP or FSDP2.",
+        ),
+        "weights_dtype": (
+            train.weights_dtype is not Dtype.FLOAT32,
+            "keeps float32 weights of its own. Set it to float32, or use DDP or FSDP2.",
+        ),
+        "restart_optimizer": (
+            train.restart_optimizer,
+            "cannot do that. Set it to false, or delete the folder below checkpoints/ to start again.",
+        ),
+    }
+    for key, (wrong, why) in refused.items() if strategy.deepspeed else ():
+        if wrong:
+            value = str(getattr(train, key)).lower()
+            raise UserError(f"train.{key} is {value}, but {strategy.value} (train.launch {train.launch}) {why}")

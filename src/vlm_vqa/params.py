@@ -678,14 +678,12 @@ def adapter() -> pydantic.TypeAdapter[Params]:
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and validate a parameter file; say which keys it lacks, being of an earlier version.
 
-    Raises:
-        UserError: the file is missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a
-            combination is impossible; the message has a line for each mistake, with the key's full name.
+    UserError if the file is missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a
+    combination is impossible; its message has a line for each mistake, with the key's full name.
     """
     values = read_yaml(path)
     params = parse_params(values, str(path))
-    lacking = lacking_keys(params, values)
-    if lacking:
+    if lacking := lacking_keys(params, values):
         taken = ", ".join(map(written, lacking.values()))
         them = "it" if len(lacking) == 1 else "them"
         _say(f"{path} lacks {', '.join(lacking)}: taken as {taken}, as before; `vlm-vqa check --write` adds {them}.")
@@ -713,10 +711,8 @@ def _mistake(error: Mapping[str, Any]) -> str:
     match error["type"]:
         case "value_error":
             return f"{key} {error['ctx']['error']}"
-        case "missing":
-            return f"missing key {key}. Compare with presets/small.yaml."
-        case "union_tag_not_found":
-            return f"missing key {key}.source. Compare with presets/small.yaml."
+        case "missing" | "union_tag_not_found" as kind:
+            return f"missing key {key}{'.source' * (kind != 'missing')}. Compare with presets/small.yaml."
         case "unexpected_keyword_argument" | "invalid_key":
             return f"unknown key {shown(key)[1:-1]}. Known here: {', '.join(keys_of(path[:-1]))}."
         case "dataclass_type" | "model_attributes_type" if value is None and path:

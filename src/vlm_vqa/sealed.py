@@ -13,10 +13,12 @@ import shutil
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from fsspec.spec import AbstractBufferedFile
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.files import check_regular
@@ -97,14 +99,9 @@ def find_sealed(path: Path) -> dict[str, Any] | None:
 
 
 def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
-    """Return what `write_sealed` was given.
+    """Return what `write_sealed` was given; UserError if it is missing, damaged, or unsealed as those of earlier versions.
 
-    Args:
-        what: the file holds, for the message.
-        remedy: the next step, a sentence.
-
-    Raises:
-        UserError: it is missing, damaged, or has no seal, as those of earlier versions.
+    Messages say `what` it should hold and, in a sentence, the next step, `remedy`.
     """
     try:
         check_regular(path)
@@ -129,24 +126,17 @@ def write_folder(path: Path, content: Mapping[str, Any], more: Iterable[Path] = 
 
 
 def read_folder(path: Path, what: str, remedy: str) -> dict[str, Any]:
-    """Return what `write_folder` was given, once every file has been read and found as it was sealed.
-
-    Raises:
-        UserError: one is missing or damaged; it is named.
-    """
+    """Return what `write_folder` was given; UserError names the first file that is missing or not as it was sealed."""
     content = read_sealed(path, what, remedy)
     hashes = content.pop("files")
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda name: _hash_of(path.parent / name), hashes))
-    for (name, expected), value in zip(hashes.items(), found, strict=True):
-        if value != expected:
-            state = "missing" if value is None else "damaged: its SHA-256 is not the one that was sealed"
-            raise UserError(f"{os.path.normpath(path.parent / name)}: {state}. {remedy}")
+        files = [Path(os.path.normpath(path.parent / name)) for name in hashes]
+        found = pool.map(lambda file: sha256_file(file) if file.is_file() else None, files)
+        for file, expected, value in zip(files, hashes.values(), found, strict=True):
+            if value != expected:
+                state = "missing" if value is None else "damaged: its SHA-256 is not the one that was sealed"
+                raise UserError(f"{file}: {state}. {remedy}")
     return content
-
-
-def _hash_of(path: Path) -> str | None:
-    return sha256_file(path) if path.is_file() else None
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -159,15 +149,10 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256.hexdigest(), "blocks": "".join(blocks)}
 
 
-def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> io.RawIOBase | io.BufferedReader:
-    """Open a file of which every block is compared with its checksum when it is read.
+def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> io.IOBase:
+    """Open a file of which every block is compared with its checksum in `made`, its `fingerprint`, when it is read.
 
-    Args:
-        made: the file's `fingerprint` when it was written.
-
-    Raises:
-        UserError: the file has another size; on reading, a block is damaged.
-        OSError: it cannot be opened.
+    Raises UserError if the file has another size, and on reading if a block is damaged; OSError if it cannot be opened.
     """
     found = path.stat().st_size
     if found != made["bytes"]:
@@ -175,44 +160,22 @@ def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> io.RawIOBa
     return _CheckedFile(path, made["blocks"], remedy) if checks_blocks() else open(path, "rb")
 
 
-class _CheckedFile(io.RawIOBase):
+class _CheckedFile(AbstractBufferedFile):
     def __init__(self, path: Path, blocks: str, remedy: str):
-        super().__init__()
-        self._path, self._blocks, self._remedy = path, blocks, remedy
-        self._file = open(path, "rb", buffering=0)
-        self._size, self._at = path.stat().st_size, 0
-        # Number and content of the block that was read last: small reads stand side by side.
-        self._last = (-1, b"")
+        super().__init__(None, path, cache_type="none", size=path.stat().st_size)
+        self._blocks, self._remedy, self._file = blocks, remedy, open(path, "rb", buffering=0)
+        # Small reads stand side by side.
+        self._block = lru_cache(maxsize=1)(self._read_block)
 
-    def readable(self) -> bool:
-        return True
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        numbers = range(start // BLOCK_BYTES, -(-min(end, self.size) // BLOCK_BYTES))
+        return b"".join(map(self._block, numbers))[start % BLOCK_BYTES :][: end - start]
 
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def readinto(self, target: Any) -> int:
-        done = 0
-        with memoryview(target).cast("B") as view:
-            while done < len(view) and self._at < self._size:
-                number, within = divmod(self._at, BLOCK_BYTES)
-                piece = self._block(number)[within : within + len(view) - done]
-                view[done : done + len(piece)] = piece
-                done += len(piece)
-                self._at += len(piece)
-        return done
-
-    def _block(self, number: int) -> bytes:
-        if self._last[0] != number:
-            block = os.pread(self._file.fileno(), BLOCK_BYTES, number * BLOCK_BYTES)
-            if f"{checksum(block):0{_DIGITS}x}" != self._blocks[number * _DIGITS : (number + 1) * _DIGITS]:
-                raise damaged(self._path, number * BLOCK_BYTES, self._remedy)
-            self._last = (number, block)
-        return self._last[1]
+    def _read_block(self, number: int) -> bytes:
+        block = os.pread(self._file.fileno(), BLOCK_BYTES, number * BLOCK_BYTES)
+        if f"{checksum(block):0{_DIGITS}x}" != self._blocks[number * _DIGITS : (number + 1) * _DIGITS]:
+            raise damaged(self.path, number * BLOCK_BYTES, self._remedy)
+        return block
 
     def close(self) -> None:
         self._file.close()

@@ -23,12 +23,8 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.files import check_regular
 from vlm_vqa.secrets import without_secrets
 
-MOST_VALUES = 10_000
-"""In a file; the longest of ours has a hundred. Aliases of aliases make millions out of ten lines."""
-MOST_BYTES = 2**20
-"""Of a file; the longest of ours has three thousand."""
-MOST_CHARACTERS = 1000
-"""In a text; the longest of ours has two hundred."""
+# Of a file and of a text. Ours have a hundred values in 3 kB, and 200 characters; aliases of aliases make millions of ten.
+MOST_VALUES, MOST_BYTES, MOST_CHARACTERS = 10_000, 2**20, 1000
 _GREATEST: dict[type, float] = {int: 2**63 - 1, float: sys.float_info.max}
 _TAG = "tag:yaml.org,2002:"
 _TAGS = {_TAG + kind for kind in "map seq str int float bool null timestamp merge value".split()}
@@ -43,8 +39,7 @@ class Unquoted(str):
 def read_yaml(path: str | Path) -> Any:
     """Return what a file holds, with every scalar but null as its text.
 
-    Raises:
-        UserError: it is missing or no YAML, has a key twice, a tag, or more than a file of parameters can mean.
+    UserError if it is missing or no YAML, has a key twice, a tag, or more than a file of parameters can mean.
     """
     try:
         check_regular(path, MOST_BYTES)

@@ -169,9 +169,7 @@ class Step:
 
     def whole_weights(self) -> Parts:
         """What process 0 copies to its host at the end: float32, and again where adapters are merged."""
-        moved, targets = (
-            self.gpu or self.weight != 4 or self.share > 1,
-            self.model.lora.targets if self.model.lora else (),
-        )
+        moved = self.gpu or self.weight != 4 or self.share > 1
+        targets = self.model.lora.targets if self.model.lora else ()
         adapted = elements(one for one in self.model.parameters if one.name in targets)
         return {"whole weights": 4 * self.model.all * moved, "merged weights": 4 * adapted}

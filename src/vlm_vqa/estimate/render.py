@@ -15,7 +15,7 @@ def as_json(found: Prediction) -> dict[str, Any]:
     machine = found.machine._asdict() | {"device": found.machine.device._asdict()}
     stages = [one._asdict() | {"disk_bytes": total(one.disk), "cost": found.cost(one.hours)} for one in found.stages]
     plain = {"params": found.name, "params_hash": found.params.hash(), "machine": machine, "stages": stages}
-    plain["checks"] = [one._asdict() | {"fits": one.fits} for one in found.checks]
+    plain["checks"] = [one._asdict() for one in found.checks]
     plain["options"] = [{"changes": changes, "needed": needed} for changes, needed in found.options]
     return plain | {"lacks": found.lacks, "fits": found.fits}
 

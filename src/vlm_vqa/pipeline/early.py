@@ -14,10 +14,8 @@ def end_quietly(signum: int, frame: object) -> None:
 
 
 def begin() -> None:
-    """End by Ctrl-C without a traceback, and a stage with its parents; `entrypoint.run` and `cli.main` take over later.
-
-    A notebook that imports the package keeps its own way.
-    """
+    """End by Ctrl-C without a traceback, and a stage with its parents; `entrypoint.run` and `cli.main` take over later."""
+    # A notebook that imports the package keeps its own way.
     program = os.path.basename(sys.argv[0] if sys.argv else "")
     if program in {"vlm-vqa", *_STAGES} and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_quietly)

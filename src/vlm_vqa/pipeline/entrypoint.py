@@ -22,19 +22,16 @@ from vlm_vqa.secrets import causes, mask_output
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_GONE = 3
-SECONDS_FOR_THE_FIRST = 1.0
-# As shells report it: 128 + SIGTERM.
+# As shells report it: 128 + the signal.
 EXIT_TERMINATED = 128 + signal.SIGTERM
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-
+SECONDS_FOR_THE_FIRST = 1.0
 _DISK_REMEDIES = {
     errno.ENOSPC: "the disk is full. Free some space, then run `dvc repro` again: finished stages are kept.",
     errno.EDQUOT: "the disk quota is used up. Free some space, then run `dvc repro` again: finished stages are kept.",
     errno.EROFS: "the file system is read-only. Mount it writable or work elsewhere, then run `dvc repro` again.",
     errno.EACCES: "permission was denied. Make the path writable, then run `dvc repro` again.",
 }
-
-
 _PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 """How gloo words that the process at the other end of a connection is gone."""
 
@@ -66,8 +63,7 @@ def run(name: str, main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _fail(name, f"interrupted. {GO_ON}", EXIT_INTERRUPTED)
     except Exception as error:
-        remedy = disk_remedy(error)
-        if remedy is not None:
+        if (remedy := disk_remedy(error)) is not None:
             _fail(name, remedy, EXIT_USER_ERROR)
         if any(words in str(error) for words in _PEER_GONE):
             _fail(name, "another process of this launch has ended; its own message says why.", EXIT_PEER_GONE)
@@ -77,8 +73,7 @@ def run(name: str, main: Callable[[], None]) -> None:
 def disk_remedy(error: BaseException) -> str | None:
     """Say in one sentence what a failing disk needs, or None when `error` is about something else.
 
-    Libraries wrap the system's error (safetensors and torch turn it into exceptions of their own), so the
-    chain of causes and the message's text are searched as well.
+    safetensors and torch turn the system's error into their own, so the causes and the text are searched as well.
     """
     for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno in _DISK_REMEDIES:
@@ -97,14 +92,9 @@ def _fail(name: str, message: str, code: int) -> None:
         # What concerns all processes is said by the first one, and its launcher ends the others meanwhile.
         time.sleep(SECONDS_FOR_THE_FIRST)
         message = f"rank {rank}: {message}"
-    _tell_launcher(message)
-    print(f"{name}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def _tell_launcher(message: str) -> None:
-    """Give torchrun the cause that its closing report names."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The cause that torchrun's closing report names.
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(path).write_text(json.dumps(content), encoding="utf-8")
+    print(f"{name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

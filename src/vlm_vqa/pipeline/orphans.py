@@ -57,19 +57,11 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-def ask_to_end() -> None:
-    """Send this process SIGTERM."""
-    os.kill(os.getpid(), signal.SIGTERM)
+def end_with_parents(end: Callable | None = None, parents: Iterable[psutil.Process] | None = None) -> None:
+    """Call `end` (by default SIGTERM) from a thread of its own once one of the `parents` (`started_by()`) is gone.
 
-
-def end_with_parents(end: Callable[[], None] = ask_to_end, parents: Iterable[psutil.Process] | None = None) -> None:
-    """Call `end` from a thread of its own as soon as one of the programs that have started this process is gone.
-
-    Called again, it does nothing: a stage calls it before its imports and when it starts.
-
-    Args:
-        end: asks this process to end; if it has not within `SECONDS_TO_END`, the process is ended.
-        parents: by default `started_by()`.
+    If this process has not ended within `SECONDS_TO_END`, it is ended. Called again, this does nothing: a stage calls it
+    before its imports and when it starts.
     """
     if any(thread.name == _NAME for thread in threading.enumerate()):
         return
@@ -79,13 +71,13 @@ def end_with_parents(end: Callable[[], None] = ask_to_end, parents: Iterable[psu
         threading.Thread(target=_watch, args=(watched, end), daemon=True, name=_NAME).start()
 
 
-def _watch(parents: list[psutil.Process], end: Callable[[], None]) -> None:
+def _watch(parents: list[psutil.Process], end: Callable | None) -> None:
     names = {process: " ".join(Path(word).name for word in _words(process)[-2:]) for process in parents}
     while parents and not (lost := [process for process in parents if gone(process)]):
         time.sleep(SECONDS_BETWEEN_LOOKS)
     who = f"{names[lost[0]]} (process {lost[0].pid})" if parents else "dvc"
     log.error("%s, which started this, has gone: ending. %s", who, GO_ON)
-    end()
+    end() if end else os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SECONDS_TO_END)
     os.kill(os.getpid(), signal.SIGKILL)
 

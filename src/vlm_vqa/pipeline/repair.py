@@ -9,7 +9,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,35 +38,11 @@ class Fault:
     stage: str
     path: Path
     what: str
-    content: Path | bytes | None = None
-    """What it should hold, where that is known."""
-    lost: bool = True
-    """Whether only running the stage brings it back."""
+    content: Path | bytes | None = None  # what it should hold, where that is known
+    lost: bool = True  # whether only running the stage brings it back
 
     def __str__(self) -> str:
         return f"{self.stage}: {os.path.relpath(self.path)}: {self.what}"
-
-
-class Contents(dict[tuple[int, int], str | None]):
-    """(device, inode) -> MD5: each file is read once, however many links it has."""
-
-    def read(self, paths: Iterable[Path]) -> None:
-        """Read files with a progress bar."""
-        new = {_identity(path): path for path in paths if path.is_file() and _identity(path) not in self}
-        sizes = [path.stat().st_size for path in new.values()]
-        with ThreadPoolExecutor() as pool, tqdm(total=sum(sizes), desc="verify", unit="B", unit_scale=True) as bar:
-            for identity, size, value in zip(new, sizes, pool.map(_md5, new.values()), strict=True):
-                self[identity] = value
-                bar.update(size)
-
-    def of(self, path: Path) -> str | None:
-        """Return the hash of a file, None where it is missing or unreadable."""
-        return self.get(_identity(path)) if path.is_file() else None
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
 
 
 def _md5(path: Path) -> str | None:
@@ -78,11 +55,7 @@ def _md5(path: Path) -> str | None:
 
 @contextmanager
 def recorded(root: Path, stages: Sequence[str]) -> Generator[list[Output]]:
-    """Give the stages' outputs that `dvc.lock` records, all stages' by default.
-
-    Raises:
-        UserError: DVC cannot read its files, or has no such stage.
-    """
+    """Give the stages' outputs that `dvc.lock` records, all by default; UserError if DVC cannot, or has no such stage."""
     try:
         with Repo(str(root)) as repo:
             known = {stage.addressing: stage for stage in repo.index.stages}
@@ -95,9 +68,17 @@ def recorded(root: Path, stages: Sequence[str]) -> Generator[list[Output]]:
 
 def verify(outs: Sequence[Output]) -> list[Fault]:
     """Read every byte of the outputs, and of their objects in DVC's cache, and return what is not as recorded."""
-    contents = Contents()
-    contents.read(path for out in outs for path in (*_files(out), *_objects(out)))
-    return [fault for out in outs for fault in _faults(out, contents)]
+    # Each file is read once, however many links it has.
+    links = defaultdict(set)
+    for path in (path for out in outs for path in (*_files(out), *_objects(out)) if path.is_file()):
+        links[path.stat().st_dev, path.stat().st_ino].add(path)
+    sizes, hashes = [next(iter(same)).stat().st_size for same in links.values()], {}
+    with ThreadPoolExecutor() as pool, tqdm(total=sum(sizes), desc="verify", unit="B", unit_scale=True) as bar:
+        values = pool.map(lambda same: _md5(next(iter(same))), links.values())
+        for same, size, value in zip(links.values(), sizes, values, strict=True):
+            hashes |= dict.fromkeys(same, value)
+            bar.update(size)
+    return [fault for out in outs for fault in _faults(out, hashes)]
 
 
 def _files(out: Output) -> list[Path]:
@@ -145,6 +126,10 @@ def _in_git(out: Output) -> dict[str, bytes]:
     return {os.path.relpath(name, path): git("show", f"HEAD:./{name}") for name in names}
 
 
+def _md5_of(content: bytes) -> str:
+    return md5(content, usedforsecurity=False).hexdigest()
+
+
 def _tree(hashes: Mapping[str, str | None]) -> Tree:
     tree = Tree()
     for name, value in hashes.items():
@@ -153,55 +138,44 @@ def _tree(hashes: Mapping[str, str | None]) -> Tree:
     return tree
 
 
-def _faults(out: Output, contents: Contents) -> Iterator[Fault]:
+def _faults(out: Output, hashes: Mapping[Path, str | None]) -> Iterator[Fault]:
     assert out.hash_info is not None and out.hash_info.value is not None, "`recorded` leaves such outputs out"
     folder, record, stage = Path(out.fs_path), _object(out, out.hash_info.value), out.stage.addressing
     if (listing := _listing(out)) is None:
-        here = (
-            {path.relative_to(folder).as_posix(): contents.of(path) for path in _files(out)} if folder.is_dir() else {}
-        )
-        committed = {name: md5(text, usedforsecurity=False).hexdigest() for name, text in _in_git(out).items()}
-        whole = [hashes for hashes in (here, committed) if _tree(hashes).hash_info == out.hash_info]
-        if not whole:
+        here = {path.relative_to(folder).as_posix(): hashes.get(path) for path in _files(out)}
+        committed = {name: _md5_of(content) for name, content in _in_git(out).items()}
+        listing = next((one for one in (here, committed) if _tree(one).hash_info == out.hash_info), None)
+        if listing is None:
             # DVC runs a stage whose list is missing, or whose folder is where only git keeps it.
             lost = folder if folder.exists() and not out.use_cache else record
             yield Fault(stage, lost, f"DVC's list of the files of {folder.name} is damaged or missing, and some differ")
             for path in _objects(out):
-                if contents.of(path) != (path.parent.name + path.name).removesuffix(".dir"):
+                if hashes.get(path) != (path.parent.name + path.name).removesuffix(".dir"):
                     yield Fault(stage, path, "damaged in DVC's cache")
             return
-        listing = whole[0]
         if out.use_cache:
             yield Fault(stage, record, "DVC's list of files is damaged", _tree(listing).as_bytes(), lost=False)
     for name, value in listing.items():
-        assert value is not None, "no list that is whole names an unreadable file"
-        yield from _pair(out, name, value, contents)
+        path, stored = folder / name, _object(out, str(value))
+        here, there = hashes.get(path) == value, hashes.get(stored) == value
+        if not here:
+            committed = _in_git(out).get(name, b"")
+            known = committed if _md5_of(committed) == value else None
+            what = "damaged" if path.exists() else "missing"
+            yield Fault(stage, path, what, known, lost=known is None and not there)
+        # What git keeps needs no object.
+        if not there and (out.use_cache or stored.exists()):
+            what = f"{'damaged' if stored.exists() else 'missing'} in DVC's cache ({path.name})"
+            yield Fault(stage, stored, what, path if here else None, lost=not here)
     for path in set(_files(out)) - {folder / name for name in listing}:
         yield Fault(stage, path, _FOREIGN)
-
-
-def _pair(out: Output, name: str, value: str, contents: Contents) -> Iterator[Fault]:
-    """Compare a file and its object in the cache with their hash; what git keeps needs no object."""
-    path, stored, stage = Path(out.fs_path) / name, _object(out, value), out.stage.addressing
-    here, there = contents.of(path) == value, contents.of(stored) == value
-    if not here:
-        committed = _in_git(out).get(name, b"")
-        known = md5(committed, usedforsecurity=False).hexdigest() == value
-        yield Fault(
-            stage, path, "damaged" if path.exists() else "missing", committed if known else None, not (known or there)
-        )
-    if not there and (out.use_cache or stored.exists()):
-        what = f"{'damaged' if stored.exists() else 'missing'} in DVC's cache ({path.name})"
-        yield Fault(stage, stored, what, path if here else None, not here)
 
 
 def repair(root: Path, stages: Sequence[str], run: bool = True) -> int:
     """Remove what is damaged of the stages' outputs, bring it back and return the exit code of `dvc repro`.
 
     From whole objects of DVC's cache, from whole files in the project or from git; what none of them has is made again.
-
-    Raises:
-        UserError: a living `dvc` is at work here, or a file lies in an output that is no part of it.
+    UserError if a living `dvc` is at work here, or a file lies in an output that is no part of it.
     """
     for line in unlock(root):
         print(line)
@@ -235,8 +209,7 @@ def _mend(fault: Fault) -> str:
     if path.is_dir():
         aside = path.rename(path.with_name(f"{path.name}.damaged-{time.time():.0f}"))
         return f"moved to {aside.name}"
-    if path.is_file() or path.is_symlink():
-        path.unlink()
+    path.unlink(missing_ok=True)
     if fault.content is None:
         return "removed"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -24,11 +24,7 @@ _KEPT = Path(".dvc/tmp/dvc.lock.kept")
 
 
 def project_of(folder: Path) -> Path:
-    """Return the DVC project that `folder` lies in.
-
-    Raises:
-        UserError: it lies in none.
-    """
+    """Return the DVC project that `folder` lies in; UserError if in none."""
     for root in (folder.resolve(), *folder.resolve().parents):
         if (root / ".dvc").is_dir():
             return root
@@ -38,8 +34,7 @@ def project_of(folder: Path) -> Path:
 def unlock(root: Path) -> list[str]:
     """Mend what a killed `dvc` has left in the project `root` and in its queue's copies; return what was done.
 
-    Raises:
-        UserError: a living `dvc` is at work there, or `dvc.lock` has git's marks of a conflict.
+    UserError if a living `dvc` is at work there, or `dvc.lock` has git's marks of a conflict.
     """
     done = []
     for project in (root, *sorted(path.parents[2] for path in root.glob(".dvc/tmp/exps/*/.dvc/tmp/rwlock"))):
@@ -70,10 +65,8 @@ def dvc_at_work(root: Path) -> list[psutil.Process]:
 def refuse_at_work(root: Path, why: str) -> None:
     """Raise UserError when a living `dvc` works in the project `root`."""
     for process in dvc_at_work(root):
-        raise UserError(
-            f"{why}, and process {process.pid} (`{' '.join(process.cmdline()[1:])}`) may be at work here: wait until it "
-            "has ended, or end it, then call this again."
-        )
+        who = f"process {process.pid} (`{' '.join(process.cmdline()[1:])}`)"
+        raise UserError(f"{why}, and {who} may be at work here: wait for its end, or end it, then call this again.")
 
 
 @contextmanager
@@ -115,11 +108,10 @@ def _unlock_files(project: Path) -> list[str]:
 
 def _lives(pid: int, written: float) -> bool:
     """Whether the process that has written its number at the time `written` lives; the number may be another's now."""
-    try:
+    with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         return not gone(process) and process.create_time() <= written + SECONDS_OF_CLOCK
-    except psutil.NoSuchProcess:
-        return False
+    return False
 
 
 def keep_dvc_lock() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
@@ -48,8 +49,7 @@ def param_text(value: Any) -> str:
 def identity(params: Params) -> dict[str, str]:
     """Tags that every run carries: what was run, and by which code."""
     tags = {"params_hash": params.hash(), "mlflow.user": _user(), "mlflow.source.type": "LOCAL"}
-    commit = _git("rev-parse", "HEAD")
-    if commit:
+    if commit := _git("rev-parse", "HEAD"):
         tags |= {"git_commit": commit, "mlflow.source.git.commit": commit}
         tags["git_dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
     return tags
@@ -61,36 +61,33 @@ def surroundings() -> dict[str, str]:
     tags |= {"version.python": platform.python_version(), "machine.host": platform.node(), "machine.cpu": _cpu()}
     tags["machine.cores"] = str(usable_cores().count)
     tags["machine.memory_gib"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}"
-    torch = sys.modules.get("torch")  # imported here it would cost seconds; a process that trains has it already
-    if torch is not None:
+    # Imported here it would cost seconds; a process that trains has it already.
+    if (torch := sys.modules.get("torch")) is not None:
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         tags["machine.gpus"] = ", ".join(gpus) or "none"
-    experiment = os.environ.get("DVC_EXP_NAME")
-    return tags | ({"dvc_experiment": experiment} if experiment else {})
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc_experiment"] = experiment
+    return tags
 
 
 def _user() -> str:
-    try:
+    with suppress(KeyError, OSError):  # a container's user without a name
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())
+    return str(os.getuid())
 
 
 def _git(*arguments: str) -> str:
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
+        return done.stdout.strip()
+    return ""
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), flags=re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def numbers(metrics: Mapping[str, Any], step: int) -> list[tuple[str, float, int, int]]:
@@ -115,11 +112,8 @@ def evaluation_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     {'score_vqa_accuracy_per_answer_type_yes_no': 0.6}
     """
     headlines = {"helm.bleu_1": "bleu_1"} | {f"{name}.overall": name for name in ("vqa_accuracy", "answer_accuracy")}
-    return {
-        headlines.get(name, f"score_{re.sub('[./ ]', '_', name)}"): value
-        for name, value in flatten(report)
-        if isinstance(value, Real) and not isinstance(value, bool)
-    }
+    values = {headlines.get(name, f"score_{re.sub('[./ ]', '_', name)}"): value for name, value in flatten(report)}
+    return {name: value for name, value, *_ in numbers(values, 0)}
 
 
 def reason(error: BaseException) -> str:

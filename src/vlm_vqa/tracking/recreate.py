@@ -2,8 +2,7 @@
 
 import csv
 import json
-import logging
-from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from vlm_vqa.params import load_params
 from vlm_vqa.secrets import without_secrets
 from vlm_vqa.tracking.describe import evaluation_metrics, identity, numbers, reason
 from vlm_vqa.tracking.store import Store, checkout_root, tracking_uri
-
-log = logging.getLogger(__name__)
 
 TRAINING_FILE = Path("models/trained/training.json")
 REPORTS = Path("reports")
@@ -81,8 +78,8 @@ def _curve(path: Path) -> list[tuple[str, float, int, int]]:
         raise UserError(f"{path} is missing: `git checkout {path}` or `dvc repro` brings it") from None
     rows = []
     for line in table:
-        values = {name: float(text) for name, text in line.items() if name != "step" and text not in ("", None)}
-        rows += numbers(values, int(line["step"]))
+        step = int(line.pop("step"))
+        rows += numbers({name: float(text) for name, text in line.items() if text}, step)
     return rows
 
 
@@ -104,14 +101,13 @@ def changed_params(folder: Path) -> list[str]:
     lock = folder / "dvc.lock"
     if not lock.is_file():
         return ["all parameters"]
-    stages = (read(lock) or {}).get("stages", {})
-    now = read(folder / "params.yaml")
-    changed = set()
-    for stage in stages.values():
+
+    def below(values: Any, name: str) -> Any:
+        return values.get(name) if isinstance(values, dict) else None
+
+    now, changed = read(folder / "params.yaml"), set()
+    for stage in (read(lock) or {}).get("stages", {}).values():
         for key, value in stage.get("params", {}).get("params.yaml", {}).items():
-            current = now
-            for part in key.split("."):
-                current = current.get(part) if isinstance(current, Mapping) else None
-            if current != value:
+            if reduce(below, key.split("."), now) != value:
                 changed.add(key)
     return sorted(changed)

@@ -57,18 +57,17 @@ class TrainingRun:
 
     def fail(self, reason: str) -> None:
         """Mark the run as failed where no exception can: this process is about to be ended."""
-        self._send()
         self.set_tags({"failure": reason})
-        self._attempt(lambda store, run_id: store.client.set_terminated(run_id, "FAILED"))
+        self._end("FAILED")
 
     def __enter__(self) -> "TrainingRun":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if kind is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
-            status = "FINISHED"
-        else:
-            status = "FAILED" if issubclass(kind, Exception) else "KILLED"
+        done = kind is None or (isinstance(error, SystemExit) and error.code in (None, 0))
+        self._end("FINISHED" if done else "FAILED" if isinstance(error, Exception) else "KILLED")
+
+    def _end(self, status: str) -> None:
         self._send()
         self._attempt(lambda store, run_id: store.client.set_terminated(run_id, status))
 
@@ -109,16 +108,13 @@ def training_run(params: Params, *, key: str, tags: Mapping[str, str], source: s
         everything = identity(params) | surroundings() | dict(tags)
         everything |= {"checkpoint_key": key, "mlflow.source.name": source}
         run = store.unfinished(key)
-        if run is None:
-            run_id = store.create(everything)
-            log.info("MLflow run %s (%s)", run_id, without_secrets(store.uri))
-            return TrainingRun(store, run_id)
-        run_id = run.info.run_id
-        store.client.update_run(run_id, status="RUNNING")
-        store.put_params(run_id, known=run.data.params)
-        store.put_tags(run_id, everything)
-        log.info("continuing MLflow run %s (%s)", run_id, without_secrets(store.uri))
-        return TrainingRun(store, run_id, store.last_steps(run))
+        run_id = run.info.run_id if run else store.create(everything)
+        if run:
+            store.client.update_run(run_id, status="RUNNING")
+            store.put_params(run_id, known=run.data.params)
+            store.put_tags(run_id, everything)
+        log.info("%sMLflow run %s (%s)", "continuing " if run else "", run_id, without_secrets(store.uri))
+        return TrainingRun(store, run_id, store.last_steps(run) if run else None)
     except Exception as error:  # noqa: BLE001
         _warn(tracking_uri(root), error)
         return TrainingRun()
@@ -126,7 +122,7 @@ def training_run(params: Params, *, key: str, tags: Mapping[str, str], source: s
 
 def log_export(params: Params, *, weights_hash: str, files: Iterable[str | Path] = ()) -> None:
     """Adds the exported model's files (`export/`) to the run that trained it. Never raises."""
-    _add(params, weights_hash, {}, {"exported": "true"}, files, "export")
+    _add(params, weights_hash, {}, "exported", files, "export")
 
 
 def log_evaluation(
@@ -134,24 +130,24 @@ def log_evaluation(
 ) -> None:
     """Adds the scores of `report` (see `evaluation_metrics`) and `files` (under their own folders) to the run that
     trained the model. Never raises."""
-    _add(params, weights_hash, evaluation_metrics(report), {"evaluated": "true"}, files, None)
+    _add(params, weights_hash, report, "evaluated", files)
 
 
 def _add(
     params: Params,
     weights_hash: str,
-    metrics: Mapping[str, float],
-    tags: Mapping[str, str],
+    report: Mapping[str, Any],
+    done: str,
     files: Iterable[str | Path],
-    folder: str | None,
+    folder: str = "",
 ) -> None:
     root = checkout_root()
     try:
         store = Store(params, root)
         run = store.find(weights_hash, params.hash())
         run_id = run.info.run_id if run else recreate(store, weights_hash, Path("."))
-        store.put_metrics(run_id, numbers(metrics, 0))
-        store.put_tags(run_id, tags)
+        store.put_metrics(run_id, numbers(evaluation_metrics(report), 0))
+        store.put_tags(run_id, {done: "true"})
         for path in files:
             store.put_files(run_id, path, folder or os.path.relpath(Path(path).parent))
         url = view_url(store.uri, store.experiment_id)

@@ -9,11 +9,11 @@ import os
 import platform
 import shlex
 import sqlite3
-import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,12 @@ def checkout_root(start: str | Path | None = None) -> Path:
     """The folder of the user's checkout that `start` (default: the working directory) belongs to.
 
     DVC runs queued and `--temp` experiments in copies under `<root>/.dvc/tmp/exps/` and deletes them afterwards: inside
-    such a copy this is `<root>`, not the copy. The path decides, not DVC_ROOT: outside an experiment that variable may
-    be left over from another repository.
+    such a copy this is `<root>`, not the copy. The path decides: DVC_ROOT may be left over from another repository.
     """
     here = Path(start or ".").resolve()
     checkout = next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), here)
-    for folder in checkout.parents:
-        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
-            return folder.parents[2]
-    return checkout
+    exps = (folder for folder in checkout.parents if folder.parts[-3:] == (".dvc", "tmp", "exps"))
+    return next((folder.parents[2] for folder in exps), checkout)
 
 
 def tracking_uri(root: Path) -> str:
@@ -65,8 +62,8 @@ def tracking_uri(root: Path) -> str:
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    local = uri.startswith("sqlite:///") and "?" not in uri  # what stands behind "?" may be anything: MLflow's affair
-    return Path(uri.removeprefix("sqlite:///")) if local else None
+    # What stands behind "?" may be anything: MLflow's affair.
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") and "?" not in uri else None
 
 
 class Store:
@@ -80,15 +77,14 @@ class Store:
         # Of a wait for an unreachable server, MLflow's default is 4 minutes a request; what the user has set stays.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault(
-            "MLFLOW_DISABLE_TELEMETRY", "true"
-        )  # usage statistics to a host that nobody here asked for
+        # Usage statistics to a host that nobody here asked for.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # Imports take long on a slow disk, but end: they are no part of the limit.
         import_module("mlflow.store.tracking.sqlalchemy_store" if self._database else "mlflow")
         self.client, self.experiment_id = _within(wait, self._open, lambda: _last_write(self._database))
 
     def _open(self) -> tuple[Any, str]:
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient, MlflowException
 
         # MLflow tells of making tables by a screenful of lines, urllib3 of each retry: our one warning says it all.
         for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
@@ -104,29 +100,21 @@ class Store:
         if experiment is None:
             # MLflow's own default is the working directory: in a DVC experiment, a copy that is deleted.
             artifacts = (database.parent / ARTIFACTS).as_uri() if database is not None else None
-            return client, self._create_experiment(client, name, artifacts)
+            try:
+                return client, client.create_experiment(name, artifacts, _experiment_tags())
+            except MlflowException:
+                # Two experiments of a DVC queue may start at once: the other one was faster.
+                experiment = client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
         if experiment.lifecycle_stage != "active":
             raise ValueError(f"experiment {name!r} (tracking.experiment) is deleted there: restore or rename it")
         return client, experiment.experiment_id
 
-    @staticmethod
-    def _create_experiment(client: Any, name: str, artifacts: str | None) -> str:
-        try:
-            return client.create_experiment(name, artifact_location=artifacts, tags=_experiment_tags())
-        except Exception:
-            # Two experiments of a DVC queue may start at once: the other one was faster.
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-            return experiment.experiment_id
-
     def search(self, condition: str, limit: int = 50) -> list[Any]:
         """Runs of this experiment, newest first."""
-        return list(
-            self.client.search_runs(
-                [self.experiment_id], condition, order_by=["attributes.start_time DESC"], max_results=limit
-            )
-        )
+        newest = ["attributes.start_time DESC"]
+        return list(self.client.search_runs([self.experiment_id], condition, max_results=limit, order_by=newest))
 
     def find(self, weights_hash: str, params_hash: str) -> Any | None:
         runs = self.search(f"tags.weights_hash = '{weights_hash}' and tags.params_hash = '{params_hash}'", limit=1)
@@ -153,8 +141,7 @@ class Store:
         """Logs the parameters that are not `known` yet: MLflow refuses another value for a logged one."""
         from mlflow.entities import Param
 
-        values = {key: param_text(value) for key, value in self.params.flat().items() if key not in known}
-        entries = [Param(key, value) for key, value in values.items()]
+        entries = [Param(key, param_text(value)) for key, value in self.params.flat().items() if key not in known]
         for start in range(0, len(entries), BATCH):
             self.client.log_batch(run_id, params=entries[start : start + BATCH])
 
@@ -182,21 +169,14 @@ class Store:
             raise FileNotFoundError(f"{path} does not exist")
         for file in sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]:
             inner = file.relative_to(path).parent if path.is_dir() else Path(".")
-            target = (Path(folder or ".") / inner).as_posix()
-            target = None if target == "." else target
-            if file.stat().st_size <= self._largest:
-                self.client.log_artifact(run_id, str(file), target)
-            else:
-                self._put_reference(run_id, file, target)
-
-    def _put_reference(self, run_id: str, file: Path, target: str | None) -> None:
-        here = Path(".").resolve()
-        where = file.resolve().relative_to(here) if file.resolve().is_relative_to(here) else file
-        reference = {"path": where.as_posix(), "bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        with tempfile.TemporaryDirectory() as scratch:
-            note = Path(scratch) / f"{file.name}.reference.json"
-            note.write_text(json.dumps(reference, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            self.client.log_artifact(run_id, str(note), target)
+            target = Path(folder or ".") / inner
+            if (size := file.stat().st_size) <= self._largest:
+                self.client.log_artifact(run_id, str(file), target.as_posix() if target.name else None)
+                continue
+            here = Path(".").resolve()
+            where = file.resolve().relative_to(here) if file.resolve().is_relative_to(here) else file
+            reference = {"path": where.as_posix(), "bytes": size, "sha256": sha256_file(file)}
+            self.client.log_dict(run_id, reference, (target / f"{file.name}.reference.json").as_posix())
 
     def last_steps(self, run: Any) -> dict[str, int]:
         """The last step logged of each metric of `run`."""
@@ -215,8 +195,7 @@ def _experiment_tags() -> dict[str, str]:
 
 
 def view_url(uri: str, experiment_id: str) -> str:
-    """Where a browser shows the runs with parameters and scores: on the server, or on `mlflow ui` of a local store."""
-    # `mlflow ui` reads the variable, too.
+    """Where a browser shows the runs and scores: on the server, or on `mlflow ui`, which reads MLFLOW_PORT, too."""
     server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
     where = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     return f"{without_secrets(server)}/{where}"
@@ -249,19 +228,18 @@ def _make_whole(database: Path) -> None:
 
 def _settled(database: Path) -> bool:
     """Whether `database` is whole, once nobody else is making it; if not, it is removed where no record is in it."""
-    while not _is_whole(database):
-        if time.time() - _last_write(database) < SECONDS_QUIET:
-            time.sleep(0.2)
-            continue
-        if database.exists() and _holds_records(database):
-            path, uri = shlex.quote(str(database)), shlex.quote(f"sqlite:///{database}")
-            raise RuntimeError(
-                "its tables are half made, or another MLflow version's, and hold records: copy the file, then"
-                f" `mlflow db upgrade {uri}`; if that fails, `mv {path} {path}.half` makes room for a new one"
-            )
-        _remove(database)
-        return False
-    return True
+    while not (whole := _is_whole(database)) and time.time() - _last_write(database) < SECONDS_QUIET:
+        time.sleep(0.2)
+    if whole:
+        return True
+    if database.exists() and _holds_records(database):
+        path, uri = shlex.quote(str(database)), shlex.quote(f"sqlite:///{database}")
+        raise RuntimeError(
+            "its tables are half made, or another MLflow version's, and hold records: copy the file, then"
+            f" `mlflow db upgrade {uri}`; if that fails, `mv {path} {path}.half` makes room for a new one"
+        )
+    _remove(database)
+    return False
 
 
 def _is_whole(database: Path) -> bool:
@@ -271,9 +249,8 @@ def _is_whole(database: Path) -> bool:
     if not database.exists():
         return False
     with _connected(database) as connection:
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone():
-            return False
-        versions = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+        made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone()
+        versions = connection.execute("SELECT version_num FROM alembic_version").fetchall() if made else []
     return versions == [(_get_latest_schema_revision(),)]
 
 
@@ -316,23 +293,19 @@ def _within(seconds: float, function: Callable[[], Any], sign_of_life: Callable[
     Database drivers have waits that no setting of MLflow's bounds. `function` then goes on until the process ends, and
     may be stopped anywhere by that.
     """
-    outcome: dict[str, Any] = {}
+    outcome: futures.Future[Any] = futures.Future()
 
     def work() -> None:
         try:
-            outcome["value"] = function()
+            outcome.set_result(function())
         except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
-            outcome["error"] = error
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    threading.Thread(target=work, daemon=True).start()
     sign, start = sign_of_life(), time.monotonic()
-    while thread.is_alive() and time.monotonic() - start < seconds:
-        thread.join(min(seconds, 0.5))
+    while not futures.wait([outcome], min(seconds, 0.5)).done:
         if sign != (sign := sign_of_life()):
             start = time.monotonic()
-    if "error" in outcome:
-        raise outcome["error"]
-    if "value" not in outcome:
-        raise TimeoutError(f"no answer in {seconds:.0f} s")
-    return outcome["value"]
+        elif time.monotonic() - start >= seconds:
+            raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return outcome.result()
