@@ -15,7 +15,7 @@ from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.evaluation.helm.files import read_table
 
 _COLUMNS = 4
-_COLOURS = {"right": "#1a7f37", "wrong": "#b42318"}
+_RIGHT_COLOUR, _WRONG_COLOUR = "#1a7f37", "#b42318"
 # Questions below this are wrong, from it on right; VQA's scores go in steps of 0.3.
 _RIGHT = 0.5
 
@@ -52,11 +52,16 @@ def draw_gallery(
         raise UserError(f"the gallery's seed is {seed}: take one from 0 to {2**32 - 1}.")
     chosen = _choose(Path(predictions_path), right, wrong, seed)
     images = _images(Path(records_dir), {row["image_id"] for row in chosen}, max_image_pixels)
+    rows = -(-len(chosen) // _COLUMNS)
+    texts = [(_wrapped(row["question"]), _wrapped(_verdict(row))) for row in chosen]
+    # A grid of pictures of 2.6 inches, with room between them for the longest question and answer.
+    above, below = (0.1 + 0.17 * max(text.count("\n") + 1 for text in column) for column in zip(*texts, strict=True))
+    height = rows * (2.6 + above + below)
     # Its own figure and canvas: no display is needed and no global state is left behind.
-    figure = Figure(figsize=(11, 3.1 * -(-len(chosen) // _COLUMNS)), dpi=100, layout="constrained")
-    for place, row in enumerate(chosen, start=1):
-        axes = figure.add_subplot(-(-len(chosen) // _COLUMNS), _COLUMNS, place)
-        _draw(axes, row, images[row["image_id"]])
+    figure = Figure(figsize=(11, height), dpi=100)
+    figure.subplots_adjust(0.01, below / height, 0.99, 1 - above / height, wspace=0.04, hspace=(above + below) / 2.6)
+    for place, (row, text) in enumerate(zip(chosen, texts, strict=True), start=1):
+        _draw(figure.add_subplot(rows, _COLUMNS, place), row, *text, images[row["image_id"]])
     try:
         out_path.parent.mkdir(parents=True, exist_ok=True)
         # Without the library's version in the file, equal pictures are equal files.
@@ -98,18 +103,24 @@ def _images(records: Path, wanted: set[int], max_pixels: int) -> Mapping[int, Im
     )
 
 
-def _draw(axes: Any, row: Mapping[str, Any], image: Image.Image) -> None:
-    verdict = "right" if row["score"] >= _RIGHT else "wrong"
+def _draw(axes: Any, row: Mapping[str, Any], title: str, caption: str, image: Image.Image) -> None:
+    colour = _RIGHT_COLOUR if row["score"] >= _RIGHT else _WRONG_COLOUR
     axes.imshow(image, interpolation="nearest" if max(image.size) < 200 else None)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set(color=_COLOURS[verdict], linewidth=2)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(color=colour, linewidth=2)
     # A dollar sign would start a formula.
-    axes.set_title("\n".join(textwrap.wrap(row["question"], 32)), fontsize=9, parse_math=False)
-    humans = "" if verdict == "right" else f" (humans: {_most_common(row['answers'])})"
-    answer = row["prediction"] + humans
-    axes.set_xlabel(f"{verdict}: {answer}", fontsize=9, color=_COLOURS[verdict], parse_math=False)
+    axes.set_title(title, fontsize=9, parse_math=False)
+    axes.set_xlabel(caption, fontsize=9, color=colour, parse_math=False)
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["score"] >= _RIGHT:
+        return f"right: {row['prediction']}"
+    return f"wrong: {row['prediction']} (humans: {_most_common(row['answers'])})"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 36)
 
 
 def _most_common(answers: Sequence[str]) -> str:
