@@ -6,7 +6,8 @@ pixels.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,10 +147,8 @@ def _folder(vision: VisionParams) -> Path:
 
 
 def _load_config(vision: VisionParams, folder: Path) -> Dinov2Config:
-    try:
+    with _reading(vision, "config.json"):
         values, _ = Dinov2Config.get_config_dict(folder)
-    except (OSError, ValueError) as error:
-        raise _unreadable(vision, "config.json", error) from error
     # A config of another class would load with a warning and give an encoder of defaults.
     if values.get("model_type") != "dinov2":
         raise UserError(
@@ -160,7 +159,7 @@ def _load_config(vision: VisionParams, folder: Path) -> Dinov2Config:
 
 
 def _load_processor(vision: VisionParams, folder: Path) -> BitImageProcessor:
-    try:
+    with _reading(vision, "preprocessor_config.json"):
         values, _ = BitImageProcessor.get_image_processor_dict(folder)
         kind = values.get("image_processor_type") or values.get("feature_extractor_type")
         if kind not in ("BitImageProcessor", "BitImageProcessorFast"):
@@ -169,34 +168,32 @@ def _load_processor(vision: VisionParams, folder: Path) -> BitImageProcessor:
                 "'BitImageProcessor'. Mend its preprocessor_config.json or choose another model."
             )
         return BitImageProcessor.from_dict(values)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise _unreadable(vision, "preprocessor_config.json", error) from error
 
 
 def _load_model(vision: VisionParams, folder: Path) -> Dinov2Model:
-    try:
+    with _reading(vision, "model.safetensors"):
         model, found = Dinov2Model.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
-    except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
-        raise _unreadable(vision, "model.safetensors", error) from error
     # transformers fills gaps with random numbers and a warning.
     lacking = sorted(found["missing_keys"])
     if lacking:
-        raise UserError(
-            f"vision.model {vision.model!r}: its weights lack {', '.join(map(str, lacking[:5]))}"
-            f"{' and others' if len(lacking) > 5 else ''}. Get a complete copy, or choose another model."
-        )
+        raise UserError(f"vision.model {vision.model!r} lacks the weights {lacking[:5]}. Get a whole copy of it.")
     return model
 
 
-def _unreadable(vision: VisionParams, file: str, error: Exception) -> UserError:
-    return UserError(
-        f"vision.model {vision.model!r}: {file} cannot be read ({str(error).strip()}). "
-        "The folder or commit must hold intact config.json, model.safetensors, preprocessor_config.json."
-    )
+@contextmanager
+def _reading(vision: VisionParams, file: str) -> Generator[None]:
+    """Say which file of the tower it is that cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
+        raise UserError(
+            f"vision.model {vision.model!r}: {file} cannot be read ({str(error).strip()}). "
+            "The folder or commit must hold intact config.json, model.safetensors, preprocessor_config.json."
+        ) from error
 
 
 def _count_tokens(vision: VisionParams, config: Dinov2Config, processor: BitImageProcessor) -> int:

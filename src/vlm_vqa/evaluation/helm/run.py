@@ -65,7 +65,7 @@ def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Ma
 
     Raises:
         UserError: the client refused, for instance an unreadable image or another instruction than the model's.
-        HelmError: HELM failed in another way.
+        RuntimeError: HELM failed in another way.
     """
     common = ["--suite", SUITE, "--output-path", str(folders.output), "--local-path", str(folders.config)]
     run = ["helm.benchmark.run", *common, "--conf-paths", str(folders.config / "run_entries.conf")]
@@ -77,10 +77,6 @@ def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Ma
     log.info("HELM has scored %d answers; now its web view", instances)
     _run_child(summarise, folders.output / "helm-summarize.log", environment)
     log.info("look at HELM's page, pictures included, with: make helm-web")
-
-
-class HelmError(RuntimeError):
-    """HELM ended with an error that is not the user's."""
 
 
 def _run_child(
@@ -166,4 +162,4 @@ def _explain(log_path: Path, program: str, code: int) -> None:
         if FAILED in line and "Request(" not in line:
             raise UserError(f"{line.split(FAILED, 1)[1].strip()} (HELM's whole log: {log_path})")
     end = "\n".join(lines[-15:])
-    raise HelmError(f"{program} ended with code {code}. Its log is {log_path}; the end of it:\n{end}")
+    raise RuntimeError(f"{program} ended with code {code}. Its log is {log_path}; the end of it:\n{end}")
