@@ -76,7 +76,7 @@ class Comparison:
 def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tolerance: float = TOLERANCE) -> Comparison:
     """Compares two `reports/evaluation.json`; `base` None means there is nothing to compare with, which passes.
 
-    Raises UserError where a report lacks a score, or HELM ran another number of instances: they are not comparable.
+    Raises UserError where a report lacks a score, or HELM ran another number of instances.
     """
     if not 0 <= tolerance <= 1:
         raise UserError(f"--tolerance {tolerance:g} is not between 0 and 1: scores are fractions, 0.01 is one point")

@@ -120,24 +120,17 @@ def answer_questions(
     """Answer every question from stored features, in batches that keep an image's questions together.
 
     Args:
-        predictor: the model.
-        store: its features.
-        questions: rows with `question_id`, `image_id`, `question`.
-        batch_size: questions answered at once.
+        questions: rows with `question_id`, `image_id`, `question`; answers come in their order.
         what: stands beside the progress bar.
         image_of: the image to show instead of a question's own, by image id.
-
-    Returns:
-        One answer a question, in the questions' order.
     """
     order = sorted(range(len(questions)), key=lambda at: (questions[at]["image_id"], questions[at]["question_id"]))
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc=what, unit="answer", mininterval=1) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            shown = [questions[at]["image_id"] for at in batch]
-            if image_of is not None:
-                shown = [image_of[image_id] for image_id in shown]
+            own = [questions[at]["image_id"] for at in batch]
+            shown = own if image_of is None else [image_of[image_id] for image_id in own]
             distinct = sorted(set(shown))
             place = {image_id: at for at, image_id in enumerate(distinct)}
             given = predictor.answer_features(

@@ -32,15 +32,7 @@ def draw_gallery(
     """Draw questions with their images, the model's answer and the humans' most common one; return the file's path.
 
     The choice is random among right and among wrong answers and depends on the seed alone, so it flatters nobody. Their
-    numbers are chosen, though: the picture does not show how often the model is right.
-
-    Args:
-        records_dir: the records that the predictions are about.
-        predictions_path: what the helm-eval stage wrote.
-        out_path: PNG to write.
-        right, wrong: how many of each; fewer if there are not as many.
-        seed: the same seed and predictions give the same picture.
-        max_image_pixels: bound on an image's size.
+    numbers are at most `right` and `wrong`, though: the picture does not show how often the model is right.
 
     Raises:
         UserError: there are no predictions, an image is not among the records, or `out_path` cannot be written.

@@ -84,8 +84,10 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
                 accumulation gives the large batch's gradient; by default those of this batch.
         """
         _check_window(self, segment_ids.shape[1])
-        places_N = torch.cat([prefix_places.flatten(), rest_places])
-        embeds_1ND = _embed_packed(self, image_features, input_ids.flatten(), prefix_places, rest_places)
+        places_N, ids = torch.cat([prefix_places.flatten(), rest_places]), input_ids.flatten()
+        prefixes = torch.cat(_embed(self, image_features, ids[prefix_places[:, image_features.shape[1] :]]), dim=1)
+        rest_XD = self.model.language_model.embed_tokens(ids[rest_places])
+        embeds_1ND = torch.cat([prefixes.flatten(0, 1), rest_XD])[None]
         attention, grid = language_of(self.config)._attn_implementation, (segment_ids, position_ids, bidirectional)
         closed = prefix_places.shape[1] > image_features.shape[1]
         mask = packed_mask(attention, prefix_places, rest_places, *grid, closed_prefix=closed, dtype=embeds_1ND.dtype)
@@ -98,15 +100,6 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
             "loss": total / (len(labels_M) if num_items_in_batch is None else num_items_in_batch),
             "logits": logits_MV,
         }
-
-
-def _embed_packed(
-    model: VlmForTraining, image_features: Tensor, ids: Tensor, prefix_places: Tensor, rest_places: Tensor
-) -> Tensor:
-    """Return the embeddings [1, N, D] of packed rows; `ids` are those of the flattened grid."""
-    image_BTD, prefix_text = _embed(model, image_features, ids[prefix_places[:, image_features.shape[1] :]])
-    rest_XD = model.model.language_model.embed_tokens(ids[rest_places])
-    return torch.cat([torch.cat([image_BTD, prefix_text], dim=1).flatten(0, 1), rest_XD])[None]
 
 
 def text_hidden(

@@ -35,12 +35,7 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
     """
 
     def __init__(self, params, percentile_clipping: int = 100, seed: int | None = None, **options: Any):
-        """
-        Args:
-            percentile_clipping: 0 and 100 are off.
-            seed: of stochastic rounding; needed for bfloat16 weights.
-            options: `AdamW8bit`'s.
-        """
+        """Take `AdamW8bit`'s options; a percentile of 0 or 100 is off, bfloat16 weights need a seed for their rounding."""
         super().__init__(params, **options)
         self.percentile = percentile_clipping if percentile_clipping != 100 else 0
         self.seed: Any = seed  # None where no weights are bfloat16, and nobody asks

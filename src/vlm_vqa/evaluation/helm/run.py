@@ -58,9 +58,8 @@ def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Ma
     """Run HELM's `vqa` over the scenario folder and summarise it for the web view.
 
     Args:
-        folders: what to read, and where results go; results of an earlier run must be gone.
+        folders: results of an earlier run must be gone.
         instances: number of questions in the scenario folder.
-        threads: threads that ask.
         environment: added to this process's environment.
 
     Raises:
