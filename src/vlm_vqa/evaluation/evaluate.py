@@ -1,6 +1,7 @@
 """The whole evaluation of an exported model: HELM's run, VQA or answer accuracy, the baselines, and the report."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,8 @@ def _rows(questions: datasets.Dataset) -> Iterator[dict[str, Any]]:
 def _ask_helm(
     questions: Sequence[Row], evaluation: EvaluationParams, folders: Folders, environment: Mapping[str, str]
 ) -> HelmResults:
-    folders.helm.clear()
+    for folder in (folders.helm.scenario, folders.helm.suite):
+        shutil.rmtree(folder, ignore_errors=True)
     write_scenario(folders.helm.scenario, questions, folders.records)
     run_helm(folders.helm, len(questions), evaluation.helm_threads, environment)
     results = read_results(folders.helm.suite, questions)

@@ -1,7 +1,8 @@
 """A picture of real test questions with the model's answers, right and wrong ones."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.records import iter_images, said_answers
 from vlm_vqa.errors import UserError, make_again
+from vlm_vqa.evaluation.baselines import most_common
 from vlm_vqa.evaluation.helm.files import read_table
 
 _COLUMNS = 4
@@ -108,13 +110,8 @@ def _draw(axes: Any, row: Mapping[str, Any], title: str, caption: str, image: Im
 def _verdict(row: Mapping[str, Any]) -> str:
     if row["score"] >= _RIGHT:
         return f"right: {row['prediction']}"
-    return f"wrong: {row['prediction']} (humans: {_most_common(row['answers'])})"
+    return f"wrong: {row['prediction']} (humans: {most_common(Counter(said_answers(row['answers'])))})"
 
 
 def _wrapped(text: str) -> str:
     return textwrap.fill(text, 36)
-
-
-def _most_common(answers: Sequence[str]) -> str:
-    said = said_answers(answers)
-    return max(sorted(set(said)), key=said.count)

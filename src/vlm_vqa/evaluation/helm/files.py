@@ -74,7 +74,9 @@ def read_results(suite: Path, questions: Sequence[Mapping[str, Any]]) -> HelmRes
         raise UserError(f"{suite}: {len(found)} finished HELM runs instead of one. Run the helm-eval stage again.")
     run = found[0].parent
     states = json.loads(found[0].read_text())["request_states"]
-    _check_same_questions(run, states, questions)
+    asked = [state["instance"]["input"]["multimedia_content"]["media_objects"][-1]["text"] for state in states]
+    if asked != [row["question"] for row in questions]:
+        raise UserError(f"{run}: HELM answered other questions than it was given. Run the helm-eval stage again.")
     per_instance = _per_instance_scores(json.loads((run / "per_instance_stats.json").read_text()))
     return HelmResults(
         scores=_mean_scores(json.loads((run / "stats.json").read_text()), len(questions)),
@@ -156,12 +158,6 @@ def _write_images(folder: Path, wanted: set[int], records: Path) -> None:
             f"{records}: no image {min(missing)} ({len(missing)} missing), which a validation question is about. "
             f"{make_again('fetch-vqav2')}"
         )
-
-
-def _check_same_questions(run: Path, states: Sequence[Mapping], questions: Sequence[Mapping]) -> None:
-    asked = [state["instance"]["input"]["multimedia_content"]["media_objects"][-1]["text"] for state in states]
-    if asked != [row["question"] for row in questions]:
-        raise UserError(f"{run}: HELM answered other questions than it was given. Run the helm-eval stage again.")
 
 
 def _is_plain(name: Mapping[str, Any]) -> bool:

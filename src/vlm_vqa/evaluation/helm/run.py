@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -47,11 +46,6 @@ class HelmFolders:
     def suite(self) -> Path:
         """Where a run's results end up."""
         return self.output / "runs" / SUITE
-
-    def clear(self) -> None:
-        """Remove what an earlier evaluation left, whole or not."""
-        for folder in (self.scenario, self.suite):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Mapping[str, str]) -> None:
