@@ -62,7 +62,6 @@ def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Ma
     """
     common = ["--suite", SUITE, "--output-path", str(folders.output), "--local-path", str(folders.config)]
     run = ["helm.benchmark.run", *common, "--conf-paths", str(folders.config / "run_entries.conf")]
-    # No cache: the weights' hash in the client's keys would keep it right, but every request would open its database.
     run += ["-m", str(instances), "-n", str(threads), "--exit-on-error", "--disable-cache"]
     summarise = ["helm.benchmark.presentation.summarize", *common, "--schema-path", str(folders.config / "schema.yaml")]
     with tqdm(total=instances, desc="HELM: questions", unit="question", mininterval=1) as bar:
