@@ -50,11 +50,7 @@ class Encoder:
         return self.model.config.hidden_size
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Look at images of any size and mode.
-
-        Returns:
-            [N, T, D] in the compute dtype, on the model's device: the last hidden state after the final layer norm.
-        """
+        """Look at images of any size and mode: preprocess and `encode_pixels`."""
         return self.encode_pixels(self.preprocess(images))
 
     def preprocess(self, images: Iterable[Image.Image]) -> Tensor:
@@ -74,7 +70,7 @@ class Encoder:
         """Look at what `preprocess` returned; on a GPU the result may still be under way.
 
         Returns:
-            [N, T, D] as `encode`.
+            [N, T, D] in the compute dtype, on the model's device: the last hidden state after the final layer norm.
         """
         with torch.no_grad():
             # The model casts them itself; a cast here would come before the copy, into memory that is not pinned.
@@ -113,12 +109,11 @@ def load_encoder(vision: VisionParams, device: torch.device | str | None = None)
     config = _load_config(vision, folder)
     processor = _load_processor(vision, folder)
     num_tokens = _count_tokens(vision, config, processor)
-    for key, said, found in (
-        ("vision.num_patches", vision.num_patches, num_tokens),
-        ("vision.visual_embed_dim", vision.visual_embed_dim, config.hidden_size),
-    ):
-        if said != found:
-            raise UserError(f"{key} is {said}, but the encoder {vision.model!r} makes {found}. Set {key}: {found}.")
+    for key, found in (("num_patches", num_tokens), ("visual_embed_dim", config.hidden_size)):
+        if (said := getattr(vision, key)) != found:
+            raise UserError(
+                f"vision.{key} is {said}, but the encoder {vision.model!r} makes {found}. Set vision.{key}: {found}."
+            )
     model = _load_model(vision, folder)
     encoder_hash = hash_json(
         {

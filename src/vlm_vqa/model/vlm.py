@@ -133,7 +133,7 @@ def text_hidden(
 
 
 def _check_window(model: PaliGemmaForConditionalGeneration, keys: int) -> None:
-    """Refuse more keys than Gemma 2's sliding window, where its layers would need a second mask."""
+    # Beyond it, its layers would need a second mask.
     window = language_of(model.config).sliding_window
     if keys > window:  # ty: ignore[unsupported-operator] - a Gemma 2 has one
         raise UserError(
@@ -304,10 +304,10 @@ _BASE = ".base_layer.weight"
 
 def load_tokenizer(language: LanguageParams, texts: list[str]) -> PreTrainedTokenizerFast:
     """Return the language model's tokenizer; for `random`, one trained on `texts`."""
-    if language.model == "random":
-        assert language.vocab_size is not None, "load_params asks for it where the model is random"
-        return train_tokenizer(texts, language.vocab_size)
-    return _from_pretrained(AutoTokenizer, language)
+    if language.model != "random":
+        return _from_pretrained(AutoTokenizer, language)
+    assert language.vocab_size is not None, "load_params asks for it where the model is random"
+    return train_tokenizer(texts, language.vocab_size)
 
 
 def _load_gemma(language: LanguageParams) -> Gemma2ForCausalLM:
@@ -333,11 +333,7 @@ def _load_gemma(language: LanguageParams) -> Gemma2ForCausalLM:
 
 
 def _from_pretrained(kind, language: LanguageParams, **options):
-    """Load from the hub or a local folder; no code that lies there is run.
-
-    Raises:
-        UserError: it is not there or not readable; transformers' own reason is kept.
-    """
+    """Load from the hub or a local folder, or say why not with transformers' own reason; no code from there is run."""
     folder = language.model
     if language.revision is not None:
         wanted = WANTED if kind is Gemma2ForCausalLM else SETTINGS
@@ -349,6 +345,9 @@ def _from_pretrained(kind, language: LanguageParams, **options):
             f"language.model {language.model!r} cannot be loaded ({kind.__name__}): {error} Name a folder in Hugging Face's "
             "format with safetensors weights and a tokenizer, or a hub id with language.revision."
         ) from error
+
+
+_SPECIAL = ("pad", "eos", "bos", "unk")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -364,19 +363,13 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"],
+        special_tokens=[f"<{name}>" for name in _SPECIAL],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
+    special = {f"{name}_token": f"<{name}>" for name in _SPECIAL}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
 
 
 def build_processor(image_processor, tokenizer, num_patches: int) -> PaliGemmaProcessor:

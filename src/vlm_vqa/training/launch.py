@@ -150,11 +150,7 @@ def _keep_deepspeed_on_cpu() -> None:
 
 
 def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Compare what accelerate has made of model and optimizer with what the launch means.
-
-    Args:
-        model: as it is called in training: wrapped by DDP or DeepSpeed, sharded by FSDP2.
-        optimizer: the one that updates weights, unwrapped.
+    """Compare what accelerate has made of model and (unwrapped) optimizer with what the launch means.
 
     Returns:
         Facts for the start banner and MLflow: the share of weights and of trained elements that this process holds, and the
