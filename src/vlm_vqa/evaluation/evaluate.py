@@ -2,12 +2,11 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -70,7 +69,8 @@ def evaluate(
     environment = prepare_punkt(params.evaluation.punkt_tab, folders.helm.config / "nltk_data")
     validation = load_questions(folders.records, "val").to_list()
     questions, at_helm = _choose(validation, params.evaluation)
-    prior = QuestionOnlyBaseline(_rows(load_questions(folders.records, "train")))
+    counted = ["question", "question_type", "answers"]
+    prior = QuestionOnlyBaseline(load_questions(folders.records, "train").select_columns(counted))
     others = shuffled_images((row["image_id"] for row in questions), params.seed)
     manifest = read_manifest(folders.records)
     metric = metric_of(manifest)
@@ -157,14 +157,6 @@ def _choose(validation: Sequence[Row], evaluation: EvaluationParams) -> tuple[li
     chosen = sorted(helm_order(len(validation))[:most].tolist())
     place = {position: at for at, position in enumerate(chosen)}
     return [validation[position] for position in chosen], [place[position] for position in picked]
-
-
-def _rows(questions: datasets.Dataset) -> Iterator[dict[str, Any]]:
-    """Yield rows without holding a split of half a million as Python objects."""
-    columns = questions.select_columns(["question", "question_type", "answers"])
-    for batch in columns.iter(batch_size=4096):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
 
 
 def _ask_helm(

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.data.records import iter_images, said_answers
-from vlm_vqa.errors import UserError, make_again
+from vlm_vqa.data.records import said_answers
+from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.baselines import most_common
-from vlm_vqa.evaluation.helm.files import read_table
+from vlm_vqa.evaluation.helm.files import images_of, read_table
 
 _COLUMNS = 4
 _RIGHT_COLOUR, _WRONG_COLOUR = "#1a7f37", "#b42318"
@@ -45,7 +45,10 @@ def draw_gallery(
     if not 0 <= seed < 2**32:
         raise UserError(f"the gallery's seed is {seed}: take one from 0 to {2**32 - 1}.")
     chosen = _choose(Path(predictions_path), right, wrong, seed)
-    images = _images(Path(records_dir), {row["image_id"] for row in chosen}, max_image_pixels)
+    images = {
+        record.image_id: open_image(record.data, record.file_name, max_image_pixels)
+        for record in images_of({row["image_id"] for row in chosen}, Path(records_dir))
+    }
     rows = -(-len(chosen) // _COLUMNS)
     texts = [(_wrapped(row["question"]), _wrapped(_verdict(row))) for row in chosen]
     # A grid of pictures of 2.6 inches, with room between them for the longest question and answer.
@@ -82,19 +85,6 @@ def _choose(path: Path, right: int, wrong: int, seed: int) -> list[dict[str, Any
     if not chosen:
         raise UserError(f"{path}: holds no prediction to draw. Run `dvc repro helm-eval` again.")
     return sorted(table.take(list(chosen.values())).to_pylist(), key=lambda row: row["score"] < _RIGHT)
-
-
-def _images(records: Path, wanted: set[int], max_pixels: int) -> Mapping[int, Image.Image]:
-    images = {}
-    for record in iter_images(records):
-        if record.image_id in wanted:
-            images[record.image_id] = open_image(record.data, record.file_name, max_pixels)
-        if len(images) == len(wanted):
-            return images
-    missing = min(wanted - images.keys())
-    raise UserError(
-        f"{records}: has no image {missing}, which a prediction is about. {make_again('fetch-vqav2 helm-eval')}"
-    )
 
 
 def _draw(axes: Any, row: Mapping[str, Any], title: str, caption: str, image: Image.Image) -> None:
