@@ -452,7 +452,7 @@ def test_a_hang_in_loading_is_named_by_all_ranks(start):
 def test_an_error_ends_the_others_which_quote_it(start):
     ranks = start(wait_as_in_a_collective, raise_error, wait_as_in_a_collective)
     assert ranks.exit_codes([0, 1, 2], 8 * TICK) == {0: EXIT_ENDED, 1: 1, 2: EXIT_ENDED}
-    assert "rank 1 (local) stopped: row 17 of train.parquet: no such image." in (ranks.folder / "0.err").read_text()
+    assert "rank 1 (local) stopped: row 17 of train.parquet: no such image." in ranks.printed()
     # The rank itself shows its own error, and the machine reads the line once.
     assert "Traceback" in (ranks.folder / "1.err").read_text() and ranks.printed().count("watchdog of rank") == 1
 
