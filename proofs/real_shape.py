@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset as Records
-from transformers import PaliGemmaForConditionalGeneration, TrainerCallback
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, TrainerCallback
 
 from benchmarks import extraction, measure, vqav2
 from benchmarks.measure import Claim
@@ -50,7 +50,6 @@ from vlm_vqa.model.vlm import (
     freeze_embeddings,
     hash_weights,
     initial_model,
-    load_config,
     load_trained,
     save_trained,
     set_dropout,
@@ -259,8 +258,10 @@ def reload(folder: Path, expected: str, seconds: dict[str, float]) -> dict[str, 
     reset_peak()
 
     def load() -> PaliGemmaForConditionalGeneration:
-        model = PaliGemmaForConditionalGeneration._from_config(load_config(folder), dtype=torch.float32)
-        load_trained(model, folder, "Run the benchmark again.")
+        model = PaliGemmaForConditionalGeneration._from_config(
+            PaliGemmaConfig.from_pretrained(folder), dtype=torch.float32
+        )
+        load_trained(model, folder)
         return model
 
     model = timed(seconds, "reload", load)

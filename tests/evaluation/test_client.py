@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helm.clients.auto_client import AutoClient
-from helm.common.cache import BlackHoleCacheConfig, SqliteCacheConfig
 from helm.common.media_object import MediaObject, MultimediaObject
 from helm.common.request import Request
 
@@ -38,8 +37,8 @@ def request(image="red.jpg", question="what colour?", instruction=HELM_INSTRUCTI
     return Request(model=name, model_deployment=name, temperature=0.0, multimodal_prompt=MultimediaObject(media))
 
 
-def client(cache=None):
-    return VlmVqaClient(cache or BlackHoleCacheConfig(), predictor="fake_predictor:load")
+def client():
+    return VlmVqaClient(predictor="fake_predictor:load")
 
 
 def text(result):
@@ -77,23 +76,18 @@ def test_one_model_for_many_clients_and_threads_and_each_image_encoded_once_a_ba
 
 
 def test_a_retrained_model_never_gets_old_answers(fresh):
-    cache = SqliteCacheConfig(str(fresh / "cache.sqlite"))
-    assert text(client(cache).make_request(request())) == "red"
-    cached = client(cache).make_request(request())
-    assert cached.cached and text(cached) == "red"
-
+    assert text(client().make_request(request())) == "red"
     LoadedModel._loaded.clear()
     facts = {"weights_hash": "v" * 64, "red": "crimson"}
     (fresh / "models" / "export" / "model.json").write_text(json.dumps(facts))
-    retrained = client(cache).make_request(request())
+    retrained = client().make_request(request())
     assert not retrained.cached and text(retrained) == "crimson"
 
 
 def test_another_image_under_the_same_path_never_gets_old_answers(fresh, picture):
-    cache = SqliteCacheConfig(str(fresh / "cache.sqlite"))
-    assert text(client(cache).make_request(request("red.jpg"))) == "red"
+    assert text(client().make_request(request("red.jpg"))) == "red"
     (fresh / "red.jpg").write_bytes(picture(False))
-    assert text(client(cache).make_request(request("red.jpg"))) == "blue"
+    assert text(client().make_request(request("red.jpg"))) == "blue"
 
 
 @pytest.mark.parametrize(
@@ -151,7 +145,7 @@ def test_helm_does_not_ask_again(fresh, monkeypatch):
     monkeypatch.setattr(
         front,
         "_get_client",
-        lambda name: Counting(BlackHoleCacheConfig(), predictor="fake_predictor:load"),
+        lambda name: Counting(predictor="fake_predictor:load"),
         raising=False,
     )
     assert not front.make_request(request(instruction="Answer.")).success

@@ -62,7 +62,7 @@ def no_helm(monkeypatch):
 
 
 def test_report_has_the_agreed_keys_and_figures(project, records, features, params, load, no_helm):
-    report = evaluate(params, Folders(), load).report
+    report = evaluate(params, Folders(), load)[0]
     # Colours are right in full (10 of 10 and 4 of 10 humans say the colour); shuffled images are another colour or not.
     assert report["vqa_accuracy"] == {
         "overall": 1.0,
@@ -114,7 +114,7 @@ def few_answers(records, answers):
 
 def test_another_number_of_answers_than_ten_is_scored_and_named_so(project, records, features, params, load, no_helm):
     few_answers(records, [["Red"], ["red", ""], ["blue"] * 10])
-    report = evaluate(params, Folders(), load).report
+    report = evaluate(params, Folders(), load)[0]
     # Images are red and blue in turn with two questions each: 16 questions, answers in threes.
     truth = [{"Red", "red"} if at % 3 < 2 else {"blue"} for at in range(16)]
     right = [("red" if at // 2 % 2 == 0 else "blue") in words for at, words in enumerate(truth)]
@@ -134,7 +134,7 @@ def test_one_answer_and_the_same_ten_times_have_the_same_bleu_1(project, records
     reports = []
     for answers in ([["red"], ["blue"]], [["red"] * 10, ["blue"] * 10]):
         few_answers(records, answers)
-        reports.append(evaluate(params, Folders(), load).report)
+        reports.append(evaluate(params, Folders(), load)[0])
     one, ten = reports
     assert one["helm"] == ten["helm"]
     assert [one["baselines"][name]["bleu_1"] for name in one["baselines"]] == [
@@ -155,10 +155,10 @@ def test_helm_itself_over_four_questions_with_one_to_three_answers_some_blank(pr
     few_answers(records, [["red"], ["red", " ", "blue"], ["Blue", ""], ["an answer"]])
     Path("models/export/model.json").write_text('{"red": ""}')
     few = with_evaluation(params, helm_instances=4, vqa_questions=4)
-    report = evaluate(few, Folders(), load).report
+    report = evaluate(few, Folders(), load)[0]
     assert report["helm"]["instances"] == report["answer_accuracy"]["questions"] == 4
     everything = with_evaluation(params, helm_instances=1000)
-    assert evaluate(everything, Folders(), load).report["helm"]["instances"] == 16
+    assert evaluate(everything, Folders(), load)[0]["helm"]["instances"] == 16
     assert "" in pq.read_table("reports/helm_predictions.parquet")["prediction"].to_pylist()
 
 
@@ -207,8 +207,8 @@ def test_with_helm_itself_twice_the_same_bytes(project, records, features, param
     """The real HELM over ten instances, and again; its web view has the BLEU column and shows its images."""
 
     def run():
-        evaluation = evaluate(with_evaluation(params, helm_instances=10), Folders(), load)
-        return {str(path): path.read_bytes() for path in evaluation.files}
+        _, files = evaluate(with_evaluation(params, helm_instances=10), Folders(), load)
+        return {str(path): path.read_bytes() for path in files}
 
     first = run()
     report = json.loads(first["reports/evaluation.json"])

@@ -8,7 +8,7 @@ from PIL import Image
 from vlm_vqa.cli import main
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.gallery import _choose, _most_common, draw_gallery
+from vlm_vqa.evaluation.gallery import _choose, _verdict, draw_gallery
 from vlm_vqa.evaluation.helm.files import write_table
 
 
@@ -49,7 +49,8 @@ def test_either_score_is_drawn_and_silence_is_no_answer_of_humans(records, predi
     first = draw_gallery(records, predictions, tmp_path / "first.png").read_bytes()
     write_table(named, predictions)
     assert draw_gallery(records, predictions, tmp_path / "second.png").read_bytes() == first
-    assert _most_common(["", "", "red"]) == "red"
+    row = {"score": 0.0, "prediction": "blue", "answers": ["", "", "red"]}
+    assert _verdict(row) == "wrong: blue (humans: red)"
 
 
 def test_right_and_wrong_ones_are_chosen_and_images_are_not_shown_twice(predictions):

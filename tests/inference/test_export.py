@@ -201,8 +201,6 @@ def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_pa
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="model.safetensors: damaged.*vlm-vqa repair train"):
         read_training(folder)
-    with pytest.raises(UserError, match="model.safetensors: missing or damaged.*vlm-vqa repair train"):
-        join(folder, encoder, "0" * 64)
     export(tiny, trained, "image-prefix", tmp_path / "export")
     facts = tmp_path / "export" / FACTS_FILE
     facts.write_text(facts.read_text().replace('"weights_hash": "', '"weights_hash": "0'))

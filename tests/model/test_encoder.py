@@ -239,7 +239,7 @@ def damage_lacking_weights(folder: Path) -> None:
         (damage_missing_processor, "preprocessor_config.json cannot be read"),
         (damage_truncated_weights, "model.safetensors cannot be read"),
         (damage_pickled_weights, "model.safetensors cannot be read"),
-        (damage_lacking_weights, "its weights lack .*layer"),
+        (damage_lacking_weights, "lacks the weights .*layer"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_name(tmp_path, damage, message):

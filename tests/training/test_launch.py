@@ -204,5 +204,5 @@ def test_weights_held_whole_under_zero_3_are_refused():
     model = torch.nn.Linear(8, 8)
     model.optimizer = type("Zero", (), {"fp32_partitioned_groups_flat": [torch.zeros(36)]})()
     running = Launch("cpu-zero3", Strategy.ZERO3, 2, 1, 1, "cpu", "gloo", ONE)
-    with pytest.raises(UserError, match="process 1 of 2 should hold 50% of the weights, but holds 100%"):
+    with pytest.raises(UserError, match="process 1 of 2 holds 100% of the weights instead of 50%"):
         check_prepared(running, model, torch.optim.AdamW(model.parameters()))

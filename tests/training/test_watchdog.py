@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,20 +14,13 @@ import torch.distributed as dist
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.training import watchdog as module
-from vlm_vqa.training.watchdog import (
-    EXIT_ENDED,
-    Diagnosis,
-    FailureDetector,
-    Heartbeat,
-    Launcher,
-    Phase,
-    Progress,
-    Watchdog,
-    connect,
-)
+from vlm_vqa.training.watchdog import EXIT_ENDED, Heartbeat, Phase, Progress, Watchdog, connect
 
 STALL, DEAD = 60, 10
 HERE = Progress(7, Phase.COMPUTING, 1)
+
+
+DONE = "is done"
 
 
 class Play:
@@ -34,27 +28,32 @@ class Play:
 
     def __init__(self, others=2, rank=0, hosts=()):
         self.hosts = {other: "a" for other in range(others + 1) if other != rank} | dict(hosts)
-        self.judge = FailureDetector(rank, others + 1, "a", 0.0, STALL, DEAD, 1.0)
+        self.judge = Watchdog(dist.HashStore(), rank, others + 1, STALL, dead_seconds=DEAD, tick_seconds=1.0, host="a")
         self.records = {other: Heartbeat(host, 0, HERE, 0.0) for other, host in self.hosts.items()}
-        self.now, self.beats = 0.0, itertools.count()
+        self.beats = itertools.count()
 
     def change(self, other, **fields):
         self.records[other] = self.records[other]._replace(**fields)
 
-    def run(self, seconds, frozen=(), store=True, launcher=Launcher.RUNS, moving=True, idle=None, step=1.0):
-        """Let time pass until there is a diagnosis; `frozen` ranks publish nothing, and nothing is read without a store."""
-        end = self.now + seconds
-        while self.now < end:
-            self.now += step
+    def run(self, ticks, frozen=(), store=True, moving=True, idle=None):
+        """Let time pass until all have to end; `frozen` ranks publish nothing, and nothing is read without a store."""
+        for _ in range(ticks):
             for other in self.records.keys() - set(frozen) if store else ():
                 self.change(other, tick=self.records[other].tick + 1, idle=(idle or {}).get(other, 0.0))
-            self.judge.advance(self.now, HERE._replace(beats=next(self.beats)) if moving else HERE)
+            if moving:
+                self.judge.heartbeat(Phase.COMPUTING, 7 + next(self.beats))
+            elif self.judge._place != HERE:
+                self.judge.heartbeat(HERE.phase, HERE.step)
+            self.judge._count_tick()
             if store:
-                self.judge.take(self.now, dict(self.records))
-            diagnosis = self.judge.diagnosis(launcher)
-            if diagnosis is not None:
-                return diagnosis
+                self.judge._hear(dict(self.records))
+            if reason := self.judge._reason():
+                return reason
         return None
+
+
+def read(text):
+    return module._RECORD.validate_json(text)
 
 
 def test_healthy_ranks_go_on():
@@ -62,8 +61,8 @@ def test_healthy_ranks_go_on():
 
 
 def test_a_record_survives_the_store():
-    record = Heartbeat("a", 3, Progress(4, Phase.SAVING, 2), 1.5, end="rank 1 (b) stopped: it's \u00fcber", said=True)
-    decoded = Heartbeat.decode(record.encode().encode())
+    record = Heartbeat("\u00fcber", 3, Progress(4, Phase.SAVING, 2), 1.5, "was told to end (SIGTERM)")
+    decoded = read(module._RECORD.dump_json(record))
     assert decoded == record and decoded.place.phase is Phase.SAVING
     assert str(decoded.place) == "SAVING of step 4, part 2"
 
@@ -73,15 +72,15 @@ def test_a_silent_rank_is_named_with_its_place():
     play.change(1, place=Progress(6, Phase.SAVING, 1))
     assert play.run(20) is None
     assert play.run(DEAD, frozen=[1]) is None
-    diagnosis = play.run(3, frozen=[1])
-    assert diagnosis.reason.startswith("rank 1 (b) has died or is frozen: last seen in SAVING of step 6.")
-    assert "rank 2" not in diagnosis.reason and not diagnosis.said
+    reason = play.run(1, frozen=[1])
+    assert reason.startswith("rank 1 (b) has died or is frozen: last seen in SAVING of step 6.")
+    assert "rank 2" not in reason
 
 
 def test_a_rank_that_is_done_is_not_accused():
     play = Play()
     play.run(5)
-    play.change(1, done=True)
+    play.change(1, left=DONE)
     assert play.run(3 * STALL, frozen=[1], idle={1: 999.0}) is None
 
 
@@ -90,42 +89,25 @@ def test_ranks_that_were_told_to_end_are_not_the_cause():
     play = Play(others=3)
     play.run(5)
     play.change(1, left="was told to end (SIGTERM)")
-    diagnosis = play.run(30, frozen=[1, 2])
-    assert diagnosis.reason.startswith("rank 2 (a) has died") and "rank 1" not in diagnosis.reason
+    reason = play.run(30, frozen=[1, 2])
+    assert reason.startswith("rank 2 (a) has died") and "rank 1" not in reason
     alone = Play()
     alone.run(5)
     alone.change(1, left="was told to end (SIGTERM)", tick=99)
-    assert alone.run(30, frozen=[1]).reason == "rank 1 (a) was told to end (SIGTERM)."
+    assert alone.run(30, frozen=[1]) == "rank 1 (a) was told to end (SIGTERM)."
 
 
-def test_an_error_is_quoted_as_soon_as_its_rank_had_time_to_end():
-    play = Play()
-    play.run(5)
-    play.change(2, end="rank 2 (b) stopped: no such image")
-    assert play.run(2) is None
-    assert play.run(1) == Diagnosis("rank 2 (b) stopped: no such image")
-    # Nobody waits for the line of a rank that ends for its own reason.
-    second = Play(rank=1)
-    second.change(0, end="rank 0 (a) stopped: no such image")
-    assert second.run(3) == Diagnosis("rank 0 (a) stopped: no such image")
-
-
-def test_one_line_a_machine():
-    """The lowest living rank speaks; the others follow when it has spoken, or three ticks later."""
-    first, second = Play(rank=0), Play(rank=1)
-    for play in (first, second):
-        play.run(5, frozen=[2])
-    assert "rank 2 (a) has died" in first.run(20, frozen=[2]).reason
-    assert second.run(first.now - second.now, frozen=[2]) is None
-    assert second.run(2, frozen=[2]) is None
-    assert second.run(1, frozen=[2]) is not None
-    third = Play(rank=2)
-    third.change(1, end="rank 3 (a) has died", said=True)
-    assert third.run(1) == Diagnosis("rank 3 (a) has died", said=True)
-    # What was printed on another machine is printed on this one as well.
-    apart = Play(rank=1, hosts={0: "b"})
-    apart.change(0, end="rank 2 (a) has died", said=True)
-    assert apart.run(1) == Diagnosis("rank 2 (a) has died")
+def test_the_first_reason_is_everybodys_and_is_said_once_a_machine():
+    store = dist.HashStore()
+    ranks = [Watchdog(store, rank, 4, STALL, host=host) for rank, host in enumerate("aabb")]
+    for rank, watchdog in enumerate(ranks):
+        watchdog._end = f"reason of rank {rank}"
+    ranks[3]._unwinding_since = time.monotonic()
+    for watchdog in (ranks[3], ranks[1], ranks[0], ranks[2]):
+        watchdog._agree(store)
+        assert watchdog._verdict == watchdog._reason() == "reason of rank 3"
+    # Rank 3 shows its own error itself; rank 1 was before rank 0.
+    assert [watchdog._speaks for watchdog in ranks[:3]] == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -143,8 +125,8 @@ def test_a_stall_names_who_is_behind(places, text):
         play.change(other, place=place)
     play.run(5)
     assert play.run(STALL - 2, moving=False, idle={1: STALL + 1, 2: STALL + 1}) is None
-    diagnosis = play.run(10, moving=False, idle={1: STALL + 1, 2: STALL + 1})
-    assert diagnosis.reason.startswith(f"no rank has made progress for {STALL} s: {text}")
+    reason = play.run(10, moving=False, idle={1: STALL + 1, 2: STALL + 1})
+    assert reason.startswith(f"no rank has made progress for {STALL} s: {text}")
 
 
 def test_no_stall_while_one_rank_makes_progress():
@@ -154,29 +136,29 @@ def test_no_stall_while_one_rank_makes_progress():
 
 def test_a_stall_tells_who_has_finished():
     play = Play()
-    play.change(1, done=True)
-    diagnosis = play.run(3 * STALL, moving=False, frozen=[1], idle={2: 3 * STALL})
-    assert diagnosis.reason.endswith(
-        "all (ranks 0, 2) are at the same place, COMPUTING of step 7. Finished before: rank 1."
-    )
+    play.change(1, left=DONE)
+    reason = play.run(3 * STALL, moving=False, frozen=[1], idle={2: 3 * STALL})
+    assert reason.endswith("all (ranks 0, 2) are at the same place, COMPUTING of step 7. Finished before: rank 1.")
 
 
 def test_a_rank_that_never_reports_is_missed():
     play = Play()
     del play.records[2]
-    assert play.run(STALL) is None
-    assert play.run(3).reason == f"rank 2 did not report within {STALL} s after rank 0 did."
+    idle = {1: 3 * STALL}
+    assert play.run(STALL, moving=False, idle=idle) is None
+    assert play.run(3, moving=False, idle=idle) == f"no rank has made progress for {STALL} s: rank 2 never reported."
 
 
-def test_the_launcher_and_its_store():
+def test_the_launcher_and_its_store(monkeypatch):
     play = Play()
     play.run(5)
     assert play.run(DEAD, store=False) is None
-    assert "store on the machine of rank 0 has not answered for 10 s" in play.run(1, store=False).reason
-    assert play.run(1, launcher=Launcher.GONE).reason == "the launcher of the ranks on a is gone."
+    assert "store on the machine of rank 0 has not answered for 10 s" in play.run(1, store=False)
+    monkeypatch.setattr(play.judge, "_launcher_pid", os.getpid())
+    assert play.run(1) == "the launcher of the ranks on a is gone."
     # The store may have gone with rank 0, which had finished.
     other = Play(rank=1)
-    other.change(0, done=True)
+    other.change(0, left=DONE)
     other.run(1)
     assert other.run(100, store=False) is None
 
@@ -191,34 +173,26 @@ def test_a_short_silence_of_the_store_counts_against_nobody():
     assert play.run(100) is None
 
 
-def test_ctrl_z_of_the_launcher_stops_nobody():
+def test_ctrl_z_of_the_launcher_stops_nobody(monkeypatch):
     play = Play()
     play.run(5)
-    assert play.run(500, store=False, launcher=Launcher.STOPPED) is None
+    with monkeypatch.context() as stopped:
+        stopped.setattr(module, "_is_stopped", lambda pid: True)
+        assert play.run(500, store=False) is None
     assert play.run(DEAD - 1, store=False) is None
     assert play.run(DEAD - 1, frozen=[1, 2]) is None
     assert play.run(100) is None
 
 
-def test_a_suspended_machine_accuses_nobody():
+def test_a_suspended_or_slow_machine_accuses_nobody():
+    """The clock of the wall is not looked at: nothing but ticks and answers counts."""
     play = Play()
     play.run(5)
-    play.run(5, frozen=[1])
-    play.now += 3600
-    # Nothing was read yet; then the others have not published yet; all of it takes its time.
     assert play.run(5, store=False) is None
     assert play.run(DEAD - 1, frozen=[1, 2]) is None
     assert play.run(100, moving=False, idle={1: STALL - 1, 2: STALL - 1}) is None
     # A rank that did not come back is still found.
-    assert play.run(DEAD + 3, frozen=[2]).reason.startswith("rank 2 (a) has died or is frozen")
-
-
-def test_a_machine_that_is_too_slow_accuses_nobody_sooner():
-    """Where a tick takes eight seconds, ten seconds of silence are hardly more than one tick of the others."""
-    play = Play()
-    play.run(40, step=8.0)
-    assert play.run(32, step=8.0, frozen=[1]) is None
-    assert play.run(100, step=8.0) is None
+    assert play.run(DEAD + 3, frozen=[2]).startswith("rank 2 (a) has died or is frozen")
 
 
 def test_one_rank_needs_no_watchdog(monkeypatch):
@@ -239,7 +213,7 @@ class FlakyStore:
 
     def __init__(self, error, failing):
         self.error, self.failing, self.calls = error, failing, []
-        self.values = {"1": Heartbeat("b", 0, HERE, 0.0).encode().encode()}
+        self.values = {"1": module._RECORD.dump_json(Heartbeat("b", 0, HERE, 0.0))}
 
     def _call(self, name, result):
         self.calls.append(name)
@@ -254,6 +228,9 @@ class FlakyStore:
     def check(self, keys):
         return self._call("check", all(key in self.values for key in keys))
 
+    def compare_set(self, key, expected, desired):
+        return self._call("compare_set", self.values.setdefault(key, desired.encode()))
+
     def multi_get(self, keys):
         return self._call("multi_get", [self.values[key] for key in keys])
 
@@ -267,43 +244,35 @@ def flaky():
 
     def start(error, failing):
         store = FlakyStore(error, failing)
-        start.started.append(Watchdog(store, 0, 2, stall_seconds=60, tick_seconds=0.02, host="a").start())
+        start.started.append(Watchdog(store, 0, 2, stall_seconds=60, tick_seconds=0.02, host="a").__enter__())
         time.sleep(0.3)
         return store
 
     start.started = []
     yield start
     for watchdog in start.started:
-        watchdog.stop()
+        watchdog.__exit__(None, None, None)
 
 
 def test_a_transient_error_is_mended_by_a_new_connection(flaky):
-    store = flaky(dist.DistNetworkError("broken pipe"), failing={3, 4})
-    assert store.calls[:8] == ["set", "check", "multi_get", "clone", "clone", "set", "multi_get", "set"]
-    assert not Heartbeat.decode(store.values["0"]).done
-
-
-def test_a_defect_of_the_watchdog_is_told_and_ends_nothing(flaky, caplog):
-    store = flaky(TypeError("a defect"), failing={3})
-    assert "watches no longer; training goes on" in caplog.text
-    # Otherwise the others would take its silence for its death.
-    assert Heartbeat.decode(store.values["0"]).done and len(store.calls) == 4
+    store = flaky(dist.DistNetworkError("broken pipe"), failing={4, 5})
+    assert store.calls[:8] == ["set", "check", "check", "multi_get", "clone", "clone", "set", "check"]
+    assert not read(store.values["0"]).done
 
 
 @pytest.mark.parametrize(
-    ("error", "left", "done"),
+    ("error", "left"),
     [
-        (SystemExit(128 + signal.SIGTERM), "was told to end (SIGTERM)", False),
-        (KeyboardInterrupt(), "was interrupted (Ctrl-C)", False),
-        (SystemExit(0), "", True),
+        (SystemExit(128 + signal.SIGTERM), "was told to end (SIGTERM)"),
+        (KeyboardInterrupt(), "was interrupted (Ctrl-C)"),
+        (SystemExit(0), DONE),
     ],
 )
-def test_leaving_without_an_error_says_how(flaky, error, left, done):
+def test_leaving_without_an_error_says_how(flaky, error, left):
     store = flaky(None, failing=())
     flaky.started[0].__exit__(type(error), error, None)
     time.sleep(0.1)
-    record = Heartbeat.decode(store.values["0"])
-    assert (record.left, record.done, record.end) == (left, done, "")
+    assert read(store.values["0"]).left == left and "end" not in store.values
 
 
 def test_a_rank_that_hangs_in_its_own_end_is_ended(flaky, monkeypatch, capsys):
@@ -314,7 +283,7 @@ def test_a_rank_that_hangs_in_its_own_end_is_ended(flaky, monkeypatch, capsys):
     monkeypatch.setattr(module.os, "_exit", lambda code: (codes.append(code), watchdog._stopping.set()))
     # A tracking server that does not answer must not keep it either.
     watchdog.on_end = lambda reason: (reasons.append(reason), time.sleep(60))
-    watchdog.fail("the disk is full.")
+    watchdog.__exit__(UserError, UserError("the disk is full."), None)
     time.sleep(0.5)
     assert codes == [EXIT_ENDED] and reasons == ["rank 0 (a) was about to end, and did not within 0 s."]
     assert "watchdog of rank 0: rank 0 (a) was about to end" in capsys.readouterr().err
@@ -350,7 +319,7 @@ def run_rank(rank, world_size, port, folder, task, stall_seconds):
         host="local",
     )
     with watchdog:
-        while len(watchdog._answer or ()) < world_size - 1:
+        while len(watchdog._records) < world_size - 1:
             time.sleep(TICK)
         TASKS[task](watchdog, folder)
 
@@ -358,7 +327,7 @@ def run_rank(rank, world_size, port, folder, task, stall_seconds):
 def wait_as_in_a_collective(watchdog, folder):
     watchdog.heartbeat(Phase.COMPUTING, 3)
     store = connect(2)
-    eventually(lambda: Heartbeat.decode(store.get(str(watchdog._rank))).place.step == 3)
+    eventually(lambda: read(store.get(str(watchdog._rank))).place.step == 3)
     (folder / f"{watchdog._rank}.up").touch()
     # No signal and no exception gets in here, as in a collective.
     store.set_timeout(timedelta(seconds=60))
@@ -483,7 +452,7 @@ def test_a_hang_in_loading_is_named_by_all_ranks(start):
 def test_an_error_ends_the_others_which_quote_it(start):
     ranks = start(wait_as_in_a_collective, raise_error, wait_as_in_a_collective)
     assert ranks.exit_codes([0, 1, 2], 8 * TICK) == {0: EXIT_ENDED, 1: 1, 2: EXIT_ENDED}
-    assert "rank 1 (local) stopped: row 17 of train.parquet: no such image." in (ranks.folder / "0.err").read_text()
+    assert "rank 1 (local) stopped: row 17 of train.parquet: no such image." in ranks.printed()
     # The rank itself shows its own error, and the machine reads the line once.
     assert "Traceback" in (ranks.folder / "1.err").read_text() and ranks.printed().count("watchdog of rank") == 1
 
@@ -520,18 +489,15 @@ def test_ranks_end_when_their_launcher_is_gone(start):
     ranks = start()
     ranks.begin(launch_and_die, ranks.port, ranks.folder)
     eventually(lambda: all((ranks.folder / f"{rank}.ended").exists() for rank in range(2)))
-    assert "watchdog of rank 0: the launcher of the ranks on local is gone." in ranks.printed()
+    assert re.search(r"watchdog of rank [01]: the launcher of the ranks on local is gone\.", ranks.printed())
 
 
-def test_the_state_of_a_launcher(monkeypatch, request):
-    assert module._launcher(None) is Launcher.RUNS
-    assert module._launcher(os.getppid()) is Launcher.RUNS
-    assert module._launcher(os.getpid()) is Launcher.GONE
+def test_the_state_of_a_launcher(request):
+    assert not module._is_stopped(None) and not module._is_stopped(os.getppid())
     launcher = subprocess.Popen(["sleep", "60"])
     request.addfinalizer(launcher.wait)
     request.addfinalizer(launcher.kill)
-    monkeypatch.setattr(module.os, "getppid", lambda: launcher.pid)
     launcher.send_signal(signal.SIGSTOP)
-    eventually(lambda: module._launcher(launcher.pid) is Launcher.STOPPED)
+    eventually(lambda: module._is_stopped(launcher.pid))
     launcher.send_signal(signal.SIGCONT)
-    eventually(lambda: module._launcher(launcher.pid) is Launcher.RUNS)
+    eventually(lambda: not module._is_stopped(launcher.pid))

@@ -39,12 +39,12 @@ class QuestionOnlyBaseline:
         if not overall:
             raise UserError("baselines.prior: the training split has no question to count. Check the records.")
         self._by_question = {
-            question: _most_common(counter)
+            question: most_common(counter)
             for question, counter in by_question.items()
             if askings[question] >= _LEAST_ASKINGS
         }
-        self._by_type = {name: _most_common(counter) for name, counter in by_type.items()}
-        self._overall = _most_common(overall)
+        self._by_type = {name: most_common(counter) for name, counter in by_type.items()}
+        self._overall = most_common(overall)
 
     def answer(self, question: str, question_type: str) -> str:
         """Return the answer to a question of the given type."""
@@ -72,5 +72,6 @@ def shuffled_images(image_ids: Iterable[int], seed: int) -> dict[int, int]:
     return dict(zip(trip.tolist(), np.roll(trip, -1).tolist(), strict=True))
 
 
-def _most_common(counter: Counter[str]) -> str:
+def most_common(counter: Counter[str]) -> str:
+    """Return the alphabetically first of the most common answers."""
     return min(counter, key=lambda answer: (-counter[answer], answer))

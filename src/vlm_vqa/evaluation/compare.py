@@ -17,7 +17,7 @@ REPORT = Path("reports/evaluation.json")
 TOLERANCE = 0.01
 
 # What is shown, by its place in the report, and the count that must agree for the scores to be of the same questions.
-# METRIC is the one that this checkout's report holds.
+# METRIC is the one that a report holds. The first is the gate's.
 SCORES = {
     "helm.bleu_1": "helm.instances",
     "METRIC.overall": "METRIC.questions",
@@ -31,7 +31,7 @@ GATE = "helm.bleu_1"
 class Comparison:
     """Scores of two reports side by side.
 
-    `rows` holds (name, base, new); a score that only the new report holds, or of another number of
+    `rows` holds (name, base, new), the gate's score first; one that only the new report holds, or of another number of
     questions, has no base (None).
     """
 
@@ -41,7 +41,7 @@ class Comparison:
     @property
     def drop(self) -> float:
         """How much lower the gate's score is than the base's; negative where it rose."""
-        _, base, new = next(row for row in self.rows if row[0] == GATE)
+        _, base, new = self.rows[0]
         return 0.0 if base is None else base - new
 
     @property
@@ -64,7 +64,7 @@ class Comparison:
 
     def verdict(self) -> str:
         """One sentence."""
-        if next(base for name, base, _ in self.rows if name == GATE) is None:
+        if self.rows[0][1] is None:
             return f"Passed without a comparison: the base has no {REPORT}."
         word = "dropped" if self.drop > 0 else "rose" if self.drop < 0 else "did not change"
         by = f" by {abs(self.drop):.4f}" if self.drop else ""
@@ -76,30 +76,25 @@ class Comparison:
 def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tolerance: float = TOLERANCE) -> Comparison:
     """Compares two `reports/evaluation.json`; `base` None means there is nothing to compare with, which passes.
 
-    Raises UserError where a report lacks a score, or HELM ran another number of instances: they are not comparable.
+    Raises UserError where a report lacks a score, or HELM ran another number of instances.
     """
     if not 0 <= tolerance <= 1:
         raise UserError(f"--tolerance {tolerance:g} is not between 0 and 1: scores are fractions, 0.01 is one point")
     mine, theirs = metric_in(new), metric_in(base or new)
-    scores = {name.replace("METRIC", mine): count.replace("METRIC", mine) for name, count in SCORES.items()}
-    counts = {
-        name: (
-            _score(base, name.replace(mine, theirs), "the base's") if base else None,
-            _score(new, name, "this checkout's"),
-        )
-        for name in dict.fromkeys(scores.values())
-    }
-    then, now = counts[SCORES[GATE]]
-    if base and then != now:
-        raise UserError(
-            f"{SCORES[GATE]} is {then:g} at the base and {now:g} here: scores of other questions do not compare."
-            " Set evaluation.helm_instances as in the base, or commit the new report first, as a change of its own"
-        )
     rows = []
-    for name, count in scores.items():
-        same = base is not None and counts[count][0] == counts[count][1] and (mine == theirs or name == GATE)
-        before = _score(base, name, "the base's") if base and same else None
-        rows.append((name, before, _score(new, name, "this checkout's")))
+    for name, count in SCORES.items():
+        shown, before = name.replace("METRIC", mine), None
+        now = _score(new, count.replace("METRIC", mine), "this checkout's")
+        if base is not None:
+            then = _score(base, count.replace("METRIC", theirs), "the base's")
+            if name == GATE and then != now:
+                raise UserError(
+                    f"{count} is {then:g} at the base and {now:g} here: scores of other questions do not compare."
+                    " Set evaluation.helm_instances as in the base, or commit the new report first, as a change of its own"
+                )
+            if then == now and (mine == theirs or name == GATE):
+                before = _score(base, shown, "the base's")
+        rows.append((shown, before, _score(new, shown, "this checkout's")))
     return Comparison(tuple(rows), tolerance)
 
 
@@ -138,10 +133,10 @@ def report_at(revision: str, folder: Path = Path(".")) -> dict[str, Any] | None:
 def _parse(text: str, name: str) -> dict[str, Any]:
     try:
         report = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{name} is not JSON ({error}): `vlm-vqa repair helm-eval` brings it back") from error
+    except ValueError:
+        report = None
     if not isinstance(report, dict):
-        raise UserError(f"{name} is not a JSON object: `vlm-vqa repair helm-eval` brings it back")
+        raise UserError(f"{name} is no JSON object: `vlm-vqa repair helm-eval` brings it back")
     return report
 
 

@@ -1,12 +1,12 @@
 """The whole evaluation of an exported model: HELM's run, VQA or answer accuracy, the baselines, and the report."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -52,30 +52,11 @@ class Folders:
     helm: HelmFolders = HelmFolders()
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What came out, and the files that say so."""
-
-    report: dict[str, Any]
-    weights_hash: str
-    files: list[Path]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Answers to the same questions, in their order."""
-
-    model: list[str]
-    shuffled: list[str]
-    """The model's when it sees another image."""
-    prior: list[str]
-
-
 def evaluate(
     params: Params, folders: Folders, load_predictor: Callable[..., Predictor] = Predictor.from_export
-) -> Evaluation:
-    """Evaluate the exported model and write `evaluation.json`, `metrics.json` (a few of its figures, for DVC),
-    `predictions.parquet`, `helm/` and `helm_predictions.parquet` into the reports.
+) -> tuple[dict[str, Any], list[Path]]:
+    """Evaluate the exported model; return the report, and the files written into the reports: `evaluation.json`,
+    `metrics.json` (a few of its figures, for DVC), `predictions.parquet`, `helm/` and `helm_predictions.parquet`.
 
     Args:
         params: `evaluation`, `prompt.instruction` and `seed` count.
@@ -88,7 +69,8 @@ def evaluate(
     environment = prepare_punkt(params.evaluation.punkt_tab, folders.helm.config / "nltk_data")
     validation = load_questions(folders.records, "val").to_list()
     questions, at_helm = _choose(validation, params.evaluation)
-    prior = QuestionOnlyBaseline(_rows(load_questions(folders.records, "train")))
+    counted = ["question", "question_type", "answers"]
+    prior = QuestionOnlyBaseline(load_questions(folders.records, "train").select_columns(counted))
     others = shuffled_images((row["image_id"] for row in questions), params.seed)
     manifest = read_manifest(folders.records)
     metric = metric_of(manifest)
@@ -97,13 +79,13 @@ def evaluate(
     helm = _ask_helm([questions[at] for at in at_helm], params.evaluation, folders, environment)
     predictor = load_predictor(folders.export, max_new_tokens=params.evaluation.max_new_tokens)
     size = params.evaluation.batch_size
-    answers = Answers(
-        model=answer_questions(predictor, store, questions, size, "questions"),
-        shuffled=answer_questions(predictor, store, questions, size, "questions with other images", others),
-        prior=[prior.answer(row["question"], row["question_type"]) for row in questions],
-    )
-    agreement = _check_agreement(helm.predictions, [answers.model[at] for at in at_helm])
-    scored = _accuracy(metric, questions, answers.model)
+    answers = answer_questions(predictor, store, questions, size, "questions")
+    blind = {
+        "prior": [prior.answer(row["question"], row["question_type"]) for row in questions],
+        "shuffled_images": answer_questions(predictor, store, questions, size, "questions with other images", others),
+    }
+    agreement = _check_agreement(helm.predictions, [answers[at] for at in at_helm])
+    scored = _accuracy(metric, questions, answers)
     report = {
         "helm": {name: round(helm.scores[name], _DIGITS) for name in SCORES} | {"instances": len(at_helm)},
         metric: {
@@ -111,16 +93,21 @@ def evaluate(
             "per_answer_type": {name: round(value, _DIGITS) for name, value in scored.per_answer_type.items()},
             "questions": len(questions),
         },
-        "baselines": {
-            name: _score_baseline(metric, questions, given, at_helm)
-            for name, given in (("prior", answers.prior), ("shuffled_images", answers.shuffled))
-        },
+        "baselines": {name: _score_baseline(metric, questions, given, at_helm) for name, given in blind.items()},
         "model": {"mask": predictor.mask, "weights_hash": predictor.weights_hash},
         "helm_equals_stored_features": round(agreement, _DIGITS),
     }
-    files = _write(folders.reports, metric, report, questions, answers, others, scored)
+    names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")
+    table = {name: [row[name] for row in questions] for name in names} | {
+        "prediction": answers,
+        {"vqa_accuracy": "score"}.get(metric, metric): [scored.per_question[row["question_id"]] for row in questions],
+        "shuffled_image_id": [others[row["image_id"]] for row in questions],
+        "prediction_shuffled": blind["shuffled_images"],
+        "prediction_prior": blind["prior"],
+    }
+    files = _write(folders.reports, metric, report, pa.table(table))
     files += write_extract(folders.reports / "helm", helm, [questions[at] for at in at_helm])
-    return Evaluation(report, predictor.weights_hash, files)
+    return report, files
 
 
 def answer_questions(
@@ -134,24 +121,17 @@ def answer_questions(
     """Answer every question from stored features, in batches that keep an image's questions together.
 
     Args:
-        predictor: the model.
-        store: its features.
-        questions: rows with `question_id`, `image_id`, `question`.
-        batch_size: questions answered at once.
+        questions: rows with `question_id`, `image_id`, `question`; answers come in their order.
         what: stands beside the progress bar.
         image_of: the image to show instead of a question's own, by image id.
-
-    Returns:
-        One answer a question, in the questions' order.
     """
     order = sorted(range(len(questions)), key=lambda at: (questions[at]["image_id"], questions[at]["question_id"]))
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc=what, unit="answer", mininterval=1) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            shown = [questions[at]["image_id"] for at in batch]
-            if image_of is not None:
-                shown = [image_of[image_id] for image_id in shown]
+            own = [questions[at]["image_id"] for at in batch]
+            shown = own if image_of is None else [image_of[image_id] for image_id in own]
             distinct = sorted(set(shown))
             place = {image_id: at for at, image_id in enumerate(distinct)}
             given = predictor.answer_features(
@@ -179,18 +159,11 @@ def _choose(validation: Sequence[Row], evaluation: EvaluationParams) -> tuple[li
     return [validation[position] for position in chosen], [place[position] for position in picked]
 
 
-def _rows(questions: datasets.Dataset) -> Iterator[dict[str, Any]]:
-    """Yield rows without holding a split of half a million as Python objects."""
-    columns = questions.select_columns(["question", "question_type", "answers"])
-    for batch in columns.iter(batch_size=4096):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
-
-
 def _ask_helm(
     questions: Sequence[Row], evaluation: EvaluationParams, folders: Folders, environment: Mapping[str, str]
 ) -> HelmResults:
-    folders.helm.clear()
+    for folder in (folders.helm.scenario, folders.helm.suite):
+        shutil.rmtree(folder, ignore_errors=True)
     write_scenario(folders.helm.scenario, questions, folders.records)
     run_helm(folders.helm, len(questions), evaluation.helm_threads, environment)
     results = read_results(folders.helm.suite, questions)
@@ -234,27 +207,8 @@ def _score_baseline(
     }
 
 
-def _write(
-    folder: Path,
-    metric: str,
-    report: Mapping[str, Any],
-    questions: Sequence[Row],
-    answers: Answers,
-    others: Mapping[int, int],
-    scored: Accuracy,
-) -> list[Path]:
+def _write(folder: Path, metric: str, report: Mapping[str, Any], predictions: pa.Table) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")
-    columns = {name: [row[name] for row in questions] for name in names}
-    columns |= {
-        "prediction": answers.model,
-        {"vqa_accuracy": "score"}.get(metric, metric): [scored.per_question[row["question_id"]] for row in questions],
-        "shuffled_image_id": [others[row["image_id"]] for row in questions],
-        "prediction_shuffled": answers.shuffled,
-        "prediction_prior": answers.prior,
-    }
-    write_table(pa.table(columns), folder / "predictions.parquet")
-    write_json(folder / "evaluation.json", report)
     # What DVC prints: few and short.
     name = metric.removeprefix("vqa_")
     metrics = {
@@ -263,5 +217,8 @@ def _write(
         f"{name}_shuffled": report["baselines"]["shuffled_images"][metric],
         "bleu_1": report["helm"]["bleu_1"],
     }
-    write_json(folder / "metrics.json", metrics)
-    return [folder / name for name in ("evaluation.json", "metrics.json", "predictions.parquet")]
+    files = [folder / name for name in ("evaluation.json", "metrics.json", "predictions.parquet")]
+    write_json(files[0], report)
+    write_json(files[1], metrics)
+    write_table(predictions, files[2])
+    return files

@@ -1,7 +1,8 @@
 """A picture of real test questions with the model's answers, right and wrong ones."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.data.records import iter_images, said_answers
-from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.evaluation.helm.files import read_table
+from vlm_vqa.data.records import said_answers
+from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation.baselines import most_common
+from vlm_vqa.evaluation.helm.files import images_of, read_table
 
 _COLUMNS = 4
-_COLOURS = {"right": "#1a7f37", "wrong": "#b42318"}
+_RIGHT_COLOUR, _WRONG_COLOUR = "#1a7f37", "#b42318"
 # Questions below this are wrong, from it on right; VQA's scores go in steps of 0.3.
 _RIGHT = 0.5
 
@@ -32,15 +34,7 @@ def draw_gallery(
     """Draw questions with their images, the model's answer and the humans' most common one; return the file's path.
 
     The choice is random among right and among wrong answers and depends on the seed alone, so it flatters nobody. Their
-    numbers are chosen, though: the picture does not show how often the model is right.
-
-    Args:
-        records_dir: the records that the predictions are about.
-        predictions_path: what the helm-eval stage wrote.
-        out_path: PNG to write.
-        right, wrong: how many of each; fewer if there are not as many.
-        seed: the same seed and predictions give the same picture.
-        max_image_pixels: bound on an image's size.
+    numbers are at most `right` and `wrong`, though: the picture does not show how often the model is right.
 
     Raises:
         UserError: there are no predictions, an image is not among the records, or `out_path` cannot be written.
@@ -51,12 +45,20 @@ def draw_gallery(
     if not 0 <= seed < 2**32:
         raise UserError(f"the gallery's seed is {seed}: take one from 0 to {2**32 - 1}.")
     chosen = _choose(Path(predictions_path), right, wrong, seed)
-    images = _images(Path(records_dir), {row["image_id"] for row in chosen}, max_image_pixels)
+    images = {
+        record.image_id: open_image(record.data, record.file_name, max_image_pixels)
+        for record in images_of({row["image_id"] for row in chosen}, Path(records_dir))
+    }
+    rows = -(-len(chosen) // _COLUMNS)
+    texts = [(_wrapped(row["question"]), _wrapped(_verdict(row))) for row in chosen]
+    # A grid of pictures of 2.6 inches, with room between them for the longest question and answer.
+    above, below = (0.1 + 0.17 * max(text.count("\n") + 1 for text in column) for column in zip(*texts, strict=True))
+    height = rows * (2.6 + above + below)
     # Its own figure and canvas: no display is needed and no global state is left behind.
-    figure = Figure(figsize=(11, 3.1 * -(-len(chosen) // _COLUMNS)), dpi=100, layout="constrained")
-    for place, row in enumerate(chosen, start=1):
-        axes = figure.add_subplot(-(-len(chosen) // _COLUMNS), _COLUMNS, place)
-        _draw(axes, row, images[row["image_id"]])
+    figure = Figure(figsize=(11, height), dpi=100)
+    figure.subplots_adjust(0.01, below / height, 0.99, 1 - above / height, wspace=0.04, hspace=(above + below) / 2.6)
+    for place, (row, text) in enumerate(zip(chosen, texts, strict=True), start=1):
+        _draw(figure.add_subplot(rows, _COLUMNS, place), row, *text, images[row["image_id"]])
     try:
         out_path.parent.mkdir(parents=True, exist_ok=True)
         # Without the library's version in the file, equal pictures are equal files.
@@ -85,33 +87,21 @@ def _choose(path: Path, right: int, wrong: int, seed: int) -> list[dict[str, Any
     return sorted(table.take(list(chosen.values())).to_pylist(), key=lambda row: row["score"] < _RIGHT)
 
 
-def _images(records: Path, wanted: set[int], max_pixels: int) -> Mapping[int, Image.Image]:
-    images = {}
-    for record in iter_images(records):
-        if record.image_id in wanted:
-            images[record.image_id] = open_image(record.data, record.file_name, max_pixels)
-        if len(images) == len(wanted):
-            return images
-    missing = min(wanted - images.keys())
-    raise UserError(
-        f"{records}: has no image {missing}, which a prediction is about. {make_again('fetch-vqav2 helm-eval')}"
-    )
-
-
-def _draw(axes: Any, row: Mapping[str, Any], image: Image.Image) -> None:
-    verdict = "right" if row["score"] >= _RIGHT else "wrong"
+def _draw(axes: Any, row: Mapping[str, Any], title: str, caption: str, image: Image.Image) -> None:
+    colour = _RIGHT_COLOUR if row["score"] >= _RIGHT else _WRONG_COLOUR
     axes.imshow(image, interpolation="nearest" if max(image.size) < 200 else None)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set(color=_COLOURS[verdict], linewidth=2)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(color=colour, linewidth=2)
     # A dollar sign would start a formula.
-    axes.set_title("\n".join(textwrap.wrap(row["question"], 32)), fontsize=9, parse_math=False)
-    humans = "" if verdict == "right" else f" (humans: {_most_common(row['answers'])})"
-    answer = row["prediction"] + humans
-    axes.set_xlabel(f"{verdict}: {answer}", fontsize=9, color=_COLOURS[verdict], parse_math=False)
+    axes.set_title(title, fontsize=9, parse_math=False)
+    axes.set_xlabel(caption, fontsize=9, color=colour, parse_math=False)
 
 
-def _most_common(answers: Sequence[str]) -> str:
-    said = said_answers(answers)
-    return max(sorted(set(said)), key=said.count)
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["score"] >= _RIGHT:
+        return f"right: {row['prediction']}"
+    return f"wrong: {row['prediction']} (humans: {most_common(Counter(said_answers(row['answers'])))})"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 36)

@@ -8,12 +8,12 @@ from string import Template
 from typing import Any
 
 import torch
-from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.predictor import FACTS_FILE
 from vlm_vqa.model.encoder import Encoder
-from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_config, load_trained, special_tokens, trained_state
+from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_trained, special_tokens, trained_state
 from vlm_vqa.params import Params
 from vlm_vqa.sealed import read_folder, write_folder
 
@@ -33,13 +33,15 @@ TYPE_IDS_LINE = (
 def join(folder: str | Path, encoder: Encoder, weights_hash: str) -> PaliGemmaForConditionalGeneration:
     """Join the trained weights of `folder` and the frozen tower into one stock model, float32, in evaluation mode.
 
+    Call `read_training` before it: that finds damaged files.
+
     Raises:
-        UserError: the folder is missing, its weights are damaged, or they do not have the hash that training named.
+        UserError: the weights do not have the hash that training named.
     """
     model = PaliGemmaForConditionalGeneration._from_config(
-        load_config(folder), attn_implementation="eager", dtype=torch.float32
+        PaliGemmaConfig.from_pretrained(folder), attn_implementation="eager", dtype=torch.float32
     )
-    load_trained(model, folder, RETRAIN)
+    load_trained(model, folder)
     model.model.vision_tower.load_state_dict({name: v.float() for name, v in encoder.model.state_dict().items()})
     if (found := hash_weights(trained_state(model))) != weights_hash:
         raise UserError(f"{folder}: the weights have hash {found[:12]}, training wrote {weights_hash[:12]}. {RETRAIN}")

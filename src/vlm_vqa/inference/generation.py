@@ -5,6 +5,7 @@ so far, T image tokens, E feature width, D hidden width.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ def generate(
         steps.append(token_Q)
         done_Q |= token_Q == layout.eos_id
         if done_Q.all() or len(steps) == max_new_tokens:
-            return [_until(answer, layout.eos_id) for answer in torch.stack(steps, dim=1).tolist()]
+            answers = torch.stack(steps, dim=1).tolist()
+            return [list(takewhile(lambda token: token != layout.eos_id, answer)) for answer in answers]
         token_RJ[row_Q, number_Q] = token_Q
         position_RJ = position_RJ + 1
         segments_RK = torch.cat([segments_RK, segment_RJ], dim=1)
@@ -80,7 +82,3 @@ def _places(rows: Sequence[Row], mask: Mask, device: torch.device) -> tuple[Tens
     if mask is Mask.PREFIX_LM:
         segment_RJ[:] = PREFIX_SEGMENT
     return row_Q.to(device), number_Q.to(device), segment_RJ.to(device)
-
-
-def _until(token_ids: list[int], stop: int) -> list[int]:
-    return token_ids[: token_ids.index(stop)] if stop in token_ids else token_ids

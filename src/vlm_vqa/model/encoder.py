@@ -6,7 +6,8 @@ pixels.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,7 @@ class Encoder:
         return self.model.config.hidden_size
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Look at images of any size and mode.
-
-        Returns:
-            [N, T, D] in the compute dtype, on the model's device: the last hidden state after the final layer norm.
-        """
+        """Look at images of any size and mode: preprocess and `encode_pixels`."""
         return self.encode_pixels(self.preprocess(images))
 
     def preprocess(self, images: Iterable[Image.Image]) -> Tensor:
@@ -73,7 +70,7 @@ class Encoder:
         """Look at what `preprocess` returned; on a GPU the result may still be under way.
 
         Returns:
-            [N, T, D] as `encode`.
+            [N, T, D] in the compute dtype, on the model's device: the last hidden state after the final layer norm.
         """
         with torch.no_grad():
             # The model casts them itself; a cast here would come before the copy, into memory that is not pinned.
@@ -112,12 +109,11 @@ def load_encoder(vision: VisionParams, device: torch.device | str | None = None)
     config = _load_config(vision, folder)
     processor = _load_processor(vision, folder)
     num_tokens = _count_tokens(vision, config, processor)
-    for key, said, found in (
-        ("vision.num_patches", vision.num_patches, num_tokens),
-        ("vision.visual_embed_dim", vision.visual_embed_dim, config.hidden_size),
-    ):
-        if said != found:
-            raise UserError(f"{key} is {said}, but the encoder {vision.model!r} makes {found}. Set {key}: {found}.")
+    for key, found in (("num_patches", num_tokens), ("visual_embed_dim", config.hidden_size)):
+        if (said := getattr(vision, key)) != found:
+            raise UserError(
+                f"vision.{key} is {said}, but the encoder {vision.model!r} makes {found}. Set vision.{key}: {found}."
+            )
     model = _load_model(vision, folder)
     encoder_hash = hash_json(
         {
@@ -146,10 +142,8 @@ def _folder(vision: VisionParams) -> Path:
 
 
 def _load_config(vision: VisionParams, folder: Path) -> Dinov2Config:
-    try:
+    with _reading(vision, "config.json"):
         values, _ = Dinov2Config.get_config_dict(folder)
-    except (OSError, ValueError) as error:
-        raise _unreadable(vision, "config.json", error) from error
     # A config of another class would load with a warning and give an encoder of defaults.
     if values.get("model_type") != "dinov2":
         raise UserError(
@@ -160,7 +154,7 @@ def _load_config(vision: VisionParams, folder: Path) -> Dinov2Config:
 
 
 def _load_processor(vision: VisionParams, folder: Path) -> BitImageProcessor:
-    try:
+    with _reading(vision, "preprocessor_config.json"):
         values, _ = BitImageProcessor.get_image_processor_dict(folder)
         kind = values.get("image_processor_type") or values.get("feature_extractor_type")
         if kind not in ("BitImageProcessor", "BitImageProcessorFast"):
@@ -169,34 +163,32 @@ def _load_processor(vision: VisionParams, folder: Path) -> BitImageProcessor:
                 "'BitImageProcessor'. Mend its preprocessor_config.json or choose another model."
             )
         return BitImageProcessor.from_dict(values)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise _unreadable(vision, "preprocessor_config.json", error) from error
 
 
 def _load_model(vision: VisionParams, folder: Path) -> Dinov2Model:
-    try:
+    with _reading(vision, "model.safetensors"):
         model, found = Dinov2Model.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
-    except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
-        raise _unreadable(vision, "model.safetensors", error) from error
     # transformers fills gaps with random numbers and a warning.
     lacking = sorted(found["missing_keys"])
     if lacking:
-        raise UserError(
-            f"vision.model {vision.model!r}: its weights lack {', '.join(map(str, lacking[:5]))}"
-            f"{' and others' if len(lacking) > 5 else ''}. Get a complete copy, or choose another model."
-        )
+        raise UserError(f"vision.model {vision.model!r} lacks the weights {lacking[:5]}. Get a whole copy of it.")
     return model
 
 
-def _unreadable(vision: VisionParams, file: str, error: Exception) -> UserError:
-    return UserError(
-        f"vision.model {vision.model!r}: {file} cannot be read ({str(error).strip()}). "
-        "The folder or commit must hold intact config.json, model.safetensors, preprocessor_config.json."
-    )
+@contextmanager
+def _reading(vision: VisionParams, file: str) -> Generator[None]:
+    """Say which file of the tower it is that cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
+        raise UserError(
+            f"vision.model {vision.model!r}: {file} cannot be read ({str(error).strip()}). "
+            "The folder or commit must hold intact config.json, model.safetensors, preprocessor_config.json."
+        ) from error
 
 
 def _count_tokens(vision: VisionParams, config: Dinov2Config, processor: BitImageProcessor) -> int:

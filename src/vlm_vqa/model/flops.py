@@ -7,7 +7,7 @@ nothing, and what activation checkpointing computes a second time.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from transformers import Gemma2Config, PaliGemmaConfig
@@ -47,12 +47,7 @@ class Cost:
 
     def flops(self, work: Work) -> int:
         """Return the model FLOPs of `work`."""
-        return (
-            self.token * work.tokens
-            + self.image_token * work.image_tokens
-            + self.supervised * work.supervised
-            + self.pair * work.pairs
-        )
+        return sum(price * count for price, count in zip(astuple(self), astuple(work), strict=True))
 
 
 def model_cost(config: PaliGemmaConfig, *, frozen_embeddings: bool) -> Cost:
@@ -83,11 +78,8 @@ def cost(
 
 def linear_maps(shape: LanguageConfig | Gemma2Config) -> list[tuple[int, int]]:
     """Return (inputs, outputs) of one layer's linear maps: queries, keys, values, output, gate, up, down."""
-    width, queries, keys = (
-        shape.hidden_size,
-        *(heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads)),
-    )
-    mlp = shape.intermediate_size
+    queries, keys = (heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads))
+    width, mlp = shape.hidden_size, shape.intermediate_size
     return [(width, queries), (width, keys), (width, keys), (queries, width), (width, mlp), (width, mlp), (mlp, width)]
 
 

@@ -150,11 +150,7 @@ def _keep_deepspeed_on_cpu() -> None:
 
 
 def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Compare what accelerate has made of model and optimizer with what the launch means.
-
-    Args:
-        model: as it is called in training: wrapped by DDP or DeepSpeed, sharded by FSDP2.
-        optimizer: the one that updates weights, unwrapped.
+    """Compare what accelerate has made of model and (unwrapped) optimizer with what the launch means.
 
     Returns:
         Facts for the start banner and MLflow: the share of weights and of trained elements that this process holds, and the
@@ -163,7 +159,7 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
     Raises:
         UserError: the model is not divided as asked for.
     """
-    weights = _share_of_weights(launch.strategy, model)
+    weights = _share_of_weights(launch, model)
     updated = sum(part.numel() for part in _updated_parts(launch.strategy, model, optimizer))
     trained = sum(_whole(p) for p in model.parameters() if p.requires_grad)
     updates = updated / max(1, trained)
@@ -173,22 +169,22 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
         # A matrix of few rows cannot be divided evenly; a whole copy or none at all is what must not be.
         close = found == wanted if wanted == 1.0 else 0.5 * wanted < found < (1 + wanted) / 2
         if not close:
-            raise UserError(
-                f"train.launch {launch.name} asks for {launch.strategy.value}: process {launch.process} of "
-                f"{launch.processes} should hold {wanted:.0%} of the {what}, but holds {found:.0%}. The installed "
-                "accelerate or DeepSpeed does not divide the model; install the pinned versions (`make setup`) or choose "
-                "another train.launch."
-            )
+            who = f"process {launch.process} of {launch.processes}"
+            raise _refused(launch, f"{who} holds {found:.0%} of the {what} instead of {wanted:.0%}")
     if launch.strategy is Strategy.DDP and not isinstance(model, DistributedDataParallel):
-        raise UserError(
-            f"train.launch {launch.name} asks for DDP, but the model is a {type(model).__name__}: gradients would not be "
-            "averaged. Install the pinned versions (`make setup`) or choose another train.launch."
-        )
+        raise _refused(launch, f"the model is a {type(model).__name__}: gradients would not be averaged")
     return {
         "share_of_weights": round(weights, 4),
         "share_of_updates": round(updates, 4),
         "optimizer": type(optimizer).__name__,
     }
+
+
+def _refused(launch: Launch, found: str) -> UserError:
+    return UserError(
+        f"train.launch {launch.name} asks for {launch.strategy.value}, but {found}. Install "
+        "the pinned versions (`make setup`) or choose another train.launch."
+    )
 
 
 def _updated_parts(strategy: Strategy, model: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -201,15 +197,12 @@ def _updated_parts(strategy: Strategy, model: Any, optimizer: torch.optim.Optimi
     return [_local(p) for group in optimizer.param_groups for p in group["params"]]
 
 
-def _share_of_weights(strategy: Strategy, model: nn.Module) -> float:
+def _share_of_weights(launch: Launch, model: nn.Module) -> float:
     parameters = list(model.parameters())
-    if strategy is Strategy.FSDP2:
-        whole = [p for p in parameters if not is_sharded(p)]
+    if launch.strategy is Strategy.FSDP2:
+        whole = sum(not is_sharded(p) for p in parameters)
         if whole:
-            raise UserError(
-                f"train.launch asks for FSDP2, but {len(whole)} of {len(parameters)} parameters are not sharded. Install "
-                "the pinned versions (`make setup`) or choose another train.launch."
-            )
+            raise _refused(launch, f"{whole} of {len(parameters)} parameters are not sharded")
     return sum(_local(p).numel() for p in parameters) / sum(_whole(p) for p in parameters)
 
 

@@ -12,7 +12,6 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim.adamw import adamw
 
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.params import Dtype, Optimizer, TrainParams
@@ -36,12 +35,7 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
     """
 
     def __init__(self, params, percentile_clipping: int = 100, seed: int | None = None, **options: Any):
-        """
-        Args:
-            percentile_clipping: 0 and 100 are off.
-            seed: of stochastic rounding; needed for bfloat16 weights.
-            options: `AdamW8bit`'s.
-        """
+        """Take `AdamW8bit`'s options; a percentile of 0 or 100 is off, bfloat16 weights need a seed for their rounding."""
         super().__init__(params, **options)
         self.percentile = percentile_clipping if percentile_clipping != 100 else 0
         self.seed: Any = seed  # None where no weights are bfloat16, and nobody asks
@@ -131,42 +125,8 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         )
 
 
-class StochasticAdamW(torch.optim.Optimizer):
-    """torch's AdamW for bfloat16 weights: float32 states and arithmetic, results rounded stochastically."""
-
-    def __init__(self, params, lr: float, seed: int, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.seed = seed
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # ty: ignore[incompatible-method-override] - see the assertion
-        """Update every parameter that has a gradient."""
-        assert closure is None, "no closure: the Trainer has the gradients already"
-        number = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(group, parameter, number)
-                    number += 1
-
-    def _update(self, group: dict[str, Any], parameter: Tensor, number: int) -> None:
-        state, weights = self.state[parameter], local(parameter).view(-1)
-        gradient = local(parameter.grad).contiguous().view(-1)  # ty: ignore[invalid-argument-type] - `step` looked
-        if not state:
-            zeros = torch.zeros_like(local(parameter), dtype=torch.float32)
-            state.update(step=torch.zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
-        random = rounding_generator(self.seed, int(state["step"]) + 1, number, parameter)
-        settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-        settings["beta1"], settings["beta2"] = group["betas"]
-        # Each part counts the step for itself; the parameter counts it once.
-        count = state["step"]
-        for start in range(0, weights.numel(), CHUNK):
-            part = slice(start, start + CHUNK)
-            precise, moments = weights[part].float(), [state[name].view(-1)[part] for name in ("exp_avg", "exp_avg_sq")]
-            lists = [[one] for one in (precise, gradient[part].float(), *moments)]
-            adamw(*lists, [], [count.clone()], foreach=False, amsgrad=False, maximize=False, **settings)
-            round_stochastically(weights[part], precise, random)
-        count += 1
+class StochasticAdamW(ClippedAdamW8bit):
+    """AdamW for bfloat16 weights: float32 states and arithmetic (`optim_bits: 32`), results rounded stochastically."""
 
 
 def clipping_factor(squared: Tensor, history: Tensor, step: int, percentile: int) -> Tensor:
@@ -260,4 +220,5 @@ def _groups(train: TrainParams, model: nn.Module, decayed: set[str]) -> Iterator
                 p for name, p in trained if (name in decayed) == decay and (id(p) in embeddings) == (bits == 32)
             ]
             if parameters:
-                yield {"params": parameters, "weight_decay": train.weight_decay if decay else 0.0, "optim_bits": bits}
+                held = bits if train.optimizer is Optimizer.ADAMW_BNB_8BIT else 32
+                yield {"params": parameters, "weight_decay": train.weight_decay if decay else 0.0, "optim_bits": held}

@@ -6,6 +6,7 @@ divided into the micro-batches of all processes, of about equal size.
 """
 
 import itertools
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,12 +59,7 @@ class GlobalBatchSampler(BatchSampler):
         shape: GlobalBatchShape,
         seed: int,
     ):
-        """
-        Args:
-            image_ids: of every question.
-            text_lengths: gives every question's length in tokens after the prefix, in an epoch.
-            prefix_length: tokens that come once a row.
-        """
+        """`text_lengths` gives every question's tokens after the prefix, in an epoch; a prefix comes once a row."""
         self.image_ids = list(image_ids)
         self.prefix_length = prefix_length
         self.shape = shape
@@ -170,14 +166,9 @@ def divide(lengths: Sequence[int], parts: int) -> list[int]:
     Returns:
         How many rows each part holds; the last ones may be 0 where there are fewer rows than parts.
     """
-    low, high = lengths[0], lengths[0] * len(lengths)
-    while low < high:
-        middle = (low + high) // 2
-        if len(_fill_parts(lengths, middle)) <= parts:
-            high = middle
-        else:
-            low = middle + 1
-    sizes = _fill_parts(lengths, low)
+    capacities = range(lengths[0], lengths[0] * len(lengths))
+    enough = bisect_left(capacities, True, key=lambda capacity: len(_fill_parts(lengths, capacity)) <= parts)
+    sizes = _fill_parts(lengths, capacities.start + enough)
     # Fewer may do; a part without rows would still cost a row.
     while len(sizes) < min(parts, len(lengths)):
         fullest = sizes.index(max(sizes))

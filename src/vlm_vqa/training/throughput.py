@@ -13,9 +13,10 @@ in the batch as plain numbers, and the Trainer takes them out before the forward
 
 import resource
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +26,11 @@ from vlm_vqa.model.flops import Cost, rows_work
 from vlm_vqa.model.layout import Row, TokenLayout
 
 COUNTS = "counts"
-"""Key of a batch's `BatchCounts`."""
+"""Key of what a batch holds, by the names in `COUNTED`."""
+COUNTED = ("questions", "tokens", "supervised", "flops")
+RANK_FIGURES = ("seconds", "loading", *COUNTED, "peak", "memory")
+"""What ranks tell each other: wall clock without pauses, seconds of it spent waiting for data, the counts, FLOP/s of its
+device (0 where they are not known) and GiB."""
 Batch = TypeVar("Batch")
 
 
@@ -91,19 +96,8 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 @dataclass(frozen=True)
-class BatchCounts:
-    """What a batch holds. No tuple: those the Trainer takes apart and cannot put together again."""
-
-    questions: int
-    """Those with an answer to learn."""
-    tokens: int
-    supervised: int
-    flops: int
-
-
-@dataclass(frozen=True)
 class CountingCollator:
-    """A collator whose batches carry their `BatchCounts` under `COUNTS`."""
+    """A collator whose batches carry under `COUNTS` how many questions with an answer, tokens and FLOPs they hold."""
 
     collator: Callable[[Sequence[Row]], dict[str, Tensor]]
     layout: TokenLayout
@@ -113,36 +107,8 @@ class CountingCollator:
         """Return the collator's batch and its counts; rows that teach nothing add nothing."""
         work = rows_work(self.layout, rows)
         questions = sum(bool(tokens.answer) for row in rows for tokens in row.questions)
-        counts = BatchCounts(questions, work.tokens, work.supervised, self.cost.flops(work))
-        return {**self.collator(rows), COUNTS: counts}
-
-
-@dataclass
-class _Interval:
-    """What a rank has done since the last reading."""
-
-    begun: float
-    steps: int = 0
-    loading: float = 0.0
-    paused: float = 0.0
-    batches: list[BatchCounts] = field(default_factory=list)
-
-
-class RankFigures(NamedTuple):
-    """One rank's interval, as ranks tell each other."""
-
-    seconds: float
-    """Wall clock, without pauses."""
-    loading: float
-    """Seconds of them spent waiting for data."""
-    questions: float
-    tokens: float
-    supervised: float
-    flops: float
-    peak: float
-    """FLOP/s of its device; 0 where it is not known."""
-    memory: float
-    """GiB."""
+        counts = (questions, work.tokens, work.supervised, self.cost.flops(work))
+        return {**self.collator(rows), COUNTS: dict(zip(COUNTED, counts, strict=True))}
 
 
 class Meter:
@@ -158,18 +124,19 @@ class Meter:
         self.device = device
         self.peak = device_peak(device, dtype)
         self._clock = clock
-        self._interval: _Interval | None = None
+        self._begun: float | None = None
+        # Since the last reading: steps, seconds by kind, counts.
+        self._sums: defaultdict[str, float] = defaultdict(float)
 
     def begin_step(self) -> None:
-        """Count an optimizer step; the first one begins the first interval."""
-        if self._interval is None:
-            self._interval = _Interval(self._clock())
-        self._interval.steps += 1
+        """Count an optimizer step; the first one starts the clock."""
+        self._begun = self._clock() if self._begun is None else self._begun
+        self._sums["steps"] += 1
 
-    def loading(self, seconds: float) -> None:
-        """Add time spent waiting for data; before the first step it is start-up."""
-        if self._interval is not None:
-            self._interval.loading += seconds
+    def _spend(self, kind: str, seconds: float) -> None:
+        # Before the first step all is start-up.
+        if self._begun is not None:
+            self._sums[kind] += seconds
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield what `batches` yields and add how long each took to come."""
@@ -180,13 +147,13 @@ class Meter:
                 batch = next(batches)
             except StopIteration:
                 return
-            self.loading(self._clock() - begun)
+            self._spend("loading", self._clock() - begun)
             yield batch
 
-    def batch(self, counts: BatchCounts) -> None:
+    def batch(self, counts: dict[str, int]) -> None:
         """Add what one forward pass computes."""
-        assert self._interval is not None, "a forward pass before the first step"
-        self._interval.batches.append(counts)
+        for name, count in counts.items():
+            self._sums[name] += count
 
     @contextmanager
     def paused(self) -> Generator[None]:
@@ -197,25 +164,21 @@ class Meter:
         try:
             yield
         finally:
-            if self._interval is not None:
-                self._interval.paused += self._clock() - begun
+            self._spend("paused", self._clock() - begun)
 
     def read(self) -> dict[str, float]:
         """Return the interval's `figures`, the same on all ranks, and begin the next one; every rank must call it."""
-        done = self._interval
-        assert done is not None and done.steps, "nothing to read: no step since the last reading"
+        done = self._sums
+        assert done["steps"] and self._begun is not None, "nothing to read: no step since the last reading"
         self._finish()
-        now = self._clock()
-        self._interval = _Interval(now)
-        counted = ("questions", "tokens", "supervised", "flops")
-        own = RankFigures(
-            now - done.begun - done.paused,
-            done.loading,
-            *(sum(getattr(one, name) for one in done.batches) for name in counted),
-            peak=self.peak or 0.0,
-            memory=peak_memory_gib(self.device),
-        )
-        return figures(_of_all_ranks(own, self.device), done.steps)
+        seconds = self._clock() - self._begun
+        self._begun, self._sums = self._begun + seconds, defaultdict(float)
+        measured = {
+            "seconds": seconds - done["paused"],
+            "peak": self.peak or 0.0,
+            "memory": peak_memory_gib(self.device),
+        }
+        return figures(_of_all_ranks(done | measured, self.device), done["steps"])
 
     def _finish(self) -> None:
         """Wait for what the device still has to do."""
@@ -223,7 +186,7 @@ class Meter:
             torch.cuda.synchronize(self.device)
 
 
-def figures(ranks: Sequence[RankFigures], steps: int) -> dict[str, float]:
+def figures(ranks: Sequence[Mapping[str, float]], steps: float) -> dict[str, float]:
     """Return metrics of `steps` optimizer steps of all ranks.
 
     `questions_per_second`, `tokens_per_second` (real ones, image tokens included), `supervised_tokens_per_second` and
@@ -232,32 +195,32 @@ def figures(ranks: Sequence[RankFigures], steps: int) -> dict[str, float]:
     is MFU, model FLOP/s over the devices' peaks, and stands only where all peaks are known. `peak_memory_gib` is the
     largest; several ranks have theirs beside it.
     """
-    seconds = max(rank.seconds for rank in ranks)
-    rate = sum(rank.flops for rank in ranks) / seconds
+    seconds = max(rank["seconds"] for rank in ranks)
+    total = {name: sum(rank[name] for rank in ranks) for name in (*COUNTED, "peak")}
     found = {
-        "questions_per_second": sum(rank.questions for rank in ranks) / seconds,
-        "tokens_per_second": sum(rank.tokens for rank in ranks) / seconds,
-        "supervised_tokens_per_second": sum(rank.supervised for rank in ranks) / seconds,
+        "questions_per_second": total["questions"] / seconds,
+        "tokens_per_second": total["tokens"] / seconds,
+        "supervised_tokens_per_second": total["supervised"] / seconds,
         "step_seconds": seconds / steps,
-        "loading_share": max(rank.loading / rank.seconds for rank in ranks),
-        "model_tflops_per_second": rate / 1e12,
-        "peak_memory_gib": max(rank.memory for rank in ranks),
+        "loading_share": max(rank["loading"] / rank["seconds"] for rank in ranks),
+        "model_tflops_per_second": total["flops"] / seconds / 1e12,
+        "peak_memory_gib": max(rank["memory"] for rank in ranks),
     }
-    if all(rank.peak for rank in ranks):
-        found["flops_utilisation"] = rate / sum(rank.peak for rank in ranks)
+    if all(rank["peak"] for rank in ranks):
+        found["flops_utilisation"] = total["flops"] / seconds / total["peak"]
     if len(ranks) > 1:
-        found |= {f"peak_memory_gib_rank_{number}": rank.memory for number, rank in enumerate(ranks)}
+        found |= {f"peak_memory_gib_rank_{number}": rank["memory"] for number, rank in enumerate(ranks)}
     return found
 
 
-def _of_all_ranks(own: RankFigures, device: torch.device) -> list[RankFigures]:
-    """Return every rank's figures, in their order."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [own]
-    sent = torch.tensor(own, dtype=torch.float64, device=device)
-    received = [torch.empty_like(sent) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(received, sent)
-    return [RankFigures(*rank) for rank in torch.stack(received).tolist()]
+def _of_all_ranks(own: Mapping[str, float], device: torch.device) -> list[dict[str, float]]:
+    """Return every rank's `RANK_FIGURES`, in their order."""
+    sent = torch.tensor([own[name] for name in RANK_FIGURES], dtype=torch.float64, device=device)
+    received = [sent]
+    if distributed.is_available() and distributed.is_initialized():
+        received = [torch.empty_like(sent) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(received, sent)
+    return [dict(zip(RANK_FIGURES, rank, strict=True)) for rank in torch.stack(received).tolist()]
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -25,13 +25,7 @@ class BatchWorker:
     def __init__(
         self, answer: Callable[[Sequence[Asked], Sequence[Any]], list[str]], batch_size: int, patience: float = 0.25
     ):
-        """Start the thread.
-
-        Args:
-            answer: answers a batch of requests and their images, in order; called on the worker's thread alone.
-            batch_size: most requests of a batch.
-            patience: seconds without a request after which a batch goes that is not full.
-        """
+        """Start the thread; it alone calls `answer`. `patience` is in seconds."""
         self._answer = answer
         self._batch_size = batch_size
         self._patience = patience

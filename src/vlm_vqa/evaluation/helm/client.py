@@ -5,23 +5,21 @@ HELM builds it from `model_deployments.yaml`, whose `args` are the constructor's
 
 import pkgutil
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from helm.clients.client import CachingClient
-from helm.common.cache import CacheConfig
+from helm.clients.client import Client
 from helm.common.hierarchical_logger import hlog
 from helm.common.media_object import TEXT_TYPE
-from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, wrap_request_time
+from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult
 from PIL import Image
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.helm.batching import Asked, BatchWorker
 from vlm_vqa.evaluation.helm.run import ANSWERED, FAILED
-from vlm_vqa.hashing import sha256_bytes
 from vlm_vqa.params import Params, load_params
 
 
@@ -84,16 +82,15 @@ class LoadedModel:
         )
 
 
-class VlmVqaClient(CachingClient):
+class VlmVqaClient(Client):
     """Answers HELM's `vqa` requests with an exported model.
 
     Every error ends the run at once: a model on this machine that failed will fail again, and HELM would otherwise ask
-    for minutes.
+    for minutes. Nothing is cached: HELM's keys, the model's name and the image's path, stay when either is made anew.
     """
 
     def __init__(
         self,
-        cache_config: CacheConfig,
         export: str = "models/export",
         params: str = "params.yaml",
         predictor: str = "vlm_vqa.inference.predictor:Predictor.from_export",
@@ -101,12 +98,10 @@ class VlmVqaClient(CachingClient):
         """Remember what to load; the first request loads it.
 
         Args:
-            cache_config: HELM's own.
             export: folder of the exported model.
             params: the parameter file; `evaluation.*` and `data.max_image_pixels` count.
             predictor: where to find the callable (folder, max_new_tokens=) that loads the model, as module:name.
         """
-        super().__init__(cache_config=cache_config)
         self._source = (export, params, predictor)
 
     def make_request(self, request: Request) -> RequestResult:
@@ -132,27 +127,15 @@ class VlmVqaClient(CachingClient):
                 f"HELM asks with the instruction {instruction!r}, but the exported model was trained with "
                 f"{model.predictor.instruction!r}. Set prompt.instruction to HELM's text and train again."
             )
-        data = _read_image(image_path)
-        image_key = sha256_bytes(data)
-
-        def compute() -> dict[str, Any]:
-            return {"answer": model.ask(question, image_key, open_image(data, image_path, model.max_image_pixels))}
-
-        # HELM's usual keys are the model's name and the image's path; both stay the same when either is made anew.
-        key = {
-            "engine": request.model_engine,
-            "weights": model.predictor.weights_hash,
-            "instruction": instruction,
-            "question": question,
-            "image": image_key,
-        }
-        response, cached = self.cache.get(self.make_cache_key(key, request), wrap_request_time(compute))
+        image = open_image(_read_image(image_path), image_path, model.max_image_pixels)
+        begun = time.time()
+        answer = model.ask(question, image_path, image)
         return RequestResult(
             success=True,
-            cached=cached,
-            request_time=response["request_time"],
-            request_datetime=response["request_datetime"],
-            completions=[GeneratedOutput(text=response["answer"], logprob=0, tokens=[])],
+            cached=False,
+            request_time=time.time() - begun,
+            request_datetime=int(begun),
+            completions=[GeneratedOutput(text=answer, logprob=0, tokens=[])],
             embedding=[],
         )
 

@@ -1,7 +1,7 @@
 """HELM's files: the scenario folder that its `vqa` run reads, and what to keep of the results that it writes."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from vlm_vqa.data.records import iter_images, said_answers
+from vlm_vqa.data.records import ImageRecord, iter_images, said_answers
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.hashing import hash_json, write_json
 from vlm_vqa.sealed import SEAL
@@ -60,7 +60,8 @@ def write_scenario(folder: Path, questions: Sequence[Mapping[str, Any]], records
         (folder / split / "images").mkdir(parents=True)
         write_json(folder / split / "questions.json", {"questions": [_question(row) for row in rows]})
         write_json(folder / split / "answers.json", {"annotations": [_annotation(row) for row in rows]})
-    _write_images(folder / _VALID / "images", {row["image_id"] for row in questions}, records)
+    for image in images_of({row["image_id"] for row in questions}, records):
+        (folder / _VALID / "images" / f"COCO_val2014_{image.image_id:012d}.jpg").write_bytes(image.data)
 
 
 def read_results(suite: Path, questions: Sequence[Mapping[str, Any]]) -> HelmResults:
@@ -74,7 +75,9 @@ def read_results(suite: Path, questions: Sequence[Mapping[str, Any]]) -> HelmRes
         raise UserError(f"{suite}: {len(found)} finished HELM runs instead of one. Run the helm-eval stage again.")
     run = found[0].parent
     states = json.loads(found[0].read_text())["request_states"]
-    _check_same_questions(run, states, questions)
+    asked = [state["instance"]["input"]["multimedia_content"]["media_objects"][-1]["text"] for state in states]
+    if asked != [row["question"] for row in questions]:
+        raise UserError(f"{run}: HELM answered other questions than it was given. Run the helm-eval stage again.")
     per_instance = _per_instance_scores(json.loads((run / "per_instance_stats.json").read_text()))
     return HelmResults(
         scores=_mean_scores(json.loads((run / "stats.json").read_text()), len(questions)),
@@ -143,25 +146,23 @@ def _annotation(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("question_id", "image_id", "question_type", "answer_type")} | {"answers": answers}
 
 
-def _write_images(folder: Path, wanted: set[int], records: Path) -> None:
+def images_of(wanted: Iterable[int], records: Path) -> Iterator[ImageRecord]:
+    """Yield the images with these ids.
+
+    Raises:
+        UserError: one is not among the records.
+    """
     missing = set(wanted)
-    for image in tqdm(iter_images(records), desc="HELM: images", unit="image", mininterval=1):
+    for image in tqdm(iter_images(records), desc="images", unit="image", mininterval=1):
         if image.image_id in missing:
-            (folder / f"COCO_val2014_{image.image_id:012d}.jpg").write_bytes(image.data)
             missing.discard(image.image_id)
+            yield image
         if not missing:
-            break
-    if missing:
-        raise UserError(
-            f"{records}: no image {min(missing)} ({len(missing)} missing), which a validation question is about. "
-            f"{make_again('fetch-vqav2')}"
-        )
-
-
-def _check_same_questions(run: Path, states: Sequence[Mapping], questions: Sequence[Mapping]) -> None:
-    asked = [state["instance"]["input"]["multimedia_content"]["media_objects"][-1]["text"] for state in states]
-    if asked != [row["question"] for row in questions]:
-        raise UserError(f"{run}: HELM answered other questions than it was given. Run the helm-eval stage again.")
+            return
+    raise UserError(
+        f"{records}: no image {min(missing)} ({len(missing)} missing), which a validation question is about. "
+        f"{make_again('fetch-vqav2')}"
+    )
 
 
 def _is_plain(name: Mapping[str, Any]) -> bool:

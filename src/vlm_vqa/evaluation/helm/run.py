@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -48,28 +47,21 @@ class HelmFolders:
         """Where a run's results end up."""
         return self.output / "runs" / SUITE
 
-    def clear(self) -> None:
-        """Remove what an earlier evaluation left, whole or not."""
-        for folder in (self.scenario, self.suite):
-            shutil.rmtree(folder, ignore_errors=True)
-
 
 def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Mapping[str, str]) -> None:
     """Run HELM's `vqa` over the scenario folder and summarise it for the web view.
 
     Args:
-        folders: what to read, and where results go; results of an earlier run must be gone.
+        folders: results of an earlier run must be gone.
         instances: number of questions in the scenario folder.
-        threads: threads that ask.
         environment: added to this process's environment.
 
     Raises:
         UserError: the client refused, for instance an unreadable image or another instruction than the model's.
-        HelmError: HELM failed in another way.
+        RuntimeError: HELM failed in another way.
     """
     common = ["--suite", SUITE, "--output-path", str(folders.output), "--local-path", str(folders.config)]
     run = ["helm.benchmark.run", *common, "--conf-paths", str(folders.config / "run_entries.conf")]
-    # No cache: the weights' hash in the client's keys would keep it right, but every request would open its database.
     run += ["-m", str(instances), "-n", str(threads), "--exit-on-error", "--disable-cache"]
     summarise = ["helm.benchmark.presentation.summarize", *common, "--schema-path", str(folders.config / "schema.yaml")]
     with tqdm(total=instances, desc="HELM: questions", unit="question", mininterval=1) as bar:
@@ -77,10 +69,6 @@ def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Ma
     log.info("HELM has scored %d answers; now its web view", instances)
     _run_child(summarise, folders.output / "helm-summarize.log", environment)
     log.info("look at HELM's page, pictures included, with: make helm-web")
-
-
-class HelmError(RuntimeError):
-    """HELM ended with an error that is not the user's."""
 
 
 def _run_child(
@@ -166,4 +154,4 @@ def _explain(log_path: Path, program: str, code: int) -> None:
         if FAILED in line and "Request(" not in line:
             raise UserError(f"{line.split(FAILED, 1)[1].strip()} (HELM's whole log: {log_path})")
     end = "\n".join(lines[-15:])
-    raise HelmError(f"{program} ended with code {code}. Its log is {log_path}; the end of it:\n{end}")
+    raise RuntimeError(f"{program} ended with code {code}. Its log is {log_path}; the end of it:\n{end}")

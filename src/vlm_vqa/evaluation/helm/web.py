@@ -60,11 +60,7 @@ def write_page(folders: HelmFolders, page: Path = PAGE) -> str:
 def serve(page: Path, first: str, port: int) -> None:
     """Show `page` on this machine alone until Ctrl-C, and print the address of its part `first`.
 
-    Args:
-        port: 0 for any free one.
-
-    Raises:
-        UserError: the port is taken, or not for us.
+    UserError where the port is taken, or not for us; 0 is any free one.
     """
     try:
         server = _Server(("127.0.0.1", port), functools.partial(_Handler, directory=page))
