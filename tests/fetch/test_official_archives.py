@@ -473,7 +473,7 @@ def test_texts_that_unpack_to_too_much_are_not_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(official_layout, "MOST_BYTES", 10_000)
     violations = Violations()
     assert official_layout.read_json(path, violations) is None
-    with pytest.raises(UserError, match="questions.json would unpack to 10017 bytes"):
+    with pytest.raises(UserError, match="it unpacks to more than 10,000 bytes"):
         violations.raise_if_any()
 
 

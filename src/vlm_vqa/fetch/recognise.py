@@ -34,7 +34,8 @@ USUAL = {
 }  # fmt: skip
 """The usual names of a table's columns by what they hold, in small letters; the earlier first."""
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
-PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
+PICTURES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .heic .heif .avif .mpo".split())
+"""Endings of pictures: what else lies beside them under their names, a text say, is not meant."""
 _KINDS = {
     "a file of LLaVA's conversations": {"conversations"},
     "an A-OKVQA file": {"direct_answers"},
@@ -80,15 +81,24 @@ class Head(NamedTuple):
         return "questions" if official and asks else "annotations" if official and answers else None
 
 
+def written_as(ending: str, first: str, second: str) -> str:
+    """Return how a table's text is written, from its first two lines: csv's delimiter, else `lines` of JSON or `whole`."""
+    if ending in (".csv", ".tsv"):
+        return "\t" if ending == ".tsv" else max(",;\t|", key=first.count)
+    with suppress(ValueError, RecursionError):
+        # Many a .json holds JSON lines.
+        if ending == ".json" and second.lstrip().startswith("{") and isinstance(json.loads(first), dict):
+            return "lines"
+    return "whole" if ending == ".json" else "lines"
+
+
 def head(path: Path) -> Head:
     """Return the head of a csv, tsv, JSON, JSON lines or Parquet file."""
     ending = path.suffix.lower()
     try:
         if ending == ".parquet":
             with pq.ParquetFile(path) as parquet:
-                return Head(
-                    [row for rows in islice(parquet.iter_batches(_MOST_ENTRIES), 1) for row in rows.to_pylist()]
-                )
+                return Head(next(parquet.iter_batches(_MOST_ENTRIES)).to_pylist())
         if ending == ".arrow":
             with pa.ipc.open_stream(pa.OSFile(str(path))) as stream:
                 rows = next(iter(stream)).slice(0, _MOST_ENTRIES)
@@ -99,14 +109,12 @@ def head(path: Path) -> Head:
             data = file.read(_MOST_BYTES)
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "ignore")
         # The last line may be cut.
-        lines = text.splitlines(keepends=True)[: -1 if len(data) == _MOST_BYTES else None] or [""]
-        if ending in (".csv", ".tsv"):
-            mark = "\t" if ending == ".tsv" else max(",;\t|", key=lines[0].count)
-            return Head([*islice(csv.DictReader(lines, delimiter=mark, restkey=""), _MOST_ENTRIES)])
-        if ending != ".json" or [line[:1] for line in lines[:2]] == ["{", "{"]:
-            rows = [json.loads(line) for line in lines[:_MOST_ENTRIES]]
-            return Head([row for row in rows if isinstance(row, dict)])
-        return _json(text)
+        lines = text.splitlines(keepends=True)[: -1 if len(data) == _MOST_BYTES else None]
+        kind = written_as(ending, *[*lines, "", ""][:2])
+        if kind == "whole":
+            return _json(text)
+        rows = map(json.loads, lines) if kind == "lines" else csv.DictReader(lines, delimiter=kind, restkey="")
+        return Head([row for row in islice(rows, _MOST_ENTRIES) if isinstance(row, dict)])
     except (OSError, ValueError, RecursionError, StopIteration, csv.Error, pa.ArrowException):
         return Head([])
 

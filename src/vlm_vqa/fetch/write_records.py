@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,9 +49,6 @@ _QUESTIONS_PER_GROUP = 10_000
 _IMAGES_PER_GROUP = 100
 _BYTES_PER_GROUP = 64 * 2**20
 _BYTES_PER_SHARD = 512 * 2**20
-# An image file longer than this many bytes a pixel (and a margin for headers) is no honest image of that size.
-_FILE_BYTES_PER_PIXEL = 8
-_FILE_HEADER_BYTES = 2**20
 
 
 def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
@@ -212,7 +209,7 @@ def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts
     ):
         for group in _groups(progress, _QUESTIONS_PER_GROUP):
             writer.write_table(pa.Table.from_pylist(group, schema))
-    violations.settle(texts.statistics.questions)
+    violations.settle(split.split, texts.statistics.questions)
     return texts
 
 
@@ -279,8 +276,8 @@ class _Place(NamedTuple):
 class _Checked(NamedTuple):
     """An image's row of `IMAGE_FEATURES`, or what is wrong with it."""
 
-    row: dict[str, Any]
     problems: list[tuple[ViolationKind, str]]
+    row: dict[str, Any] = {}
     changes: tuple[str, ...] = ()
     look: Look | None = None
 
@@ -292,23 +289,22 @@ def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations
     for text in texts:
         paths = tuple(text.paths.images)
         if paths not in opened:
-            opened[paths] = _open_images(paths, violations)
-            if (new := opened[paths]) is not None:
-                stack.callback(new.close)
+            opened[paths] = _open_images(paths, stack, violations)
         if (files := opened[paths]) is not None:
             text.statistics.files_without_questions = files.count - len(text.images)
         for image_id, name in text.images.items():
             found = places.setdefault(image_id, [])
             if files is not None and (place := _Place(files, name)) not in found:
                 found.append(place)
-    for files in (there := [files for files in opened.values() if files is not None]):
+    there = [files for files in opened.values() if files is not None]
+    for files in there:
         files.others = [other for other in there if other is not files]
     return dict(sorted(places.items()))
 
 
-def _open_images(paths: tuple[Path, ...], violations: Violations) -> ImageFiles | None:
+def _open_images(paths: tuple[Path, ...], stack: ExitStack, violations: Violations) -> ImageFiles | None:
     try:
-        return ImageFiles(paths)
+        return stack.enter_context(ImageFiles(paths))
     except FileNotFoundError as error:
         violations.add(ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images")
     except UserError as error:
@@ -367,37 +363,35 @@ def _check_alike(
     seen.alike = seen.lookalikes.near()
     if seen.alike:
         some = "; ".join(f"{named(first)} and {named(second)}" for first, second in seen.alike[:3])
-        log.warning(
-            "%d pictures of val look like one of train, so a score on them says less: %s", len(seen.alike), some
-        )
-    if data.doubtful is Doubtful.REFUSE:
-        for first, second in seen.alike:
-            violations.add(ViolationKind.LOOKALIKE, f"{named(first)} and {named(second)}")
+        log.warning("%d pictures of val look like one of train, a score on them says less: %s", len(seen.alike), some)
+    for first, second in seen.alike if data.doubtful is Doubtful.REFUSE else ():
+        violations.add(ViolationKind.LOOKALIKE, f"{named(first)} and {named(second)}")
     for image_id in {one for both in seen.alike[:ALIKE_SHOWN] for one in both} if not violations else ():
         place = images[image_id][0]
         seen.pictures[image_id] = place.files.read(place.name, _most_bytes(data.max_image_pixels))
 
 
 def _most_bytes(max_pixels: int) -> int:
-    return _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES
+    """Return what an image's file may have: longer ones are no honest images of that size; the rest is for headers."""
+    return 8 * max_pixels + 2**20
 
 
 def _write_shards(rows: Iterable[dict[str, Any]], part: Path) -> None:
     """Write image rows into files of about `_BYTES_PER_SHARD`, named when their number is known."""
     schema = records.IMAGE_FEATURES.arrow_schema
     shards: list[Path] = []
-    room = 0
-    with ExitStack() as stack:
-        for group in _groups(rows, _IMAGES_PER_GROUP):
-            if room <= 0:
-                stack.close()
-                shards.append(part / f"{len(shards)}.parquet")
-                # The bytes are compressed already, and no two are equal.
-                writer = pq.ParquetWriter(shards[-1], schema, compression="none", use_dictionary=False)
-                stack.enter_context(writer)
-                room = _BYTES_PER_SHARD
-            writer.write_table(pa.Table.from_pylist(group, schema))
-            room -= sum(_image_bytes(row) for row in group)
+    groups = _groups(rows, _IMAGES_PER_GROUP)
+    for first in groups:
+        shards.append(part / f"{len(shards)}.parquet")
+        room = _BYTES_PER_SHARD
+        # The bytes are compressed already, and no two are equal.
+        with pq.ParquetWriter(shards[-1], schema, compression="none", use_dictionary=False) as writer:
+            for group in chain([first], groups):
+                table = pa.Table.from_pylist(group, schema)
+                writer.write_table(table)
+                room -= table.nbytes
+                if room <= 0:
+                    break
     for index, path in enumerate(shards):
         path.rename(part / records.image_shard(index, len(shards)))
 
@@ -408,7 +402,7 @@ def _groups(rows: Iterable[dict[str, Any]], most_rows: int) -> Iterator[list[dic
     size = 0
     for row in rows:
         group.append(row)
-        size += _image_bytes(row)
+        size += len(row["image"]["bytes"]) if "image" in row else 0
         if len(group) == most_rows or size >= _BYTES_PER_GROUP:
             yield group
             group, size = [], 0
@@ -416,30 +410,26 @@ def _groups(rows: Iterable[dict[str, Any]], most_rows: int) -> Iterator[list[dic
         yield group
 
 
-def _image_bytes(row: dict[str, Any]) -> int:
-    return len(row["image"]["bytes"]) if "image" in row else 0
-
-
 def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
     """Read and decode an image at each of its places; the first one's bytes are the ones stored."""
     image_id, places = item
-    rows: list[dict[str, Any]] = []
     problems: list[tuple[ViolationKind, str]] = []
-    seen: list[tuple[tuple[str, ...], Look]] = []
+    seen: list[tuple[dict[str, Any], tuple[str, ...], Look]] = []
     for place in places:
         try:
             data, found = place.files.read(place.name, _most_bytes(max_pixels)), place.files.find(place.name)
             image, changes = open_with_changes(data, found.where, max_pixels)
         except MissingImage as error:
-            problems.append((ViolationKind.MISSING_IMAGE, f"{error} (image_id {image_id}){error.hint}"))
+            where, hint = error.args
+            problems.append((ViolationKind.MISSING_IMAGE, f"{where} (image_id {image_id}){hint}"))
         except (UserError, OSError) as error:
             problems.append((ViolationKind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
         else:
             name, (width, height) = found.path.rpartition("/")[2], image.size
             row = {"image_id": image_id, "file_name": name, "width": width, "height": height}
-            rows.append(row | {"sha256": sha256_bytes(data), "image": {"bytes": data, "path": name}})
-            seen.append((changes, look(image)))
-    if len({row["sha256"] for row in rows}) > 1:
+            more = {"sha256": sha256_bytes(data), "image": {"bytes": data, "path": name}}
+            seen.append((row | more, changes, look(image)))
+    if len({row["sha256"] for row, _, _ in seen}) > 1:
         named = " and ".join(place.files.find(place.name).where for place in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
-    return _Checked(rows[0], problems, *seen[0]) if rows and not problems else _Checked({}, problems)
+    return _Checked(problems, *seen[0]) if seen and not problems else _Checked(problems)

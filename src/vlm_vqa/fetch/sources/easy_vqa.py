@@ -60,7 +60,7 @@ def write_official_layout(folder: str | Path) -> None:
         image_ids = sorted({image_id for _, _, image_id in entries})
         for image_id in tqdm(image_ids, desc=f"easy-VQA {paths.split}", unit="image"):
             with Image.open(data / package_split / "images" / f"{image_id}.png") as image:
-                target = paths.images[0] / paths.names.name(image_id + offset)  # ty: ignore[unsupported-operator] - short ids
+                target = paths.images[0] / paths.image_name.format(image_id=image_id + offset)
                 image.convert("RGB").save(target, "JPEG", quality=95, subsampling=0)
 
 
