@@ -44,14 +44,14 @@ def main() -> None:
     running = workers.join(vision.launch)
     # The first process may tokenise for minutes: after they have met, the others wait for it without end.
     check_here(params, run=True)
-    data_hash = records.read_manifest(RECORDS)["data_hash"]
+    manifest = records.read_manifest(RECORDS)
     loaded = load_encoder(vision, running.device)
-    layout = Layout(records.count_images(RECORDS), loaded.num_tokens, loaded.width, vision.store_dtype)
+    layout = Layout(manifest["images"], loaded.num_tokens, loaded.width, vision.store_dtype)
     made_by = {
         "encoder_hash": loaded.hash,
         "processor": encoder.processor_settings(loaded.processor),
         "compute_dtype": vision.compute_dtype.value,
-        "data_hash": data_hash,
+        "data_hash": manifest["data_hash"],
     }
     writer = FeatureStoreWriter(FEATURES, layout, made_by, computed_by(vision, running))
     if running.main:
@@ -87,7 +87,7 @@ def make(missing: list[int], running: WorkerGroup, loaded: Encoder, writer: Feat
 
         extract.extract(
             running.claim(missing),
-            lambda places: records.images_between(RECORDS, places.start, places.stop),
+            lambda places: records.iter_images(RECORDS, places.start, places.stop),
             loaded,
             writer,
             params.vision.batch_size,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tqdm import tqdm
 
 from proofs.faulty_server import FaultyServer, Request, fetch_command
 from vlm_vqa.data import records
@@ -112,9 +113,9 @@ def test_the_records_are_those_of_the_unpacked_folder(
     assert manifest["splits"]["train"]["inputs"]["questions"]["name"] == QUESTIONS
 
 
-def test_official_checksums_are_the_published_ones():
+def test_official_checksums_are_the_published_ones(vqav2_folder):
     checksums = official_archives.CHECKSUMS
-    assert checksums.keys() == {archive.name for archive in official_archives._ARCHIVES}
+    assert checksums.keys() == set(archives(vqav2_folder()))
     assert checksums["train2014.zip"] == "md5:0da8c0bd3d6becc4dcb32757491aca88"
     assert checksums["v2_Annotations_Val_mscoco.zip"].startswith("sha256:0caae7c8d1dafd85")
     lengths = {"md5": 32, "sha256": 64}
@@ -195,7 +196,7 @@ def test_a_server_is_waited_for_as_long_as_it_asks_but_no_longer_than_a_minute(
     monkeypatch.setattr(stop, "wait", waited.append)
     server.retry_after, server.faults[IMAGES] = asked, [503, 503]
     task = Download(server.url + IMAGES, target / IMAGES, checksum(server.files[IMAGES]), "data.official.images_url")
-    download._fetch(task, lambda count: None, stop)
+    download._fetch(task, tqdm(disable=True), stop)
     assert (target / IMAGES).read_bytes() == server.files[IMAGES]
     assert waited == [pytest.approx(seconds, abs=0.01)] * 2
 
@@ -429,10 +430,6 @@ STRANGE = {
         r"are links or devices: 'train2014/COCO_train2014_000000000001.jpg'",
     ),
     "twice": ([(GOOD.format(1), b"x"), (GOOD.format(1), b"y")], r"stand there more than once: '.*0001.jpg'"),
-    "other name": ([("train2014/picture.jpg", b"x")], r"holds 'train2014/picture.jpg'; expected train2014/COCO"),
-    "other split": ([("val2014/COCO_val2014_000000000001.jpg", b"x")], r"holds 'val2014/COCO_val"),
-    "many": ([(f"{n}.jpg", b"x") for n in range(9)], r"holds '0.jpg', .*'4.jpg' and 4 more; expected"),
-    "empty": ([], r"is empty; expected train2014"),
 }
 
 
@@ -442,7 +439,7 @@ def test_archives_with_strange_entries_are_refused_by_name(case, server, officia
     entries, expected = STRANGE[case]
     server.files[IMAGES] = zipped(entries)
     pin(server.files)
-    with pytest.raises(UserError, match=rf"archives/train2014.zip: (.|\n)*{expected}(.|\n)*data.official.images_url"):
+    with pytest.raises(UserError, match=rf"archives/train2014.zip: not a usable zip archive .*{expected}"):
         fetch(official_params(server.url), target)
     assert not (target / records.MANIFEST).exists() and not list(target.parent.rglob("evil*"))
 
@@ -599,5 +596,5 @@ def test_killed_in_mid_conversion_it_fetches_nothing_and_ends_the_same(server, v
     stage.run()
     assert not server.requests
     made, unbroken = ({path.name: path.read_bytes() for path in one.records.iterdir()} for one in (stage, whole))
-    assert made == unbroken and records.count_images(stage.records) == 4002
+    assert made == unbroken and len(list(records.iter_images(stage.records))) == 4002
     assert not (stage.records / ".part").exists()

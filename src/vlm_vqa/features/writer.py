@@ -1,6 +1,5 @@
-"""Writes a feature store: shards that any number of processes make, in any order, over any number of runs.
-
-Until all shards are there they lie beside the store, where DVC does not remove them before it runs the stage again.
+"""Writes a feature store. Until all shards are there they lie beside it, where DVC does not remove them before it runs the
+stage again.
 
 Legend of shape suffixes: N images, T tokens an image, D width.
 """
@@ -11,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from vlm_vqa.params import StoreDtype
 from vlm_vqa.sealed import PART, aside, read_sealed, write_sealed
 
 _HASHING_THREADS = 8
-_REMAKE = make_again("extract-features")
 _RECORDS = make_again("fetch-vqav2")
 
 logger = logging.getLogger(__name__)
@@ -61,8 +60,9 @@ class Shard:
         place = slice(len(self.image_ids), len(self.image_ids) + len(image_ids))
         for name, values in stored.items():
             room = self.tensors[name][place]
-            if room.shape != values.shape:
-                raise ValueError(f"{name} of shape {tuple(values.shape)} where there is room for {tuple(room.shape)}")
+            assert room.shape == values.shape, (
+                f"{name}: {tuple(values.shape)} where there is room for {tuple(room.shape)}"
+            )
             room.copy_(values)
         # NaN and infinity are those of the token's scale.
         finite_N = torch.isfinite(stored.get("scales", stored["features"])).flatten(1).all(1).tolist()
@@ -113,9 +113,7 @@ class FeatureStoreWriter:
             made_by: goes into the manifest as it is; holds `encoder_hash`, `data_hash` and `compute_dtype`.
             computed_by: what else decides the bytes: another value makes no use of the shards of an earlier run.
         """
-        self.layout = layout
-        self._folder = Path(folder)
-        self._made_by = made_by
+        self.layout, self._folder, self._made_by = layout, Path(folder), made_by
         described = asdict(layout) | {"dtype": layout.dtype.value}
         self._root = self._folder.with_name(f"{self._folder.name}.parts")
         self._parts = self._root / hash_json([SCHEMA_VERSION, described, made_by, computed_by])[:16]
@@ -179,7 +177,10 @@ class FeatureStoreWriter:
         shards = []
         for number, seal in enumerate(seals):
             name, images = self.layout.name(number), len(self.layout.places(number))
-            _link(self._parts / name, self._folder / name)
+            try:
+                (self._folder / name).hardlink_to(self._parts / name)
+            except OSError:  # where links are not supported
+                shutil.copyfile(self._parts / name, self._folder / name)
             shards.append({"file": name, "images": images, "bytes": seal["bytes"], "sha256": seal["sha256"]})
         manifest = {
             **self._made_by,
@@ -194,17 +195,18 @@ class FeatureStoreWriter:
         shutil.rmtree(self._root)
 
     def _seal(self, number: int) -> dict[str, Any]:
-        return read_sealed((self._parts / self.layout.name(number)).with_suffix(".json"), "a shard's seal", _REMAKE)
+        return read_sealed(
+            (self._parts / self.layout.name(number)).with_suffix(".json"),
+            "a shard's seal",
+            make_again("extract-features"),
+        )
 
     def _is_whole(self, number: int) -> bool:
         """Whether a shard is there as it was sealed; what is left of one that is not goes."""
         part = self._parts / self.layout.name(number)
-        try:
-            seal = self._seal(number)
-            if part.stat().st_size == seal["bytes"] and sha256_file(part) == seal["sha256"]:
+        with suppress(OSError, UserError):
+            if sha256_file(part) == self._seal(number)["sha256"]:
                 return True
-        except (OSError, UserError):
-            pass
         if part.exists():
             logger.info("%s: not whole; it is made again", part)
         for left in (part, part.with_suffix(".json")):
@@ -227,14 +229,6 @@ class FeatureStoreWriter:
                     f"{_size(free)} are free. Free some space, or set vision.store_dtype to int8 (half of 16 bits), then "
                     "run `dvc repro` again."
                 )
-
-
-def _link(part: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where links are not supported; `target` does not exist."""
-    try:
-        target.hardlink_to(part)
-    except OSError:
-        shutil.copyfile(part, target)
 
 
 def _size(count: int) -> str:

@@ -40,7 +40,7 @@ def render_report(
     folder = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": _flatten}
-    pages.globals |= {"shares": _shares, "columns": _columns, "mean": mean, "some": _some, "total": total}  # ty: ignore[unsupported-operator] - typed by jinja2's own
+    pages.globals |= {"shares": _shares, "mean": mean, "some": _some, "total": total}  # ty: ignore[unsupported-operator] - typed by jinja2's own
     return pages.get_template("data_report.html.j2").render(
         manifest=manifest,
         splits=splits,
@@ -73,49 +73,18 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _shares(counts: Sequence[Counter[str]]) -> dict[str, Any]:
-    """Return the most common values over all splits with their shares in each, the greatest share, and how many are left."""
-    together = sum(counts, Counter[str]())
-    if not together:
-        return {"rows": [], "more": 0}
-    names = sorted(together, key=lambda name: (-together[name], name))
-    rows = [(name, [count[name] / max(count.total(), 1) for count in counts]) for name in names[:_ROWS]]
-    return {"rows": rows, "most": max(max(shares) for _, shares in rows), "more": len(names) - len(rows)}
+def _shares(counts: Sequence[Counter[Any]], last: int | None = None) -> dict[str, Any]:
+    """Return values with their shares in each split, the greatest share, and how many values are left.
 
-
-def _columns(counts: Sequence[Counter[int]], last: int) -> dict[str, Any]:
-    """Return columns of the shares of the values up to `last`, which stands for more too, in a chart of 300 x 110."""
-    values = range(0 if any(count[0] for count in counts) else 1, last + 1)
-    shares = [[_share(count, value, last) for value in values] for count in counts]
-    most, step = max(map(max, shares)), 300 / len(values)
-    width, greatest = 0.8 * step / len(counts), max(map(max, counts))
-    bars = [
-        {
-            "split": split,
-            "left": place * step + 0.1 * step + split * width,
-            "width": width,
-            "height": 110 * share / most,
-            "title": f"{value}: {100 * share:.2f} %",
-        }
-        for split, row in enumerate(shares)
-        for place, (value, share) in enumerate(zip(values, row, strict=True))
-    ]
-    return {
-        "bars": bars,
-        "labels": [
-            ((place + 0.5) * step, f"{value}{'+' if value == last < greatest else ''}")
-            for place, value in enumerate(values)
-        ],
-        "means": [f"{mean(count):.2f}" for count in counts],
-        "greatest": greatest,
-        "highest": f"{100 * most:.1f}",
-    }
-
-
-def _share(count: Counter[int], value: int, last: int) -> float:
-    """Return the share of `value`; that of `last` holds all above it too."""
-    found = sum(number for key, number in count.items() if key >= last) if value == last else count[value]
-    return found / count.total()
+    They are the most common ones over all splits; or, where there is a `last`, all numbers, and the last counts greater ones.
+    """
+    if last is not None:
+        counts = [Counter(min(value, last) for value in count.elements()) for count in counts]
+    together = sum(counts, Counter())
+    names = sorted(together, key=lambda name: name if last is not None else (-together[name], name))
+    shown = names if last is not None else names[:_ROWS]
+    rows = [(name, [count[name] / max(count.total(), 1) for count in counts]) for name in shown]
+    return {"rows": rows, "most": max((max(shares) for _, shares in rows), default=0), "more": len(names) - len(rows)}
 
 
 def _images(images: ImageStatistics) -> dict[str, str]:

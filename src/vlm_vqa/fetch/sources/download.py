@@ -79,13 +79,12 @@ def is_verified(download: Download) -> bool:
     if find_sealed(download.beside(".verified.json")) == _metadata(download):
         return True
     log.info("checking %s", download.path)
-    found = _checksum(download, download.path)
-    if found != download.checksum:
-        log.warning("%s: deleted, its checksum is %s and not %s", download.path, found, download.checksum)
-        download.path.unlink()
-        return False
-    write_sealed(download.beside(".verified.json"), _metadata(download))
-    return True
+    if (found := _checksum(download, download.path)) == download.checksum:
+        write_sealed(download.beside(".verified.json"), _metadata(download))
+        return True
+    log.warning("%s: deleted, its checksum is %s and not %s", download.path, found, download.checksum)
+    download.path.unlink()
+    return False
 
 
 def bytes_here(download: Download) -> int:
@@ -128,18 +127,12 @@ def fetch_all(downloads: Mapping[Download, int | None], at_once: int) -> None:
     Raises:
         UserError: a file is not there, has the wrong checksum twice, or the server fails too often.
     """
-    stop, lock = threading.Event(), threading.Lock()
-    total, here = sum(size or 0 for size in downloads.values()), sum(map(bytes_here, downloads))
+    stop, total, here = threading.Event(), sum(filter(None, downloads.values())), sum(map(bytes_here, downloads))
     with (
         ThreadPoolExecutor(at_once) as pool,
         tqdm(desc="download", total=total, initial=here, unit="B", unit_scale=True, unit_divisor=1024) as bar,
     ):
-
-        def advance(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        futures = [pool.submit(_fetch, download, advance, stop) for download in downloads]
+        futures = [pool.submit(_fetch, download, bar, stop) for download in downloads]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -148,14 +141,13 @@ def fetch_all(downloads: Mapping[Download, int | None], at_once: int) -> None:
             stop.set()
 
 
-def _fetch(download: Download, advance: Callable[[int], None], stop: threading.Event) -> None:
+def _fetch(download: Download, bar: tqdm, stop: threading.Event) -> None:
     """Download one file; wrong bytes are thrown away and fetched once more."""
     download.path.parent.mkdir(parents=True, exist_ok=True)
-    part = _Part(download, advance)
+    part = _Part(download, bar)
     for _ in range(2):
         _with_retries(lambda: _attempt(part, stop), download, stop, lambda: part.furthest)
-        found = _checksum(download, part.path)
-        if found == download.checksum:
+        if (found := _checksum(download, part.path)) == download.checksum:
             publish(part.path, download.path)
             write_sealed(download.beside(".verified.json"), _metadata(download))
             download.beside(f"{PART}.json").unlink()
@@ -176,8 +168,7 @@ def _attempt(part: "_Part", stop: threading.Event) -> None:
         return
     if stop.is_set():
         raise CancelledError
-    headers: Any = {**_AS_IT_IS, **part.range_headers()}  # one that is None is left out
-    with requests.get(part.download.url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+    with requests.get(part.download.url, headers=part.headers(), stream=True, timeout=_TIMEOUT) as response:
         if response.status_code == 416 or (response.status_code == 206 and not part.continues_with(response)):
             part.restart()
             raise _Transient("the file has changed on the server; starting again")
@@ -198,7 +189,9 @@ def _receive(response: requests.Response, part: "_Part", stop: threading.Event) 
     with open(part.path, "ab") as file:
         # `read1` hands over what has come; `iter_content` would lose up to a block when the connection ends.
         while block := response.raw.read1(_BLOCK_BYTES):
-            part.append(file, block)
+            file.write(block)
+            file.flush()  # to the disk's cache: it outlives a killed process
+            part.grow(len(block))
             if stop.is_set():
                 raise CancelledError
             if part.size > most:
@@ -216,9 +209,8 @@ def _receive(response: requests.Response, part: "_Part", stop: threading.Event) 
 class _Part:
     """The first bytes of a file, and what the server said about the file when they came."""
 
-    def __init__(self, download: Download, advance: Callable[[int], None]):
-        """`advance` is called with the number of bytes that have come, below 0 for those that were thrown away."""
-        self.download, self.path, self._advance = download, download.beside(PART), advance
+    def __init__(self, download: Download, bar: tqdm):
+        self.download, self.path, self._bar = download, download.beside(PART), bar
         server = find_sealed(download.beside(f"{PART}.json")) or {}
         same = server.get("url") == without_secrets(download.url)
         self.server: dict[str, Any] = server if same else {}
@@ -232,13 +224,13 @@ class _Part:
         """Tell whether there is as much as the server has told."""
         return self.size == self.server.get("bytes")
 
-    def range_headers(self) -> dict[str, str | None]:
+    def headers(self) -> Any:
         """Return what asks for the rest of the same file, and for the whole of another one (RFC 9110, 13.1.5)."""
         etag, modified = self.server.get("etag"), self.server.get("last_modified")
         # Weak tags (W/) do not stand for equal bytes.
         same = etag if etag and not etag.startswith("W/") else modified
         # requests leaves out what is None.
-        return {"Range": f"bytes={self.size}-", "If-Range": same} if self.size else {}
+        return _AS_IT_IS | ({"Range": f"bytes={self.size}-", "If-Range": same} if self.size else {})
 
     def continues_with(self, response: requests.Response) -> bool:
         """Tell whether a partial answer begins where this ends, and is of the same file."""
@@ -251,18 +243,15 @@ class _Part:
     def restart(self, response: requests.Response | None = None) -> None:
         """Throw everything away, to begin with the whole answer in `response` or with the next one."""
         self.path.unlink(missing_ok=True)
-        self._advance(-self.size)
-        self.size, self.server = 0, {}
-        if response is not None:
-            self.server = {"url": without_secrets(self.download.url), **_description(response)}
+        self.grow(-self.size)
+        self.server = {"url": without_secrets(self.download.url), **_description(response)} if response is not None else {}
         write_sealed(self.download.beside(f"{PART}.json"), self.server)
 
-    def append(self, file: Any, block: bytes) -> None:
-        """Write bytes through to the disk's cache, so that they outlive a killed process."""
-        file.write(block)
-        file.flush()
-        self._advance(len(block))
-        self.size += len(block)
+    def grow(self, count: int) -> None:
+        """Count bytes that have come, below 0 those that were thrown away."""
+        with self._bar.get_lock():
+            self._bar.update(count)
+        self.size += count
         self.furthest = max(self.furthest, self.size)
 
 

@@ -7,7 +7,7 @@ What is changed on the way stands in `NOTES`, which the manifest repeats.
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def write_official_layout(folder: str | Path) -> None:
     for paths, (_, package_split, offset) in zip(official_paths(folder), _SPLITS, strict=True):
         paths.images[0].mkdir(parents=True, exist_ok=True)
         entries = json.loads((data / package_split / "questions.json").read_text(encoding="utf-8"))
-        _write_texts(paths, list(_number(entries, offset)))
+        _write_texts(paths, entries, offset)
         image_ids = sorted({image_id for _, _, image_id in entries})
         for image_id in tqdm(image_ids, desc=f"easy-VQA {paths.split}", unit="image"):
             with Image.open(data / package_split / "images" / f"{image_id}.png") as image:
@@ -82,32 +82,16 @@ def _package_data() -> Path:
     return data
 
 
-def _number(entries: list[list[Any]], offset: int) -> Iterator[tuple[int, int, str, str]]:
-    """Yield (question_id, image_id, question, answer) in file order."""
-    places: dict[int, int] = {}
+def _write_texts(paths: SplitPaths, entries: list[list[Any]], offset: int) -> None:
+    envelope = {"info": {"description": "easy-VQA 1.0 in VQAv2's layout"}, "data_subtype": f"{paths.split}2014"}
+    questions, annotations, places = [], [], Counter[int]()
     for question, answer, package_image_id in entries:
         image_id = package_image_id + offset
-        place = places.get(image_id, 0)
-        places[image_id] = place + 1
-        yield image_id * _QUESTION_IDS_PER_IMAGE + place, image_id, question, answer
-
-
-def _write_texts(paths: SplitPaths, rows: list[tuple[int, int, str, str]]) -> None:
-    envelope = {"info": {"description": "easy-VQA 1.0 in VQAv2's layout"}, "data_subtype": f"{paths.split}2014"}
-    questions = [
-        {"image_id": image_id, "question": question, "question_id": question_id}
-        for question_id, image_id, question, _ in rows
-    ]
-    annotations = [
-        {
-            "question_id": question_id,
-            "image_id": image_id,
-            "question_type": question_type(question),
-            "answer_type": answer_type(answer),
-            "multiple_choice_answer": answer,
-            "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)],
-        }
-        for question_id, image_id, question, answer in rows
-    ]
+        ids = {"image_id": image_id, "question_id": image_id * _QUESTION_IDS_PER_IMAGE + places[image_id]}
+        places[image_id] += 1
+        kinds = {"question_type": question_type(question), "answer_type": answer_type(answer)}
+        ten = [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)]
+        questions.append(ids | {"question": question})
+        annotations.append(ids | kinds | {"multiple_choice_answer": answer, "answers": ten})
     paths.questions.write_text(json.dumps({**envelope, "questions": questions}), encoding="utf-8")
     paths.annotations.write_text(json.dumps({**envelope, "annotations": annotations}), encoding="utf-8")

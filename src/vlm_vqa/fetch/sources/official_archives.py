@@ -5,20 +5,16 @@ before it runs a stage, and a download must outlive a killed one.
 """
 
 import logging
-import re
 import shutil
-import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import Source, Split
+from vlm_vqa.fetch.contract import Source
 from vlm_vqa.fetch.sources import download
 from vlm_vqa.fetch.sources.download import Download
 from vlm_vqa.fetch.sources.official_layout import official_paths, official_split
-from vlm_vqa.fetch.sources.zip_archive import files, open_zip, shown
 from vlm_vqa.params import OfficialParams
 
 log = logging.getLogger(__name__)
@@ -35,33 +31,6 @@ CHECKSUMS = {
 }
 
 
-@dataclass(frozen=True)
-class _Archive:
-    """One of the six."""
-
-    name: str
-    entries: str
-    """Regular expression of the names in it."""
-    option: str
-    """The key of `data.official` with its folder's URL."""
-
-
-def _texts(kind: str, split: str) -> str:
-    """Return the name of an archive of `Questions` or `Annotations`."""
-    return f"v2_{kind}_{split.capitalize()}_mscoco.zip"
-
-
-_ARCHIVES = tuple(
-    archive
-    for split in SPLITS
-    for archive in (
-        _Archive(_texts("Questions", split), rf"v2_OpenEnded_mscoco_{split}2014_questions\.json", "texts_url"),
-        _Archive(_texts("Annotations", split), rf"v2_mscoco_{split}2014_annotations\.json", "texts_url"),
-        _Archive(f"{split}2014.zip", rf"{split}2014/COCO_{split}2014_\d{{12}}\.jpg", "images_url"),
-    )
-)
-
-
 def official_source(params: OfficialParams, records: Path) -> Source:
     """Download what is missing of the six archives and return them as a source.
 
@@ -70,31 +39,38 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         records: folder that the records will be written to; the archives' folder lies beside it.
 
     Raises:
-        UserError: an archive cannot be downloaded with the right checksum or holds what it should not, or the disk is full.
+        UserError: an archive cannot be downloaded with the right checksum, or the disk is full.
     """
-    downloads = [_download(archive, params, records) for archive in _ARCHIVES]
+    downloads = _downloads(params, records)
     missing: dict[Download, int | None] = {one: None for one in downloads if not download.is_verified(one)}
     missing = {one: download.remote_size(one) for one in missing}
     _check_room(downloads, missing, records)
     if missing:
         log.info("downloading %s", ", ".join(one.path.name for one in missing))
         download.fetch_all(missing, params.downloads)
-    for archive, one in zip(_ARCHIVES, downloads, strict=True):
-        _check_entries(one.path, archive)
-    origin = {"archives": CHECKSUMS, "checksums": "official"}
-    return Source("official", origin, _splits(records.parent / FOLDER))
+    folder, splits = records.parent / FOLDER, []
+    for paths in official_paths(folder):
+        questions, annotations = (
+            folder / f"v2_{kind}_{paths.split.capitalize()}_mscoco.zip" for kind in ("Questions", "Annotations")
+        )
+        images = [folder / f"{paths.split}2014.zip"]
+        splits.append(official_split(replace(paths, questions=questions, annotations=annotations, images=images)))
+    return Source("official", {"archives": CHECKSUMS, "checksums": "official"}, tuple(splits))
 
 
 def remove_archives(params: OfficialParams, records: Path) -> None:
     """Delete the archives: what `keep_archives: false` means when the records are complete."""
-    for archive in _ARCHIVES:
-        download.remove(_download(archive, params, records))
+    for one in _downloads(params, records):
+        download.remove(one)
 
 
-def _download(archive: _Archive, params: OfficialParams, records: Path) -> Download:
-    folder = getattr(params, archive.option).rstrip("/")
-    path = records.parent / FOLDER / archive.name
-    return Download(f"{folder}/{archive.name}", path, CHECKSUMS[archive.name], f"data.official.{archive.option}")
+def _downloads(params: OfficialParams, records: Path) -> list[Download]:
+    found = []
+    for name, checksum in CHECKSUMS.items():
+        option = "texts_url" if name.startswith("v2_") else "images_url"
+        url = f"{getattr(params, option).rstrip('/')}/{name}"
+        found.append(Download(url, records.parent / FOLDER / name, checksum, f"data.official.{option}"))
+    return found
 
 
 def _check_room(downloads: Sequence[Download], missing: Mapping[Download, int | None], records: Path) -> None:
@@ -112,34 +88,3 @@ def _check_room(downloads: Sequence[Download], missing: Mapping[Download, int | 
             f"{place}: {(rest + total) / 1e9:.1f} GB are needed ({rest / 1e9:.1f} for {FOLDER}, {total / 1e9:.1f} for "
             f"{records.name}), but {free / 1e9:.1f} GB are free. Free some space, then run `dvc repro` again."
         )
-
-
-def _check_entries(path: Path, archive: _Archive) -> None:
-    """Refuse an archive that is damaged, that would write where it should not, or that holds other files."""
-    try:
-        with open_zip(path) as opened:
-            names = [info.filename for info in files(opened)]
-    except zipfile.BadZipFile as error:
-        raise UserError(
-            f"{path}: not a usable zip archive ({error}). Correct data.official.{archive.option}."
-        ) from error
-    strange = [name for name in names if not re.fullmatch(archive.entries, name)]
-    if strange or not names:
-        raise UserError(
-            f"{path}: {f'holds {shown(strange)}' if strange else 'is empty'}; expected {archive.entries}. Correct "
-            f"data.official.{archive.option}."
-        )
-
-
-def _splits(folder: Path) -> tuple[Split, ...]:
-    return tuple(
-        official_split(
-            replace(
-                paths,
-                questions=folder / _texts("Questions", paths.split),
-                annotations=folder / _texts("Annotations", paths.split),
-                images=[folder / f"{paths.split}2014.zip"],
-            )
-        )
-        for paths in official_paths(folder)
-    )
