@@ -77,7 +77,7 @@ def write_records(images: dict[int, bytes]) -> None:
         rows.append({**row, "image": {"bytes": data, "path": None}})
     table = datasets.Dataset.from_list(rows, features=records.IMAGE_FEATURES).data.table
     pq.write_table(table, folder / "images-00000-of-00001.parquet", row_group_size=3)
-    seal_records(folder, data_hash="d" * 64)
+    seal_records(folder, data_hash="d" * 64, images=len(images))
 
 
 @pytest.fixture

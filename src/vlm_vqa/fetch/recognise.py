@@ -215,7 +215,7 @@ def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) 
         lacking = [role for role, name in names.items() if name is None]
         if lacking:
             raise UserError(
-                f"{folder}: this is VQAv2's layout ({_shown(heads)}), but no file has {' and '.join(lacking)} of {split} by "
+                f"{folder}: this is VQAv2's layout ({shown(heads)}), but no file has {' and '.join(lacking)} of {split} by "
                 "its name. Call them train_questions.json, train_annotations.json, val_questions.json and "
                 "val_annotations.json; or write one table with image, question and answer, of which a share becomes val."
             )
@@ -227,7 +227,7 @@ def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) 
         data[split] = {role: str(name) for role, name in names.items()}
         data[split] |= {"images": images, "image_name": pattern or "{image_id}.jpg"}
         if more := [name for name in heads if _split(name) == there and name not in names.values()]:
-            unsure[f"data.{split}.questions"] = f"{_shown(more)} could be meant too"
+            unsure[f"data.{split}.questions"] = f"{shown(more)} could be meant too"
     if second == "test":
         unsure["data.val.questions"] = _TEST
     return Found("VQAv2's layout", {"source": "directory"} | data, unsure)
@@ -242,13 +242,13 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
         train, val = [*heads], []
     if len(train) != 1 or len(val) > 1:
         raise UserError(
-            f"{folder}: it is not clear which of {_shown(heads)} are for training and which for validation. Name one file, "
+            f"{folder}: it is not clear which of {shown(heads)} are for training and which for validation. Name one file, "
             "or call two of them train and val with their endings."
         )
     if val and not names["val"]:
         unsure["data.table.val"] = _TEST
     if rest := [name for name in heads if name not in train + val]:
-        unsure["data.table.train"] = f"nothing is read from {_shown(rest)}"
+        unsure["data.table.train"] = f"nothing is read from {shown(rest)}"
     columns = _columns(heads[train[0]].columns, unsure)
     image, places, pattern = columns["image"], [], None
     for split, name in zip(("train", "val"), train + val, strict=False):
@@ -268,7 +268,7 @@ def _columns(names: list[str], unsure: dict[str, str]) -> dict[str, str | None]:
     found = {role: [there[name] for name in usual if name in there] for role, usual in USUAL.items()}
     for role in ("image", "question", "answers"):
         if len(found[role]) > 1:
-            unsure[f"data.table.columns.{role}"] = f"{_shown(found[role][1:])} could be meant too"
+            unsure[f"data.table.columns.{role}"] = f"{shown(found[role][1:])} could be meant too"
     # Many data sets call their pictures by numbers alone.
     found["image"] = found["image"] or found["image_id"]
     return {role: one[0] if one else None for role, one in found.items()}
@@ -317,7 +317,8 @@ def _stem(name: Any) -> str:
     return path.stem if path.suffix in PICTURES else path.name
 
 
-def _shown(names: Iterable[Any]) -> str:
+def shown(names: Iterable[Any]) -> str:
+    """Return the first few names, and how many more there are."""
     few = [str(name) for name in names]
     return ", ".join(few[:6]) + (f" and {len(few) - 6} more" if len(few) > 6 else "")
 
@@ -329,7 +330,7 @@ def refusal(path: Path) -> str | None:
     """Return what a file is that stands where VQAv2's layout is wanted, with the block that reads it; None if unknown."""
     one = head(path) if path.is_file() else Head([])
     more = len(one.entries) == _MOST_ENTRIES or path.stat().st_size > _MOST_BYTES if one.entries else False
-    what = f"this is {one.kind} ({len(one.entries)}{' or more' * more} entries with {_shown(one.columns)})"
+    what = f"this is {one.kind} ({len(one.entries)}{' or more' * more} entries with {shown(one.columns)})"
     if one.role == "table":
         try:
             found = recognise(path)

@@ -244,7 +244,9 @@ class _Part:
         """Throw everything away, to begin with the whole answer in `response` or with the next one."""
         self.path.unlink(missing_ok=True)
         self.grow(-self.size)
-        self.server = {"url": without_secrets(self.download.url), **_description(response)} if response is not None else {}
+        self.server = (
+            {"url": without_secrets(self.download.url), **_description(response)} if response is not None else {}
+        )
         write_sealed(self.download.beside(f"{PART}.json"), self.server)
 
     def grow(self, count: int) -> None:

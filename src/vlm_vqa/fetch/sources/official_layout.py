@@ -16,23 +16,11 @@ from typing import IO, Any, NamedTuple
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import (
-    LARGEST_ID,
-    MalformedRecord,
-    Row,
-    Source,
-    Split,
-    ViolationKind,
-    Violations,
-    answered,
-    as_question,
-    image_name,
-    is_text,
-    read_answers,
-)
-from vlm_vqa.fetch.recognise import refusal
+from vlm_vqa.fetch import contract
+from vlm_vqa.fetch.contract import MalformedRecord, Row, Source, Split, ViolationKind, Violations
+from vlm_vqa.fetch.recognise import refusal, shown
 from vlm_vqa.fetch.sources.image_files import DAMAGE, ENCRYPTED
-from vlm_vqa.fetch.sources.zip_archive import files, open_zip, shown
+from vlm_vqa.fetch.sources.zip_archive import files, open_zip
 from vlm_vqa.files import MOST_BYTES, check_regular
 from vlm_vqa.params import DataParams
 
@@ -103,14 +91,14 @@ def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
     for (question_id, image_id, (question, part)), answers in _pair(questions, annotations, violations):
         where = f"{paths.questions}: question_id {question_id}"
         try:
-            own = name = image_name(paths.image_name, image_id)
+            own = name = contract.image_name(paths.image_name, image_id)
             if name is None:
                 long = f"image_id {image_id} is too long for {paths.image_name}"
                 raise MalformedRecord(ViolationKind.IMAGE_ID, long)
             if part and (name := re.sub("|".join(_COCO), part, name)) != own:
                 paths.images.extend(place for place in paths.others if place not in paths.images)
             record = {"question_id": question_id, "image_id": image_id, "question": question}
-            yield Row(where, name, record | answered(question, *answers))
+            yield Row(where, name, record | contract.answered(question, *answers))
         except MalformedRecord as error:
             violations.add(error.kind, f"{where}: {error}")
 
@@ -199,10 +187,14 @@ def _parse(entry: Any, key: str) -> _Entry:
         raise MalformedRecord(kind, f"without {', '.join(missing)}")
     for name in wanted[:2]:
         # bool is a subclass of int.
-        if type(entry[name]) is not int or not 0 <= entry[name] <= LARGEST_ID:
+        if type(entry[name]) is not int or not 0 <= entry[name] <= contract.LARGEST_ID:
             raise MalformedRecord(kind, f"{name} is {entry[name]!r:.60}, not a whole number from 0 up")
     part = entry.get("coco_split")
-    content = (as_question(entry["question"]), sys.intern(part) if part in _COCO else "") if asked else _answers(entry)
+    content = (
+        (contract.as_question(entry["question"]), sys.intern(part) if part in _COCO else "")
+        if asked
+        else _answers(entry)
+    )
     return _Entry(entry["question_id"], entry["image_id"], content)
 
 
@@ -214,13 +206,13 @@ def _answers(entry: dict[str, Any]) -> tuple[Any, ...]:
     if not isinstance(items, list):
         what = f"{key} is {items!r:.60}, not a list" if key in entry else f"without {key}"
         raise MalformedRecord(ViolationKind.BAD_ANNOTATION, what)
-    return read_answers(items, _text), kinds, main
+    return contract.read_answers(items, _text), kinds, main
 
 
 def _text(value: Any, what: str) -> str:
     if value is None and what == "answer_confidence":
         return ""
-    if not is_text(value):
+    if not contract.is_text(value):
         raise MalformedRecord(ViolationKind.BAD_ANNOTATION, f"{what} is {value!r:.60}, not text")
     return value
 
@@ -311,7 +303,7 @@ def open_bytes(path: Path) -> Generator[IO[bytes] | gzip.GzipFile]:
         return
     with open_zip(path) as archive:
         if len(members := files(archive)) != 1:
-            names = shown(member.filename for member in members)
+            names = shown(repr(member.filename) for member in members)
             raise zipfile.BadZipFile(f"the archive holds {len(members)} files instead of one: {names}")
         if members[0].flag_bits & ENCRYPTED:
             raise zipfile.BadZipFile(f"{members[0].filename} is encrypted")

@@ -30,21 +30,8 @@ from tqdm import tqdm
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import (
-    LARGEST_ID,
-    MalformedRecord,
-    ReadAgain,
-    Row,
-    Source,
-    Split,
-    ViolationKind,
-    Violations,
-    answered,
-    as_question,
-    image_name,
-    is_text,
-    read_answers,
-)
+from vlm_vqa.fetch import contract
+from vlm_vqa.fetch.contract import MalformedRecord, ReadAgain, Row, Source, Split, ViolationKind, Violations
 from vlm_vqa.fetch.recognise import USUAL, refusal, written_as
 from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
 from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, folder_of, open_bytes, places, read_json, unreadable
@@ -234,8 +221,8 @@ class Tables:
         kinds = [kind.strip() for kind in kinds]
         said = []
         for asked, told in _turns(question) if columns["question"] == columns["answers"] else [(question, answers)]:
-            text = as_question(_text(asked, "question"))
-            said.append((text, answered(text, read_cell(told), kinds, main)))
+            text = contract.as_question(_text(asked, "question"))
+            said.append((text, contract.answered(text, read_cell(told), kinds, main)))
         image_id, original, name = self._picture(image.strip(), given.strip(), split)
         for place, (text, record) in enumerate(said):
             given = f"{called.strip()}#{place}" if place and called.strip() else called.strip()
@@ -267,7 +254,7 @@ class Tables:
         """Return the name of a picture's file; None where a pattern makes it and this is no id for that."""
         if (pattern := self.table.image_name) is None:
             return name
-        return image_name(pattern, int(name)) if name.isdecimal() else None
+        return contract.image_name(pattern, int(name)) if name.isdecimal() else None
 
     def _question_id(self, given: str, split: str, about: str) -> tuple[int, str | None]:
         """Return a question's id, and what the table calls it if that is something else.
@@ -288,7 +275,7 @@ class Tables:
         """Return the whole number that an id is; None where not all ids of that kind are whole numbers."""
         if not self._whole[kind]:
             return None
-        if _WHOLE.fullmatch(given) and int(given) <= LARGEST_ID:
+        if _WHOLE.fullmatch(given) and int(given) <= contract.LARGEST_ID:
             return int(given)
         # In most tables with such ids it is the first.
         self._whole[kind] = False
@@ -313,7 +300,7 @@ def _text(value: Any, what: str) -> str:
         return ""
     if type(value) in (int, float):
         return str(value)
-    if not is_text(value):
+    if not contract.is_text(value):
         raise MalformedRecord(ViolationKind.BAD_ROW, f"{what} is {value!r:.60}, not text")
     return value
 
@@ -335,7 +322,7 @@ def read_cell(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     value = _listed(value)
     if isinstance(value, dict) and isinstance(value.get("answer"), list):
         value = [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
-    return read_answers(value if isinstance(value, list) else [value], _text)
+    return contract.read_answers(value if isinstance(value, list) else [value], _text)
 
 
 def _turns(talk: Any) -> Iterator[tuple[str, str]]:
