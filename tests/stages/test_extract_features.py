@@ -164,7 +164,7 @@ def shades(count: int) -> Iterator[records.ImageRecord]:
 def batches_of(images: Iterable[records.ImageRecord]) -> Iterator[extract.Batch]:
     images = iter(images)
     while batch := list(itertools.islice(images, BATCH)):
-        yield extract.Batch(0, batch)
+        yield 0, batch
 
 
 def decoding_threads() -> list[threading.Thread]:

@@ -125,11 +125,6 @@ class FeatureStore:
         self._places: dict[int, tuple[int, int]] = {}
         for entry in self.manifest["shards"]:
             self._map_shard(entry)
-        if len(self._places) != self.manifest["images"]:
-            raise UserError(
-                f"{self._folder}: holds {len(self._places)} different images where its manifest says "
-                f"{self.manifest['images']}. {_REMAKE}"
-            )
 
     def __len__(self) -> int:
         return len(self._places)

@@ -45,7 +45,7 @@ class WorkerGroup:
         self.store.set(key, json.dumps(value))
 
     def wait_for(self, key: str) -> Any:
-        """Return what a process has broadcast, or this one; wait until it is there."""
+        """Return what a process has broadcast; wait until it is there."""
         while not self.store.check([key]):
             time.sleep(POLL_SECONDS)
         return json.loads(self.store.get(key))

@@ -76,7 +76,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def _shares(counts: Sequence[Counter[Any]], last: int | None = None) -> dict[str, Any]:
     """Return values with their shares in each split, the greatest share, and how many values are left.
 
-    They are the most common ones over all splits; or, where there is a `last`, all numbers, and the last counts greater ones.
+    They are the most common ones over all splits; or, where there is a `last`, all numbers, and that counts greater ones.
     """
     if last is not None:
         counts = [Counter(min(value, last) for value in count.elements()) for count in counts]
