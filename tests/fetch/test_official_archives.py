@@ -63,10 +63,11 @@ def archives(folder):
 
 @pytest.fixture
 def pin(monkeypatch):
-    """Return a function that makes the checksums of some files the right ones."""
+    """Return a function that makes the checksums and sizes of some files the right ones."""
 
     def write(files):
-        monkeypatch.setattr(official_archives, "CHECKSUMS", {name: checksum(data) for name, data in files.items()})
+        made = {name: (checksum(data), len(data)) for name, data in files.items()}
+        monkeypatch.setattr(official_archives, "ARCHIVES", made)
 
     return write
 
@@ -114,7 +115,7 @@ def test_the_records_are_those_of_the_unpacked_folder(
 
 
 def test_official_checksums_are_the_published_ones(vqav2_folder):
-    checksums = official_archives.CHECKSUMS
+    checksums = {name: checksum for name, (checksum, _) in official_archives.ARCHIVES.items()}
     assert checksums.keys() == set(archives(vqav2_folder()))
     assert checksums["train2014.zip"] == "md5:0da8c0bd3d6becc4dcb32757491aca88"
     assert checksums["v2_Annotations_Val_mscoco.zip"].startswith("sha256:0caae7c8d1dafd85")
@@ -195,7 +196,8 @@ def test_a_server_is_waited_for_as_long_as_it_asks_but_no_longer_than_a_minute(
     monkeypatch.setattr(download, "_RETRY", download._RETRY.new(retry_after_max=60))
     monkeypatch.setattr(stop, "wait", waited.append)
     server.retry_after, server.faults[IMAGES] = asked, [503, 503]
-    task = Download(server.url + IMAGES, target / IMAGES, checksum(server.files[IMAGES]), "data.official.images_url")
+    data = server.files[IMAGES]
+    task = Download(server.url + IMAGES, target / IMAGES, checksum(data), len(data), "data.official.images_url")
     download._fetch(task, tqdm(disable=True), stop)
     assert (target / IMAGES).read_bytes() == server.files[IMAGES]
     assert waited == [pytest.approx(seconds, abs=0.01)] * 2
@@ -214,11 +216,6 @@ def test_a_server_without_ranges_that_always_drops_is_given_up(server, official_
         fetch(official_params(server.url), target)
     # Only the first brought something new, though each brought half.
     assert len(server.gets(IMAGES)) == 8
-
-
-def test_a_server_that_does_not_know_head_serves(server, official_params, target):
-    server.head = False
-    assert fetch(official_params(server.url), target)["images"] == 6
 
 
 def test_wrong_bytes_are_fetched_once_more(server, official_params, target):
@@ -245,14 +242,14 @@ def test_a_wrong_address_ends_at_once(status, server, official_params, target):
     match = rf"{server.url}{QUESTIONS}: the server answers {status} .*Correct data.official.texts_url"
     with pytest.raises(UserError, match=match):
         fetch(official_params(server.url), target)
-    assert server.requests == [Request("HEAD", QUESTIONS, None)]
+    assert server.gets(QUESTIONS) == [Request("GET", QUESTIONS, None)]
 
 
 def test_a_server_that_stays_busy_is_given_up(server, official_params, target):
     server.always[IMAGES] = 503
     with pytest.raises(UserError, match="train2014.zip: failed 8 times in a row .*503"):
         fetch(official_params(server.url), target)
-    assert not server.gets()
+    assert len(server.gets(IMAGES)) == 8 and not server.sent[IMAGES]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +257,7 @@ def test_a_server_that_stays_busy_is_given_up(server, official_params, target):
     [("http://127.0.0.1:9/", "failed 8 times"), ("ftp://x/", "cannot be fetched"), ("nonsense", "cannot be fetched")],
 )
 def test_no_server_is_named(url, expected, server, official_params, target):
-    with pytest.raises(UserError, match=rf"v2_Questions_Train_mscoco.zip: {expected}(.|\n)*data.official.texts_url"):
+    with pytest.raises(UserError, match=rf"v2_\w+_mscoco.zip: {expected}(.|\n)*data.official.texts_url"):
         fetch(official_params(url), target)
 
 
@@ -455,7 +452,7 @@ def test_entries_that_share_their_bytes_are_refused(server, official_params, tar
         fetch(official_params(server.url), target)
 
 
-@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+@pytest.mark.parametrize("keep", [10, 0.5, 0.99])
 def test_archives_cut_short_are_refused_by_name(keep, server, official_params, target, pin):
     data = server.files[IMAGES]
     server.files[IMAGES] = data[: int(keep * len(data) if keep < 1 else keep)]
@@ -485,11 +482,16 @@ def test_a_mirror_that_sends_a_byte_now_and_then_is_given_up(server, official_pa
     assert len(server.gets(IMAGES)) == 8
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_mirror_without_end_is_ended(told, server, official_params, target, monkeypatch):
-    monkeypatch.setattr(download, "_MOST_BYTES", 10**6)
-    server.head, server.always[IMAGES] = told, "endless"
-    with pytest.raises(UserError, match="train2014.zip: sends more than the 1,000,000 bytes that there should be"):
+def test_a_page_in_a_file_s_place_is_another_file(server, official_params, target):
+    server.files[IMAGES] = b"<html>Please log in.</html>"
+    with pytest.raises(UserError, match="train2014.zip: sends 27 bytes instead of .*correct data.official.images_url"):
+        fetch(official_params(server.url), target)
+    assert len(server.gets(IMAGES)) == 1
+
+
+def test_a_mirror_without_end_is_ended(server, official_params, target):
+    server.always[IMAGES] = "endless"
+    with pytest.raises(UserError, match="train2014.zip: sends more bytes instead of .*another file"):
         fetch(official_params(server.url), target)
     assert len(server.gets(IMAGES)) == 1 and not list(target.parent.glob("archives/train2014.zip"))
 
@@ -528,7 +530,7 @@ class Stage:
         params["data"] |= {"source": "official", "official": urls}
         (folder / "params.yaml").write_text(yaml.safe_dump(params))
         (folder / "launch").symlink_to(REPO / "launch")
-        checksums = {name: checksum(data) for name, data in server.files.items()}
+        checksums = {name: (checksum(data), len(data)) for name, data in server.files.items()}
         (folder / "checksums.json").write_text(json.dumps(checksums))
 
     def start(self):

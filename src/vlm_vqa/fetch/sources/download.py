@@ -9,12 +9,12 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import requests
 import urllib3
@@ -26,7 +26,6 @@ from vlm_vqa.sealed import PART, find_sealed, publish, write_sealed
 from vlm_vqa.secrets import without_secrets
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 # Failures in a row that bring nothing new, before the download ends; the waits between them add up to two minutes.
 _RETRY = urllib3.Retry(
@@ -37,8 +36,6 @@ _TIMEOUT = (20.0, 30.0)
 # Slower than this over a window, an attempt has failed: a byte a second would be progress for ever.
 _LEAST_RATE = 1024
 _WINDOW = 30.0
-# Where no server tells a size; VQAv2's largest archive has 13.5 GB.
-_MOST_BYTES = 20 * 2**30
 _BLOCK_BYTES = 2**20
 _AS_IT_IS = {"Accept-Encoding": "identity"}  # a compressed answer could not be resumed
 
@@ -51,6 +48,7 @@ class Download:
     path: Path
     checksum: str
     """`md5:` or `sha256:`, and the digest in hex."""
+    bytes: int
     option: str
     """The parameter that the URL comes from, for messages."""
 
@@ -99,35 +97,13 @@ def remove(download: Download) -> None:
         download.beside(ending).unlink(missing_ok=True)
 
 
-def remote_size(download: Download) -> int | None:
-    """Return the file's size in bytes as the server tells it, or None where it does not.
-
-    Raises:
-        UserError: there is no such file, or the server fails too often.
-    """
-
-    def ask() -> int | None:
-        response = requests.head(download.url, headers=_AS_IT_IS, timeout=_TIMEOUT, allow_redirects=True)
-        # A server need not know HEAD.
-        if response.status_code in (405, 501):
-            return None
-        _check_status(response, download)
-        return _description(response)["bytes"]
-
-    return _with_retries(ask, download, threading.Event())
-
-
-def fetch_all(downloads: Mapping[Download, int | None], at_once: int) -> None:
+def fetch_all(downloads: Sequence[Download], at_once: int) -> None:
     """Download files, `at_once` of them at a time, and check them. The first failure stops all, to be resumed.
 
-    Args:
-        downloads: the size of each in bytes, as `remote_size` gives it.
-        at_once: threads, one file each.
-
     Raises:
-        UserError: a file is not there, has the wrong checksum twice, or the server fails too often.
+        UserError: a file is not there, has another size or twice the wrong checksum, or the server fails too often.
     """
-    stop, total, here = threading.Event(), sum(filter(None, downloads.values())), sum(map(bytes_here, downloads))
+    stop, total, here = threading.Event(), sum(one.bytes for one in downloads), sum(map(bytes_here, downloads))
     with (
         ThreadPoolExecutor(at_once) as pool,
         tqdm(desc="download", total=total, initial=here, unit="B", unit_scale=True, unit_divisor=1024) as bar,
@@ -146,7 +122,7 @@ def _fetch(download: Download, bar: tqdm, stop: threading.Event) -> None:
     download.path.parent.mkdir(parents=True, exist_ok=True)
     part = _Part(download, bar)
     for _ in range(2):
-        _with_retries(lambda: _attempt(part, stop), download, stop, lambda: part.furthest)
+        _complete(part, stop)
         if (found := _checksum(download, part.path)) == download.checksum:
             publish(part.path, download.path)
             write_sealed(download.beside(".verified.json"), _metadata(download))
@@ -177,15 +153,13 @@ def _attempt(part: "_Part", stop: threading.Event) -> None:
             # The server sends the whole file: it knows no ranges, or the file has changed, or this is the start.
             part.restart(response)
         _receive(response, part, stop)
-    # Where no length was told, urllib3 still knows the end of a chunked answer from a broken connection.
-    part.server["bytes"] = part.server.get("bytes") or part.size
     if not part.is_complete():
         raise _Transient(f"the answer ended after {part.size} bytes")
 
 
 def _receive(response: requests.Response, part: "_Part", stop: threading.Event) -> None:
     """Take what comes, no more of it than there should be, and no slower than `_LEAST_RATE`."""
-    begun, before, most = time.monotonic(), part.size, part.server.get("bytes") or _MOST_BYTES
+    begun, before = time.monotonic(), part.size
     with open(part.path, "ab") as file:
         # `read1` hands over what has come; `iter_content` would lose up to a block when the connection ends.
         while block := response.raw.read1(_BLOCK_BYTES):
@@ -194,12 +168,9 @@ def _receive(response: requests.Response, part: "_Part", stop: threading.Event) 
             part.grow(len(block))
             if stop.is_set():
                 raise CancelledError
-            if part.size > most:
+            if part.size > part.download.bytes:
                 part.restart()
-                raise UserError(
-                    f"{part.download.url}: sends more than the {most:,} bytes that there should be. It is another file: "
-                    f"correct {part.download.option}."
-                )
+                raise _another(part.download, "more")
             if (seconds := time.monotonic() - begun) > _WINDOW:
                 if part.size - before < _LEAST_RATE * seconds:
                     raise _Slow(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
@@ -221,8 +192,8 @@ class _Part:
         """Most bytes there ever were: only more than that is progress."""
 
     def is_complete(self) -> bool:
-        """Tell whether there is as much as the server has told."""
-        return self.size == self.server.get("bytes")
+        """Tell whether there is as much as there should be."""
+        return self.size == self.download.bytes
 
     def headers(self) -> Any:
         """Return what asks for the rest of the same file, and for the whole of another one (RFC 9110, 13.1.5)."""
@@ -235,18 +206,15 @@ class _Part:
     def continues_with(self, response: requests.Response) -> bool:
         """Tell whether a partial answer begins where this ends, and is of the same file."""
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if found is None or int(found[1]) != self.size:
+        if found is None or (int(found[1]), int(found[2])) != (self.size, self.download.bytes):
             return False
-        markers = {**_description(response), "bytes": int(found[2])}
-        return all(value is None or self.server.get(key) in (None, value) for key, value in markers.items())
+        return all(value is None or self.server.get(key) in (None, value) for key, value in _markers(response).items())
 
     def restart(self, response: requests.Response | None = None) -> None:
         """Throw everything away, to begin with the whole answer in `response` or with the next one."""
         self.path.unlink(missing_ok=True)
         self.grow(-self.size)
-        self.server = (
-            {"url": without_secrets(self.download.url), **_description(response)} if response is not None else {}
-        )
+        self.server = {"url": without_secrets(self.download.url), **_markers(response)} if response is not None else {}
         write_sealed(self.download.beside(f"{PART}.json"), self.server)
 
     def grow(self, count: int) -> None:
@@ -257,21 +225,19 @@ class _Part:
         self.furthest = max(self.furthest, self.size)
 
 
-def _with_retries(
-    attempt: Callable[[], Result], download: Download, stop: threading.Event, furthest: Callable[[], int] = lambda: 0
-) -> Result:
-    """Call until it succeeds; `furthest` says how far all attempts have come, and what comes further is no failure."""
+def _complete(part: "_Part", stop: threading.Event) -> None:
+    """Attempt until the file is whole; what comes further than all attempts before is no failure."""
     # Not as requests' adapter would use it: its waits could not be stopped, and it knows nothing of progress.
-    retry, reached = _RETRY, furthest()
+    download, retry, reached = part.download, _RETRY, part.furthest
     while True:
         try:
-            return attempt()
+            return _attempt(part, stop)
         except requests.exceptions.SSLError as error:
             raise UserError(f"{download.url}: {error}. Correct {download.option} or the certificates.") from error
         except (_Transient, requests.ConnectionError, requests.Timeout, HTTPError) as error:
-            if furthest() > reached and not isinstance(error, _Slow):
+            if part.furthest > reached and not isinstance(error, _Slow):
                 retry = _RETRY
-            reached = furthest()
+            reached = part.furthest
             # urllib3 repeats itself in its second argument.
             reason = error.args[0] if error.args else error
             if retry.total == 0:
@@ -301,16 +267,21 @@ def _check_status(response: requests.Response, download: Download) -> None:
             f"{download.url}: {status}. Correct {download.option}, or put {download.path.name} into "
             f"{download.path.parent} yourself."
         )
-
-
-def _description(response: requests.Response) -> dict[str, Any]:
-    """Return the size that the server tells, and its version markers (ETag, Last-Modified); None where it does not."""
     length = response.headers.get("Content-Length", "")
-    return {
-        "bytes": int(length) if length.isdecimal() else None,
-        "etag": response.headers.get("ETag"),
-        "last_modified": response.headers.get("Last-Modified"),
-    }
+    if response.status_code == 200 and length.isdecimal() and int(length) != download.bytes:
+        raise _another(download, f"{int(length):,}")
+
+
+def _another(download: Download, count: str) -> UserError:
+    return UserError(
+        f"{download.url}: sends {count} bytes instead of {download.bytes:,}. It is another file: correct {download.option}, "
+        f"or put an intact {download.path.name} into {download.path.parent}."
+    )
+
+
+def _markers(response: requests.Response) -> dict[str, str | None]:
+    """Return by what the server tells versions of a file apart."""
+    return {"etag": response.headers.get("ETag"), "last_modified": response.headers.get("Last-Modified")}
 
 
 def _checksum(download: Download, path: Path) -> str:

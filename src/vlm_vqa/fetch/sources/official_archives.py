@@ -6,7 +6,7 @@ before it runs a stage, and a download must outlive a killed one.
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,15 +20,19 @@ from vlm_vqa.params import OfficialParams
 log = logging.getLogger(__name__)
 
 FOLDER = "archives"
-# As ParlAI (texts) and LAVIS (images) pin them.
-CHECKSUMS = {
-    "v2_Questions_Train_mscoco.zip": "sha256:05a64b6e2582d06d7585f5429674a9a33851878be1bff9f8668cdcf792df611e",
-    "v2_Questions_Val_mscoco.zip": "sha256:e71f6c5c3e97a51d050f28243e262b28cd0c48d11a6b4632d769d30d3f93222a",
-    "v2_Annotations_Train_mscoco.zip": "sha256:fb101bcefe91422c543c2bb6d70af11eb3119d0ff745ae283d09acdf66250853",
-    "v2_Annotations_Val_mscoco.zip": "sha256:0caae7c8d1dafd852727f5ac046bc1efca9b72026bd6ffa34fc489f3a7b3291e",
-    "train2014.zip": "md5:0da8c0bd3d6becc4dcb32757491aca88",
-    "val2014.zip": "md5:a3d79f5ed8d289b7a7554ce06a5782b3",
-}
+ARCHIVES: dict[str, tuple[str, int]] = {
+    "v2_Questions_Train_mscoco.zip": (
+        "sha256:05a64b6e2582d06d7585f5429674a9a33851878be1bff9f8668cdcf792df611e", 7_239_401),
+    "v2_Questions_Val_mscoco.zip": (
+        "sha256:e71f6c5c3e97a51d050f28243e262b28cd0c48d11a6b4632d769d30d3f93222a", 3_494_929),
+    "v2_Annotations_Train_mscoco.zip": (
+        "sha256:fb101bcefe91422c543c2bb6d70af11eb3119d0ff745ae283d09acdf66250853", 21_708_861),
+    "v2_Annotations_Val_mscoco.zip": (
+        "sha256:0caae7c8d1dafd852727f5ac046bc1efca9b72026bd6ffa34fc489f3a7b3291e", 10_518_930),
+    "train2014.zip": ("md5:0da8c0bd3d6becc4dcb32757491aca88", 13_510_573_713),
+    "val2014.zip": ("md5:a3d79f5ed8d289b7a7554ce06a5782b3", 6_645_013_297),
+}  # fmt: skip
+"""Checksums, as ParlAI (texts) and LAVIS (images) pin them, and bytes."""
 
 
 def official_source(params: OfficialParams, records: Path) -> Source:
@@ -42,8 +46,7 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         UserError: an archive cannot be downloaded with the right checksum, or the disk is full.
     """
     downloads = _downloads(params, records)
-    missing: dict[Download, int | None] = {one: None for one in downloads if not download.is_verified(one)}
-    missing = {one: download.remote_size(one) for one in missing}
+    missing = [one for one in downloads if not download.is_verified(one)]
     _check_room(downloads, missing, records)
     if missing:
         log.info("downloading %s", ", ".join(one.path.name for one in missing))
@@ -55,7 +58,8 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         )
         images = [folder / f"{paths.split}2014.zip"]
         splits.append(official_split(replace(paths, questions=questions, annotations=annotations, images=images)))
-    return Source("official", {"archives": CHECKSUMS, "checksums": "official"}, tuple(splits))
+    origin = {"archives": {name: checksum for name, (checksum, _) in ARCHIVES.items()}, "checksums": "official"}
+    return Source("official", origin, tuple(splits))
 
 
 def remove_archives(params: OfficialParams, records: Path) -> None:
@@ -66,20 +70,20 @@ def remove_archives(params: OfficialParams, records: Path) -> None:
 
 def _downloads(params: OfficialParams, records: Path) -> list[Download]:
     found = []
-    for name, checksum in CHECKSUMS.items():
+    for name, (checksum, size) in ARCHIVES.items():
         option = "texts_url" if name.startswith("v2_") else "images_url"
         url = f"{getattr(params, option).rstrip('/')}/{name}"
-        found.append(Download(url, records.parent / FOLDER / name, checksum, f"data.official.{option}"))
+        found.append(Download(url, records.parent / FOLDER / name, checksum, size, f"data.official.{option}"))
     return found
 
 
-def _check_room(downloads: Sequence[Download], missing: Mapping[Download, int | None], records: Path) -> None:
+def _check_room(downloads: Sequence[Download], missing: Sequence[Download], records: Path) -> None:
     """Refuse to begin what the disk cannot hold: the rest of the archives, and the records, which take as much again.
 
     Records hold the images as they are in the archives, and compressed texts.
     """
-    rest = sum(max(0, (size or 0) - download.bytes_here(one)) for one, size in missing.items())
-    total = sum(missing[one] or 0 if one in missing else one.path.stat().st_size for one in downloads)
+    rest = sum(max(0, one.bytes - download.bytes_here(one)) for one in missing)
+    total = sum(one.bytes for one in downloads)
     place = records.parent
     place.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place).free
