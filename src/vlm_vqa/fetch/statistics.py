@@ -108,7 +108,7 @@ class ImageStatistics:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Images by (width, height)."""
     changes: Counter[str] = field(default_factory=Counter)
-    """Images by what was changed beside decoding, see `decoding.Opened`."""
+    """Images by what was changed beside decoding, as `decoding.open_with_changes` says it."""
     alike: list[tuple[int, int]] = field(default_factory=list)
     """Ids of pictures that look alike, of the first split and the second."""
     bad: dict[int, tuple[Any, str]] = field(default_factory=dict)

@@ -73,17 +73,13 @@ def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
         part.mkdir()
         manifest = _store(source, data, part)
         write_sealed(part / records.MANIFEST, manifest)
-        _replace(part, folder)
+        # Without its manifest, a folder does not count as records.
+        (folder / records.MANIFEST).unlink(missing_ok=True)
+        for old in [*folder.glob("questions-*.parquet"), *folder.glob("images-*.parquet")]:
+            old.unlink()
+        for path in [*sorted(part.glob("*.parquet")), part / records.REPORT, part / records.MANIFEST]:
+            publish(path, folder / path.name)
     return manifest
-
-
-def _replace(part: Path, folder: Path) -> None:
-    """Move finished files into place. Without its manifest, a folder does not count as records."""
-    (folder / records.MANIFEST).unlink(missing_ok=True)
-    for old in [*folder.glob("questions-*.parquet"), *folder.glob("images-*.parquet")]:
-        old.unlink()
-    for path in [*sorted(part.glob("*.parquet")), part / records.REPORT, part / records.MANIFEST]:
-        publish(path, folder / path.name)
 
 
 def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
@@ -186,8 +182,13 @@ def _read(
         _check_alike(images, data, seen, violations)
     texts = [_without_bad_images(text, seen, part, violations) for text in texts]
     _check_texts(texts, data, violations)
+    train, val = texts
     if not data.allow_split_overlap:
-        _check_overlap(texts, seen.conflicts, violations)
+        names = f"{train.paths.name} and {val.paths.name}"
+        for image_id in sorted((train.images.keys() & val.images.keys()) - seen.conflicts):
+            violations.add(ViolationKind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
+        for question_id in sorted(train.question_ids & val.question_ids):
+            violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
     return Inspection(violations, texts, seen, len(images), images_digest)
 
 
@@ -238,13 +239,15 @@ def _without_bad_images(text: _Texts, seen: ImageStatistics, part: Path, violati
 
 def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) -> None:
     """Note what a later stage would refuse, and count or refuse what is doubtful."""
-    first, second = (text.statistics for text in texts)
-    first.asked_in_both = second.asked_in_both = len(first.asked & second.asked)
-    val = texts[1]
+    train, val = texts
+    both = len(train.statistics.asked & val.statistics.asked)
+    if both:
+        log.warning("%d questions stand in both splits, about the same picture", both)
     if not violations and len(val.images) < 2:
-        about = f"{val.paths.name}: {second.questions} questions about {len(val.images)} image"
+        about = f"{val.paths.name}: {val.statistics.questions} questions about {len(val.images)} image"
         violations.add(ViolationKind.FEW_VALIDATION, about)
     for text in texts:
+        text.statistics.asked_in_both = both
         unsaid = text.statistics.unsaid_answers
         for where in unsaid if data.doubtful is Doubtful.REFUSE else ():
             violations.add(ViolationKind.UNSAID_ANSWER, where)
@@ -252,18 +255,6 @@ def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) 
             log.warning("%s: %d main answers that nobody gave, such as %s", text.paths.name, len(unsaid), unsaid[0])
         if dropped := violations.dropped_records(text.paths.split):
             log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
-    if first.asked_in_both:
-        log.warning("%d questions stand in both splits, about the same picture", first.asked_in_both)
-
-
-def _check_overlap(texts: list[_Texts], conflicts: set[int], violations: Violations) -> None:
-    """Note what stands in more than one split, but for ids whose images are found to differ."""
-    first, second = texts
-    names, images = f"{first.paths.name} and {second.paths.name}", first.images.keys() & second.images.keys()
-    for image_id in sorted(images - conflicts):
-        violations.add(ViolationKind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
-    for question_id in sorted(first.question_ids & second.question_ids):
-        violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
 
 
 class _Place(NamedTuple):
@@ -273,13 +264,9 @@ class _Place(NamedTuple):
     name: str
 
 
-class _Checked(NamedTuple):
-    """An image's row of `IMAGE_FEATURES`, or what is wrong with it."""
-
-    problems: list[tuple[ViolationKind, str]]
-    row: dict[str, Any] = {}
-    changes: tuple[str, ...] = ()
-    look: Look | None = None
+_Problems = list[tuple[ViolationKind, str]]
+_Seen = tuple[dict[str, Any], tuple[str, ...], Look]
+"""An image's row of `IMAGE_FEATURES`, what was changed to see it, and how it looks."""
 
 
 def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
@@ -331,22 +318,22 @@ def _store_images(
 
 
 def _good_images(
-    images: Iterable[tuple[int, _Checked]], digest: Any, seen: ImageStatistics, violations: Violations
+    images: Iterable[tuple[int, _Seen | _Problems]], digest: Any, seen: ImageStatistics, violations: Violations
 ) -> Iterator[dict[str, Any]]:
     """Yield rows up to the first violation, and go on checking."""
-    for image_id, image in images:
-        if violations.drops and image.problems and all(kind.of_record for kind, _ in image.problems):
-            seen.bad[image_id] = image.problems[0]
-            continue
-        for kind, text in image.problems:
-            violations.add(kind, text)
-            if kind is ViolationKind.IMAGE_CONFLICT:
-                seen.conflicts.add(image_id)
-        if image.look is not None:
-            seen.add(image.row, image.changes, image.look)
-        if not violations:
-            digest.update(f"{image.row['image_id']} {image.row['sha256']}\n".encode())
-            yield image.row
+    for image_id, found in images:
+        if isinstance(found, tuple):
+            seen.add(*found)
+            if not violations:
+                digest.update(f"{image_id} {found[0]['sha256']}\n".encode())
+                yield found[0]
+        elif violations.drops and found and all(kind.of_record for kind, _ in found):
+            seen.bad[image_id] = found[0]
+        else:
+            for kind, text in found:
+                violations.add(kind, text)
+                if kind is ViolationKind.IMAGE_CONFLICT:
+                    seen.conflicts.add(image_id)
 
 
 def _check_alike(
@@ -410,11 +397,11 @@ def _groups(rows: Iterable[dict[str, Any]], most_rows: int) -> Iterator[list[dic
         yield group
 
 
-def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
+def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Seen | _Problems:
     """Read and decode an image at each of its places; the first one's bytes are the ones stored."""
     image_id, places = item
-    problems: list[tuple[ViolationKind, str]] = []
-    seen: list[tuple[dict[str, Any], tuple[str, ...], Look]] = []
+    problems: _Problems = []
+    seen: list[_Seen] = []
     for place in places:
         try:
             data, found = place.files.read(place.name, _most_bytes(max_pixels)), place.files.find(place.name)
@@ -432,4 +419,4 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
     if len({row["sha256"] for row, _, _ in seen}) > 1:
         named = " and ".join(place.files.find(place.name).where for place in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
-    return _Checked(problems, *seen[0]) if seen and not problems else _Checked(problems)
+    return seen[0] if seen and not problems else problems
