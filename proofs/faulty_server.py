@@ -24,7 +24,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def fetch_command(checksums: Path) -> list[str]:
-    """Return the command of stage fetch-vqav2 on other archives than VQAv2's; a JSON file holds checksums and sizes by name."""
+    """Return the command of stage fetch-vqav2 on other archives; a JSON file holds their checksums and sizes by name."""
     stage = Path(__file__).parents[1] / "stages" / "fetch_vqav2.py"
     return [sys.executable, "-c", _FETCH, str(stage), str(checksums)]
 

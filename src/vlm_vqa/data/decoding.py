@@ -92,7 +92,7 @@ def _as_seen(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...
     several, turn = False, None
     # A GIF's second frame is looked for here, and a PNG's EXIF behind the pixels: a damaged one costs no picture.
     with suppress(Exception):
-        several = image.format != "MPO" and image.is_animated  # ty: ignore[unresolved-attribute]
+        several = image.format != "MPO" and image.is_animated  # ty: ignore[missing-attribute]
     if image.format != "TIFF":
         image.load()
     with suppress(Exception):

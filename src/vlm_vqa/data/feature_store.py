@@ -144,11 +144,7 @@ class FeatureStore:
         return max(TOLERANCE[self.layout.dtype.value], TOLERANCE[self.manifest.get("compute_dtype", "float32")])
 
     def __getitem__(self, image_id: int) -> Tensor:
-        """[T, D] as `batch`.
-
-        Raises:
-            UserError: there is no such image.
-        """
+        """[T, D], and errors, as `batch`."""
         return self.batch([image_id])[0]
 
     def batch(self, image_ids: Sequence[int]) -> Tensor:

@@ -199,12 +199,7 @@ def answered(question: str, given: Any, kinds: Sequence[str], main: str) -> dict
     """Return the part of a record that is about the answers; what is not given is filled in.
 
     The taught answer is the main one where it is given, else the most common one that says something, the earlier first.
-
-    Args:
-        question: in whose words the question's type is found.
-        given: (answers, confidences); the latter are empty where none is given.
-        kinds: (question type, answer type), blank where not given.
-        main: the main answer, blank where not given.
+    `given` is what `read_answers` returns, `kinds` the types of question and answer; what is blank is not given.
     """
     answers, confidences = given
     if not any(map(str.strip, answers)):

@@ -46,7 +46,7 @@ def render_report(
         splits=splits,
         colours=_COLOURS,
         humans=max(max(counted.humans) for counted in splits.values()),
-        images=_images(images) | _doubts(manifest["pictures"], images.images),
+        images=_images(images, manifest["pictures"]),
         alike=images.alike[:ALIKE_SHOWN],
         pictures=images.pictures,
         thumbnail=lambda image_id: _thumbnail(images.pictures[image_id], str(image_id), max_pixels),
@@ -87,32 +87,27 @@ def _shares(counts: Sequence[Counter[Any]], last: int | None = None) -> dict[str
     return {"rows": rows, "most": max((max(shares) for _, shares in rows), default=0), "more": len(names) - len(rows)}
 
 
-def _images(images: ImageStatistics) -> dict[str, str]:
-    """Return what there is to say of the images of both splits."""
+def _images(images: ImageStatistics, pictures: Mapping[str, Any]) -> dict[str, str]:
+    """Return what there is to say of the images of both splits: what they are, were changed to, and have twins of."""
     sizes = sorted(images.sizes, key=lambda size: (size[0] * size[1], size))
     pixels = Counter[int]()
     for (width, height), count in images.sizes.items():
         pixels[width * height] += count
     # Equal counts in the order of the sizes, whatever came first.
     common = sorted(images.sizes, key=lambda size: (-images.sizes[size], size))[:5]
+    twins = {
+        f"the bytes of an earlier image of {split}, another id": count for split, count in pictures["twins"].items()
+    }
+    across = {"in both splits": "twins_across", "in both splits by their looks alone": "alike_across"}
+    counts = {f"changed: {change}": count for change, count in pictures["changed"].items()} | twins
+    counts |= {f"the same picture under two ids {where}": pictures[key] for where, key in across.items()}
     return {
         "images of both splits": f"{images.images:,}",
         "bytes": f"{images.bytes / 1e6:,.1f} MB, {images.bytes / images.images / 1e3:.1f} kB an image",
         "smallest and largest": "{} x {}, {} x {}".format(*sizes[0], *sizes[-1]),
         "median": f"{median_low(pixels.elements()) / 1e6:.3g} megapixels",
         "most common sizes": "; ".join(f"{w} x {h}: {_some(images.sizes[w, h], images.images)}" for w, h in common),
-    }
-
-
-def _doubts(pictures: Mapping[str, Any], total: int) -> dict[str, str]:
-    """Return what was changed on the way in, and which pictures are there more than once."""
-    changed = {f"changed: {change}": _some(count, total) for change, count in pictures["changed"].items()}
-    twins = {
-        f"the bytes of an earlier image of {split}, another id": count for split, count in pictures["twins"].items()
-    }
-    across = {"in both splits": "twins_across", "in both splits by their looks alone": "alike_across"}
-    twins |= {f"the same picture under two ids {where}": pictures[key] for where, key in across.items()}
-    return changed | {name: _some(count, total) for name, count in twins.items()}
+    } | {name: _some(count, images.images) for name, count in counts.items()}
 
 
 def _thumbnail(data: bytes, name: str, max_pixels: int) -> str:

@@ -67,6 +67,9 @@ class _Slow(_Transient):
     """What has come is kept, but is no progress."""
 
 
+_PASSING = (_Transient, HTTPError, requests.ConnectionError, requests.Timeout)
+
+
 def is_verified(download: Download) -> bool:
     """Tell whether the file is there with the right checksum; it is read only if it has changed since it was checked.
 
@@ -89,12 +92,6 @@ def bytes_here(download: Download) -> int:
     """Return how many bytes of an unfinished file are there."""
     part = download.beside(PART)
     return part.stat().st_size if part.is_file() else 0
-
-
-def remove(download: Download) -> None:
-    """Delete the file and what lies beside it."""
-    for ending in ("", ".verified.json", PART, f"{PART}.json"):
-        download.beside(ending).unlink(missing_ok=True)
 
 
 def fetch_all(downloads: Sequence[Download], at_once: int) -> None:
@@ -132,10 +129,7 @@ def _fetch(download: Download, bar: tqdm, stop: threading.Event) -> None:
         log.warning("%s: thrown away, its checksum is %s and not %s", part.path, found, download.checksum)
         part.restart()
         part.furthest = 0
-    raise UserError(
-        f"{download.url}: has checksum {found} instead of {download.checksum}, twice. It is another file, or damaged on "
-        f"the way: correct {download.option}, or put an intact {download.path.name} into {download.path.parent}."
-    )
+    raise _wrong(download, f"has checksum {found} instead of {download.checksum}, twice: another file, or damaged")
 
 
 def _attempt(part: "_Part", stop: threading.Event) -> None:
@@ -170,7 +164,7 @@ def _receive(response: requests.Response, part: "_Part", stop: threading.Event) 
                 raise CancelledError
             if part.size > part.download.bytes:
                 part.restart()
-                raise _another(part.download, "more")
+                raise _wrong(part.download, f"sends more than {part.download.bytes:,} bytes: another file")
             if (seconds := time.monotonic() - begun) > _WINDOW:
                 if part.size - before < _LEAST_RATE * seconds:
                     raise _Slow(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
@@ -232,9 +226,9 @@ def _complete(part: "_Part", stop: threading.Event) -> None:
     while True:
         try:
             return _attempt(part, stop)
-        except requests.exceptions.SSLError as error:
-            raise UserError(f"{download.url}: {error}. Correct {download.option} or the certificates.") from error
-        except (_Transient, requests.ConnectionError, requests.Timeout, HTTPError) as error:
+        except (_Transient, HTTPError, requests.RequestException) as error:
+            if not isinstance(error, _PASSING) or isinstance(error, requests.exceptions.SSLError):
+                raise _wrong(download, f"cannot be fetched ({error})") from error
             if part.furthest > reached and not isinstance(error, _Slow):
                 retry = _RETRY
             reached = part.furthest
@@ -250,8 +244,6 @@ def _complete(part: "_Part", stop: threading.Event) -> None:
             log.warning("%s; again in %.0f s", without_secrets(f"{download.url}: {reason}"), seconds)
             if stop.wait(seconds):
                 raise CancelledError from error
-        except requests.RequestException as error:
-            raise UserError(f"{download.url}: cannot be fetched ({error}). Correct {download.option}.") from error
 
 
 def _check_status(response: requests.Response, download: Download) -> None:
@@ -263,20 +255,15 @@ def _check_status(response: requests.Response, download: Download) -> None:
             error.seconds = _RETRY.get_retry_after(response.raw) or 0.0
         raise error
     if response.status_code not in (200, 206):
-        raise UserError(
-            f"{download.url}: {status}. Correct {download.option}, or put {download.path.name} into "
-            f"{download.path.parent} yourself."
-        )
+        raise _wrong(download, status)
     length = response.headers.get("Content-Length", "")
     if response.status_code == 200 and length.isdecimal() and int(length) != download.bytes:
-        raise _another(download, f"{int(length):,}")
+        raise _wrong(download, f"sends {int(length):,} bytes instead of {download.bytes:,}: another file")
 
 
-def _another(download: Download, count: str) -> UserError:
-    return UserError(
-        f"{download.url}: sends {count} bytes instead of {download.bytes:,}. It is another file: correct {download.option}, "
-        f"or put an intact {download.path.name} into {download.path.parent}."
-    )
+def _wrong(download: Download, what: str) -> UserError:
+    mend = f"Correct {download.option}, or put an intact {download.path.name} into {download.path.parent}."
+    return UserError(f"{download.url}: {what}. {mend}")
 
 
 def _markers(response: requests.Response) -> dict[str, str | None]:

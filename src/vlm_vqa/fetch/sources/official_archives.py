@@ -45,13 +45,17 @@ def official_source(params: OfficialParams, records: Path) -> Source:
     Raises:
         UserError: an archive cannot be downloaded with the right checksum, or the disk is full.
     """
-    downloads = _downloads(params, records)
+    folder, downloads = records.parent / FOLDER, []
+    for name, (checksum, size) in ARCHIVES.items():
+        option = "texts_url" if name.startswith("v2_") else "images_url"
+        url = f"{getattr(params, option).rstrip('/')}/{name}"
+        downloads.append(Download(url, folder / name, checksum, size, f"data.official.{option}"))
     missing = [one for one in downloads if not download.is_verified(one)]
     _check_room(downloads, missing, records)
     if missing:
         log.info("downloading %s", ", ".join(one.path.name for one in missing))
         download.fetch_all(missing, params.downloads)
-    folder, splits = records.parent / FOLDER, []
+    splits = []
     for paths in official_paths(folder):
         questions, annotations = (
             folder / f"v2_{kind}_{paths.split.capitalize()}_mscoco.zip" for kind in ("Questions", "Annotations")
@@ -62,19 +66,11 @@ def official_source(params: OfficialParams, records: Path) -> Source:
     return Source("official", origin, tuple(splits))
 
 
-def remove_archives(params: OfficialParams, records: Path) -> None:
-    """Delete the archives: what `keep_archives: false` means when the records are complete."""
-    for one in _downloads(params, records):
-        download.remove(one)
-
-
-def _downloads(params: OfficialParams, records: Path) -> list[Download]:
-    found = []
-    for name, (checksum, size) in ARCHIVES.items():
-        option = "texts_url" if name.startswith("v2_") else "images_url"
-        url = f"{getattr(params, option).rstrip('/')}/{name}"
-        found.append(Download(url, records.parent / FOLDER / name, checksum, size, f"data.official.{option}"))
-    return found
+def remove_archives(records: Path) -> None:
+    """Delete the archives and what lies beside them: what `keep_archives: false` means when the records are complete."""
+    for name in ARCHIVES:
+        for path in (records.parent / FOLDER).glob(f"{name}*"):
+            path.unlink()
 
 
 def _check_room(downloads: Sequence[Download], missing: Sequence[Download], records: Path) -> None:
