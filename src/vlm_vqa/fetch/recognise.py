@@ -56,29 +56,27 @@ _SPLIT = re.compile(r"(?<![a-z])(train|val|dev|minival|test)(?:ing|id|idation|de
 _PLAIN = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[A-Za-z_/]([\w./{}:-]*[\w/}])?", re.IGNORECASE)
 
 
-class Head(NamedTuple):
-    """The first entries of a file; none where it is no table and nothing like one."""
+Head = list[dict[str, Any]]
+"""The first entries of a file; none where it is no table and nothing like one."""
 
-    entries: list[dict[str, Any]]
 
-    @property
-    def columns(self) -> list[str]:
-        return list(dict.fromkeys(name for one in self.entries for name in one))
+def _names(one: Head) -> list[str]:
+    return list(dict.fromkeys(name for entry in one for name in entry))
 
-    @property
-    def kind(self) -> str:
-        """What it is, in words that follow "this is"."""
-        return next((kind for kind, wanted in _KINDS.items() if wanted <= {*self.columns}), "a table")
 
-    @property
-    def role(self) -> str | None:
-        """Tell a table of questions and answers from VQAv2's questions or annotations alone."""
-        keys = {name.strip().lower() for name in self.columns}
-        asks, answers = (bool(keys & {*USUAL[role]}) for role in ("question", "answers"))
-        if asks and answers:
-            return "table"
-        official = {"question_id", "image_id"} <= keys
-        return "questions" if official and asks else "annotations" if official and answers else None
+def _kind(one: Head) -> str:
+    """Return what it is, in words that follow "this is"."""
+    return next((kind for kind, wanted in _KINDS.items() if wanted <= {*_names(one)}), "a table")
+
+
+def _role(one: Head) -> str | None:
+    """Tell a table of questions and answers from VQAv2's questions or annotations alone."""
+    keys = {name.strip().lower() for name in _names(one)}
+    asks, answers = (bool(keys & {*USUAL[role]}) for role in ("question", "answers"))
+    if asks and answers:
+        return "table"
+    official = {"question_id", "image_id"} <= keys
+    return "questions" if official and asks else "annotations" if official and answers else None
 
 
 def written_as(ending: str, first: str, second: str) -> str:
@@ -98,13 +96,13 @@ def head(path: Path) -> Head:
     try:
         if ending == ".parquet":
             with pq.ParquetFile(path) as parquet:
-                return Head(next(parquet.iter_batches(_MOST_ENTRIES)).to_pylist())
+                return next(parquet.iter_batches(_MOST_ENTRIES)).to_pylist()
         if ending == ".arrow":
             with pa.ipc.open_stream(pa.OSFile(str(path))) as stream:
                 rows = next(iter(stream)).slice(0, _MOST_ENTRIES)
                 # Damaged offsets would lead out of the file.
                 rows.validate(full=True)
-                return Head(rows.to_pylist())
+                return rows.to_pylist()
         with open(path, "rb") as file:
             data = file.read(_MOST_BYTES)
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "ignore")
@@ -114,9 +112,9 @@ def head(path: Path) -> Head:
         if kind == "whole":
             return _json(text)
         rows = map(json.loads, lines) if kind == "lines" else csv.DictReader(lines, delimiter=kind, restkey="")
-        return Head([row for row in islice(rows, _MOST_ENTRIES) if isinstance(row, dict)])
+        return [row for row in islice(rows, _MOST_ENTRIES) if isinstance(row, dict)]
     except (OSError, ValueError, RecursionError, StopIteration, csv.Error, pa.ArrowException):
-        return Head([])
+        return []
 
 
 def _json(text: str) -> Head:
@@ -134,7 +132,7 @@ def _json(text: str) -> Head:
             found.append({"question_id": by_id[1], **one} if by_id else one)
             by_id = by_id and _BY_ID.match(text, place)
             place = by_id.end() if by_id else len(text) - len(text[place:].lstrip(", \r\n\t"))
-    return Head([one for one in found if isinstance(one, dict)])
+    return [one for one in found if isinstance(one, dict)]
 
 
 # --- a folder -----------------------------------------------------------------------------------------------------------
@@ -163,8 +161,8 @@ def recognise(path: Path) -> Found:
     folder = path if path.is_dir() else path.parent
     files = list(islice(_files(folder), _MOST_FILES))
     heads = {name: head(folder / name) for name in files if name.suffix.lower() in TABLES}
-    official = {name: one for name, one in heads.items() if one.role in ("questions", "annotations")}
-    tables = {name: one for name, one in heads.items() if one.role == "table"}
+    official = {name: one for name, one in heads.items() if _role(one) in ("questions", "annotations")}
+    tables = {name: one for name, one in heads.items() if _role(one) == "table"}
     for place in {name.parent for name in tables if re.search(r"-\d{5}-of-\d{5}$", name.stem)}:
         parts = [name for name in tables if name.parent == place]
         # A folder as `datasets` writes it, one split in many files.
@@ -181,7 +179,7 @@ def recognise(path: Path) -> Found:
     pictures = [name.name for name in files if name.suffix.lower() in PICTURES]
     example = f"image,question,answer\n{[*pictures, 'a.jpg'][0]},What is it?,cup"
     other = next(
-        (f" {name} has the columns {', '.join(one.columns)}." for name, one in heads.items() if one.columns), ""
+        (f" {name} has the columns {', '.join(_names(one))}." for name, one in heads.items() if _names(one)), ""
     )
     raise UserError(
         f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{other} Unpack archives, "
@@ -208,7 +206,7 @@ def _split(name: PurePath) -> str | None:
 def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> Found:
     """Return the keys for VQAv2's layout."""
     unsure, data = {}, {}
-    of = {(_split(name), one.role): name for name, one in reversed(heads.items())}
+    of = {(_split(name), _role(one)): name for name, one in reversed(heads.items())}
     second = "test" if ("test", "annotations") in of and ("val", "annotations") not in of else "val"
     for split, there in (("train", "train"), ("val", second)):
         names = {role: of.get((there, role)) for role in ("questions", "annotations")}
@@ -219,9 +217,9 @@ def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) 
                 "its name. Call them train_questions.json, train_annotations.json, val_questions.json and "
                 "val_annotations.json; or write one table with image, question and answer, of which a share becomes val."
             )
-        values = [one.get("image_id", "") for name in names.values() if name for one in heads[name].entries]
+        values = [one.get("image_id", "") for name in names.values() if name for one in heads[name]]
         images, pattern = _images(folder, files, values, split, unsure, f"data.{split}.images")
-        if "coco_split" in heads[of[there, "questions"]].columns:
+        if "coco_split" in _names(heads[of[there, "questions"]]):
             # VQA-CP's pictures of each split lie in both folders of COCO's.
             images, _ = ".", unsure.pop(f"data.{split}.images", None)
         data[split] = {role: str(name) for role, name in names.items()}
@@ -249,17 +247,17 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
         unsure["data.table.val"] = _TEST
     if rest := [name for name in heads if name not in train + val]:
         unsure["data.table.train"] = f"nothing is read from {shown(rest)}"
-    columns = _columns(heads[train[0]].columns, unsure)
+    columns = _columns(_names(heads[train[0]]), unsure)
     image, places, pattern = columns["image"], [], None
     for split, name in zip(("train", "val"), train + val, strict=False):
-        values = [one[image] for one in heads[name].entries if image and one.get(image) not in (None, "")]
+        values = [one[image] for one in heads[name] if image and one.get(image) not in (None, "")]
         if values and isinstance(values[0], str | int):
             place, pattern = _images(folder, files, values, split, unsure, "data.table.images")
             places.append(place)
     first, second = (str(name[0]) if name else None for name in (train, val))
     table: dict[str, Any] = {"train": first, "val": second, "val_share": None if val else 0.2, "val_seed": 0}
     table |= {"images": _together(places), "image_name": pattern, "columns": columns}
-    return Found(heads[train[0]].kind, {"source": "table", "table": table}, unsure)
+    return Found(_kind(heads[train[0]]), {"source": "table", "table": table}, unsure)
 
 
 def _columns(names: list[str], unsure: dict[str, str]) -> dict[str, str | None]:
@@ -328,16 +326,16 @@ def shown(names: Iterable[Any]) -> str:
 
 def refusal(path: Path) -> str | None:
     """Return what a file is that stands where VQAv2's layout is wanted, with the block that reads it; None if unknown."""
-    one = head(path) if path.is_file() else Head([])
-    more = len(one.entries) == _MOST_ENTRIES or path.stat().st_size > _MOST_BYTES if one.entries else False
-    what = f"this is {one.kind} ({len(one.entries)}{' or more' * more} entries with {shown(one.columns)})"
-    if one.role == "table":
+    one = head(path) if path.is_file() else []
+    more = len(one) == _MOST_ENTRIES or path.stat().st_size > _MOST_BYTES if one else False
+    what = f"this is {_kind(one)} ({len(one)}{' or more' * more} entries with {shown(_names(one))})"
+    if _role(one) == "table":
         try:
             found = recognise(path)
         except UserError as error:
             return f"{what}: set data.source: table. {error}"
         return f"{what}: set\n{block({'directory': str(path.parent)} | found.data, found.unsure)}"
-    known = one.entries and one.role is None and path.suffix.lower() != ".json"
+    known = one and _role(one) is None and path.suffix.lower() != ".json"
     return f"{what}: set data.source: table, and name its columns under data.table.columns" if known else None
 
 

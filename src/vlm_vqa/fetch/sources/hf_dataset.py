@@ -45,7 +45,7 @@ def hub_source(hub: HubParams, table: HubTable | None, folder: Path) -> Generato
         UserError: a repository cannot be read, has a loading script, or lacks the split or columns; it names what to do.
     """
     repositories: dict[str, Repository] = {}
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, list[str]] = {}
     for split in SPLITS:
         one, key = getattr(hub, split), f"data.hub.{split}"
         repository = Repository(f"{key}.repository", one.repository, f"{key}.revision", one.revision, "dataset")
@@ -55,12 +55,11 @@ def hub_source(hub: HubParams, table: HubTable | None, folder: Path) -> Generato
             )
         repositories[split] = repository
     columns = table.columns if table and table.columns else Columns()
-    names = {split: list(files) for split, files in found.items()}
-    place = folder / hash_json([dataclasses.asdict(hub), names, columns.image])[:16]
+    place = folder / hash_json([dataclasses.asdict(hub), found, columns.image])[:16]
     with tqdm(desc="questions from the hub", unit="question") as progress:
         spill = Spill(place, progress)
         for split, repository in repositories.items():
-            for index, file in enumerate(found[split].values()):
+            for index, file in enumerate(found[split]):
                 part = place / split / f"part-{index:05d}"
                 write = functools.partial(spill_parquet, spill, file, columns, part, str(repository))
                 with translate_errors(repository):
@@ -91,9 +90,8 @@ def _persistently(what: str, work: Callable[[], T]) -> T:
 # --- what is there ----------------------------------------------------------------------------------------------------
 
 
-def _find_files(repository: Repository, split: str, split_key: str) -> dict[str, str]:
-    """Return a split's Parquet files, as the repository's card or their names say: by the name that the repository gives
-    them the address or path that `datasets` opens.
+def _find_files(repository: Repository, split: str, split_key: str) -> list[str]:
+    """Return a split's Parquet files, as the repository's card or their names say, by what `datasets` opens.
 
     `datasets.load_dataset(name)` does the same, but the pinned `datasets` calls huggingface_hub in a way that the pinned
     huggingface_hub refuses. Given the files, its Parquet reader does its work, and no loading script has a part in it.
@@ -116,7 +114,7 @@ def _find_files(repository: Repository, split: str, split_key: str) -> dict[str,
         files = DataFilesList([], [])
     if not files:
         raise UserError(f"{repository} has no Parquet files of split {split!r}; only such are read.")
-    return {file.removeprefix(base).lstrip("/"): file for file in files}
+    return [*files]
 
 
 def newest(name: str) -> tuple[str, list[str]]:

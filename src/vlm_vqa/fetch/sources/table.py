@@ -291,8 +291,6 @@ def made_id(text: str) -> int:
 
 def _text(value: Any, what: str) -> str:
     """Return a cell as text: numbers as they are written, nothing as a blank."""
-    if type(value) is str and value.isascii():
-        return value  # nearly every one
     if isinstance(value, dict) and what == "image":
         # As `datasets` writes a picture that stands elsewhere.
         value = value.get("path")

@@ -30,11 +30,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     # format above 6.3, UnicodeDecodeError for a name that is not the UTF-8 that its flag says.
     except (NotImplementedError, UnicodeDecodeError) as error:
         raise zipfile.BadZipFile(f"its directory cannot be read: {error}") from error
-    try:
-        _check(archive.infolist())
-    except zipfile.BadZipFile:
-        archive.close()
-        raise
+    _check(archive.infolist())
     return archive
 
 
