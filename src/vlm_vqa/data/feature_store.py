@@ -104,11 +104,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path, expected: dict[str, Any] | None = None):
-        """Map a finished store.
-
-        Args:
-            folder: where the writer put it.
-            expected: some of the keys of `EXPECTABLE`; dtypes by name, such as "float32".
+        """Map a finished store; `expected` has some of the keys of `EXPECTABLE`, dtypes by name, such as "float32".
 
         Raises:
             UserError: it is missing, unfinished, damaged, or not what is expected; the message names what differs.

@@ -29,21 +29,14 @@ SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 REPORT = "report.html"
 
+_TEXT = datasets.Value("string")
 QUESTION_FEATURES = datasets.Features(
-    {
-        "question_id": datasets.Value("int64"),
-        "image_id": datasets.Value("int64"),
-        "question": datasets.Value("string"),
-        "question_type": datasets.Value("string"),
-        "answer_type": datasets.Value("string"),
-        "multiple_choice_answer": datasets.Value("string"),
-        # One to n each, in their file's order; confidences are empty where nobody gave any.
-        "answers": datasets.Sequence(datasets.Value("string")),
-        "answer_confidences": datasets.Sequence(datasets.Value("string")),
-        # What the source calls them, where that is no whole number or was not distinct.
-        "original_question_id": datasets.Value("string"),
-        "original_image_id": datasets.Value("string"),
-    }
+    dict.fromkeys(("question_id", "image_id"), datasets.Value("int64"))
+    | dict.fromkeys(("question", "question_type", "answer_type", "multiple_choice_answer"), _TEXT)
+    # One to n each, in their file's order; confidences are empty where nobody gave any.
+    | dict.fromkeys(("answers", "answer_confidences"), datasets.Sequence(_TEXT))
+    # What the source calls them, where that is no whole number or was not distinct.
+    | dict.fromkeys(("original_question_id", "original_image_id"), _TEXT)
 )
 IMAGE_FEATURES = datasets.Features(
     {
@@ -74,8 +67,6 @@ def questions_file(split: str) -> str:
 
 def load_questions(folder: str | Path, split: str, columns: list[str] | None = None) -> datasets.Dataset:
     """Return a split's questions in memory, in the order of its questions file; columns are `QUESTION_FEATURES`, or some.
-
-    Nothing is copied into a cache of `datasets`.
 
     Raises:
         UserError: the file is missing, damaged or of another schema.
@@ -155,10 +146,8 @@ def said_answers(answers: Sequence[str]) -> list[str]:
 
 
 def manifest_for_a_look(folder: str | Path) -> dict[str, Any] | None:
-    """Return the manifest for who only looks ahead, None where there is none; one that cannot be read is warned of.
-
-    Records that are damaged, or of an earlier version of this code, are made anew by the first stage.
-    """
+    """Return the manifest for who only looks ahead, None where there is none; one that cannot be read, which the first
+    stage makes anew, is warned of."""
     if not (Path(folder) / MANIFEST).is_file():
         return None
     try:

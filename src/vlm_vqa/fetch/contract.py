@@ -1,7 +1,6 @@
 """What data must hold before anything is made of it.
 
-Every violation is collected, so that one run shows all that is wrong, each with its file and id; the end is one
-`UserError`. The remedy of each kind stands beside its name in `ViolationKind`.
+Every violation is collected, so that one run shows all that is wrong, each with its file and id; the end is one `UserError`.
 """
 
 import sys
@@ -225,9 +224,7 @@ def as_question(value: Any) -> str:
 def read_answers(items: Sequence[Any], text: Callable[[Any, str], str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return answers, and how sure who gave them was: none where it is nowhere said.
 
-    Args:
-        items: texts, or objects with `answer` and `answer_confidence`.
-        text: makes text of a value that is called so, or raises `MalformedRecord`.
+    Items are texts, or objects with `answer` and `answer_confidence`; `text` makes a text of a value that is called so.
     """
     given = [item if isinstance(item, dict) else {"answer": item} for item in items]
     # Interned, because a few thousand different strings make up VQAv2's 13 million.

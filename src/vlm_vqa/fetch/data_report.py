@@ -29,14 +29,8 @@ _COLOURS = ("#3b6fb6", "#e08a3c")
 def render_report(
     manifest: Mapping[str, Any], splits: Mapping[str, QuestionStatistics], images: ImageStatistics, max_pixels: int
 ) -> str:
-    """Return the page as HTML.
-
-    Args:
-        manifest: as `records.read_manifest` describes it, but for `files`.
-        splits: what was counted, by split.
-        images: what was counted over both splits, with the pictures of all examples.
-        max_pixels: bound on the pictures, as for `decoding.open_image`.
-    """
+    """Return the page as HTML: of the records' manifest, of what was counted by split, and of the images of both splits,
+    with the pictures of all examples; `max_pixels` is as for `decoding.open_image`."""
     folder = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": _flatten}

@@ -160,11 +160,7 @@ class Inspection(NamedTuple):
 
 
 def inspect_data(data: DataParams, most_images: int | None = None) -> Inspection:
-    """Apply the data contract and keep nothing; of the images only the first `most_images`.
-
-    Raises:
-        UserError: the source is not there.
-    """
+    """Apply the data contract and keep nothing; of the images only the first `most_images`. No source: `UserError`."""
     with tempfile.TemporaryDirectory() as folder, open_source(data, Path(folder) / "records") as source:
         return _read(source, data, Path(folder), most_images, keep=False)
 

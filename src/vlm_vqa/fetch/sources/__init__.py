@@ -22,10 +22,7 @@ def open_source(data: params.DataParams, records: Path = Path("data/records")) -
     """Yield the source that `data.source` names; files that it had to write are gone afterwards.
 
     Archives, which are downloaded into `archives` beside the folder `records`, stay whatever goes wrong; only where
-    `data.official.keep_archives` is false do they go in the end.
-
-    Raises:
-        UserError: the source is not there or not the one expected.
+    `data.official.keep_archives` is false do they go in the end. What is not there, or not as expected, is a `UserError`.
     """
     match data.source:
         case params.Source.DIRECTORY:

@@ -71,10 +71,7 @@ _PASSING = (_Transient, HTTPError, requests.ConnectionError, requests.Timeout)
 
 
 def is_verified(download: Download) -> bool:
-    """Tell whether the file is there with the right checksum; it is read only if it has changed since it was checked.
-
-    A file with another checksum is deleted.
-    """
+    """Tell whether the file is there with the right checksum, unread if it is as it was then; another one is deleted."""
     if not download.path.is_file():
         return False
     if find_sealed(download.beside(".verified.json")) == _metadata(download):

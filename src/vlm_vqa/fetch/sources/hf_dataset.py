@@ -118,11 +118,7 @@ def _find_files(repository: Repository, split: str, split_key: str) -> list[str]
 
 
 def newest(name: str) -> tuple[str, list[str]]:
-    """Return a repository's newest commit and the splits that it has there.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Return a repository's newest commit and the splits that it has there, or raise `UserError`."""
     repository = Repository("PATH", name, "its newest commit", "main", "dataset")
     with translate_errors(repository):
         commit = str(HfApi().dataset_info(name).sha)

@@ -36,11 +36,7 @@ ARCHIVES: dict[str, tuple[str, int]] = {
 
 
 def official_source(params: OfficialParams, records: Path) -> Source:
-    """Download what is missing of the six archives and return them as a source.
-
-    Args:
-        params: where from, and how many at once.
-        records: folder that the records will be written to; the archives' folder lies beside it.
+    """Download what is missing of the six archives, into a folder beside `records`, and return them as a source.
 
     Raises:
         UserError: an archive cannot be downloaded with the right checksum, or the disk is full.
@@ -74,10 +70,7 @@ def remove_archives(records: Path) -> None:
 
 
 def _check_room(downloads: Sequence[Download], missing: Sequence[Download], records: Path) -> None:
-    """Refuse to begin what the disk cannot hold: the rest of the archives, and the records, which take as much again.
-
-    Records hold the images as they are in the archives, and compressed texts.
-    """
+    """Refuse to begin what the disk cannot hold: the rest of the archives, and the records, which take as much again."""
     rest = sum(max(0, one.bytes - download.bytes_here(one)) for one in missing)
     total = sum(one.bytes for one in downloads)
     place = records.parent

@@ -49,11 +49,7 @@ class SplitPaths:
 
 
 def directory_source(data: DataParams) -> Source:
-    """Return the files that `data.directory`, `data.train` and `data.val` name.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+    """Return the files that `data.directory`, `data.train` and `data.val` name, or raise `UserError` as `folder_of`."""
     folder, splits = folder_of(data), []
     for split in SPLITS:
         files = getattr(data, split)

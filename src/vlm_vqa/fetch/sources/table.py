@@ -53,11 +53,7 @@ _Raw = dict[str, Any] | MalformedRecord
 
 
 def table_source(data: DataParams, spilled: Path) -> Source:
-    """Return the tables that `data.table` names; pictures whose bytes stand in them are written into `spilled`.
-
-    Raises:
-        UserError: `data.directory` is no folder.
-    """
+    """Return the tables that `data.table` names, or raise `UserError` as `folder_of`; their pictures go into `spilled`."""
     table, folder = data.table, folder_of(data)
     assert isinstance(table, TableParams), "load_params asks for it"
     files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
@@ -101,11 +97,7 @@ def _holds_pictures(path: Path) -> bool:
 
 
 def spill_parquet(spill: Spill, file: str, columns: Columns, part: Path, where: str) -> None:
-    """Write a Parquet file or address whose rows hold pictures as a part, unless an earlier run has done so.
-
-    Raises:
-        UserError: the file is damaged, or a column that is wanted cannot be told.
-    """
+    """Write a Parquet file or address whose rows hold pictures as a part, unless an earlier run has done so."""
     if part.is_dir():
         return spill.skip(part)
     violations = Violations()
@@ -141,11 +133,7 @@ class Tables:
     """The first split and the picture of each image id."""
 
     def rows(self, split: str, violations: Violations) -> Iterator[Row]:
-        """Yield a split's questions, train's before val's.
-
-        Raises:
-            ReadAgain: an id is no whole number, the first such one.
-        """
+        """Yield a split's questions, train's before val's; raise `ReadAgain` at the first id that is no whole number."""
         if self.table.val_share is not None and self._val_images is None:
             self._draw(self.table.val_share)
         if self._few and split == "train":
@@ -182,10 +170,7 @@ class Tables:
         return None
 
     def _draw(self, share: float) -> None:
-        """Draw val's pictures: equal files go to one split, under whatever names.
-
-        What is wrong with the file, or with a picture, is said when its records are read.
-        """
+        """Draw val's pictures: equal files go to one split, under whatever names. What is wrong is said on reading them."""
         columns, rows = self._open("train", Violations()) or ({}, ())
         images = {
             self._image(row, columns): self._image(row, {"image": columns["image"]})
