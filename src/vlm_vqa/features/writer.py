@@ -144,11 +144,7 @@ class FeatureStoreWriter:
         return missing
 
     def write(self, shard: Shard) -> None:
-        """Write a shard and seal it; may be called in any process or thread.
-
-        Raises:
-            UserError: it does not have all of its images.
-        """
+        """Write a shard and seal it, in any process or thread; one without all of its images is a `UserError`."""
         expected, found = len(self.layout.places(shard.number)), len(shard.image_ids)
         if found != expected:
             raise UserError(f"shard {shard.number}: {found} images came where the records count {expected}. {_RECORDS}")

@@ -6,7 +6,7 @@ are made here; words and markup stand in `data_report.html.j2`, which escapes ev
 
 import base64
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from statistics import median_low
@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics, mean, total
+from vlm_vqa.params import flatten
 
 ALIKE_SHOWN = 12
 """Pairs of pictures that look alike."""
@@ -33,7 +34,7 @@ def render_report(
     with the pictures of all examples; `max_pixels` is as for `decoding.open_image`."""
     folder = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": _flatten}
+    pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": flatten}
     pages.globals |= {"shares": _shares, "mean": mean, "some": _some, "total": total}  # ty: ignore[unsupported-operator] - typed by jinja2's own
     return pages.get_template("data_report.html.j2").render(
         manifest=manifest,
@@ -53,18 +54,8 @@ def _some(count: int, total: int) -> str:
 
 def _counted(answers: Sequence[str]) -> str:
     """Return answers in words, each once with its number, the most common first."""
-    counts = Counter(answers)
-    ranked = sorted(counts, key=lambda answer: (-counts[answer], answer))
-    return ", ".join(f"{answer or '(blank)'} ({counts[answer]})" for answer in ranked)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested objects, named by all keys that lead to them."""
-    for key, value in sorted(values.items()):
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}: ")
-        else:
-            yield f"{prefix}{key}", value
+    ranked = Counter(sorted(answers)).most_common()
+    return ", ".join(f"{answer or '(blank)'} ({count})" for answer, count in ranked)
 
 
 def _shares(counts: Sequence[Counter[Any]], last: int | None = None) -> dict[str, Any]:

@@ -72,7 +72,11 @@ class QuestionStatistics:
         asked = hash((row["image_id"], row["question"]))
         self.asked_again += asked in self.asked
         self.asked.add(asked)
-        self._offer(row)
+        # The rows with the lowest checksums of their question's id are as good as a draw.
+        kept, lot = self._examples.setdefault(row["answer_type"], []), zlib.crc32(str(row["question_id"]).encode())
+        if len(kept) < _EXAMPLES or lot < kept[-1][0]:
+            insort(kept, (lot, row), key=lambda one: (one[0], one[1]["question_id"]))
+            del kept[_EXAMPLES:]
 
     @property
     def questions_of_image(self) -> Counter[int]:
@@ -86,14 +90,6 @@ class QuestionStatistics:
         for row in filter(None, chain.from_iterable(zip_longest(*queues))):
             chosen.setdefault(row["image_id"], row)
         return list(chosen.values())[:_EXAMPLES]
-
-    def _offer(self, row: _Row) -> None:
-        """Keep the rows with the lowest checksums of their question's id, which is as good as a draw."""
-        kept = self._examples.setdefault(row["answer_type"], [])
-        lot = zlib.crc32(str(row["question_id"]).encode())
-        if len(kept) < _EXAMPLES or lot < kept[-1][0]:
-            insort(kept, (lot, row), key=lambda one: (one[0], one[1]["question_id"]))
-            del kept[_EXAMPLES:]
 
 
 @dataclass

@@ -169,7 +169,11 @@ def _read(
     source: Source, data: DataParams, part: Path, most_images: int | None = None, keep: bool = True
 ) -> Inspection:
     """Check everything, and write it into `part`, images only where they are to be kept."""
-    texts, violations = _store_texts(source, data, part)
+    texts: list[_Texts] = []
+    while not texts:
+        violations = Violations(data)
+        with suppress(ReadAgain):
+            texts = [_store_questions(split, part, violations) for split in source.splits]
     wanted = {row["image_id"] for text in texts for row in text.statistics.examples()}
     seen = ImageStatistics(Lookalikes([text.images for text in texts]), wanted)
     with ExitStack() as stack:
@@ -186,14 +190,6 @@ def _read(
         for question_id in sorted(train.question_ids & val.question_ids):
             violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
     return Inspection(violations, texts, seen, len(images), images_digest)
-
-
-def _store_texts(source: Source, data: DataParams, part: Path) -> tuple[list[_Texts], Violations]:
-    """Write the questions of both splits; return what they are about, and what is wrong with them."""
-    while True:
-        violations = Violations(data)
-        with suppress(ReadAgain):
-            return [_store_questions(split, part, violations) for split in source.splits], violations
 
 
 def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts:
@@ -253,13 +249,8 @@ def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) 
             log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
 
 
-class _Place(NamedTuple):
-    """Where an image is."""
-
-    files: ImageFiles
-    name: str
-
-
+_Place = tuple[ImageFiles, str]
+"""Where an image is: among which files, and by which name."""
 _Problems = list[tuple[ViolationKind, str]]
 _Seen = tuple[dict[str, Any], tuple[str, ...], Look]
 """An image's row of `IMAGE_FEATURES`, what was changed to see it, and how it looks."""
@@ -277,7 +268,7 @@ def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations
             text.statistics.files_without_questions = files.count - len(text.images)
         for image_id, name in text.images.items():
             found = places.setdefault(image_id, [])
-            if files is not None and (place := _Place(files, name)) not in found:
+            if files is not None and (place := (files, name)) not in found:
                 found.append(place)
     there = [files for files in opened.values() if files is not None]
     for files in there:
@@ -293,8 +284,7 @@ def _open_images(paths: tuple[Path, ...], stack: ExitStack, violations: Violatio
     except UserError as error:
         violations.add(ViolationKind.OTHER_ARCHIVE, str(error))
     except (OSError, zipfile.BadZipFile) as error:
-        named = " or ".join(map(str, paths))
-        violations.add(ViolationKind.BROKEN_FILE, f"{named}: not a usable zip archive ({error})")
+        violations.add(ViolationKind.BROKEN_FILE, f"{' or '.join(map(str, paths))}: not a usable zip archive ({error})")
     return None
 
 
@@ -338,7 +328,8 @@ def _check_alike(
     """Note pictures that both splits have under two ids, and those that only look alike; keep some for the report."""
 
     def named(image_id: int) -> str:
-        return f"{images[image_id][0].files.find(images[image_id][0].name).where} (image_id {image_id})"
+        files, name = images[image_id][0]
+        return f"{files.find(name).where} (image_id {image_id})"
 
     if not data.allow_split_overlap:
         for first, second in seen.lookalikes.equal():
@@ -350,8 +341,8 @@ def _check_alike(
     for first, second in seen.alike if data.doubtful is Doubtful.REFUSE else ():
         violations.add(ViolationKind.LOOKALIKE, f"{named(first)} and {named(second)}")
     for image_id in {one for both in seen.alike[:ALIKE_SHOWN] for one in both} if not violations else ():
-        place = images[image_id][0]
-        seen.pictures[image_id] = place.files.read(place.name, _most_bytes(data.max_image_pixels))
+        files, name = images[image_id][0]
+        seen.pictures[image_id] = files.read(name, _most_bytes(data.max_image_pixels))
 
 
 def _most_bytes(max_pixels: int) -> int:
@@ -398,9 +389,9 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Seen | _Pr
     image_id, places = item
     problems: _Problems = []
     seen: list[_Seen] = []
-    for place in places:
+    for files, given in places:
         try:
-            data, found = place.files.read(place.name, _most_bytes(max_pixels)), place.files.find(place.name)
+            data, found = files.read(given, _most_bytes(max_pixels)), files.find(given)
             image, changes = open_with_changes(data, found.where, max_pixels)
         except MissingImage as error:
             where, hint = error.args
@@ -413,6 +404,6 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Seen | _Pr
             more = {"sha256": sha256_bytes(data), "image": {"bytes": data, "path": name}}
             seen.append((row | more, changes, look(image)))
     if len({row["sha256"] for row, _, _ in seen}) > 1:
-        named = " and ".join(place.files.find(place.name).where for place in places)
+        named = " and ".join(files.find(given).where for files, given in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
     return seen[0] if seen and not problems else problems

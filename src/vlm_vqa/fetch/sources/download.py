@@ -131,7 +131,7 @@ def _fetch(download: Download, bar: tqdm, stop: threading.Event) -> None:
 
 def _attempt(part: "_Part", stop: threading.Event) -> None:
     """Ask for what is missing of a file and take it as far as it comes."""
-    if part.is_complete():
+    if part.size == part.download.bytes:
         return
     if stop.is_set():
         raise CancelledError
@@ -144,7 +144,7 @@ def _attempt(part: "_Part", stop: threading.Event) -> None:
             # The server sends the whole file: it knows no ranges, or the file has changed, or this is the start.
             part.restart(response)
         _receive(response, part, stop)
-    if not part.is_complete():
+    if part.size != part.download.bytes:
         raise _Transient(f"the answer ended after {part.size} bytes")
 
 
@@ -181,10 +181,6 @@ class _Part:
             log.info("%s: going on at byte %d", download.path.name, self.size)
         self.furthest = self.size
         """Most bytes there ever were: only more than that is progress."""
-
-    def is_complete(self) -> bool:
-        """Tell whether there is as much as there should be."""
-        return self.size == self.download.bytes
 
     def headers(self) -> Any:
         """Return what asks for the rest of the same file, and for the whole of another one (RFC 9110, 13.1.5)."""

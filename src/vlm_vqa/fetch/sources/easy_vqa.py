@@ -1,8 +1,5 @@
 """Source `easy-vqa`: 4,000 + 1,000 drawn images with 48,248 questions (github.com/vzhou842/easy-VQA, MIT), from the
-PyPI package `easy-vqa`, written out in VQAv2's own file layout.
-
-What is changed on the way stands in `NOTES`, which the manifest repeats.
-"""
+PyPI package `easy-vqa`, written out in VQAv2's own file layout."""
 
 import importlib.metadata
 import importlib.util
@@ -48,8 +45,7 @@ def easy_vqa_source(folder: Path) -> Source:
 def write_official_layout(folder: str | Path) -> None:
     """Write easy-VQA into `folder` in VQAv2's official layout: questions, annotations and JPEGs of both splits.
 
-    Raises:
-        UserError: the package is missing or its data are not those of version 1.0.
+    A package that is missing, or whose data are not those of version 1.0, is a `UserError`.
     """
     folder = Path(folder)
     data = _package_data()

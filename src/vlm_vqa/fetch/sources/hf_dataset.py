@@ -1,7 +1,4 @@
-"""Source `hub`: a table in a `datasets` repository at a pinned commit, streamed and spilled as `spill` does it.
-
-Parts lie under a hash of repositories, commits, splits and files, so those of two data sets never meet.
-"""
+"""Source `hub`: a table in a `datasets` repository at a pinned commit, streamed and spilled as `spill` does it."""
 
 import dataclasses
 import functools
@@ -55,6 +52,7 @@ def hub_source(hub: HubParams, table: HubTable | None, folder: Path) -> Generato
             )
         repositories[split] = repository
     columns = table.columns if table and table.columns else Columns()
+    # So parts of two data sets, or commits, never meet.
     place = folder / hash_json([dataclasses.asdict(hub), found, columns.image])[:16]
     with tqdm(desc="questions from the hub", unit="question") as progress:
         spill = Spill(place, progress)

@@ -62,12 +62,7 @@ class ImageFiles(ExitStack):
     """
 
     def __init__(self, paths: Sequence[Path]):
-        """Look through `paths`.
-
-        Raises:
-            UserError: one is an archive of another kind.
-            OSError, zipfile.BadZipFile: one is neither a folder nor a zip archive of files below it, as `open_zip` says.
-        """
+        """Look through `paths`; raise as `open_zip`, and `UserError` for an archive of another kind."""
         super().__init__()
         self.others: list[ImageFiles] = []
         """Those of other splits, where a missing image may be."""

@@ -6,7 +6,6 @@ before it runs a stage, and a download must outlive a killed one.
 
 import logging
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +46,18 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         url = f"{getattr(params, option).rstrip('/')}/{name}"
         downloads.append(Download(url, folder / name, checksum, size, f"data.official.{option}"))
     missing = [one for one in downloads if not download.is_verified(one)]
-    _check_room(downloads, missing, records)
+    # The records take as much again: they hold the images as they are in the archives, and compressed texts.
+    rest, total = (
+        sum(max(0, one.bytes - download.bytes_here(one)) for one in missing),
+        sum(one.bytes for one in downloads),
+    )
+    records.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(records.parent).free
+    if rest + total > free:
+        raise UserError(
+            f"{records.parent}: {(rest + total) / 1e9:.1f} GB are needed ({rest / 1e9:.1f} for {FOLDER}, {total / 1e9:.1f} "
+            f"for {records.name}), but {free / 1e9:.1f} GB are free. Free some space, then run `dvc repro` again."
+        )
     if missing:
         log.info("downloading %s", ", ".join(one.path.name for one in missing))
         download.fetch_all(missing, params.downloads)
@@ -67,17 +77,3 @@ def remove_archives(records: Path) -> None:
     for name in ARCHIVES:
         for path in (records.parent / FOLDER).glob(f"{name}*"):
             path.unlink()
-
-
-def _check_room(downloads: Sequence[Download], missing: Sequence[Download], records: Path) -> None:
-    """Refuse to begin what the disk cannot hold: the rest of the archives, and the records, which take as much again."""
-    rest = sum(max(0, one.bytes - download.bytes_here(one)) for one in missing)
-    total = sum(one.bytes for one in downloads)
-    place = records.parent
-    place.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(place).free
-    if rest + total > free:
-        raise UserError(
-            f"{place}: {(rest + total) / 1e9:.1f} GB are needed ({rest / 1e9:.1f} for {FOLDER}, {total / 1e9:.1f} for "
-            f"{records.name}), but {free / 1e9:.1f} GB are free. Free some space, then run `dvc repro` again."
-        )

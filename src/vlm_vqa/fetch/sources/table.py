@@ -242,10 +242,8 @@ class Tables:
         return contract.image_name(pattern, int(name)) if name.isdecimal() else None
 
     def _question_id(self, given: str, split: str, about: str) -> tuple[int, str | None]:
-        """Return a question's id, and what the table calls it if that is something else.
-
-        Without an id in the table it is made of what the question is `about`, and of its place among equal ones.
-        """
+        """Return a question's id, made of what it is `about` where the table has none, and what the table calls it if that
+        is something else."""
         whole = self._id("question_id", given)
         made, place = made_id(given or about) if whole is None else whole, 0
         while (first := self._questions.get(made)) is not None:
