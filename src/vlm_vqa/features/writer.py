@@ -26,7 +26,6 @@ from vlm_vqa.hashing import hash_json, sha256_file
 from vlm_vqa.params import StoreDtype
 from vlm_vqa.sealed import PART, aside, read_sealed, write_sealed
 
-_HASHING_THREADS = 8
 _RECORDS = make_again("fetch-vqav2")
 
 logger = logging.getLogger(__name__)
@@ -135,7 +134,7 @@ class FeatureStoreWriter:
                 shutil.rmtree(other)
         for unfinished in self._parts.glob(f"*{PART}"):
             unfinished.unlink()
-        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        with ThreadPoolExecutor(8, "hash") as pool:
             whole = list(pool.map(self._is_whole, range(self.layout.shards)))
         missing = [number for number, done in enumerate(whole) if not done]
         if any(whole):

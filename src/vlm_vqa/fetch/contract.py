@@ -153,9 +153,6 @@ class MalformedRecord(Exception):
         self.kind = kind
 
 
-# --- what every source ends as ------------------------------------------------------------------------------------------
-
-
 class Row(NamedTuple):
     """One question."""
 

@@ -321,9 +321,6 @@ def shown(names: Iterable[Any]) -> str:
     return ", ".join(few[:6]) + (f" and {len(few) - 6} more" if len(few) > 6 else "")
 
 
-# --- in words -----------------------------------------------------------------------------------------------------------
-
-
 def refusal(path: Path) -> str | None:
     """Return what a file is that stands where VQAv2's layout is wanted, with the block that reads it; None if unknown."""
     one = head(path) if path.is_file() else []

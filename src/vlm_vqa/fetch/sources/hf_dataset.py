@@ -85,9 +85,6 @@ def _persistently(what: str, work: Callable[[], T]) -> T:
     return work()
 
 
-# --- what is there ----------------------------------------------------------------------------------------------------
-
-
 def _find_files(repository: Repository, split: str, split_key: str) -> list[str]:
     """Return a split's Parquet files, as the repository's card or their names say, by what `datasets` opens.
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from vlm_vqa.fetch.recognise import shown
 from vlm_vqa.files import check_regular
 
-_LOCAL_HEADER_BYTES = 30
 # What macOS adds to archives.
 _JUNK = re.compile(r"(.*/)?(__MACOSX/.*|\.DS_Store)")
 
@@ -72,5 +71,5 @@ def _overlapping(entries: list[zipfile.ZipInfo]) -> list[str]:
     for info in sorted(entries, key=lambda info: info.header_offset):
         if info.header_offset < end:
             found.append(info.filename)
-        end = info.header_offset + _LOCAL_HEADER_BYTES + info.compress_size
+        end = info.header_offset + 30 + info.compress_size  # its own header has as many bytes
     return found
