@@ -376,7 +376,8 @@ def test_threads_are_the_user_s_and_the_stage_says_so(run_folder, monkeypatch, c
 
 def test_a_process_that_does_not_come_stops_the_others(run_folder, monkeypatch):
     monkeypatch.setattr(workers, "JOIN_SECONDS", 0.5)
-    monkeypatch.setattr(workers, "_store", lambda size: torch.distributed.HashStore())
+    alone = iter([(torch.distributed.HashStore(), 0, 2)])
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="asks for num_processes 2, but 1 started"):
         workers.join("cpu-ddp")
