@@ -193,7 +193,7 @@ def check_equal(encoder: Encoder, images: Sequence[ImageRecord], batch_size: int
     for way in (ahead, in_turn):
         with tempfile.TemporaryDirectory() as folder:
             store_in(f"{folder}/features", way, encoder, images, batch_size)
-            stored.append(FeatureStore.open(f"{folder}/features").batch(range(len(images))))
+            stored.append(FeatureStore(f"{folder}/features").batch(range(len(images))))
     assert torch.equal(*stored), "decoding ahead changed the features"
 
 

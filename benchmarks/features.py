@@ -142,7 +142,7 @@ def as_float32(buffer: bytearray) -> np.ndarray:
 
 def read_images(folder: Path, order: Sequence[int]) -> None:
     """Read every image once, as anybody does."""
-    store = FeatureStore.open(folder)
+    store = FeatureStore(folder)
     for image_id in order:
         store[image_id]
 
@@ -167,7 +167,7 @@ def compare_errors(features_NTD: Tensor) -> dict[str, dict[str, float]]:
             shard.add(range(count), features_NTD)
             writer.write(shard)
             writer.publish()
-            stored_NTD = FeatureStore.open(Path(place) / "features").batch(range(count)).float()
+            stored_NTD = FeatureStore(Path(place) / "features").batch(range(count)).float()
         errors_NT = (stored_NTD - features_NTD).norm(dim=-1) / features_NTD.norm(dim=-1)
         found[dtype.value] = {"median": errors_NT.median().item(), "max": errors_NT.max().item()}
     return found

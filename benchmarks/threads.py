@@ -103,7 +103,7 @@ def work(seconds: float, result: Path) -> None:
     params = load_params()
     running = launch.start(params.train)
     encoder = load_encoder(params.vision, device="cpu")
-    features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash})
+    features = FeatureStore(FEATURES, {"encoder_hash": encoder.hash})
     data, layout, processor = prepare(params, encoder)
     model = initial_model(params.language, encoder.model.config, processor, params.seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -81,15 +81,15 @@ _TYPES = {
 }
 
 
-def make_archives(folder: Path, counts: dict[str, tuple[int, int]] = COUNTS) -> dict[str, str]:
-    """Write the six archives into `folder` and return their checksums by name."""
+def make_archives(folder: Path, counts: dict[str, tuple[int, int]] = COUNTS) -> dict[str, tuple[str, int]]:
+    """Write the six archives into `folder` and return their checksums and sizes by name."""
     for split, (questions, images) in counts.items():
         # COCO's ids are sparse and below 600,000; no image is in both splits.
         ids = np.random.RandomState(0).permutation(590_000)[: sum(number for _, number in COUNTS.values())]
         ids = ids[:images] if split == "train" else ids[-images:]
         _write_texts(folder, split, questions, ids.tolist())
         _write_images(folder / f"{split}2014.zip", split, ids.tolist())
-    return {path.name: f"sha256:{sha256_file(path)}" for path in sorted(folder.glob("*.zip"))}
+    return {path.name: (f"sha256:{sha256_file(path)}", path.stat().st_size) for path in sorted(folder.glob("*.zip"))}
 
 
 def _write_texts(folder: Path, split: str, count: int, image_ids: list[int]) -> None:

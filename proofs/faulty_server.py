@@ -18,13 +18,13 @@ _FETCH = """
 import json, runpy, sys
 sys.argv = sys.argv[1:]
 import vlm_vqa.fetch.sources.official_archives as archives
-archives.CHECKSUMS = json.load(open(sys.argv.pop()))
+archives.ARCHIVES = json.load(open(sys.argv.pop()))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def fetch_command(checksums: Path) -> list[str]:
-    """Return the command of stage fetch-vqav2 on archives other than VQAv2's, whose checksums a JSON file holds by name."""
+    """Return the command of stage fetch-vqav2 on other archives; a JSON file holds their checksums and sizes by name."""
     stage = Path(__file__).parents[1] / "stages" / "fetch_vqav2.py"
     return [sys.executable, "-c", _FETCH, str(stage), str(checksums)]
 
@@ -51,7 +51,7 @@ class FaultyServer:
         self.files = dict(files)
         self.faults: defaultdict[str, list[Any]] = defaultdict(list)
         self.always: dict[str, Any] = {}
-        self.ranges, self.if_range, self.head = True, True, True
+        self.ranges, self.if_range = True, True
         self.retry_after = "0"
         self.requests: list[Request] = []
         self.authorizations: set[str | None] = set()
@@ -80,18 +80,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        name = self.path.partition("?")[0].rsplit("/", 1)[-1]
-        self.outer.requests.append(Request("HEAD", name, None))
-        self.outer.authorizations.add(self.headers.get("Authorization"))
-        if not self.outer.head:
-            return self._status(405)
-        if isinstance(self.outer.always.get(name), int):
-            return self._status(self.outer.always[name])
-        self._headers(200, self.outer.files[name], 0)
-
     def do_GET(self) -> None:
         name = self.path.partition("?")[0].rsplit("/", 1)[-1]
+        self.outer.authorizations.add(self.headers.get("Authorization"))
         asked = self.headers.get("Range")
         self.outer.requests.append(Request("GET", name, int(asked[6:-1]) if asked else None))
         if len(self.outer.gets()) > _MOST_GETS:

@@ -159,7 +159,7 @@ def _train(root: Path) -> str:
         data, layout, processor = prepare(params, encoder)
         model = model_to_train(params, encoder, processor)
         arguments = training_arguments(params.train, params.seed, Path("checkpoints/flips"), running)
-        collator = Collator(layout, FeatureStore.open("data/features"))
+        collator = Collator(layout, FeatureStore("data/features"))
         VqaTrainer(model, arguments, params.train, data, collator, [], running).run()
     return ""
 

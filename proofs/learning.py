@@ -40,7 +40,7 @@ def train_and_score(params: Params, epochs: int, per_row: int, seed: int) -> dic
     train = dataclasses.replace(params.train, questions_per_row=per_row, num_train_epochs=epochs, dataloader_workers=0)
     params = dataclasses.replace(params, train=train, seed=seed)
     encoder = load_encoder(params.vision, device="cpu")
-    features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash})
+    features = FeatureStore(FEATURES, {"encoder_hash": encoder.hash})
     data, layout, processor = prepare(params, encoder)
     model = initial_model(params.language, encoder.model.config, processor, seed)
     running = launch.start(train)

@@ -40,7 +40,7 @@ class Kind:
 def read_records(root: Path, encoder: Encoder) -> str:
     folder = root / "data/records"
     manifest = read_manifest(folder)
-    FeatureStore.open(root / "data/features", {"data_hash": manifest["data_hash"]})
+    FeatureStore(root / "data/features", {"data_hash": manifest["data_hash"]})
     questions = [load_questions(folder, split).to_list() for split in ("train", "val")]
     images = [[one.image_id, one.file_name, hashlib.sha256(one.data).hexdigest()] for one in iter_images(folder)]
     return hash_json([manifest, questions, images])
@@ -48,7 +48,7 @@ def read_records(root: Path, encoder: Encoder) -> str:
 
 def read_features(root: Path, encoder: Encoder) -> str:
     expected = {"encoder_hash": encoder.hash, "data_hash": read_manifest(root / "data/records")["data_hash"]}
-    store = FeatureStore.open(root / "data/features", expected)
+    store = FeatureStore(root / "data/features", expected)
     ids = [one.image_id for one in iter_images(root / "data/records")]
     return hash_json([digest(store.batch(ids)), ids, str(store.dtype), store.tolerance, len(store)])
 

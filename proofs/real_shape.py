@@ -168,7 +168,7 @@ def read_sample() -> tuple[Records, list[ImageRecord]]:
 def extract_features(params: Params, encoder: Encoder, pictures: list[ImageRecord], folder: Path) -> FeatureStore:
     """Write and open the features of all pictures, as the stage does, in the encoder's type."""
     extraction.store_in(folder, extraction.ahead, encoder, pictures, params.vision.batch_size)
-    return FeatureStore.open(folder)
+    return FeatureStore(folder)
 
 
 # --- what preflight says ---------------------------------------------------------------------------------------------

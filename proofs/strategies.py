@@ -87,7 +87,7 @@ def work(name: str, folder: Path, steps: int, cases: Sequence[Case]) -> None:
     """Train every case under a launch that `accelerate launch` has started; write weights and losses to `folder`."""
     params = load_params()
     encoder = load_encoder(params.vision, device="cpu")
-    features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash})
+    features = FeatureStore(FEATURES, {"encoder_hash": encoder.hash})
     for case in cases:
         if case.runs_under(name):
             trainer = _trainer(params, case, name, folder, steps, encoder, features)
@@ -302,7 +302,7 @@ def compare(names: Sequence[str], steps: int, cases: Sequence[Case], results: Pa
     if params.prompt.mask is not Mask.IMAGE_PREFIX:
         raise UserError("prompt.mask must be image-prefix: rows are to be shared.")
     read_manifest(RECORDS)
-    FeatureStore.open(FEATURES, {"encoder_hash": load_encoder(params.vision, device="cpu").hash})
+    FeatureStore(FEATURES, {"encoder_hash": load_encoder(params.vision, device="cpu").hash})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         launch_files(folder)

@@ -40,7 +40,7 @@ def main() -> None:
     model = join(TRAINED, encoder, training["weights_hash"])
     processor = AutoProcessor.from_pretrained(TRAINED, trust_remote_code=False)
     write_export(EXPORT, model, processor, params, training, results, manifest)
-    difference = compare(FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash}), params.data.max_image_pixels)
+    difference = compare(FeatureStore(FEATURES, {"encoder_hash": encoder.hash}), params.data.max_image_pixels)
     logging.info("%s: features from its pixels differ from the stored ones by at most %.1e", EXPORT, difference)
     tracking.log_export(params, weights_hash=training["weights_hash"], files=[EXPORT / CARD])
 

@@ -16,13 +16,12 @@ from tqdm import tqdm
 
 from vlm_vqa import cores
 from vlm_vqa.checks import check_here
-from vlm_vqa.data import decoding, feature_store, records
+from vlm_vqa.data import records
 from vlm_vqa.data.feature_store import Layout
 from vlm_vqa.features import extract, workers
-from vlm_vqa.features import writer as shard_writer
 from vlm_vqa.features.workers import POLL_SECONDS, WorkerGroup
 from vlm_vqa.features.writer import FeatureStoreWriter
-from vlm_vqa.hashing import sha256_file
+from vlm_vqa.hashing import code_hash
 from vlm_vqa.model import encoder
 from vlm_vqa.model.encoder import Encoder, load_encoder
 from vlm_vqa.params import Params, VisionParams, load_params
@@ -30,10 +29,6 @@ from vlm_vqa.pipeline import entrypoint
 
 RECORDS = Path("data/records")
 FEATURES = Path("data/features")
-CODE = [Path(part.__file__) for part in (decoding, feature_store, shard_writer, records, encoder, extract)] + [
-    Path(__file__)
-]
-"""What decides the features: shards that other code has made are not used."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +39,14 @@ def main() -> None:
     running = workers.join(vision.launch)
     # The first process may tokenise for minutes: after they have met, the others wait for it without end.
     check_here(params, run=True)
-    data_hash = records.read_manifest(RECORDS)["data_hash"]
+    manifest = records.read_manifest(RECORDS)
     loaded = load_encoder(vision, running.device)
-    layout = Layout(records.count_images(RECORDS), loaded.num_tokens, loaded.width, vision.store_dtype)
+    layout = Layout(manifest["images"], loaded.num_tokens, loaded.width, vision.store_dtype)
     made_by = {
         "encoder_hash": loaded.hash,
         "processor": encoder.processor_settings(loaded.processor),
         "compute_dtype": vision.compute_dtype.value,
-        "data_hash": data_hash,
+        "data_hash": manifest["data_hash"],
     }
     writer = FeatureStoreWriter(FEATURES, layout, made_by, computed_by(vision, running))
     if running.main:
@@ -67,7 +62,8 @@ def computed_by(vision: VisionParams, running: WorkerGroup) -> dict[str, object]
     """Return what decides the last bits of features beside the encoder and the data."""
     device = running.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    code = [sha256_file(path) for path in CODE]
+    # Shards that other code has made are not used.
+    code = code_hash(__file__)
     return {"batch_size": vision.batch_size, "device": name, "torch": torch.__version__, "code": code}
 
 
@@ -87,7 +83,7 @@ def make(missing: list[int], running: WorkerGroup, loaded: Encoder, writer: Feat
 
         extract.extract(
             running.claim(missing),
-            lambda places: records.images_between(RECORDS, places.start, places.stop),
+            lambda places: records.iter_images(RECORDS, places.start, places.stop),
             loaded,
             writer,
             params.vision.batch_size,

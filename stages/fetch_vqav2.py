@@ -22,8 +22,8 @@ def main() -> None:
     for split, counts in manifest["splits"].items():
         logging.info("%s: %d questions on %d images", split, counts["questions"], counts["images"])
     logging.info("%d images in %s, data hash %s", manifest["images"], RECORDS, manifest["data_hash"])
-    # What later stages could not use of them is refused by extract-features, at its start: refused here, records that took
-    # hours to download would be removed for a parameter that this stage does not read.
+    # What later stages could not use of them extract-features refuses: refused here, records that took hours to download
+    # would be removed for a parameter that this stage does not read.
     logging.info("what they look like: %s/%s", RECORDS, REPORT)
 
 

@@ -45,7 +45,7 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
     """Train on this process; rank 0 writes the shared outputs."""
     manifest = read_manifest(RECORDS)
     encoder = load_encoder(params.vision, device="cpu")
-    features = FeatureStore.open(FEATURES, {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"]})
+    features = FeatureStore(FEATURES, {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"]})
     made_of = {
         "training_params_hash": params.training_hash(),
         "data_hash": manifest["data_hash"],

@@ -19,6 +19,7 @@ import datasets
 import huggingface_hub
 import pytest
 
+from vlm_vqa.fetch.contract import image_name
 from vlm_vqa.fetch.sources.official_layout import official_paths
 
 TOKEN = "secret-hf_0123456789abcdefTOKEN"
@@ -274,7 +275,7 @@ def rows_of(folder):
         rows[paths.split] = [
             {**annotation, **question, "image": {"bytes": file.read_bytes(), "path": file.name}}
             for question, annotation in zip(questions, annotations, strict=True)
-            for file in [paths.images[0] / paths.names.name(question["image_id"])]
+            for file in [paths.images[0] / image_name(paths.image_name, question["image_id"])]
         ]
     return rows
 

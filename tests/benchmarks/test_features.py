@@ -25,7 +25,7 @@ def test_the_plain_way_to_float32_is_the_stores(tmp_path):
     features.write(tmp_path / "features", layout)
     values = torch.randint(-127, 128, (features.TOKENS, features.WIDTH), dtype=torch.int8)
     plain = features.as_float32(bytearray(values.numpy().tobytes()))
-    stored = FeatureStore.open(tmp_path / "features")[0].numpy()
+    stored = FeatureStore(tmp_path / "features")[0].numpy()
     assert (plain == values.numpy()).all() and (plain.dtype, plain.shape) == (stored.dtype, stored.shape)
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlm_vqa.data import feature_store
 from vlm_vqa.data.feature_store import FeatureStore, Layout
 from vlm_vqa.errors import UserError
 from vlm_vqa.features.writer import FeatureStoreWriter, Shard
@@ -67,7 +66,7 @@ def folder(tmp_path):
 def test_what_was_written_comes_back_by_id(folder, dtype):
     features = write(folder, dtype).to(getattr(torch, dtype.value))
     assert sorted(path.name for path in folder.glob("*.safetensors")) == NAMES
-    store = FeatureStore.open(folder)
+    store = FeatureStore(folder)
     assert (len(store), store.num_tokens, store.width, store.dtype) == (7, T, D, features.dtype)
     assert 20 in store and 22 not in store
     for image_id, wanted in zip(IDS, features, strict=True):
@@ -88,7 +87,7 @@ def test_int8_is_off_by_half_a_scale_at_most(folder):
     for number in store.begin():
         store.write(shard(number, features, StoreDtype.INT8))
     store.publish()
-    store = FeatureStore.open(folder, {"dtype": "int8"})
+    store = FeatureStore(folder, {"dtype": "int8"})
     found = store.batch(IDS)
     assert store.dtype is found.dtype is torch.float32
     largest = features.abs().amax(-1, keepdim=True)
@@ -108,7 +107,7 @@ def test_disk_is_predicted_closely_and_never_too_low(folder, dtype):
     write(folder, dtype)
     for number, name in enumerate(NAMES):
         predicted, taken = layout(dtype).disk_bytes(number), (folder / name).stat().st_size
-        assert taken <= predicted <= taken + feature_store._HEADER_BYTES
+        assert taken <= predicted <= taken + 512
     base = {"images": 1, "num_tokens": 257, "width": 768}
     half = Layout(**base, dtype=StoreDtype.INT8).image_bytes / Layout(**base, dtype=StoreDtype.BFLOAT16).image_bytes
     assert 0.5 < half < 0.503
@@ -149,7 +148,7 @@ def begun(folder):
 def test_a_killed_run_goes_on_with_the_missing_shard(folder, caplog):
     features, parts = begun(folder)
     with pytest.raises(UserError, match="manifest.json: cannot be read"):
-        FeatureStore.open(folder)
+        FeatureStore(folder)
     # What DVC does before it runs the stage again.
     shutil.rmtree(folder)
     caplog.set_level(logging.INFO)
@@ -158,7 +157,7 @@ def test_a_killed_run_goes_on_with_the_missing_shard(folder, caplog):
     assert not list(parts.glob("*.part"))
     store.write(shard(1, features))
     store.publish()
-    assert torch.equal(FeatureStore.open(folder).batch(IDS), features)
+    assert torch.equal(FeatureStore(folder).batch(IDS), features)
     assert not parts.parent.exists()
 
 
@@ -228,21 +227,21 @@ def test_the_store_takes_no_second_copy_and_nothing_is_written_through_links(fol
             path.rename(cache / path.name)
             path.symlink_to(cache / path.name)
         (cache / path.name).chmod(0o444)
-    assert torch.equal(FeatureStore.open(folder).batch(IDS), features)
+    assert torch.equal(FeatureStore(folder).batch(IDS), features)
     write(folder, StoreDtype.BFLOAT16)
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == kept
-    assert FeatureStore.open(folder).dtype is torch.bfloat16
+    assert FeatureStore(folder).dtype is torch.bfloat16
 
 
 def test_where_no_link_is_possible_the_store_is_a_copy(folder, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
     features = write(folder)
-    assert torch.equal(FeatureStore.open(folder).batch(IDS), features)
+    assert torch.equal(FeatureStore(folder).batch(IDS), features)
 
 
 def test_a_pickled_store_maps_the_files_again(folder):
     features = write(folder)
-    sent = pickle.dumps(FeatureStore.open(folder, EXPECTED))
+    sent = pickle.dumps(FeatureStore(folder, EXPECTED))
     assert len(sent) < 2000, "the features themselves do not travel"
     assert torch.equal(pickle.loads(sent)[21], features[4])
 
@@ -250,17 +249,15 @@ def test_a_pickled_store_maps_the_files_again(folder):
 @pytest.mark.parametrize("key", sorted(EXPECTED))
 def test_a_store_of_something_else_is_refused_by_name(folder, key):
     write(folder)
-    FeatureStore.open(folder, EXPECTED)
+    FeatureStore(folder, EXPECTED)
     other = {"num_tokens": 257, "width": 768, "dtype": "bfloat16", "compute_dtype": "bfloat16"}.get(key, "f" * 64)
     with pytest.raises(UserError, match=f"differs: {key} is .*, expected {other!r}.*dvc repro extract-features"):
-        FeatureStore.open(folder, {**EXPECTED, key: other})
-    with pytest.raises(ValueError, match="cannot expect"):
-        FeatureStore.open(folder, {"colour": 1})
+        FeatureStore(folder, {**EXPECTED, key: other})
 
 
 def test_an_unknown_image_is_named(folder):
     write(folder)
-    store = FeatureStore.open(folder)
+    store = FeatureStore(folder)
     with pytest.raises(UserError, match="no features of image 4"):
         store.batch([3, 4])
 
@@ -276,10 +273,9 @@ def test_an_image_that_comes_twice_is_named(folder):
         made = Shard.of(layout(), number)
         made.add(image_ids, features_of(len(image_ids)))
         store.write(made)
-    with pytest.raises(UserError, match="image 8 follows image 8"):
-        store.publish()
-    with pytest.raises(UserError, match="manifest.json: cannot be read"):
-        FeatureStore.open(folder)
+    store.publish()
+    with pytest.raises(UserError, match="00001-of-00003.safetensors: image 8 is in the store twice"):
+        FeatureStore(folder)
 
 
 def test_a_shard_of_too_few_images_is_not_written(folder):
@@ -313,13 +309,13 @@ def test_a_cut_shard_is_refused_before_it_is_mapped(folder):
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
     with pytest.raises(UserError, match="features-00001-of-00003.safetensors: has .* bytes where"):
-        FeatureStore.open(folder)
+        FeatureStore(folder)
     path.write_bytes(b"\xff" * len(whole))
     with pytest.raises(UserError, match="features-00001-of-00003.safetensors: cannot be read"):
-        FeatureStore.open(folder)
+        FeatureStore(folder)
     path.unlink()
     with pytest.raises(UserError, match="features-00001-of-00003.safetensors: cannot be read"):
-        FeatureStore.open(folder)
+        FeatureStore(folder)
 
 
 def test_a_shard_with_another_ones_images_is_refused(folder):
@@ -330,10 +326,10 @@ def test_a_shard_with_another_ones_images_is_refused(folder):
     tensors["checksums"] = torch.zeros(3, dtype=torch.int64)
     save_file(tensors, path)
     with pytest.raises(UserError, match="00001-of-00003.safetensors: image 3 is in the store twice"):
-        FeatureStore.open(folder)
+        FeatureStore(folder)
     save_file({**tensors, "features": tensors["features"].reshape(3, D, T)}, path)
     with pytest.raises(UserError, match="00001-of-00003.safetensors: its tensors are not those"):
-        FeatureStore.open(folder)
+        FeatureStore(folder)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +344,7 @@ def test_a_damaged_manifest_is_refused(folder, text, message):
     write(folder)
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=f"manifest.json: .*{message}"):
-        FeatureStore.open(folder)
+        FeatureStore(folder)
 
 
 def test_manifest_says_what_made_the_store(folder):
@@ -367,14 +363,14 @@ def test_tolerance_is_that_of_the_coarser_of_both_types(folder, stored, computed
     write(folder, StoreDtype(stored))
     manifest = read_sealed(folder / "manifest.json", "", "")
     write_sealed(folder / "manifest.json", {**manifest, "compute_dtype": computed})
-    assert FeatureStore.open(folder).tolerance == tolerance
+    assert FeatureStore(folder).tolerance == tolerance
 
 
 def test_features_are_mapped_not_read(folder):
     if not Path("/proc/self/maps").exists():
         pytest.skip("only Linux lists a process's maps")
     write(folder)
-    store = FeatureStore.open(folder)
+    store = FeatureStore(folder)
     maps = Path("/proc/self/maps").read_text()
     assert all(str(path) in maps for path in folder.glob("*.safetensors")) and len(store) == 7
 
@@ -385,19 +381,19 @@ def test_a_flipped_bit_is_named_when_its_image_is_read(folder, dtype, monkeypatc
     path, ids = folder / NAMES[1], IDS[3:6]
     whole = path.read_bytes()
     begins = 8 + int.from_bytes(whole[:8], "little")
-    healthy = FeatureStore.open(folder).batch(IDS)
+    healthy = FeatureStore(folder).batch(IDS)
     for place in range(begins, len(whole)):
         broken = bytearray(whole)
         broken[place] ^= 1 << place % 8
         path.write_bytes(broken)
         with pytest.raises(UserError, match="damaged at byte|no features of image|in the store twice") as error:
-            FeatureStore.open(folder).batch(ids)
+            FeatureStore(folder).batch(ids)
         assert str(folder) in str(error.value) and "vlm-vqa repair extract-features" in str(error.value)
         if "twice" not in str(error.value):
-            assert torch.equal(FeatureStore.open(folder).batch(IDS[:3]), healthy[:3])
+            assert torch.equal(FeatureStore(folder).batch(IDS[:3]), healthy[:3])
     monkeypatch.setenv(SWITCH, "off")
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    FeatureStore.open(folder).batch(ids)
+    FeatureStore(folder).batch(ids)
 
 
 def test_the_offset_is_that_of_the_image(folder):
@@ -406,8 +402,8 @@ def test_the_offset_is_that_of_the_image(folder):
     bits = bytearray(path.read_bytes())
     begins = 8 + int.from_bytes(bits[:8], "little")
     start = begins + json.loads(bits[8:begins])["features"]["data_offsets"][0]
-    row = FeatureStore.open(folder).layout.image_bytes
+    row = FeatureStore(folder).layout.image_bytes
     bits[start + row] ^= 1
     path.write_bytes(bits)
     with pytest.raises(UserError, match=f"{path.name}: damaged at byte {start + row:,} "):
-        FeatureStore.open(folder).batch(IDS[3:6])
+        FeatureStore(folder).batch(IDS[3:6])

@@ -191,7 +191,7 @@ def test_helm_that_answers_otherwise_than_the_stored_features_is_refused(
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_answers_come_in_the_questions_order_and_images_stay_together(project, records, features, load, batch_size):
     questions = load_questions(records, "val").to_list()[::-1]
-    predictor, store = load("models/export"), FeatureStore.open(features)
+    predictor, store = load("models/export"), FeatureStore(features)
     seen = []
     given = store.batch
     store.batch = lambda ids: seen.extend(ids) or given(ids)

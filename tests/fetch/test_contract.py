@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import ImageNames, ViolationKind
+from vlm_vqa.fetch.contract import ViolationKind, image_name
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import BadRecords, DataParams, Doubtful, Source, TableParams
 
@@ -393,7 +393,7 @@ def test_damage_inside_an_archive_is_named(damage, expected, vqav2_folder, direc
 
 
 def test_a_name_pattern_makes_official_names():
-    names = ImageNames("COCO_val2014_{image_id:012d}.jpg")
-    assert names.name(42) == "COCO_val2014_000000000042.jpg"
-    assert names.name(10**12 - 1) is not None and names.name(10**12) is None
-    assert ImageNames("{image_id}.png").name(10**15) == "1000000000000000.png"
+    coco = "COCO_val2014_{image_id:012d}.jpg"
+    assert image_name(coco, 42) == "COCO_val2014_000000000042.jpg"
+    assert image_name(coco, 10**12 - 1) is not None and image_name(coco, 10**12) is None
+    assert image_name("{image_id}.png", 10**15) == "1000000000000000.png"

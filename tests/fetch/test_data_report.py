@@ -18,7 +18,7 @@ from vlm_vqa.fetch.write_records import fetch
 
 QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
 ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
-VOID = {"meta", "img", "rect"}
+VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
@@ -33,7 +33,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.sources += [value for key, value in attributes if key in ("src", "href")]
-        if tag not in VOID or tag == "rect":
+        if tag not in VOID:
             self.open.append(tag)
         if tag == "tr":
             self._cells = []

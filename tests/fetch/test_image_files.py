@@ -86,7 +86,7 @@ def test_a_folder_that_is_there_is_meant(places):
     files = ImageFiles([places("cat/1.jpg", "dog/2.jpg")])
     with pytest.raises(MissingImage) as caught:
         files.read("dog/1.jpg", 1000)
-    assert "'cat/1.jpg'" in caught.value.hint
+    assert "'cat/1.jpg'" in caught.value.args[1]
 
 
 def test_what_is_no_ending_of_a_picture_is_a_part_of_the_name(places):
@@ -106,7 +106,7 @@ def test_a_missing_one_names_what_is_near(places):
     with pytest.raises(MissingImage) as caught:
         files.read("COCO_val2014_000000000005.jpg", 1000)
     assert "COCO_val2014_000000000005.jpg" in str(caught.value)
-    assert caught.value.hint.startswith("; the nearest of 2 files: '000000000005.jpg'")
+    assert caught.value.args[1].startswith("; the nearest of 2 files: '000000000005.jpg'")
 
 
 @pytest.mark.parametrize(

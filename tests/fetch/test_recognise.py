@@ -90,7 +90,7 @@ def test_one_table_in_any_form(tmp_path, ending):
         write(path, "\ufeff" + mark.join(rows[0]) + f"\n{line}" * 3)
     else:
         write(path, rows if ending == "json" else "\n".join(map(json.dumps, rows)))
-    assert head(path).entries == rows
+    assert head(path) == rows
     write(tmp_path / "photos/a/img_1.jpg", "")
     for given in (path, tmp_path):
         table = recognise(given).data["table"]
@@ -107,7 +107,7 @@ def test_no_more_than_the_head_is_read(tmp_path, monkeypatch):
         "table.csv": "image,question,answer\n" + "\n".join(",".join(row.values()) for row in rows),
     }.items():
         one = head(write(tmp_path / name, text))
-        assert 50 < len(one.entries) <= 100 and one.entries == rows[: len(one.entries)], name
+        assert 50 < len(one) <= 100 and one == rows[: len(one)], name
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_no_more_than_the_head_is_read(tmp_path, monkeypatch):
 def test_what_is_none_is_none(tmp_path, text):
     for ending in ("json", "parquet"):
         path = write(tmp_path / f"a.{ending}", text)
-        assert head(path).entries == [] and refusal(path) is None
+        assert head(path) == [] and refusal(path) is None
 
 
 def test_pictures_of_both_splits_and_what_is_unsure(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image, JpegImagePlugin
 
 from vlm_vqa import params
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import Violations
+from vlm_vqa.fetch.contract import Violations, image_name
 from vlm_vqa.fetch.question_types import answer_type, question_type
 from vlm_vqa.fetch.sources import easy_vqa, open_source
 from vlm_vqa.fetch.sources.official_layout import official_paths, official_split
@@ -102,7 +102,7 @@ def test_images_are_jpegs_of_the_same_pictures(layout, split):
     name, offset = PACKAGE_SPLITS[split]
     assert len(list(paths.images[0].iterdir())) == (4_000 if split == "train" else 1_000)
     for image_id in (0, 7, 999):
-        with Image.open(paths.images[0] / paths.names.name(image_id + offset)) as image:
+        with Image.open(paths.images[0] / image_name(paths.image_name, image_id + offset)) as image:
             assert image.format == "JPEG" and image.size == (64, 64)
             assert JpegImagePlugin.get_sampling(image) == 0  # 4:4:4: colour at every pixel
             ours = np.asarray(image.convert("RGB"), dtype=int)

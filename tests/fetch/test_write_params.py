@@ -138,7 +138,7 @@ def test_what_init_refuses(project, tmp_path, capsys):
     for words, reason in (
         (["gone.csv"], "gone.csv: there is no such file or folder"),
         ([str(project)], "no questions with answers"),
-        ([str(photos(tmp_path))], "the project itself lies in it"),
+        ([str(photos(tmp_path))], "the project lies in it"),
         ([str(tmp_path), "--preset", "huge"], "--preset is 'huge'; it must be one of small, vqav2"),
     ):
         assert main(["init", *words]) == 2

@@ -77,7 +77,7 @@ def write_records(images: dict[int, bytes]) -> None:
         rows.append({**row, "image": {"bytes": data, "path": None}})
     table = datasets.Dataset.from_list(rows, features=records.IMAGE_FEATURES).data.table
     pq.write_table(table, folder / "images-00000-of-00001.parquet", row_group_size=3)
-    seal_records(folder, data_hash="d" * 64)
+    seal_records(folder, data_hash="d" * 64, images=len(images))
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def shades(count: int) -> Iterator[records.ImageRecord]:
 def batches_of(images: Iterable[records.ImageRecord]) -> Iterator[extract.Batch]:
     images = iter(images)
     while batch := list(itertools.islice(images, BATCH)):
-        yield extract.Batch(0, batch)
+        yield 0, batch
 
 
 def decoding_threads() -> list[threading.Thread]:
@@ -175,11 +175,11 @@ def test_stored_features_are_the_live_encoders_bit_for_bit(run_folder, three_thr
     images = noise(10)
     write_records(images)
     extract_features.main()
-    store = FeatureStore.open("data/features")
+    store = FeatureStore("data/features")
     assert torch.equal(store.batch(sorted(images)), live(images))
     encoder = load_encoder(load_params("params.yaml").vision, "cpu")
     expected = {"encoder_hash": encoder.hash, "data_hash": "d" * 64, "dtype": "float32", "num_tokens": 65, "width": 128}
-    FeatureStore.open("data/features", expected)
+    FeatureStore("data/features", expected)
     assert store.manifest["processor"]["image_processor_type"] == "BitImageProcessor"
     assert store.manifest["processor"]["backend"] == "torchvision"
 
@@ -194,7 +194,7 @@ def test_store_dtype_rounds_the_live_features(run_folder):
     images = noise(3)
     write_records(images)
     extract_features.main()
-    store = FeatureStore.open("data/features", {"dtype": "bfloat16"})
+    store = FeatureStore("data/features", {"dtype": "bfloat16"})
     assert torch.equal(store.batch(sorted(images)), live(images).to(torch.bfloat16))
 
 
@@ -209,7 +209,7 @@ def test_real_photographs_become_the_stock_paths_features(run_folder):
     images[1] = as_jpeg(Image.open(io.BytesIO(next(iter(images.values())))).convert("L"))
     write_records(images)
     extract_features.main()
-    store = FeatureStore.open("data/features")
+    store = FeatureStore("data/features")
     assert len(store) == len(images) == 76
     features = store.batch(sorted(images))
     assert torch.equal(features, stock([data for _, data in sorted(images.items())]))
@@ -231,7 +231,7 @@ def test_odd_images_become_the_stock_paths_features(run_folder):
     ]
     write_records(dict(enumerate(files)))
     extract_features.main()
-    assert torch.equal(FeatureStore.open("data/features").batch(range(len(files))), stock(files))
+    assert torch.equal(FeatureStore("data/features").batch(range(len(files))), stock(files))
 
 
 def test_a_photo_is_seen_upright(run_folder):
@@ -243,7 +243,7 @@ def test_a_photo_is_seen_upright(run_folder):
     upright = saved(Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_270), "PNG")
     write_records({1: turned, 2: upright})
     extract_features.main()
-    features = FeatureStore.open("data/features").batch([1, 2])
+    features = FeatureStore("data/features").batch([1, 2])
     assert torch.equal(features, stock([turned, upright])) and torch.equal(features[0], features[1])
     assert not torch.equal(features[:1], stock([saved(Image.fromarray(pixels), "PNG")]))
 
@@ -269,7 +269,7 @@ def test_a_batch_never_reaches_beyond_its_shard(run_folder, monkeypatch):
     write_records(images)
     extract_features.main()
     assert sizes == [4, 2, 4, 2, 3]
-    store = FeatureStore.open("data/features")
+    store = FeatureStore("data/features")
     assert [entry["images"] for entry in store.manifest["shards"]] == [6, 6, 3]
     torch.testing.assert_close(store.batch(sorted(images)), live(images), rtol=1e-4, atol=1e-4)
 
@@ -376,7 +376,8 @@ def test_threads_are_the_user_s_and_the_stage_says_so(run_folder, monkeypatch, c
 
 def test_a_process_that_does_not_come_stops_the_others(run_folder, monkeypatch):
     monkeypatch.setattr(workers, "JOIN_SECONDS", 0.5)
-    monkeypatch.setattr(workers, "_store", lambda size: torch.distributed.HashStore())
+    alone = iter([(torch.distributed.HashStore(), 0, 2)])
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="asks for num_processes 2, but 1 started"):
         workers.join("cpu-ddp")
@@ -389,7 +390,7 @@ def test_a_bad_image_is_named_and_leaves_no_store(run_folder):
     with pytest.raises(UserError, match="81.jpg"):
         extract_features.main()
     with pytest.raises(UserError, match="data/features/manifest.json: cannot be read"):
-        FeatureStore.open("data/features")
+        FeatureStore("data/features")
 
 
 def test_batches_come_in_order_when_later_ones_are_ready_first(three_threads):

@@ -5,9 +5,8 @@ Apart from the other formats of this folder, so that a question about one pictur
 
 import codecs
 import warnings
-from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO
-from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -44,13 +43,6 @@ _OTHERS = {
 """What files are that are met in a picture's place, by their first bytes."""
 
 
-class Opened(NamedTuple):
-    """A picture as people see it, RGB, and what had to be done for that beside decoding, in words."""
-
-    image: Image.Image
-    changes: tuple[str, ...]
-
-
 def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels") -> Image.Image:
     """Decode an image file completely, as people see it: RGB with 8 bits a channel, upright, opaque.
 
@@ -67,11 +59,13 @@ def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_i
     Raises:
         UserError: not an image of these formats, larger than `max_pixels`, cut short or damaged.
     """
-    return open_with_changes(data, name, max_pixels, bound).image
+    return open_with_changes(data, name, max_pixels, bound)[0]
 
 
-def open_with_changes(data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels") -> Opened:
-    """Do as `open_image`, and say what was changed."""
+def open_with_changes(
+    data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels"
+) -> tuple[Image.Image, tuple[str, ...]]:
+    """Do as `open_image`, and say in words what was changed beside decoding."""
     try:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
@@ -85,23 +79,24 @@ def open_with_changes(data: bytes, name: str, max_pixels: int, bound: str = "dat
     except Exception as error:
         if "MAX_TEXT" in str(error) and (smaller := _without_texts(data)) != data:
             return open_with_changes(smaller, name, max_pixels, bound)
-        what = f"it is {_what_it_is(data)}"
-        raise UserError(f"{name}: not a readable image: {what}. {_WANTED}") from error
+        raise UserError(f"{name}: not a readable image: it is {_what_it_is(data)}. {_WANTED}") from error
     raise UserError(
         f"{name}: {width} x {height} is more than {bound} ({max_pixels}). Make the image smaller, or raise the bound if "
         "you trust the file."
     )
 
 
-def _as_seen(image: Image.Image, name: str) -> Opened:
-    """Decode what has been opened."""
+def _as_seen(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
     if image.format == "TIFF":
         _check_tiff(image, name)
+    several, turn = False, None
     # A GIF's second frame is looked for here, and a PNG's EXIF behind the pixels: a damaged one costs no picture.
-    several = image.format != "MPO" and _whole(lambda: image.is_animated, False)  # ty: ignore[missing-attribute]
+    with suppress(Exception):
+        several = image.format != "MPO" and image.is_animated  # ty: ignore[missing-attribute]
     if image.format != "TIFF":
         image.load()
-    turn = _TURNS.get(_whole(lambda: image.getexif().get(ExifTags.Base.Orientation), None))
+    with suppress(Exception):
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     image.load()
     changes = {
         "the first of several frames": several,
@@ -120,7 +115,7 @@ def _as_seen(image: Image.Image, name: str) -> Opened:
         changes["transparent, laid over white"] = seen.getchannel("A").getextrema() != (255, 255)
         seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
     rgb = seen if seen.mode == "RGB" else seen.convert("RGB")
-    return Opened(rgb, tuple(change for change, made in changes.items() if made))
+    return rgb, tuple(change for change, made in changes.items() if made)
 
 
 def _check_tiff(image: Image.Image, name: str) -> None:
@@ -129,13 +124,6 @@ def _check_tiff(image: Image.Image, name: str) -> None:
     # NewSubfileType: the first picture is a small copy of another.
     if image.tag_v2.get(254, 0) & 1:  # ty: ignore[missing-attribute] - TIFFs have it
         raise UserError(f"{name}: a camera's raw file, or one that begins with a small copy. Save it as JPEG or PNG.")
-
-
-def _whole(read: Callable[[], Any], otherwise: Any) -> Any:
-    try:
-        return read()
-    except Exception:  # noqa: BLE001 - as on all damaged bytes
-        return otherwise
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -148,7 +136,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _without_texts(png: bytes) -> bytes:
-    """Return a PNG without its texts and profile."""
     kept, at = [png[:8]], 8
     while at < len(png):
         end = at + 12 + int.from_bytes(png[at : at + 4], "big")

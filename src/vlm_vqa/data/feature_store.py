@@ -26,7 +26,7 @@ from vlm_vqa.sealed import checks_blocks, checksum, damaged, read_sealed
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-# What `FeatureStore.open` can be told to expect, with what error messages call it.
+# What `FeatureStore` can be told to expect, with what error messages call it.
 EXPECTABLE = {
     "encoder_hash": "the encoder (weights, config or processor settings)",
     "data_hash": "the data",
@@ -38,8 +38,6 @@ EXPECTABLE = {
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-2, "bfloat16": 1e-1}
 """How far features in a type may be from those of the same encoder in float32, in parts of the largest magnitude."""
 _SHARD_BYTES = 256 * 2**20
-_HEADER_BYTES = 512
-"""More than safetensors' header of a shard takes."""
 _REMAKE = make_again("extract-features")
 
 
@@ -64,7 +62,7 @@ class Layout:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of an image's features, without its id."""
+        """Bytes of an image's features."""
         return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.tensors.values())
 
     @property
@@ -86,7 +84,8 @@ class Layout:
 
     def disk_bytes(self, number: int) -> int:
         """Return the most bytes that a shard's file takes."""
-        return len(self.places(number)) * (self.image_bytes + 16) + _HEADER_BYTES
+        # The header of a shard takes less than 512.
+        return len(self.places(number)) * (self.image_bytes + 16) + 512
 
 
 def checksum_of(tensors: Mapping[str, np.ndarray], row: int, image_id: int) -> int:
@@ -104,39 +103,23 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path, expected: dict[str, Any] | None = None):
-        """See `open`."""
+        """Map a finished store; `expected` has some of the keys of `EXPECTABLE`, dtypes by name, such as "float32".
+
+        Raises:
+            UserError: it is missing, unfinished, damaged, or not what is expected; the message names what differs.
+        """
         self._folder, self._expected = Path(folder), expected
-        self.manifest = _read_manifest(self._folder)
-        _check_expected(self._folder, self.manifest, expected or {})
+        self.manifest = _read_manifest(self._folder, expected or {})
         self.num_tokens: int = self.manifest["num_tokens"]
         self.width: int = self.manifest["width"]
         self.layout = Layout(self.manifest["images"], self.num_tokens, self.width, StoreDtype(self.manifest["dtype"]))
         # Each shard's tensors, by name, and the checksums of its images.
-        self._shards: list[dict[str, np.ndarray]] = []
-        self._checksums: list[np.ndarray] = []
+        self._shards: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
         self._checked = checks_blocks()
         # Where an image lies: shard and row.
         self._places: dict[int, tuple[int, int]] = {}
         for entry in self.manifest["shards"]:
             self._map_shard(entry)
-        if len(self._places) != self.manifest["images"]:
-            raise UserError(
-                f"{self._folder}: holds {len(self._places)} different images where its manifest says "
-                f"{self.manifest['images']}. {_REMAKE}"
-            )
-
-    @classmethod
-    def open(cls, folder: str | Path, expected: dict[str, Any] | None = None) -> "FeatureStore":
-        """Map a finished store.
-
-        Args:
-            folder: where the writer put it.
-            expected: some of the keys of `EXPECTABLE`; dtypes by name, such as "float32".
-
-        Raises:
-            UserError: it is missing, unfinished, damaged, or not what is expected; the message names what differs.
-        """
-        return cls(folder, expected)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -156,11 +139,7 @@ class FeatureStore:
         return max(TOLERANCE[self.layout.dtype.value], TOLERANCE[self.manifest.get("compute_dtype", "float32")])
 
     def __getitem__(self, image_id: int) -> Tensor:
-        """[T, D] as `batch`.
-
-        Raises:
-            UserError: there is no such image.
-        """
+        """[T, D], and errors, as `batch`."""
         return self.batch([image_id])[0]
 
     def batch(self, image_ids: Sequence[int]) -> Tensor:
@@ -177,8 +156,8 @@ class FeatureStore:
                 shard, row = self._places[int(image_id)]
             except KeyError:
                 raise UserError(f"{self._folder}: has no features of image {image_id}. {_REMAKE}") from None
-            tensors = self._shards[shard]
-            if self._checked and checksum_of(tensors, row, int(image_id)) != int(self._checksums[shard][row]) % 2**64:
+            tensors, checksums = self._shards[shard]
+            if self._checked and checksum_of(tensors, row, int(image_id)) != int(checksums[row]) % 2**64:
                 raise self._damaged(shard, row)
             target_TD[:] = tensors["features"][row]
             if "scales" in tensors:
@@ -208,15 +187,14 @@ class FeatureStore:
             if image_id in self._places:
                 raise UserError(f"{path}: image {image_id} is in the store twice. {_REMAKE}")
             self._places[image_id] = (len(self._shards), row)
-        self._shards.append({name: as_array(tensor) for name, tensor in tensors.items()})
-        self._checksums.append(checksums.numpy())
+        self._shards.append(({name: as_array(tensor) for name, tensor in tensors.items()}, checksums.numpy()))
 
     def _damaged(self, shard: int, row: int) -> UserError:
         path = self._folder / self.manifest["shards"][shard]["file"]
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")
             start = json.loads(file.read(header))["features"]["data_offsets"][0]
-        return damaged(path, 8 + header + start + row * self._shards[shard]["features"][row].nbytes, _REMAKE)
+        return damaged(path, 8 + header + start + row * self._shards[shard][0]["features"][row].nbytes, _REMAKE)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -224,23 +202,18 @@ def as_array(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = read_sealed(path, "a manifest of features", _REMAKE)
     if (version := manifest["schema_version"]) != SCHEMA_VERSION:
         raise UserError(f"{path}: features of version {version}; this code reads version {SCHEMA_VERSION}. {_REMAKE}")
-    return manifest
-
-
-def _check_expected(folder: Path, manifest: dict[str, Any], expected: dict[str, Any]) -> None:
-    if unknown := expected.keys() - EXPECTABLE.keys():
-        raise ValueError(f"cannot expect {sorted(unknown)} of a feature store")
-    differing = [key for key in EXPECTABLE if key in expected and manifest.get(key) != expected[key]]
+    differing = [
+        f"{EXPECTABLE[key]} differs: {key} is {manifest.get(key)!r}, expected {value!r}"
+        for key, value in expected.items()
+        if manifest.get(key) != value
+    ]
     if differing:
-        details = "; ".join(
-            f"{EXPECTABLE[key]} differs: {key} is {manifest.get(key)!r}, expected {expected[key]!r}"
-            for key in differing
-        )
         raise UserError(
-            f"{folder}: these features do not belong to this run. {details}. Run `dvc repro extract-features`."
+            f"{folder}: these features do not belong to this run. {'; '.join(differing)}. Run `dvc repro extract-features`."
         )
+    return manifest

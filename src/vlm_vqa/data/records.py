@@ -29,21 +29,14 @@ SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 REPORT = "report.html"
 
+_TEXT = datasets.Value("string")
 QUESTION_FEATURES = datasets.Features(
-    {
-        "question_id": datasets.Value("int64"),
-        "image_id": datasets.Value("int64"),
-        "question": datasets.Value("string"),
-        "question_type": datasets.Value("string"),
-        "answer_type": datasets.Value("string"),
-        "multiple_choice_answer": datasets.Value("string"),
-        # One to n each, in their file's order; confidences are empty where nobody gave any.
-        "answers": datasets.Sequence(datasets.Value("string")),
-        "answer_confidences": datasets.Sequence(datasets.Value("string")),
-        # What the source calls them, where that is no whole number or was not distinct.
-        "original_question_id": datasets.Value("string"),
-        "original_image_id": datasets.Value("string"),
-    }
+    dict.fromkeys(("question_id", "image_id"), datasets.Value("int64"))
+    | dict.fromkeys(("question", "question_type", "answer_type", "multiple_choice_answer"), _TEXT)
+    # One to n each, in their file's order; confidences are empty where nobody gave any.
+    | dict.fromkeys(("answers", "answer_confidences"), datasets.Sequence(_TEXT))
+    # What the source calls them, where that is no whole number or was not distinct.
+    | dict.fromkeys(("original_question_id", "original_image_id"), _TEXT)
 )
 IMAGE_FEATURES = datasets.Features(
     {
@@ -69,21 +62,17 @@ class ImageRecord(NamedTuple):
 
 def questions_file(split: str) -> str:
     """Return the name of a split's file of questions; `split` is one of `SPLITS`."""
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is not one of {SPLITS}")
     return f"questions-{split}.parquet"
 
 
 def load_questions(folder: str | Path, split: str, columns: list[str] | None = None) -> datasets.Dataset:
     """Return a split's questions in memory, in the order of its questions file; columns are `QUESTION_FEATURES`, or some.
 
-    Nothing is copied into a cache of `datasets`.
-
     Raises:
         UserError: the file is missing, damaged or of another schema.
     """
     path = Path(folder) / questions_file(split)
-    with _open_parquet(path, QUESTION_FEATURES, _files(folder)) as file:
+    with _open_parquet(path, QUESTION_FEATURES, read_manifest(folder)["files"]) as file:
         try:
             table = file.read(columns)
         except (OSError, pa.ArrowException) as error:
@@ -91,23 +80,36 @@ def load_questions(folder: str | Path, split: str, columns: list[str] | None = N
     return datasets.Dataset(InMemoryTable(table), split=datasets.NamedSplit(split))
 
 
-def iter_images(folder: str | Path) -> Iterator[ImageRecord]:
-    """Yield every image by ascending `image_id`; one row group is in memory at a time.
+def iter_images(folder: str | Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[ImageRecord]:
+    """Yield images by ascending `image_id`, all or those from place `start` up to, without it, place `stop`.
+
+    Only the row groups that hold them are read, and one is in memory at a time.
 
     Raises:
         UserError: a shard is missing, damaged or of another schema.
     """
-    return images_between(folder, 0, sys.maxsize)
-
-
-def count_images(folder: str | Path) -> int:
-    """Return the number of images that `iter_images` yields, from the shards' footers alone."""
-    total = 0
-    files = _files(folder)
-    for path in _image_shards(folder):
+    first, files = 0, read_manifest(folder)["files"]
+    paths = [Path(folder) / name for name in sorted(files) if name.startswith("images-")]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise UserError(f"{folder}: the image files are not complete ({', '.join(missing)} missing). {_REMAKE}")
+    for path in paths:
+        if first >= stop:
+            return
         with _open_parquet(path, IMAGE_FEATURES, files) as file:
-            total += file.metadata.num_rows
-    return total
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                wanted = range(max(start - first, 0), min(stop - first, rows))
+                first += rows
+                if not wanted:
+                    continue
+                try:
+                    columns = file.read_row_group(group, columns=["image_id", "file_name", "image"])
+                except (OSError, pa.ArrowException) as error:
+                    damage = f"row group {group} cannot be read ({_in_a_line(error)})"
+                    raise UserError(f"{path}: {damage}. {_REMAKE}") from error
+                columns = columns.slice(wanted.start, len(wanted)).to_pydict()
+                for image_id, file_name, image in zip(*columns.values(), strict=True):
+                    yield ImageRecord(image_id, file_name, image["bytes"])
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -144,10 +146,8 @@ def said_answers(answers: Sequence[str]) -> list[str]:
 
 
 def manifest_for_a_look(folder: str | Path) -> dict[str, Any] | None:
-    """Return the manifest for who only looks ahead, None where there is none; one that cannot be read is warned of.
-
-    Records that are damaged, or of an earlier version of this code, are made anew by the first stage.
-    """
+    """Return the manifest for who only looks ahead, None where there is none; one that cannot be read, which the first
+    stage makes anew, is warned of."""
     if not (Path(folder) / MANIFEST).is_file():
         return None
     try:
@@ -155,20 +155,6 @@ def manifest_for_a_look(folder: str | Path) -> dict[str, Any] | None:
     except UserError as error:
         log.warning("%s", error)
         return None
-
-
-def _files(folder: str | Path) -> dict[str, Any]:
-    return read_manifest(folder)["files"]
-
-
-def _image_shards(folder: str | Path) -> list[Path]:
-    """Return the image files in order, complete."""
-    paths = sorted(Path(folder).glob("images-*.parquet"))
-    names = [path.name for path in paths]
-    if not paths or names != [image_shard(index, len(paths)) for index in range(len(paths))]:
-        found = ", ".join(names) if names else "none"
-        raise UserError(f"{folder}: the image files are not complete (found: {found}). {_REMAKE}")
-    return paths
 
 
 def image_shard(index: int, count: int) -> str:
@@ -182,8 +168,6 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _open_parquet(path: Path, features: datasets.Features, files: dict[str, Any]) -> pq.ParquetFile:
-    if path.name not in files:
-        raise UserError(f"{path}: not among the files that {MANIFEST} names. {_REMAKE}")
     try:
         file = pq.ParquetFile(open_checked(path, files[path.name], _REMAKE))
     except FileNotFoundError as error:
@@ -194,32 +178,3 @@ def _open_parquet(path: Path, features: datasets.Features, files: dict[str, Any]
         file.close()
         raise UserError(f"{path}: columns are not those of the records ({file.schema_arrow.names}). {_REMAKE}")
     return file
-
-
-def images_between(folder: str | Path, start: int, stop: int) -> Iterator[ImageRecord]:
-    """Yield the images from place `start` up to, without it, place `stop` of `iter_images`.
-
-    Only the row groups that hold them are read, and one is in memory at a time.
-
-    Raises:
-        UserError: a shard is missing, damaged or of another schema.
-    """
-    first, files = 0, _files(folder)
-    for path in _image_shards(folder):
-        if first >= stop:
-            return
-        with _open_parquet(path, IMAGE_FEATURES, files) as file:
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                wanted = range(max(start - first, 0), min(stop - first, rows))
-                first += rows
-                if not wanted:
-                    continue
-                try:
-                    columns = file.read_row_group(group, columns=["image_id", "file_name", "image"])
-                    columns = columns.slice(wanted.start, len(wanted)).to_pydict()
-                except (OSError, pa.ArrowException) as error:
-                    damage = f"row group {group} cannot be read ({_in_a_line(error)})"
-                    raise UserError(f"{path}: {damage}. {_REMAKE}") from error
-                for image_id, file_name, image in zip(*columns.values(), strict=True):
-                    yield ImageRecord(image_id, file_name, image["bytes"])

@@ -74,7 +74,7 @@ def evaluate(
     others = shuffled_images((row["image_id"] for row in questions), params.seed)
     manifest = read_manifest(folders.records)
     metric = metric_of(manifest)
-    store = FeatureStore.open(folders.features, {"data_hash": manifest["data_hash"]})
+    store = FeatureStore(folders.features, {"data_hash": manifest["data_hash"]})
 
     helm = _ask_helm([questions[at] for at in at_helm], params.evaluation, folders, environment)
     predictor = load_predictor(folders.export, max_new_tokens=params.evaluation.max_new_tokens)

@@ -4,10 +4,10 @@ Legend of shape suffixes: N images, C channels, H and W pixels.
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,19 +22,10 @@ MOST_THREADS = 8
 """That decode: each holds a batch of images' pixels, and some of the work holds Python's lock."""
 
 
-class Batch(NamedTuple):
-    """Images of one shard; the last batch of a shard may have fewer than the others."""
-
-    shard: int
-    images: list[ImageRecord]
-
-
-class Prepared(NamedTuple):
-    """What the model reads of a batch: float32 [N, C, H, W]."""
-
-    shard: int
-    image_ids: list[int]
-    pixels_NCHW: Tensor
+Batch = tuple[int, list[ImageRecord]]
+"""A shard's number and some of its images; its last batch may have fewer than the others."""
+Prepared = tuple[int, list[int], Tensor]
+"""The same with the images' ids, and what the model reads of them: float32 [N, C, H, W]."""
 
 
 def extract(
@@ -61,10 +52,10 @@ def extract(
         for number in numbers:
             images = iter(images_of(writer.layout.places(number)))
             while batch := list(itertools.islice(images, batch_size)):
-                yield Batch(number, batch)
+                yield number, batch
 
     def shards(prepared: Iterable[Prepared]) -> Iterator[Shard]:
-        for number, parts in itertools.groupby(prepared, lambda part: part.shard):
+        for number, parts in itertools.groupby(prepared, operator.itemgetter(0)):
             shard = Shard.of(writer.layout, number)
             for _, image_ids, pixels_NCHW in parts:
                 shard.add(image_ids, encoder.encode_pixels(pixels_NCHW))
@@ -83,16 +74,14 @@ def preprocessed(batches: Iterable[Batch], encoder: Encoder, max_pixels: int) ->
     there are threads. A thread holds one decoded image at a time. Close the iterator when you leave it early: that ends
     the threads.
 
-    Yields:
-        The batches in order; an error of a batch is raised in its turn.
-
     Raises:
-        UserError: an image cannot be decoded or is larger than `max_pixels`.
+        UserError: an image cannot be decoded or is larger than `max_pixels`; in its batch's turn.
     """
 
     def prepare(batch: Batch) -> Prepared:
-        decoded = (open_image(image.data, image.file_name, max_pixels) for image in batch.images)
-        return Prepared(batch.shard, [image.image_id for image in batch.images], encoder.preprocess(decoded))
+        shard, images = batch
+        decoded = (open_image(image.data, image.file_name, max_pixels) for image in images)
+        return shard, [image.image_id for image in images], encoder.preprocess(decoded)
 
     threads = min(MOST_THREADS, torch.get_num_threads())
     # torch's number of threads is each thread's own: without this every decoding one would start a team.

@@ -45,7 +45,7 @@ class WorkerGroup:
         self.store.set(key, json.dumps(value))
 
     def wait_for(self, key: str) -> Any:
-        """Return what a process has broadcast, or this one; wait until it is there."""
+        """Return what a process has broadcast; wait until it is there."""
         while not self.store.check([key]):
             time.sleep(POLL_SECONDS)
         return json.loads(self.store.get(key))
@@ -83,18 +83,14 @@ def join(launch: str, folder: str | Path = "launch") -> WorkerGroup:
         torch.cuda.set_device(device)
     threads = cores.threads(size)
     torch.set_num_threads(threads.count)
-    group = WorkerGroup(rank, size, device, _store(size), threads)
+    store: distributed.Store = distributed.HashStore()
+    if size > 1:
+        # torchrun describes its store in the environment.
+        store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+    group = WorkerGroup(rank, size, device, distributed.PrefixStore("extract-features", store), threads)
     group.add("arrived", 1)
     latest = time.monotonic() + JOIN_SECONDS
     while group.add("arrived") < size and time.monotonic() < latest:
         time.sleep(POLL_SECONDS)
     asked.compare({"num_processes": size}, {"num_processes": group.add("arrived")})
     return group
-
-
-def _store(size: int) -> distributed.Store:
-    """Connect to the store that torchrun describes in the environment; a process alone has its own."""
-    if size == 1:
-        return distributed.HashStore()
-    store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
-    return distributed.PrefixStore("extract-features", store)

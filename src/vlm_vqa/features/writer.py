@@ -1,16 +1,15 @@
-"""Writes a feature store: shards that any number of processes make, in any order, over any number of runs.
-
-Until all shards are there they lie beside the store, where DVC does not remove them before it runs the stage again.
+"""Writes a feature store. Until all shards are there they lie beside it, where DVC does not remove them before it runs the
+stage again.
 
 Legend of shape suffixes: N images, T tokens an image, D width.
 """
 
-import itertools
 import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ from vlm_vqa.hashing import hash_json, sha256_file
 from vlm_vqa.params import StoreDtype
 from vlm_vqa.sealed import PART, aside, read_sealed, write_sealed
 
-_HASHING_THREADS = 8
-_REMAKE = make_again("extract-features")
 _RECORDS = make_again("fetch-vqav2")
 
 logger = logging.getLogger(__name__)
@@ -61,8 +58,7 @@ class Shard:
         place = slice(len(self.image_ids), len(self.image_ids) + len(image_ids))
         for name, values in stored.items():
             room = self.tensors[name][place]
-            if room.shape != values.shape:
-                raise ValueError(f"{name} of shape {tuple(values.shape)} where there is room for {tuple(room.shape)}")
+            assert room.shape == values.shape, f"{name}: no room for {tuple(values.shape)} in {tuple(room.shape)}"
             room.copy_(values)
         # NaN and infinity are those of the token's scale.
         finite_N = torch.isfinite(stored.get("scales", stored["features"])).flatten(1).all(1).tolist()
@@ -109,13 +105,10 @@ class FeatureStoreWriter:
     ):
         """
         Args:
-            folder: where the store is to be.
             made_by: goes into the manifest as it is; holds `encoder_hash`, `data_hash` and `compute_dtype`.
             computed_by: what else decides the bytes: another value makes no use of the shards of an earlier run.
         """
-        self.layout = layout
-        self._folder = Path(folder)
-        self._made_by = made_by
+        self.layout, self._folder, self._made_by = layout, Path(folder), made_by
         described = asdict(layout) | {"dtype": layout.dtype.value}
         self._root = self._folder.with_name(f"{self._folder.name}.parts")
         self._parts = self._root / hash_json([SCHEMA_VERSION, described, made_by, computed_by])[:16]
@@ -141,7 +134,7 @@ class FeatureStoreWriter:
                 shutil.rmtree(other)
         for unfinished in self._parts.glob(f"*{PART}"):
             unfinished.unlink()
-        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        with ThreadPoolExecutor(8, "hash") as pool:
             whole = list(pool.map(self._is_whole, range(self.layout.shards)))
         missing = [number for number, done in enumerate(whole) if not done]
         if any(whole):
@@ -150,11 +143,7 @@ class FeatureStoreWriter:
         return missing
 
     def write(self, shard: Shard) -> None:
-        """Write a shard and seal it; may be called in any process or thread.
-
-        Raises:
-            UserError: it does not have all of its images.
-        """
+        """Write a shard and seal it, in any process or thread; one without all of its images is a `UserError`."""
         expected, found = len(self.layout.places(shard.number)), len(shard.image_ids)
         if found != expected:
             raise UserError(f"shard {shard.number}: {found} images came where the records count {expected}. {_RECORDS}")
@@ -162,25 +151,17 @@ class FeatureStoreWriter:
         with aside(path) as part:
             save_file({**shard.tensors, **shard.index()}, part)
             part.chmod(0o644)  # safetensors makes files that only their owner can read
-            ids = shard.image_ids
-            seal = {"bytes": part.stat().st_size, "sha256": sha256_file(part), "first": ids[0], "last": ids[-1]}
+            seal = {"file": path.name, "images": found, "bytes": part.stat().st_size, "sha256": sha256_file(part)}
         write_sealed(path.with_suffix(".json"), seal)
 
     def publish(self) -> None:
-        """Make the store of all shards, then remove them beside it.
-
-        Raises:
-            UserError: an image is in two shards.
-        """
-        seals = [self._seal(number) for number in range(self.layout.shards)]
-        for one, other in itertools.pairwise(seals):
-            if other["first"] <= one["last"]:
-                raise UserError(f"image {other['first']} follows image {one['last']}; ids must ascend. {_RECORDS}")
-        shards = []
-        for number, seal in enumerate(seals):
-            name, images = self.layout.name(number), len(self.layout.places(number))
-            _link(self._parts / name, self._folder / name)
-            shards.append({"file": name, "images": images, "bytes": seal["bytes"], "sha256": seal["sha256"]})
+        """Make the store of all shards, then remove them beside it."""
+        shards = [self._seal(number) for number in range(self.layout.shards)]
+        for name in (shard["file"] for shard in shards):
+            try:
+                (self._folder / name).hardlink_to(self._parts / name)
+            except OSError:  # where links are not supported
+                shutil.copyfile(self._parts / name, self._folder / name)
         manifest = {
             **self._made_by,
             "schema_version": SCHEMA_VERSION,
@@ -194,17 +175,15 @@ class FeatureStoreWriter:
         shutil.rmtree(self._root)
 
     def _seal(self, number: int) -> dict[str, Any]:
-        return read_sealed((self._parts / self.layout.name(number)).with_suffix(".json"), "a shard's seal", _REMAKE)
+        path = (self._parts / self.layout.name(number)).with_suffix(".json")
+        return read_sealed(path, "a shard's seal", make_again("extract-features"))
 
     def _is_whole(self, number: int) -> bool:
         """Whether a shard is there as it was sealed; what is left of one that is not goes."""
         part = self._parts / self.layout.name(number)
-        try:
-            seal = self._seal(number)
-            if part.stat().st_size == seal["bytes"] and sha256_file(part) == seal["sha256"]:
+        with suppress(OSError, UserError):
+            if sha256_file(part) == self._seal(number)["sha256"]:
                 return True
-        except (OSError, UserError):
-            pass
         if part.exists():
             logger.info("%s: not whole; it is made again", part)
         for left in (part, part.with_suffix(".json")):
@@ -214,7 +193,8 @@ class FeatureStoreWriter:
     def _check_disk(self, missing: Sequence[int]) -> None:
         """Refuse to begin what the disk cannot take; a disk that cannot be written raises its own error."""
         needed = {self._parts: sum(map(self.layout.disk_bytes, missing))}
-        logger.info("%d of %d shards to write, %s", len(missing), self.layout.shards, _size(needed[self._parts]))
+        size = needed[self._parts] / 2**20
+        logger.info("%d of %d shards to write, %.1f MiB", len(missing), self.layout.shards, size)
         if self._folder.stat().st_dev != self._parts.stat().st_dev:
             # There are no links from one file system to another: it takes whole copies.
             needed[self._folder] = sum(map(self.layout.disk_bytes, range(self.layout.shards)))
@@ -223,19 +203,7 @@ class FeatureStoreWriter:
             free = shutil.disk_usage(folder).free
             if wanted > free:
                 raise UserError(
-                    f"{folder}: the disk is full before the features are written: {_size(wanted)} more are needed, "
-                    f"{_size(free)} are free. Free some space, or set vision.store_dtype to int8 (half of 16 bits), then "
-                    "run `dvc repro` again."
+                    f"{folder}: the disk is full before the features are written: {wanted / 2**20:,.1f} MiB more are "
+                    f"needed, {free / 2**20:,.1f} are free. Free some space, or set vision.store_dtype to int8 (half of 16 "
+                    "bits), then run `dvc repro` again."
                 )
-
-
-def _link(part: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where links are not supported; `target` does not exist."""
-    try:
-        target.hardlink_to(part)
-    except OSError:
-        shutil.copyfile(part, target)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

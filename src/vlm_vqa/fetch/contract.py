@@ -1,7 +1,6 @@
 """What data must hold before anything is made of it.
 
-Every violation is collected, so that one run shows all that is wrong, each with its file and id; the end is one
-`UserError`. The remedy of each kind stands beside its name in `ViolationKind`.
+Every violation is collected, so that one run shows all that is wrong, each with its file and id; the end is one `UserError`.
 """
 
 import sys
@@ -84,18 +83,16 @@ class ViolationKind(Enum):
     )
 
     def __init__(self, label: str, remedy: str, of_record: bool = False):
-        self.label = label
-        self.remedy = remedy
-        self.of_record = of_record
+        self.label, self.remedy, self.of_record = label, remedy, of_record
 
 
 class Violations:
     """All that is wrong with the data. Bad records are violations too, or they are dropped and noted."""
 
     def __init__(self, data: DataParams | None = None) -> None:
-        self._most_dropped = data.most_dropped if data and data.bad_records is BadRecords.DROP else None
-        self.drops = self._most_dropped is not None
+        self.drops = data is not None and data.bad_records is BadRecords.DROP
         """Whether bad records are dropped."""
+        self._most_dropped = data.most_dropped if data else 0.0
         self.found: defaultdict[ViolationKind, list[str]] = defaultdict(list)
         self._dropped = {split: self.found.copy() for split in SPLITS}
         self.split: str | None = None
@@ -103,22 +100,21 @@ class Violations:
 
     def add(self, kind: ViolationKind, text: str) -> None:
         """Note one violation; `text` names its file and id."""
-        drop = kind.of_record and self.split is not None and self.drops
-        found = (self._dropped[str(self.split)] if drop else self.found)[kind]
+        found = (self._dropped[self.split] if kind.of_record and self.split and self.drops else self.found)[kind]
         # A file that holds questions and answers is read as both.
         if kind.of_record or text not in found[:_SHOWN_PER_KIND]:
             found.append(text)
 
-    def settle(self, questions: int) -> None:
+    def settle(self, split: str, questions: int) -> None:
         """End a split, of which `questions` are left: refuse it where more was dropped than may be."""
-        dropped = self._dropped[str(self.split)]
+        self.split = None
+        dropped = self._dropped[split]
         total = (count := sum(map(len, dropped.values()))) + questions
-        if self._most_dropped is not None and count > self._most_dropped * total:
-            share = f"{count} of {total} records of {self.split} are bad; data.most_dropped is {self._most_dropped:g}"
-            self.found[ViolationKind.TOO_MANY_DROPPED].append(share)
+        if count > self._most_dropped * total:
+            share = f"{count} of {total} records of {split} are bad; data.most_dropped is {self._most_dropped:g}"
+            self.add(ViolationKind.TOO_MANY_DROPPED, share)
             for kind, texts in dropped.items():
                 self.found[kind] += texts
-        self.split = None
 
     def dropped_records(self, split: str) -> list[str]:
         """Return what was dropped of a split, each with its reason."""
@@ -128,7 +124,7 @@ class Violations:
         return sum(map(len, self.found.values()))
 
     def raise_if_any(self) -> None:
-        """Raise one `UserError` that lists every kind with its count, its first cases and its remedy."""
+        """Raise one `UserError` with `text`."""
         if self:
             raise UserError(self.text())
 
@@ -155,9 +151,6 @@ class MalformedRecord(Exception):
     def __init__(self, kind: ViolationKind, text: str):
         super().__init__(text)
         self.kind = kind
-
-
-# --- what every source ends as ------------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -202,20 +195,13 @@ def answered(question: str, given: Any, kinds: Sequence[str], main: str) -> dict
     """Return the part of a record that is about the answers; what is not given is filled in.
 
     The taught answer is the main one where it is given, else the most common one that says something, the earlier first.
-
-    Args:
-        question: in whose words the question's type is found.
-        given: (answers, confidences); the latter are empty where none is given.
-        kinds: (question type, answer type), blank where not given.
-        main: the main answer, blank where not given.
+    `given` is what `read_answers` returns, `kinds` the types of question and answer; what is blank is not given.
     """
     answers, confidences = given
     if not any(map(str.strip, answers)):
         raise MalformedRecord(ViolationKind.NO_ANSWER, f"its answers are {list(answers)!r:.60}")
-    taught = main
-    if not taught.strip():
-        said = Counter(filter(str.strip, answers))
-        taught = max(said, key=said.__getitem__)
+    # Equal counts stay in the order of the answers.
+    taught = main if main.strip() else Counter(filter(str.strip, answers)).most_common(1)[0][0]
     return {
         "question_type": sys.intern(kinds[0] or question_type(question)),
         "answer_type": sys.intern(kinds[1] or answer_type(taught)),
@@ -235,44 +221,23 @@ def as_question(value: Any) -> str:
 def read_answers(items: Sequence[Any], text: Callable[[Any, str], str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return answers, and how sure who gave them was: none where it is nowhere said.
 
-    Args:
-        items: texts, or objects with `answer` and `answer_confidence`.
-        text: makes text of a value that is called so, or raises `MalformedRecord`.
+    Items are texts, or objects with `answer` and `answer_confidence`; `text` makes a text of a value that is called so.
     """
-    sure: list[Any] = [item.get("answer_confidence") if isinstance(item, dict) else None for item in items]
-    said = [item.get("answer") if isinstance(item, dict) else item for item in items]
-    return _texts(said, "an answer", text), _texts(sure, "answer_confidence", text) if any(sure) else ()
+    given = [item if isinstance(item, dict) else {"answer": item} for item in items]
+    # Interned, because a few thousand different strings make up VQAv2's 13 million.
+    said = tuple(sys.intern(text(one.get("answer"), "an answer")) for one in given)
+    sure = tuple(sys.intern(text(one.get("answer_confidence") or None, "answer_confidence")) for one in given)
+    return said, sure if any(sure) else ()
 
 
-def _texts(values: list[Any], what: str, text: Callable[[Any, str], str]) -> tuple[str, ...]:
-    try:
-        if all(map(str.isascii, values)):
-            # Nearly always. Interned, because a few thousand different strings make up VQAv2's 13 million.
-            return tuple(map(sys.intern, values))
-    except TypeError:
-        pass
-    return tuple(sys.intern(text(value, what)) for value in values)
-
-
-class ImageNames:
-    """File names of images, as a format string of the image id makes them: `COCO_train2014_{image_id:012d}.jpg`."""
-
-    def __init__(self, pattern: str):
-        """`pattern` matches `vlm_vqa.params.IMAGE_NAME`, as `load_params` has checked."""
-        found = IMAGE_NAME.fullmatch(pattern)
-        assert found is not None, pattern
-        self.pattern = pattern
-        # Without a width any id fits.
-        self._digits = int(found[1]) if found[1] else sys.maxsize
-
-    def name(self, image_id: int) -> str | None:
-        """Return the image's file name, or None where the id has more digits than the pattern."""
-        return self.pattern.format(image_id=image_id) if len(str(image_id)) <= self._digits else None
+def image_name(pattern: str, image_id: int) -> str | None:
+    """Return an image's file name by `params.IMAGE_NAME`'s pattern; None where the id has more digits than that has."""
+    found = IMAGE_NAME.fullmatch(pattern)
+    assert found is not None, "load_params has checked it"
+    # Without a width any id fits.
+    return pattern.format(image_id=image_id) if not found[1] or len(str(image_id)) <= int(found[1]) else None
 
 
 def is_text(value: Any) -> bool:
     """Tell text from other values, and from halves of a character: JSON can hold them, files cannot."""
-    if not isinstance(value, str):
-        return False
-    # The first question is answered at once, for nearly every string.
-    return value.isascii() or not any("\ud800" <= mark <= "\udfff" for mark in value)
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= mark <= "\udfff" for mark in value))

@@ -6,7 +6,7 @@ are made here; words and markup stand in `data_report.html.j2`, which escapes ev
 
 import base64
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from statistics import median_low
@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics, mean, total
+from vlm_vqa.params import flatten
 
 ALIKE_SHOWN = 12
 """Pairs of pictures that look alike."""
@@ -29,24 +30,18 @@ _COLOURS = ("#3b6fb6", "#e08a3c")
 def render_report(
     manifest: Mapping[str, Any], splits: Mapping[str, QuestionStatistics], images: ImageStatistics, max_pixels: int
 ) -> str:
-    """Return the page as HTML.
-
-    Args:
-        manifest: as `records.read_manifest` describes it, but for `files`.
-        splits: what was counted, by split.
-        images: what was counted over both splits, with the pictures of all examples.
-        max_pixels: bound on the pictures, as for `decoding.open_image`.
-    """
+    """Return the page as HTML: of the records' manifest, of what was counted by split, and of the images of both splits,
+    with the pictures of all examples; `max_pixels` is as for `decoding.open_image`."""
     folder = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": _flatten}
-    pages.globals |= {"shares": _shares, "columns": _columns, "mean": mean, "some": _some, "total": total}  # ty: ignore[unsupported-operator] - typed by jinja2's own
+    pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": flatten}
+    pages.globals |= {"shares": _shares, "mean": mean, "some": _some, "total": total}  # ty: ignore[unsupported-operator] - typed by jinja2's own
     return pages.get_template("data_report.html.j2").render(
         manifest=manifest,
         splits=splits,
         colours=_COLOURS,
         humans=max(max(counted.humans) for counted in splits.values()),
-        images=_images(images) | _doubts(manifest["pictures"], images.images),
+        images=_images(images, manifest["pictures"]),
         alike=images.alike[:ALIKE_SHOWN],
         pictures=images.pictures,
         thumbnail=lambda image_id: _thumbnail(images.pictures[image_id], str(image_id), max_pixels),
@@ -59,91 +54,45 @@ def _some(count: int, total: int) -> str:
 
 def _counted(answers: Sequence[str]) -> str:
     """Return answers in words, each once with its number, the most common first."""
-    counts = Counter(answers)
-    ranked = sorted(counts, key=lambda answer: (-counts[answer], answer))
-    return ", ".join(f"{answer or '(blank)'} ({counts[answer]})" for answer in ranked)
+    ranked = Counter(sorted(answers)).most_common()
+    return ", ".join(f"{answer or '(blank)'} ({count})" for answer, count in ranked)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested objects, named by all keys that lead to them."""
-    for key, value in sorted(values.items()):
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}: ")
-        else:
-            yield f"{prefix}{key}", value
+def _shares(counts: Sequence[Counter[Any]], last: int | None = None) -> dict[str, Any]:
+    """Return values with their shares in each split, the greatest share, and how many values are left.
+
+    They are the most common ones over all splits; or, where there is a `last`, all numbers, and that counts greater ones.
+    """
+    if last is not None:
+        counts = [Counter(min(value, last) for value in count.elements()) for count in counts]
+    together = sum(counts, Counter())
+    names = sorted(together, key=lambda name: name if last is not None else (-together[name], name))
+    shown = names if last is not None else names[:_ROWS]
+    rows = [(name, [count[name] / max(count.total(), 1) for count in counts]) for name in shown]
+    return {"rows": rows, "most": max((max(shares) for _, shares in rows), default=0), "more": len(names) - len(rows)}
 
 
-def _shares(counts: Sequence[Counter[str]]) -> dict[str, Any]:
-    """Return the most common values over all splits with their shares in each, the greatest share, and how many are left."""
-    together = sum(counts, Counter[str]())
-    if not together:
-        return {"rows": [], "more": 0}
-    names = sorted(together, key=lambda name: (-together[name], name))
-    rows = [(name, [count[name] / max(count.total(), 1) for count in counts]) for name in names[:_ROWS]]
-    return {"rows": rows, "most": max(max(shares) for _, shares in rows), "more": len(names) - len(rows)}
-
-
-def _columns(counts: Sequence[Counter[int]], last: int) -> dict[str, Any]:
-    """Return columns of the shares of the values up to `last`, which stands for more too, in a chart of 300 x 110."""
-    values = range(0 if any(count[0] for count in counts) else 1, last + 1)
-    shares = [[_share(count, value, last) for value in values] for count in counts]
-    most, step = max(map(max, shares)), 300 / len(values)
-    width, greatest = 0.8 * step / len(counts), max(map(max, counts))
-    bars = [
-        {
-            "split": split,
-            "left": place * step + 0.1 * step + split * width,
-            "width": width,
-            "height": 110 * share / most,
-            "title": f"{value}: {100 * share:.2f} %",
-        }
-        for split, row in enumerate(shares)
-        for place, (value, share) in enumerate(zip(values, row, strict=True))
-    ]
-    return {
-        "bars": bars,
-        "labels": [
-            ((place + 0.5) * step, f"{value}{'+' if value == last < greatest else ''}")
-            for place, value in enumerate(values)
-        ],
-        "means": [f"{mean(count):.2f}" for count in counts],
-        "greatest": greatest,
-        "highest": f"{100 * most:.1f}",
-    }
-
-
-def _share(count: Counter[int], value: int, last: int) -> float:
-    """Return the share of `value`; that of `last` holds all above it too."""
-    found = sum(number for key, number in count.items() if key >= last) if value == last else count[value]
-    return found / count.total()
-
-
-def _images(images: ImageStatistics) -> dict[str, str]:
-    """Return what there is to say of the images of both splits."""
+def _images(images: ImageStatistics, pictures: Mapping[str, Any]) -> dict[str, str]:
+    """Return what there is to say of the images of both splits: what they are, were changed to, and have twins of."""
     sizes = sorted(images.sizes, key=lambda size: (size[0] * size[1], size))
     pixels = Counter[int]()
     for (width, height), count in images.sizes.items():
         pixels[width * height] += count
     # Equal counts in the order of the sizes, whatever came first.
     common = sorted(images.sizes, key=lambda size: (-images.sizes[size], size))[:5]
+    twins = {
+        f"the bytes of an earlier image of {split}, another id": count for split, count in pictures["twins"].items()
+    }
+    across = {"in both splits": "twins_across", "in both splits by their looks alone": "alike_across"}
+    counts = {f"changed: {change}": count for change, count in pictures["changed"].items()} | twins
+    counts |= {f"the same picture under two ids {where}": pictures[key] for where, key in across.items()}
     return {
         "images of both splits": f"{images.images:,}",
         "bytes": f"{images.bytes / 1e6:,.1f} MB, {images.bytes / images.images / 1e3:.1f} kB an image",
         "smallest and largest": "{} x {}, {} x {}".format(*sizes[0], *sizes[-1]),
         "median": f"{median_low(pixels.elements()) / 1e6:.3g} megapixels",
         "most common sizes": "; ".join(f"{w} x {h}: {_some(images.sizes[w, h], images.images)}" for w, h in common),
-    }
-
-
-def _doubts(pictures: Mapping[str, Any], total: int) -> dict[str, str]:
-    """Return what was changed on the way in, and which pictures are there more than once."""
-    changed = {f"changed: {change}": _some(count, total) for change, count in pictures["changed"].items()}
-    twins = {
-        f"the bytes of an earlier image of {split}, another id": count for split, count in pictures["twins"].items()
-    }
-    across = {"in both splits": "twins_across", "in both splits by their looks alone": "alike_across"}
-    twins |= {f"the same picture under two ids {where}": pictures[key] for where, key in across.items()}
-    return changed | {name: _some(count, total) for name, count in twins.items()}
+    } | {name: _some(count, images.images) for name, count in counts.items()}
 
 
 def _thumbnail(data: bytes, name: str, max_pixels: int) -> str:

@@ -34,7 +34,8 @@ USUAL = {
 }  # fmt: skip
 """The usual names of a table's columns by what they hold, in small letters; the earlier first."""
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
-PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
+PICTURES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .heic .heif .avif .mpo".split())
+"""Endings of pictures: what else lies beside them under their names, a text say, is not meant."""
 _KINDS = {
     "a file of LLaVA's conversations": {"conversations"},
     "an A-OKVQA file": {"direct_answers"},
@@ -55,29 +56,38 @@ _SPLIT = re.compile(r"(?<![a-z])(train|val|dev|minival|test)(?:ing|id|idation|de
 _PLAIN = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[A-Za-z_/]([\w./{}:-]*[\w/}])?", re.IGNORECASE)
 
 
-class Head(NamedTuple):
-    """The first entries of a file; none where it is no table and nothing like one."""
+Head = list[dict[str, Any]]
+"""The first entries of a file; none where it is no table and nothing like one."""
 
-    entries: list[dict[str, Any]]
 
-    @property
-    def columns(self) -> list[str]:
-        return list(dict.fromkeys(name for one in self.entries for name in one))
+def _names(one: Head) -> list[str]:
+    return list(dict.fromkeys(name for entry in one for name in entry))
 
-    @property
-    def kind(self) -> str:
-        """What it is, in words that follow "this is"."""
-        return next((kind for kind, wanted in _KINDS.items() if wanted <= {*self.columns}), "a table")
 
-    @property
-    def role(self) -> str | None:
-        """Tell a table of questions and answers from VQAv2's questions or annotations alone."""
-        keys = {name.strip().lower() for name in self.columns}
-        asks, answers = (bool(keys & {*USUAL[role]}) for role in ("question", "answers"))
-        if asks and answers:
-            return "table"
-        official = {"question_id", "image_id"} <= keys
-        return "questions" if official and asks else "annotations" if official and answers else None
+def _kind(one: Head) -> str:
+    """Return what it is, in words that follow "this is"."""
+    return next((kind for kind, wanted in _KINDS.items() if wanted <= {*_names(one)}), "a table")
+
+
+def _role(one: Head) -> str | None:
+    """Tell a table of questions and answers from VQAv2's questions or annotations alone."""
+    keys = {name.strip().lower() for name in _names(one)}
+    asks, answers = (bool(keys & {*USUAL[role]}) for role in ("question", "answers"))
+    if asks and answers:
+        return "table"
+    official = {"question_id", "image_id"} <= keys
+    return "questions" if official and asks else "annotations" if official and answers else None
+
+
+def written_as(ending: str, first: str, second: str) -> str:
+    """Return how a table's text is written, from its first two lines: csv's delimiter, else `lines` of JSON or `whole`."""
+    if ending in (".csv", ".tsv"):
+        return "\t" if ending == ".tsv" else max(",;\t|", key=first.count)
+    with suppress(ValueError, RecursionError):
+        # Many a .json holds JSON lines.
+        if ending == ".json" and second.lstrip().startswith("{") and isinstance(json.loads(first), dict):
+            return "lines"
+    return "whole" if ending == ".json" else "lines"
 
 
 def head(path: Path) -> Head:
@@ -86,29 +96,25 @@ def head(path: Path) -> Head:
     try:
         if ending == ".parquet":
             with pq.ParquetFile(path) as parquet:
-                return Head(
-                    [row for rows in islice(parquet.iter_batches(_MOST_ENTRIES), 1) for row in rows.to_pylist()]
-                )
+                return next(parquet.iter_batches(_MOST_ENTRIES)).to_pylist()
         if ending == ".arrow":
             with pa.ipc.open_stream(pa.OSFile(str(path))) as stream:
                 rows = next(iter(stream)).slice(0, _MOST_ENTRIES)
                 # Damaged offsets would lead out of the file.
                 rows.validate(full=True)
-                return Head(rows.to_pylist())
+                return rows.to_pylist()
         with open(path, "rb") as file:
             data = file.read(_MOST_BYTES)
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "ignore")
         # The last line may be cut.
-        lines = text.splitlines(keepends=True)[: -1 if len(data) == _MOST_BYTES else None] or [""]
-        if ending in (".csv", ".tsv"):
-            mark = "\t" if ending == ".tsv" else max(",;\t|", key=lines[0].count)
-            return Head([*islice(csv.DictReader(lines, delimiter=mark, restkey=""), _MOST_ENTRIES)])
-        if ending != ".json" or [line[:1] for line in lines[:2]] == ["{", "{"]:
-            rows = [json.loads(line) for line in lines[:_MOST_ENTRIES]]
-            return Head([row for row in rows if isinstance(row, dict)])
-        return _json(text)
+        lines = text.splitlines(keepends=True)[: -1 if len(data) == _MOST_BYTES else None]
+        kind = written_as(ending, *[*lines, "", ""][:2])
+        if kind == "whole":
+            return _json(text)
+        rows = map(json.loads, lines) if kind == "lines" else csv.DictReader(lines, delimiter=kind, restkey="")
+        return [row for row in islice(rows, _MOST_ENTRIES) if isinstance(row, dict)]
     except (OSError, ValueError, RecursionError, StopIteration, csv.Error, pa.ArrowException):
-        return Head([])
+        return []
 
 
 def _json(text: str) -> Head:
@@ -126,7 +132,7 @@ def _json(text: str) -> Head:
             found.append({"question_id": by_id[1], **one} if by_id else one)
             by_id = by_id and _BY_ID.match(text, place)
             place = by_id.end() if by_id else len(text) - len(text[place:].lstrip(", \r\n\t"))
-    return Head([one for one in found if isinstance(one, dict)])
+    return [one for one in found if isinstance(one, dict)]
 
 
 # --- a folder -----------------------------------------------------------------------------------------------------------
@@ -155,8 +161,8 @@ def recognise(path: Path) -> Found:
     folder = path if path.is_dir() else path.parent
     files = list(islice(_files(folder), _MOST_FILES))
     heads = {name: head(folder / name) for name in files if name.suffix.lower() in TABLES}
-    official = {name: one for name, one in heads.items() if one.role in ("questions", "annotations")}
-    tables = {name: one for name, one in heads.items() if one.role == "table"}
+    official = {name: one for name, one in heads.items() if _role(one) in ("questions", "annotations")}
+    tables = {name: one for name, one in heads.items() if _role(one) == "table"}
     for place in {name.parent for name in tables if re.search(r"-\d{5}-of-\d{5}$", name.stem)}:
         parts = [name for name in tables if name.parent == place]
         # A folder as `datasets` writes it, one split in many files.
@@ -173,7 +179,7 @@ def recognise(path: Path) -> Found:
     pictures = [name.name for name in files if name.suffix.lower() in PICTURES]
     example = f"image,question,answer\n{[*pictures, 'a.jpg'][0]},What is it?,cup"
     other = next(
-        (f" {name} has the columns {', '.join(one.columns)}." for name, one in heads.items() if one.columns), ""
+        (f" {name} has the columns {', '.join(_names(one))}." for name, one in heads.items() if _names(one)), ""
     )
     raise UserError(
         f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{other} Unpack archives, "
@@ -200,26 +206,26 @@ def _split(name: PurePath) -> str | None:
 def _official(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> Found:
     """Return the keys for VQAv2's layout."""
     unsure, data = {}, {}
-    of = {(_split(name), one.role): name for name, one in reversed(heads.items())}
+    of = {(_split(name), _role(one)): name for name, one in reversed(heads.items())}
     second = "test" if ("test", "annotations") in of and ("val", "annotations") not in of else "val"
     for split, there in (("train", "train"), ("val", second)):
         names = {role: of.get((there, role)) for role in ("questions", "annotations")}
         lacking = [role for role, name in names.items() if name is None]
         if lacking:
             raise UserError(
-                f"{folder}: this is VQAv2's layout ({_shown(heads)}), but no file has {' and '.join(lacking)} of {split} by "
+                f"{folder}: this is VQAv2's layout ({shown(heads)}), but no file has {' and '.join(lacking)} of {split} by "
                 "its name. Call them train_questions.json, train_annotations.json, val_questions.json and "
                 "val_annotations.json; or write one table with image, question and answer, of which a share becomes val."
             )
-        values = [one.get("image_id", "") for name in names.values() if name for one in heads[name].entries]
+        values = [one.get("image_id", "") for name in names.values() if name for one in heads[name]]
         images, pattern = _images(folder, files, values, split, unsure, f"data.{split}.images")
-        if "coco_split" in heads[of[there, "questions"]].columns:
+        if "coco_split" in _names(heads[of[there, "questions"]]):
             # VQA-CP's pictures of each split lie in both folders of COCO's.
             images, _ = ".", unsure.pop(f"data.{split}.images", None)
         data[split] = {role: str(name) for role, name in names.items()}
         data[split] |= {"images": images, "image_name": pattern or "{image_id}.jpg"}
         if more := [name for name in heads if _split(name) == there and name not in names.values()]:
-            unsure[f"data.{split}.questions"] = f"{_shown(more)} could be meant too"
+            unsure[f"data.{split}.questions"] = f"{shown(more)} could be meant too"
     if second == "test":
         unsure["data.val.questions"] = _TEST
     return Found("VQAv2's layout", {"source": "directory"} | data, unsure)
@@ -234,24 +240,24 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
         train, val = [*heads], []
     if len(train) != 1 or len(val) > 1:
         raise UserError(
-            f"{folder}: it is not clear which of {_shown(heads)} are for training and which for validation. Name one file, "
+            f"{folder}: it is not clear which of {shown(heads)} are for training and which for validation. Name one file, "
             "or call two of them train and val with their endings."
         )
     if val and not names["val"]:
         unsure["data.table.val"] = _TEST
     if rest := [name for name in heads if name not in train + val]:
-        unsure["data.table.train"] = f"nothing is read from {_shown(rest)}"
-    columns = _columns(heads[train[0]].columns, unsure)
+        unsure["data.table.train"] = f"nothing is read from {shown(rest)}"
+    columns = _columns(_names(heads[train[0]]), unsure)
     image, places, pattern = columns["image"], [], None
     for split, name in zip(("train", "val"), train + val, strict=False):
-        values = [one[image] for one in heads[name].entries if image and one.get(image) not in (None, "")]
+        values = [one[image] for one in heads[name] if image and one.get(image) not in (None, "")]
         if values and isinstance(values[0], str | int):
             place, pattern = _images(folder, files, values, split, unsure, "data.table.images")
             places.append(place)
     first, second = (str(name[0]) if name else None for name in (train, val))
     table: dict[str, Any] = {"train": first, "val": second, "val_share": None if val else 0.2, "val_seed": 0}
     table |= {"images": _together(places), "image_name": pattern, "columns": columns}
-    return Found(heads[train[0]].kind, {"source": "table", "table": table}, unsure)
+    return Found(_kind(heads[train[0]]), {"source": "table", "table": table}, unsure)
 
 
 def _columns(names: list[str], unsure: dict[str, str]) -> dict[str, str | None]:
@@ -260,7 +266,7 @@ def _columns(names: list[str], unsure: dict[str, str]) -> dict[str, str | None]:
     found = {role: [there[name] for name in usual if name in there] for role, usual in USUAL.items()}
     for role in ("image", "question", "answers"):
         if len(found[role]) > 1:
-            unsure[f"data.table.columns.{role}"] = f"{_shown(found[role][1:])} could be meant too"
+            unsure[f"data.table.columns.{role}"] = f"{shown(found[role][1:])} could be meant too"
     # Many data sets call their pictures by numbers alone.
     found["image"] = found["image"] or found["image_id"]
     return {role: one[0] if one else None for role, one in found.items()}
@@ -309,26 +315,24 @@ def _stem(name: Any) -> str:
     return path.stem if path.suffix in PICTURES else path.name
 
 
-def _shown(names: Iterable[Any]) -> str:
+def shown(names: Iterable[Any]) -> str:
+    """Return the first few names, and how many more there are."""
     few = [str(name) for name in names]
     return ", ".join(few[:6]) + (f" and {len(few) - 6} more" if len(few) > 6 else "")
 
 
-# --- in words -----------------------------------------------------------------------------------------------------------
-
-
 def refusal(path: Path) -> str | None:
     """Return what a file is that stands where VQAv2's layout is wanted, with the block that reads it; None if unknown."""
-    one = head(path) if path.is_file() else Head([])
-    more = len(one.entries) == _MOST_ENTRIES or path.stat().st_size > _MOST_BYTES if one.entries else False
-    what = f"this is {one.kind} ({len(one.entries)}{' or more' * more} entries with {_shown(one.columns)})"
-    if one.role == "table":
+    one = head(path) if path.is_file() else []
+    more = len(one) == _MOST_ENTRIES or path.stat().st_size > _MOST_BYTES if one else False
+    what = f"this is {_kind(one)} ({len(one)}{' or more' * more} entries with {shown(_names(one))})"
+    if _role(one) == "table":
         try:
             found = recognise(path)
         except UserError as error:
             return f"{what}: set data.source: table. {error}"
         return f"{what}: set\n{block({'directory': str(path.parent)} | found.data, found.unsure)}"
-    known = one.entries and one.role is None and path.suffix.lower() != ".json"
+    known = one and _role(one) is None and path.suffix.lower() != ".json"
     return f"{what}: set data.source: table, and name its columns under data.table.columns" if known else None
 
 

@@ -1,9 +1,11 @@
 """What the report on the data counts: one pass over questions and images, a few MB whatever their number."""
 
 import zlib
+from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from typing import Any
 
 from vlm_vqa.fetch.lookalikes import Look, Lookalikes
@@ -54,24 +56,27 @@ class QuestionStatistics:
         self.answer_types[row["answer_type"]] += 1
         self.question_types[row["question_type"]] += 1
         self.question_words[len(row["question"].split())] += 1
-        self.main_answers[row["multiple_choice_answer"]] += 1
-        self.answer_words[len(row["multiple_choice_answer"].split())] += 1
-        humans = Counter(row["answers"])
-        longest = max(len(answer.encode()) for answer in (*humans, row["multiple_choice_answer"]))
+        main, humans = row["multiple_choice_answer"], Counter(row["answers"])
+        self.main_answers[main] += 1
+        self.answer_words[len(main.split())] += 1
+        longest = max(len(answer.encode()) for answer in (*humans, main))
         self.longest = max(self.longest, len(row["question"].encode()) + longest)
         self.agreement[max(humans.values())] += 1
         self.humans[len(row["answers"])] += 1
         self.distinct_answers[len(humans)] += 1
         self.confidences.update(row["answer_confidences"])
         self.of_image[row["image_id"]] += 1
-        main = row["multiple_choice_answer"]
         if main not in humans and main.strip().lower() not in {answer.strip().lower() for answer in humans}:
             self.unsaid_answers.append(f"{where}: {main!r:.60}")
         self.blank_humans += sum(count for answer, count in humans.items() if not answer.strip())
         asked = hash((row["image_id"], row["question"]))
         self.asked_again += asked in self.asked
         self.asked.add(asked)
-        self._offer(row)
+        # The rows with the lowest checksums of their question's id are as good as a draw.
+        kept, lot = self._examples.setdefault(row["answer_type"], []), zlib.crc32(str(row["question_id"]).encode())
+        if len(kept) < _EXAMPLES or lot < kept[-1][0]:
+            insort(kept, (lot, row), key=lambda one: (one[0], one[1]["question_id"]))
+            del kept[_EXAMPLES:]
 
     @property
     def questions_of_image(self) -> Counter[int]:
@@ -82,20 +87,9 @@ class QuestionStatistics:
         """Return a few rows on different images, of all answer types in turn: a draw that is the same in every run."""
         queues = [[row for _, row in self._examples[kind]] for kind, _ in self.answer_types.most_common(_EXAMPLES)]
         chosen: dict[int, _Row] = {}
-        for rank in range(_EXAMPLES):
-            for queue in queues:
-                if rank < len(queue) and len(chosen) < _EXAMPLES:
-                    chosen.setdefault(queue[rank]["image_id"], queue[rank])
-        return list(chosen.values())
-
-    def _offer(self, row: _Row) -> None:
-        """Keep the rows with the lowest checksums of their question's id, which is as good as a draw."""
-        kept = self._examples.setdefault(row["answer_type"], [])
-        lot = zlib.crc32(str(row["question_id"]).encode())
-        if len(kept) < _EXAMPLES or lot < kept[-1][0]:
-            kept.append((lot, row))
-            kept.sort(key=lambda one: (one[0], one[1]["question_id"]))
-            del kept[_EXAMPLES:]
+        for row in filter(None, chain.from_iterable(zip_longest(*queues))):
+            chosen.setdefault(row["image_id"], row)
+        return list(chosen.values())[:_EXAMPLES]
 
 
 @dataclass
@@ -110,7 +104,7 @@ class ImageStatistics:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Images by (width, height)."""
     changes: Counter[str] = field(default_factory=Counter)
-    """Images by what was changed beside decoding, see `decoding.Opened`."""
+    """Images by what was changed beside decoding, as `decoding.open_with_changes` says it."""
     alike: list[tuple[int, int]] = field(default_factory=list)
     """Ids of pictures that look alike, of the first split and the second."""
     bad: dict[int, tuple[Any, str]] = field(default_factory=dict)

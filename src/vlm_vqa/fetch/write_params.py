@@ -31,7 +31,12 @@ def init(path: Path, preset: str, force: bool, target: Path = Path("params.yaml"
         raise UserError(f"--preset is {preset!r}; it must be one of {known}.")
     found = _repository(path.as_posix()) if not path.exists() and len(path.parts) == 2 else recognise(path)
     values = read_yaml(presets[preset])
-    values["data"] |= {"official": None, "hub": None, "table": None} | found.data | _directory(path, found)
+    values["data"] |= {"official": None, "hub": None, "table": None} | found.data
+    if found.data["source"] != "hub":
+        folder, project = (path if path.is_dir() else path.parent).resolve(), Path.cwd()
+        if project.is_relative_to(folder):
+            raise UserError(f"{folder}: the project lies in it. Move questions and pictures to a folder of their own.")
+        values["data"]["directory"] = str(folder.relative_to(project) if folder.is_relative_to(project) else folder)
     params = parse_params(values, "what was recognised")
     text = presets[preset].read_text(encoding="utf-8")
     text = _with(text, "data", block(values["data"], found.unsure).removeprefix("data:\n  ") + "\n\n")
@@ -51,29 +56,16 @@ def _repository(name: str) -> Found:
     """Return the keys for a `datasets` repository on the hub, at its newest commit."""
     commit, splits = newest(name)
     train = "train" if "train" in splits else splits[0]
-    others = [split for split in ("validation", "val", "dev", "test", *splits) if split in splits and split != train]
-    if not others:
+    others = (split for split in ("validation", "val", "dev", "test", *splits) if split in splits and split != train)
+    if (val := next(others, None)) is None:
         raise UserError(
             f"{name} has one split, {train}. Download its files and name their folder: a share becomes val."
         )
-    val = others[0]
     unsure = {} if val.startswith("val") else {"data.hub.val.split": f"it has {', '.join(splits)}"}
     hub = {
         key: {"repository": name, "revision": commit, "split": split} for key, split in (("train", train), ("val", val))
     }
     return Found("a datasets repository", {"source": "hub", "hub": hub}, unsure)
-
-
-def _directory(path: Path, found: Found) -> dict[str, str]:
-    """Return the data's folder as params.yaml names it: below the project relative to it, else wherever it is."""
-    if found.data["source"] == "hub":
-        return {}
-    folder, project = (path if path.is_dir() else path.parent).resolve(), Path.cwd()
-    if project.is_relative_to(folder):
-        raise UserError(
-            f"{folder}: the project itself lies in it. Move questions and pictures to a folder of their own."
-        )
-    return {"directory": str(folder.relative_to(project) if folder.is_relative_to(project) else folder)}
 
 
 def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,9 +49,6 @@ _QUESTIONS_PER_GROUP = 10_000
 _IMAGES_PER_GROUP = 100
 _BYTES_PER_GROUP = 64 * 2**20
 _BYTES_PER_SHARD = 512 * 2**20
-# An image file longer than this many bytes a pixel (and a margin for headers) is no honest image of that size.
-_FILE_BYTES_PER_PIXEL = 8
-_FILE_HEADER_BYTES = 2**20
 
 
 def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
@@ -76,17 +73,13 @@ def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
         part.mkdir()
         manifest = _store(source, data, part)
         write_sealed(part / records.MANIFEST, manifest)
-        _replace(part, folder)
+        # Without its manifest, a folder does not count as records.
+        (folder / records.MANIFEST).unlink(missing_ok=True)
+        for old in [*folder.glob("questions-*.parquet"), *folder.glob("images-*.parquet")]:
+            old.unlink()
+        for path in [*sorted(part.glob("*.parquet")), part / records.REPORT, part / records.MANIFEST]:
+            publish(path, folder / path.name)
     return manifest
-
-
-def _replace(part: Path, folder: Path) -> None:
-    """Move finished files into place. Without its manifest, a folder does not count as records."""
-    (folder / records.MANIFEST).unlink(missing_ok=True)
-    for old in [*folder.glob("questions-*.parquet"), *folder.glob("images-*.parquet")]:
-        old.unlink()
-    for path in [*sorted(part.glob("*.parquet")), part / records.REPORT, part / records.MANIFEST]:
-        publish(path, folder / path.name)
 
 
 def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
@@ -167,11 +160,7 @@ class Inspection(NamedTuple):
 
 
 def inspect_data(data: DataParams, most_images: int | None = None) -> Inspection:
-    """Apply the data contract and keep nothing; of the images only the first `most_images`.
-
-    Raises:
-        UserError: the source is not there.
-    """
+    """Apply the data contract and keep nothing; of the images only the first `most_images`. No source: `UserError`."""
     with tempfile.TemporaryDirectory() as folder, open_source(data, Path(folder) / "records") as source:
         return _read(source, data, Path(folder), most_images, keep=False)
 
@@ -180,7 +169,11 @@ def _read(
     source: Source, data: DataParams, part: Path, most_images: int | None = None, keep: bool = True
 ) -> Inspection:
     """Check everything, and write it into `part`, images only where they are to be kept."""
-    texts, violations = _store_texts(source, data, part)
+    texts: list[_Texts] = []
+    while not texts:
+        violations = Violations(data)
+        with suppress(ReadAgain):
+            texts = [_store_questions(split, part, violations) for split in source.splits]
     wanted = {row["image_id"] for text in texts for row in text.statistics.examples()}
     seen = ImageStatistics(Lookalikes([text.images for text in texts]), wanted)
     with ExitStack() as stack:
@@ -189,17 +182,14 @@ def _read(
         _check_alike(images, data, seen, violations)
     texts = [_without_bad_images(text, seen, part, violations) for text in texts]
     _check_texts(texts, data, violations)
+    train, val = texts
     if not data.allow_split_overlap:
-        _check_overlap(texts, seen.conflicts, violations)
+        names = f"{train.paths.name} and {val.paths.name}"
+        for image_id in sorted((train.images.keys() & val.images.keys()) - seen.conflicts):
+            violations.add(ViolationKind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
+        for question_id in sorted(train.question_ids & val.question_ids):
+            violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
     return Inspection(violations, texts, seen, len(images), images_digest)
-
-
-def _store_texts(source: Source, data: DataParams, part: Path) -> tuple[list[_Texts], Violations]:
-    """Write the questions of both splits; return what they are about, and what is wrong with them."""
-    while True:
-        violations = Violations(data)
-        with suppress(ReadAgain):
-            return [_store_questions(split, part, violations) for split in source.splits], violations
 
 
 def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts:
@@ -212,7 +202,7 @@ def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts
     ):
         for group in _groups(progress, _QUESTIONS_PER_GROUP):
             writer.write_table(pa.Table.from_pylist(group, schema))
-    violations.settle(texts.statistics.questions)
+    violations.settle(split.split, texts.statistics.questions)
     return texts
 
 
@@ -241,13 +231,15 @@ def _without_bad_images(text: _Texts, seen: ImageStatistics, part: Path, violati
 
 def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) -> None:
     """Note what a later stage would refuse, and count or refuse what is doubtful."""
-    first, second = (text.statistics for text in texts)
-    first.asked_in_both = second.asked_in_both = len(first.asked & second.asked)
-    val = texts[1]
+    train, val = texts
+    both = len(train.statistics.asked & val.statistics.asked)
+    if both:
+        log.warning("%d questions stand in both splits, about the same picture", both)
     if not violations and len(val.images) < 2:
-        about = f"{val.paths.name}: {second.questions} questions about {len(val.images)} image"
+        about = f"{val.paths.name}: {val.statistics.questions} questions about {len(val.images)} image"
         violations.add(ViolationKind.FEW_VALIDATION, about)
     for text in texts:
+        text.statistics.asked_in_both = both
         unsaid = text.statistics.unsaid_answers
         for where in unsaid if data.doubtful is Doubtful.REFUSE else ():
             violations.add(ViolationKind.UNSAID_ANSWER, where)
@@ -255,34 +247,13 @@ def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) 
             log.warning("%s: %d main answers that nobody gave, such as %s", text.paths.name, len(unsaid), unsaid[0])
         if dropped := violations.dropped_records(text.paths.split):
             log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
-    if first.asked_in_both:
-        log.warning("%d questions stand in both splits, about the same picture", first.asked_in_both)
 
 
-def _check_overlap(texts: list[_Texts], conflicts: set[int], violations: Violations) -> None:
-    """Note what stands in more than one split, but for ids whose images are found to differ."""
-    first, second = texts
-    names, images = f"{first.paths.name} and {second.paths.name}", first.images.keys() & second.images.keys()
-    for image_id in sorted(images - conflicts):
-        violations.add(ViolationKind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
-    for question_id in sorted(first.question_ids & second.question_ids):
-        violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
-
-
-class _Place(NamedTuple):
-    """Where an image is."""
-
-    files: ImageFiles
-    name: str
-
-
-class _Checked(NamedTuple):
-    """An image's row of `IMAGE_FEATURES`, or what is wrong with it."""
-
-    row: dict[str, Any]
-    problems: list[tuple[ViolationKind, str]]
-    changes: tuple[str, ...] = ()
-    look: Look | None = None
+_Place = tuple[ImageFiles, str]
+"""Where an image is: among which files, and by which name."""
+_Problems = list[tuple[ViolationKind, str]]
+_Seen = tuple[dict[str, Any], tuple[str, ...], Look]
+"""An image's row of `IMAGE_FEATURES`, what was changed to see it, and how it looks."""
 
 
 def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
@@ -292,30 +263,28 @@ def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations
     for text in texts:
         paths = tuple(text.paths.images)
         if paths not in opened:
-            opened[paths] = _open_images(paths, violations)
-            if (new := opened[paths]) is not None:
-                stack.callback(new.close)
+            opened[paths] = _open_images(paths, stack, violations)
         if (files := opened[paths]) is not None:
             text.statistics.files_without_questions = files.count - len(text.images)
         for image_id, name in text.images.items():
             found = places.setdefault(image_id, [])
-            if files is not None and (place := _Place(files, name)) not in found:
+            if files is not None and (place := (files, name)) not in found:
                 found.append(place)
-    for files in (there := [files for files in opened.values() if files is not None]):
+    there = [files for files in opened.values() if files is not None]
+    for files in there:
         files.others = [other for other in there if other is not files]
     return dict(sorted(places.items()))
 
 
-def _open_images(paths: tuple[Path, ...], violations: Violations) -> ImageFiles | None:
+def _open_images(paths: tuple[Path, ...], stack: ExitStack, violations: Violations) -> ImageFiles | None:
     try:
-        return ImageFiles(paths)
+        return stack.enter_context(ImageFiles(paths))
     except FileNotFoundError as error:
         violations.add(ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images")
     except UserError as error:
         violations.add(ViolationKind.OTHER_ARCHIVE, str(error))
     except (OSError, zipfile.BadZipFile) as error:
-        named = " or ".join(map(str, paths))
-        violations.add(ViolationKind.BROKEN_FILE, f"{named}: not a usable zip archive ({error})")
+        violations.add(ViolationKind.BROKEN_FILE, f"{' or '.join(map(str, paths))}: not a usable zip archive ({error})")
     return None
 
 
@@ -335,22 +304,22 @@ def _store_images(
 
 
 def _good_images(
-    images: Iterable[tuple[int, _Checked]], digest: Any, seen: ImageStatistics, violations: Violations
+    images: Iterable[tuple[int, _Seen | _Problems]], digest: Any, seen: ImageStatistics, violations: Violations
 ) -> Iterator[dict[str, Any]]:
     """Yield rows up to the first violation, and go on checking."""
-    for image_id, image in images:
-        if violations.drops and image.problems and all(kind.of_record for kind, _ in image.problems):
-            seen.bad[image_id] = image.problems[0]
-            continue
-        for kind, text in image.problems:
-            violations.add(kind, text)
-            if kind is ViolationKind.IMAGE_CONFLICT:
-                seen.conflicts.add(image_id)
-        if image.look is not None:
-            seen.add(image.row, image.changes, image.look)
-        if not violations:
-            digest.update(f"{image.row['image_id']} {image.row['sha256']}\n".encode())
-            yield image.row
+    for image_id, found in images:
+        if isinstance(found, tuple):
+            seen.add(*found)
+            if not violations:
+                digest.update(f"{image_id} {found[0]['sha256']}\n".encode())
+                yield found[0]
+        elif violations.drops and found and all(kind.of_record for kind, _ in found):
+            seen.bad[image_id] = found[0]
+        else:
+            for kind, text in found:
+                violations.add(kind, text)
+                if kind is ViolationKind.IMAGE_CONFLICT:
+                    seen.conflicts.add(image_id)
 
 
 def _check_alike(
@@ -359,7 +328,8 @@ def _check_alike(
     """Note pictures that both splits have under two ids, and those that only look alike; keep some for the report."""
 
     def named(image_id: int) -> str:
-        return f"{images[image_id][0].files.find(images[image_id][0].name).where} (image_id {image_id})"
+        files, name = images[image_id][0]
+        return f"{files.find(name).where} (image_id {image_id})"
 
     if not data.allow_split_overlap:
         for first, second in seen.lookalikes.equal():
@@ -367,37 +337,35 @@ def _check_alike(
     seen.alike = seen.lookalikes.near()
     if seen.alike:
         some = "; ".join(f"{named(first)} and {named(second)}" for first, second in seen.alike[:3])
-        log.warning(
-            "%d pictures of val look like one of train, so a score on them says less: %s", len(seen.alike), some
-        )
-    if data.doubtful is Doubtful.REFUSE:
-        for first, second in seen.alike:
-            violations.add(ViolationKind.LOOKALIKE, f"{named(first)} and {named(second)}")
+        log.warning("%d pictures of val look like one of train, a score on them says less: %s", len(seen.alike), some)
+    for first, second in seen.alike if data.doubtful is Doubtful.REFUSE else ():
+        violations.add(ViolationKind.LOOKALIKE, f"{named(first)} and {named(second)}")
     for image_id in {one for both in seen.alike[:ALIKE_SHOWN] for one in both} if not violations else ():
-        place = images[image_id][0]
-        seen.pictures[image_id] = place.files.read(place.name, _most_bytes(data.max_image_pixels))
+        files, name = images[image_id][0]
+        seen.pictures[image_id] = files.read(name, _most_bytes(data.max_image_pixels))
 
 
 def _most_bytes(max_pixels: int) -> int:
-    return _FILE_BYTES_PER_PIXEL * max_pixels + _FILE_HEADER_BYTES
+    """Return what an image's file may have: longer ones are no honest images of that size; the rest is for headers."""
+    return 8 * max_pixels + 2**20
 
 
 def _write_shards(rows: Iterable[dict[str, Any]], part: Path) -> None:
     """Write image rows into files of about `_BYTES_PER_SHARD`, named when their number is known."""
     schema = records.IMAGE_FEATURES.arrow_schema
     shards: list[Path] = []
-    room = 0
-    with ExitStack() as stack:
-        for group in _groups(rows, _IMAGES_PER_GROUP):
-            if room <= 0:
-                stack.close()
-                shards.append(part / f"{len(shards)}.parquet")
-                # The bytes are compressed already, and no two are equal.
-                writer = pq.ParquetWriter(shards[-1], schema, compression="none", use_dictionary=False)
-                stack.enter_context(writer)
-                room = _BYTES_PER_SHARD
-            writer.write_table(pa.Table.from_pylist(group, schema))
-            room -= sum(_image_bytes(row) for row in group)
+    groups = _groups(rows, _IMAGES_PER_GROUP)
+    for first in groups:
+        shards.append(part / f"{len(shards)}.parquet")
+        room = _BYTES_PER_SHARD
+        # The bytes are compressed already, and no two are equal.
+        with pq.ParquetWriter(shards[-1], schema, compression="none", use_dictionary=False) as writer:
+            for group in chain([first], groups):
+                table = pa.Table.from_pylist(group, schema)
+                writer.write_table(table)
+                room -= table.nbytes
+                if room <= 0:
+                    break
     for index, path in enumerate(shards):
         path.rename(part / records.image_shard(index, len(shards)))
 
@@ -408,7 +376,7 @@ def _groups(rows: Iterable[dict[str, Any]], most_rows: int) -> Iterator[list[dic
     size = 0
     for row in rows:
         group.append(row)
-        size += _image_bytes(row)
+        size += len(row["image"]["bytes"]) if "image" in row else 0
         if len(group) == most_rows or size >= _BYTES_PER_GROUP:
             yield group
             group, size = [], 0
@@ -416,30 +384,26 @@ def _groups(rows: Iterable[dict[str, Any]], most_rows: int) -> Iterator[list[dic
         yield group
 
 
-def _image_bytes(row: dict[str, Any]) -> int:
-    return len(row["image"]["bytes"]) if "image" in row else 0
-
-
-def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Checked:
+def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Seen | _Problems:
     """Read and decode an image at each of its places; the first one's bytes are the ones stored."""
     image_id, places = item
-    rows: list[dict[str, Any]] = []
-    problems: list[tuple[ViolationKind, str]] = []
-    seen: list[tuple[tuple[str, ...], Look]] = []
-    for place in places:
+    problems: _Problems = []
+    seen: list[_Seen] = []
+    for files, given in places:
         try:
-            data, found = place.files.read(place.name, _most_bytes(max_pixels)), place.files.find(place.name)
+            data, found = files.read(given, _most_bytes(max_pixels)), files.find(given)
             image, changes = open_with_changes(data, found.where, max_pixels)
         except MissingImage as error:
-            problems.append((ViolationKind.MISSING_IMAGE, f"{error} (image_id {image_id}){error.hint}"))
+            where, hint = error.args
+            problems.append((ViolationKind.MISSING_IMAGE, f"{where} (image_id {image_id}){hint}"))
         except (UserError, OSError) as error:
             problems.append((ViolationKind.BROKEN_IMAGE, f"{error} (image_id {image_id})"))
         else:
             name, (width, height) = found.path.rpartition("/")[2], image.size
             row = {"image_id": image_id, "file_name": name, "width": width, "height": height}
-            rows.append(row | {"sha256": sha256_bytes(data), "image": {"bytes": data, "path": name}})
-            seen.append((changes, look(image)))
-    if len({row["sha256"] for row in rows}) > 1:
-        named = " and ".join(place.files.find(place.name).where for place in places)
+            more = {"sha256": sha256_bytes(data), "image": {"bytes": data, "path": name}}
+            seen.append((row | more, changes, look(image)))
+    if len({row["sha256"] for row, _, _ in seen}) > 1:
+        named = " and ".join(files.find(given).where for files, given in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))
-    return _Checked(rows[0], problems, *seen[0]) if rows and not problems else _Checked({}, problems)
+    return seen[0] if seen and not problems else problems

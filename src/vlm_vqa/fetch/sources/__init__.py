@@ -21,15 +21,8 @@ from vlm_vqa.fetch.sources.table import table_source
 def open_source(data: params.DataParams, records: Path = Path("data/records")) -> Generator[Source]:
     """Yield the source that `data.source` names; files that it had to write are gone afterwards.
 
-    Archives that were downloaded stay, whatever goes wrong; only where `data.official.keep_archives` is false do they go
-    in the end.
-
-    Args:
-        data: what to open.
-        records: the folder that the records will be written to; archives are downloaded into `archives` beside it.
-
-    Raises:
-        UserError: the source is not there or not the one expected.
+    Archives, which are downloaded into `archives` beside the folder `records`, stay whatever goes wrong; only where
+    `data.official.keep_archives` is false do they go in the end. What is not there, or not as expected, is a `UserError`.
     """
     match data.source:
         case params.Source.DIRECTORY:
@@ -44,7 +37,7 @@ def open_source(data: params.DataParams, records: Path = Path("data/records")) -
             assert data.official is not None, "load_params asks for it"
             yield official_source(data.official, records)
             if not data.official.keep_archives:
-                remove_archives(data.official, records)
+                remove_archives(records)
         case params.Source.HUB:
             assert data.hub is not None and not isinstance(data.table, params.TableParams), "load_params asks for it"
             with hub_source(data.hub, data.table, records.parent / "hub") as source:

@@ -9,12 +9,12 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import requests
 import urllib3
@@ -26,7 +26,6 @@ from vlm_vqa.sealed import PART, find_sealed, publish, write_sealed
 from vlm_vqa.secrets import without_secrets
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 # Failures in a row that bring nothing new, before the download ends; the waits between them add up to two minutes.
 _RETRY = urllib3.Retry(
@@ -37,8 +36,6 @@ _TIMEOUT = (20.0, 30.0)
 # Slower than this over a window, an attempt has failed: a byte a second would be progress for ever.
 _LEAST_RATE = 1024
 _WINDOW = 30.0
-# Where no server tells a size; VQAv2's largest archive has 13.5 GB.
-_MOST_BYTES = 20 * 2**30
 _BLOCK_BYTES = 2**20
 _AS_IT_IS = {"Accept-Encoding": "identity"}  # a compressed answer could not be resumed
 
@@ -51,6 +48,7 @@ class Download:
     path: Path
     checksum: str
     """`md5:` or `sha256:`, and the digest in hex."""
+    bytes: int
     option: str
     """The parameter that the URL comes from, for messages."""
 
@@ -69,23 +67,22 @@ class _Slow(_Transient):
     """What has come is kept, but is no progress."""
 
 
-def is_verified(download: Download) -> bool:
-    """Tell whether the file is there with the right checksum; it is read only if it has changed since it was checked.
+_PASSING = (_Transient, HTTPError, requests.ConnectionError, requests.Timeout)
 
-    A file with another checksum is deleted.
-    """
+
+def is_verified(download: Download) -> bool:
+    """Tell whether the file is there with the right checksum, unread if it is as it was then; another one is deleted."""
     if not download.path.is_file():
         return False
     if find_sealed(download.beside(".verified.json")) == _metadata(download):
         return True
     log.info("checking %s", download.path)
-    found = _checksum(download, download.path)
-    if found != download.checksum:
-        log.warning("%s: deleted, its checksum is %s and not %s", download.path, found, download.checksum)
-        download.path.unlink()
-        return False
-    write_sealed(download.beside(".verified.json"), _metadata(download))
-    return True
+    if (found := _checksum(download, download.path)) == download.checksum:
+        write_sealed(download.beside(".verified.json"), _metadata(download))
+        return True
+    log.warning("%s: deleted, its checksum is %s and not %s", download.path, found, download.checksum)
+    download.path.unlink()
+    return False
 
 
 def bytes_here(download: Download) -> int:
@@ -94,52 +91,18 @@ def bytes_here(download: Download) -> int:
     return part.stat().st_size if part.is_file() else 0
 
 
-def remove(download: Download) -> None:
-    """Delete the file and what lies beside it."""
-    for ending in ("", ".verified.json", PART, f"{PART}.json"):
-        download.beside(ending).unlink(missing_ok=True)
-
-
-def remote_size(download: Download) -> int | None:
-    """Return the file's size in bytes as the server tells it, or None where it does not.
-
-    Raises:
-        UserError: there is no such file, or the server fails too often.
-    """
-
-    def ask() -> int | None:
-        response = requests.head(download.url, headers=_AS_IT_IS, timeout=_TIMEOUT, allow_redirects=True)
-        # A server need not know HEAD.
-        if response.status_code in (405, 501):
-            return None
-        _check_status(response, download)
-        return _description(response)["bytes"]
-
-    return _with_retries(ask, download, threading.Event())
-
-
-def fetch_all(downloads: Mapping[Download, int | None], at_once: int) -> None:
+def fetch_all(downloads: Sequence[Download], at_once: int) -> None:
     """Download files, `at_once` of them at a time, and check them. The first failure stops all, to be resumed.
 
-    Args:
-        downloads: the size of each in bytes, as `remote_size` gives it.
-        at_once: threads, one file each.
-
     Raises:
-        UserError: a file is not there, has the wrong checksum twice, or the server fails too often.
+        UserError: a file is not there, has another size or twice the wrong checksum, or the server fails too often.
     """
-    stop, lock = threading.Event(), threading.Lock()
-    total, here = sum(size or 0 for size in downloads.values()), sum(map(bytes_here, downloads))
+    stop, total, here = threading.Event(), sum(one.bytes for one in downloads), sum(map(bytes_here, downloads))
     with (
         ThreadPoolExecutor(at_once) as pool,
         tqdm(desc="download", total=total, initial=here, unit="B", unit_scale=True, unit_divisor=1024) as bar,
     ):
-
-        def advance(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        futures = [pool.submit(_fetch, download, advance, stop) for download in downloads]
+        futures = [pool.submit(_fetch, download, bar, stop) for download in downloads]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -148,14 +111,13 @@ def fetch_all(downloads: Mapping[Download, int | None], at_once: int) -> None:
             stop.set()
 
 
-def _fetch(download: Download, advance: Callable[[int], None], stop: threading.Event) -> None:
+def _fetch(download: Download, bar: tqdm, stop: threading.Event) -> None:
     """Download one file; wrong bytes are thrown away and fetched once more."""
     download.path.parent.mkdir(parents=True, exist_ok=True)
-    part = _Part(download, advance)
+    part = _Part(download, bar)
     for _ in range(2):
-        _with_retries(lambda: _attempt(part, stop), download, stop, lambda: part.furthest)
-        found = _checksum(download, part.path)
-        if found == download.checksum:
+        _complete(part, stop)
+        if (found := _checksum(download, part.path)) == download.checksum:
             publish(part.path, download.path)
             write_sealed(download.beside(".verified.json"), _metadata(download))
             download.beside(f"{PART}.json").unlink()
@@ -164,20 +126,16 @@ def _fetch(download: Download, advance: Callable[[int], None], stop: threading.E
         log.warning("%s: thrown away, its checksum is %s and not %s", part.path, found, download.checksum)
         part.restart()
         part.furthest = 0
-    raise UserError(
-        f"{download.url}: has checksum {found} instead of {download.checksum}, twice. It is another file, or damaged on "
-        f"the way: correct {download.option}, or put an intact {download.path.name} into {download.path.parent}."
-    )
+    raise _wrong(download, f"has checksum {found} instead of {download.checksum}, twice: another file, or damaged")
 
 
 def _attempt(part: "_Part", stop: threading.Event) -> None:
     """Ask for what is missing of a file and take it as far as it comes."""
-    if part.is_complete():
+    if part.size == part.download.bytes:
         return
     if stop.is_set():
         raise CancelledError
-    headers: Any = {**_AS_IT_IS, **part.range_headers()}  # one that is None is left out
-    with requests.get(part.download.url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+    with requests.get(part.download.url, headers=part.headers(), stream=True, timeout=_TIMEOUT) as response:
         if response.status_code == 416 or (response.status_code == 206 and not part.continues_with(response)):
             part.restart()
             raise _Transient("the file has changed on the server; starting again")
@@ -186,27 +144,24 @@ def _attempt(part: "_Part", stop: threading.Event) -> None:
             # The server sends the whole file: it knows no ranges, or the file has changed, or this is the start.
             part.restart(response)
         _receive(response, part, stop)
-    # Where no length was told, urllib3 still knows the end of a chunked answer from a broken connection.
-    part.server["bytes"] = part.server.get("bytes") or part.size
-    if not part.is_complete():
+    if part.size != part.download.bytes:
         raise _Transient(f"the answer ended after {part.size} bytes")
 
 
 def _receive(response: requests.Response, part: "_Part", stop: threading.Event) -> None:
     """Take what comes, no more of it than there should be, and no slower than `_LEAST_RATE`."""
-    begun, before, most = time.monotonic(), part.size, part.server.get("bytes") or _MOST_BYTES
+    begun, before = time.monotonic(), part.size
     with open(part.path, "ab") as file:
         # `read1` hands over what has come; `iter_content` would lose up to a block when the connection ends.
         while block := response.raw.read1(_BLOCK_BYTES):
-            part.append(file, block)
+            file.write(block)
+            file.flush()  # to the disk's cache: it outlives a killed process
+            part.grow(len(block))
             if stop.is_set():
                 raise CancelledError
-            if part.size > most:
+            if part.size > part.download.bytes:
                 part.restart()
-                raise UserError(
-                    f"{part.download.url}: sends more than the {most:,} bytes that there should be. It is another file: "
-                    f"correct {part.download.option}."
-                )
+                raise _wrong(part.download, f"sends more than {part.download.bytes:,} bytes: another file")
             if (seconds := time.monotonic() - begun) > _WINDOW:
                 if part.size - before < _LEAST_RATE * seconds:
                     raise _Slow(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
@@ -216,9 +171,8 @@ def _receive(response: requests.Response, part: "_Part", stop: threading.Event) 
 class _Part:
     """The first bytes of a file, and what the server said about the file when they came."""
 
-    def __init__(self, download: Download, advance: Callable[[int], None]):
-        """`advance` is called with the number of bytes that have come, below 0 for those that were thrown away."""
-        self.download, self.path, self._advance = download, download.beside(PART), advance
+    def __init__(self, download: Download, bar: tqdm):
+        self.download, self.path, self._bar = download, download.beside(PART), bar
         server = find_sealed(download.beside(f"{PART}.json")) or {}
         same = server.get("url") == without_secrets(download.url)
         self.server: dict[str, Any] = server if same else {}
@@ -228,59 +182,49 @@ class _Part:
         self.furthest = self.size
         """Most bytes there ever were: only more than that is progress."""
 
-    def is_complete(self) -> bool:
-        """Tell whether there is as much as the server has told."""
-        return self.size == self.server.get("bytes")
-
-    def range_headers(self) -> dict[str, str | None]:
+    def headers(self) -> Any:
         """Return what asks for the rest of the same file, and for the whole of another one (RFC 9110, 13.1.5)."""
         etag, modified = self.server.get("etag"), self.server.get("last_modified")
         # Weak tags (W/) do not stand for equal bytes.
         same = etag if etag and not etag.startswith("W/") else modified
         # requests leaves out what is None.
-        return {"Range": f"bytes={self.size}-", "If-Range": same} if self.size else {}
+        return _AS_IT_IS | ({"Range": f"bytes={self.size}-", "If-Range": same} if self.size else {})
 
     def continues_with(self, response: requests.Response) -> bool:
         """Tell whether a partial answer begins where this ends, and is of the same file."""
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if found is None or int(found[1]) != self.size:
+        if found is None or (int(found[1]), int(found[2])) != (self.size, self.download.bytes):
             return False
-        markers = {**_description(response), "bytes": int(found[2])}
-        return all(value is None or self.server.get(key) in (None, value) for key, value in markers.items())
+        return all(value is None or self.server.get(key) in (None, value) for key, value in _markers(response).items())
 
     def restart(self, response: requests.Response | None = None) -> None:
         """Throw everything away, to begin with the whole answer in `response` or with the next one."""
         self.path.unlink(missing_ok=True)
-        self._advance(-self.size)
-        self.size, self.server = 0, {}
-        if response is not None:
-            self.server = {"url": without_secrets(self.download.url), **_description(response)}
+        self.grow(-self.size)
+        self.server = {"url": without_secrets(self.download.url), **_markers(response)} if response is not None else {}
         write_sealed(self.download.beside(f"{PART}.json"), self.server)
 
-    def append(self, file: Any, block: bytes) -> None:
-        """Write bytes through to the disk's cache, so that they outlive a killed process."""
-        file.write(block)
-        file.flush()
-        self._advance(len(block))
-        self.size += len(block)
+    def grow(self, count: int) -> None:
+        """Count bytes that have come, below 0 those that were thrown away."""
+        with self._bar.get_lock():
+            self._bar.update(count)
+        self.size += count
         self.furthest = max(self.furthest, self.size)
 
 
-def _with_retries(
-    attempt: Callable[[], Result], download: Download, stop: threading.Event, furthest: Callable[[], int] = lambda: 0
-) -> Result:
-    """Call until it succeeds; `furthest` says how far all attempts have come, and what comes further is no failure."""
+def _complete(part: "_Part", stop: threading.Event) -> None:
+    """Attempt until the file is whole; what comes further than all attempts before is no failure."""
     # Not as requests' adapter would use it: its waits could not be stopped, and it knows nothing of progress.
-    retry, reached = _RETRY, furthest()
+    download, retry, reached = part.download, _RETRY, part.furthest
     while True:
         try:
-            return attempt()
-        except requests.exceptions.SSLError as error:
-            raise UserError(f"{download.url}: {error}. Correct {download.option} or the certificates.") from error
-        except (_Transient, requests.ConnectionError, requests.Timeout, HTTPError) as error:
-            if furthest() > reached and not isinstance(error, _Slow):
+            return _attempt(part, stop)
+        except (_Transient, HTTPError, requests.RequestException) as error:
+            if not isinstance(error, _PASSING) or isinstance(error, requests.exceptions.SSLError):
+                raise _wrong(download, f"cannot be fetched ({error})") from error
+            if part.furthest > reached and not isinstance(error, _Slow):
                 retry = _RETRY
-            reached = furthest()
+            reached = part.furthest
             # urllib3 repeats itself in its second argument.
             reason = error.args[0] if error.args else error
             if retry.total == 0:
@@ -293,8 +237,6 @@ def _with_retries(
             log.warning("%s; again in %.0f s", without_secrets(f"{download.url}: {reason}"), seconds)
             if stop.wait(seconds):
                 raise CancelledError from error
-        except requests.RequestException as error:
-            raise UserError(f"{download.url}: cannot be fetched ({error}). Correct {download.option}.") from error
 
 
 def _check_status(response: requests.Response, download: Download) -> None:
@@ -306,20 +248,20 @@ def _check_status(response: requests.Response, download: Download) -> None:
             error.seconds = _RETRY.get_retry_after(response.raw) or 0.0
         raise error
     if response.status_code not in (200, 206):
-        raise UserError(
-            f"{download.url}: {status}. Correct {download.option}, or put {download.path.name} into "
-            f"{download.path.parent} yourself."
-        )
-
-
-def _description(response: requests.Response) -> dict[str, Any]:
-    """Return the size that the server tells, and its version markers (ETag, Last-Modified); None where it does not."""
+        raise _wrong(download, status)
     length = response.headers.get("Content-Length", "")
-    return {
-        "bytes": int(length) if length.isdecimal() else None,
-        "etag": response.headers.get("ETag"),
-        "last_modified": response.headers.get("Last-Modified"),
-    }
+    if response.status_code == 200 and length.isdecimal() and int(length) != download.bytes:
+        raise _wrong(download, f"sends {int(length):,} bytes instead of {download.bytes:,}: another file")
+
+
+def _wrong(download: Download, what: str) -> UserError:
+    mend = f"Correct {download.option}, or put an intact {download.path.name} into {download.path.parent}."
+    return UserError(f"{download.url}: {what}. {mend}")
+
+
+def _markers(response: requests.Response) -> dict[str, str | None]:
+    """Return by what the server tells versions of a file apart."""
+    return {"etag": response.headers.get("ETag"), "last_modified": response.headers.get("Last-Modified")}
 
 
 def _checksum(download: Download, path: Path) -> str:

@@ -1,13 +1,10 @@
 """Source `easy-vqa`: 4,000 + 1,000 drawn images with 48,248 questions (github.com/vzhou842/easy-VQA, MIT), from the
-PyPI package `easy-vqa`, written out in VQAv2's own file layout.
-
-What is changed on the way stands in `NOTES`, which the manifest repeats.
-"""
+PyPI package `easy-vqa`, written out in VQAv2's own file layout."""
 
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +45,18 @@ def easy_vqa_source(folder: Path) -> Source:
 def write_official_layout(folder: str | Path) -> None:
     """Write easy-VQA into `folder` in VQAv2's official layout: questions, annotations and JPEGs of both splits.
 
-    Raises:
-        UserError: the package is missing or its data are not those of version 1.0.
+    A package that is missing, or whose data are not those of version 1.0, is a `UserError`.
     """
     folder = Path(folder)
     data = _package_data()
     for paths, (_, package_split, offset) in zip(official_paths(folder), _SPLITS, strict=True):
         paths.images[0].mkdir(parents=True, exist_ok=True)
         entries = json.loads((data / package_split / "questions.json").read_text(encoding="utf-8"))
-        _write_texts(paths, list(_number(entries, offset)))
+        _write_texts(paths, entries, offset)
         image_ids = sorted({image_id for _, _, image_id in entries})
         for image_id in tqdm(image_ids, desc=f"easy-VQA {paths.split}", unit="image"):
             with Image.open(data / package_split / "images" / f"{image_id}.png") as image:
-                target = paths.images[0] / paths.names.name(image_id + offset)  # ty: ignore[unsupported-operator] - short ids
+                target = paths.images[0] / paths.image_name.format(image_id=image_id + offset)
                 image.convert("RGB").save(target, "JPEG", quality=95, subsampling=0)
 
 
@@ -82,32 +78,16 @@ def _package_data() -> Path:
     return data
 
 
-def _number(entries: list[list[Any]], offset: int) -> Iterator[tuple[int, int, str, str]]:
-    """Yield (question_id, image_id, question, answer) in file order."""
-    places: dict[int, int] = {}
+def _write_texts(paths: SplitPaths, entries: list[list[Any]], offset: int) -> None:
+    envelope = {"info": {"description": "easy-VQA 1.0 in VQAv2's layout"}, "data_subtype": f"{paths.split}2014"}
+    questions, annotations, places = [], [], Counter[int]()
     for question, answer, package_image_id in entries:
         image_id = package_image_id + offset
-        place = places.get(image_id, 0)
-        places[image_id] = place + 1
-        yield image_id * _QUESTION_IDS_PER_IMAGE + place, image_id, question, answer
-
-
-def _write_texts(paths: SplitPaths, rows: list[tuple[int, int, str, str]]) -> None:
-    envelope = {"info": {"description": "easy-VQA 1.0 in VQAv2's layout"}, "data_subtype": f"{paths.split}2014"}
-    questions = [
-        {"image_id": image_id, "question": question, "question_id": question_id}
-        for question_id, image_id, question, _ in rows
-    ]
-    annotations = [
-        {
-            "question_id": question_id,
-            "image_id": image_id,
-            "question_type": question_type(question),
-            "answer_type": answer_type(answer),
-            "multiple_choice_answer": answer,
-            "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)],
-        }
-        for question_id, image_id, question, answer in rows
-    ]
+        ids = {"image_id": image_id, "question_id": image_id * _QUESTION_IDS_PER_IMAGE + places[image_id]}
+        places[image_id] += 1
+        kinds = {"question_type": question_type(question), "answer_type": answer_type(answer)}
+        ten = [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)]
+        questions.append(ids | {"question": question})
+        annotations.append(ids | kinds | {"multiple_choice_answer": answer, "answers": ten})
     paths.questions.write_text(json.dumps({**envelope, "questions": questions}), encoding="utf-8")
     paths.annotations.write_text(json.dumps({**envelope, "annotations": annotations}), encoding="utf-8")

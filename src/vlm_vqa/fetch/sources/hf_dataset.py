@@ -1,7 +1,4 @@
-"""Source `hub`: a table in a `datasets` repository at a pinned commit, streamed and spilled as `spill` does it.
-
-Parts lie under a hash of repositories, commits, splits and files, so those of two data sets never meet.
-"""
+"""Source `hub`: a table in a `datasets` repository at a pinned commit, streamed and spilled as `spill` does it."""
 
 import dataclasses
 import functools
@@ -14,10 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
-import pyarrow as pa
 from datasets.data_files import DataFilesList, get_data_patterns, sanitize_patterns
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi, constants, snapshot_download
+from huggingface_hub import DatasetCard, HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from tqdm import tqdm
 
@@ -28,7 +24,7 @@ from vlm_vqa.fetch.sources.spill import Spill
 from vlm_vqa.fetch.sources.table import Tables, spill_parquet
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.hf_hub import Repository, translate_errors
-from vlm_vqa.params import Columns, HubParams, HubTable
+from vlm_vqa.params import Columns, HubParams, HubTable, TableParams
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,48 +41,32 @@ def hub_source(hub: HubParams, table: HubTable | None, folder: Path) -> Generato
     Raises:
         UserError: a repository cannot be read, has a loading script, or lacks the split or columns; it names what to do.
     """
-    wanted = {split: getattr(hub, split) for split in SPLITS}
-    repositories = {
-        split: Repository(
-            f"data.hub.{split}.repository", one.repository, f"data.hub.{split}.revision", one.revision, "dataset"
-        )
-        for split, one in wanted.items()
-    }
-    found = {}
-    for split, repository in repositories.items():
-        look = functools.partial(_find_files, repository, wanted[split].split, f"data.hub.{split}.split")
+    repositories: dict[str, Repository] = {}
+    found: dict[str, list[str]] = {}
+    for split in SPLITS:
+        one, key = getattr(hub, split), f"data.hub.{split}"
+        repository = Repository(f"{key}.repository", one.repository, f"{key}.revision", one.revision, "dataset")
         with translate_errors(repository):
-            found[split] = _persistently(repository.name, look)
+            found[split] = _persistently(
+                repository.name, functools.partial(_find_files, repository, one.split, f"{key}.split")
+            )
+        repositories[split] = repository
     columns = table.columns if table and table.columns else Columns()
-    names = {split: list(files) for split, files in found.items()}
-    place = folder / hash_json([dataclasses.asdict(hub), names, columns.image])[:16]
+    # So parts of two data sets, or commits, never meet.
+    place = folder / hash_json([dataclasses.asdict(hub), found, columns.image])[:16]
     with tqdm(desc="questions from the hub", unit="question") as progress:
         spill = Spill(place, progress)
         for split, repository in repositories.items():
-            with translate_errors(repository):
-                _spill_split(repository, found[split], place / split, columns, spill)
+            for index, file in enumerate(found[split]):
+                part = place / split / f"part-{index:05d}"
+                write = functools.partial(spill_parquet, spill, file, columns, part, str(repository))
+                with translate_errors(repository):
+                    _persistently(file, write)
     called = {split: str(repository) for split, repository in repositories.items()}
-    reader = Tables({split: place / split for split in SPLITS}, columns, called)
+    reader = Tables({split: place / split for split in SPLITS}, called, TableParams(train="train", columns=columns))
     splits = (Split(split, called[split], [spill.images], functools.partial(reader.rows, split)) for split in SPLITS)
     yield Source("hub", dataclasses.asdict(hub), tuple(splits), NOTES)
     shutil.rmtree(place)
-
-
-def _spill_split(repository: Repository, files: dict[str, str], folder: Path, columns: Columns, spill: Spill) -> None:
-    """Write one split's parts into `folder`, or complete what an earlier run has left there."""
-
-    def write(file: str, part: Path) -> None:
-        try:
-            spill_parquet(spill, file, columns, part, str(repository))
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{repository}: {file} is no intact Parquet file ({error}).") from error
-
-    for index, file in enumerate(files.values()):
-        part = folder / f"part-{index:05d}"
-        if part.is_dir():
-            spill.skip(part)
-        else:
-            _persistently(file, functools.partial(write, file, part))
 
 
 def _persistently(what: str, work: Callable[[], T]) -> T:
@@ -105,12 +85,8 @@ def _persistently(what: str, work: Callable[[], T]) -> T:
     return work()
 
 
-# --- what is there ----------------------------------------------------------------------------------------------------
-
-
-def _find_files(repository: Repository, split: str, split_key: str) -> dict[str, str]:
-    """Return a split's Parquet files, as the repository's card or their names say: by the name that the repository gives
-    them the address or path that `datasets` opens.
+def _find_files(repository: Repository, split: str, split_key: str) -> list[str]:
+    """Return a split's Parquet files, as the repository's card or their names say, by what `datasets` opens.
 
     `datasets.load_dataset(name)` does the same, but the pinned `datasets` calls huggingface_hub in a way that the pinned
     huggingface_hub refuses. Given the files, its Parquet reader does its work, and no loading script has a part in it.
@@ -123,8 +99,7 @@ def _find_files(repository: Repository, split: str, split_key: str) -> dict[str,
             "files; or, if it holds all rows, a commit of this one's branch refs/convert/parquet "
             f"({repository.page}/tree/refs%2Fconvert%2Fparquet); or set data.source: official."
         )
-    card = _card(base, names)
-    patterns = _patterns(repository, base, card)
+    patterns = _patterns(repository, base, names)
     if split not in patterns:
         raise UserError(f"{split_key} is {split!r}; {repository.name} has {', '.join(map(str, patterns))}.")
     try:
@@ -134,20 +109,16 @@ def _find_files(repository: Repository, split: str, split_key: str) -> dict[str,
         files = DataFilesList([], [])
     if not files:
         raise UserError(f"{repository} has no Parquet files of split {split!r}; only such are read.")
-    return {file.removeprefix(base).lstrip("/"): file for file in files}
+    return [*files]
 
 
 def newest(name: str) -> tuple[str, list[str]]:
-    """Return a repository's newest commit and the splits that it has there.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Return a repository's newest commit and the splits that it has there, or raise `UserError`."""
     repository = Repository("PATH", name, "its newest commit", "main", "dataset")
     with translate_errors(repository):
         commit = str(HfApi().dataset_info(name).sha)
         base, names = _contents(dataclasses.replace(repository, revision=commit))
-        return commit, list(map(str, _patterns(repository, base, _card(base, names))))
+        return commit, list(map(str, _patterns(repository, base, names)))
 
 
 def _contents(repository: Repository) -> tuple[str, list[str]]:
@@ -160,16 +131,13 @@ def _contents(repository: Repository) -> tuple[str, list[str]]:
     return f"hf://datasets/{name}@{revision}", HfApi().list_repo_files(name, revision=revision, repo_type="dataset")
 
 
-def _card(base: str, names: list[str]) -> DatasetCardData:
-    if "README.md" not in names:
-        return DatasetCardData()
-    with fsspec.open(f"{base}/README.md", "rt", encoding="utf-8") as file:
-        return DatasetCard(file.read(), ignore_metadata_errors=True).data  # ty: ignore[invalid-explicit-return] - typed as its base
-
-
-def _patterns(repository: Repository, base: str, card: DatasetCardData) -> dict[Any, list[str]]:
+def _patterns(repository: Repository, base: str, names: list[str]) -> dict[Any, list[str]]:
     """Return the files' patterns by split."""
-    configs = MetadataConfigs.from_dataset_card_data(card)
+    card = DatasetCard("")
+    if "README.md" in names:
+        with fsspec.open(f"{base}/README.md", "rt", encoding="utf-8") as file:
+            card = DatasetCard(file.read(), ignore_metadata_errors=True)
+    configs = MetadataConfigs.from_dataset_card_data(card.data)  # ty: ignore[invalid-argument-type] - typed as its base
     if len(configs) > 1 and "default" not in configs:
         raise UserError(
             f"{repository} holds several data sets ({', '.join(configs)}); one with a single one is wanted."

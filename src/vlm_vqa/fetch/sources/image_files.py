@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.fetch.recognise import PICTURES
 from vlm_vqa.fetch.sources.zip_archive import files, open_zip, parts
 from vlm_vqa.files import check_regular
 
@@ -29,19 +30,14 @@ ENCRYPTED = 0x1
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
 _OTHERS = {(257, b"ustar"): "tar", (0, b"\x1f\x8b"): "gzip", (0, b"7z\xbc\xaf"): "7z", (0, b"Rar!"): "rar"}
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|data:")
-_ENDINGS = ["", *".jpg .jpeg .jpe .jfif .png .gif .webp .bmp .avif .tif .tiff .heic .mpo".split()]
-"""Of pictures: what else lies beside them under their names, a text say, is not meant."""
+_ENDINGS = ("", *PICTURES)
 _NEAREST, _NEIGHBOURS = 3, 20
 _HINTS = 50
 """Missing images that are told the nearest names: a message shows fewer, and a wrong path makes every one missing."""
 
 
 class MissingImage(Exception):
-    """There is no such image: where it was looked for, and what is there instead."""
-
-    def __init__(self, where: str, hint: str):
-        super().__init__(where)
-        self.hint = hint
+    """There is no such image; `args` are where it was looked for, and what is there instead."""
 
 
 class _Found(NamedTuple):
@@ -57,8 +53,8 @@ class _Found(NamedTuple):
         return f"{self.top}: {self.member.filename}" if self.member else f"{self.top / self.path}"
 
 
-class ImageFiles:
-    """Image files by name, below folders and inside zip archives. Reads from several threads.
+class ImageFiles(ExitStack):
+    """Image files by name, below folders and inside zip archives until it is closed. Reads from several threads.
 
     The first of these that holds: the path is the name; the file's name is the last part of the name, in any folder;
     but for case, and how an accent is written (macOS); but for the ending. Among several of one kind the one whose folders
@@ -66,30 +62,23 @@ class ImageFiles:
     """
 
     def __init__(self, paths: Sequence[Path]):
-        """Look through `paths`.
-
-        Raises:
-            UserError: one is an archive of another kind.
-            OSError, zipfile.BadZipFile: one is neither a folder nor a zip archive of files below it, as `open_zip` says.
-        """
+        """Look through `paths`; raise as `open_zip`, and `UserError` for an archive of another kind."""
+        super().__init__()
         self.others: list[ImageFiles] = []
         """Those of other splits, where a missing image may be."""
         self.count = 0
         self._top = paths[0]
         # Files by their names in one spelling, without ending.
-        self._index: dict[str, list[_Found] | _Found] = {}
+        self._index: dict[str, tuple[_Found, ...]] = {}
         self._folders: set[str] = set()
         self._hints, self._sorted = 0, ()
-        with ExitStack() as archives:
-            for path in paths:
-                for found in _of_folder(path) if path.is_dir() else _of_zip(path, archives):
-                    folders, _, name = found.path.rpartition("/")
-                    self._folders.add(folders.rpartition("/")[2])
-                    self.count += 1
-                    key = _spelled(os.path.splitext(name)[0])
-                    if (there := self._index.setdefault(key, found)) is not found:
-                        self._index[key] = [*(there if isinstance(there, list) else [there]), found]
-            self.close = archives.pop_all().close
+        for path in paths:
+            for found in _of_folder(path) if path.is_dir() else _of_zip(path, self):
+                folders, _, name = found.path.rpartition("/")
+                self._folders.add(folders.rpartition("/")[2])
+                self.count += 1
+                key = _spelled(os.path.splitext(name)[0])
+                self._index[key] = (*self._index.get(key, ()), found)
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """Return the bytes of the file that `find` finds.
@@ -107,8 +96,7 @@ class ImageFiles:
             return (top / path).read_bytes()
         # zipfile would raise a bare RuntimeError, which could be anything.
         if member.flag_bits & ENCRYPTED:
-            where = f"{found.where}: is encrypted"
-            raise UserError(f"{where}; unpack the archive with its password and name the folder instead")
+            raise UserError(f"{found.where}: is encrypted; unpack the archive with its password and name the folder")
         try:
             return archive.read(member)
         except DAMAGE as error:
@@ -125,12 +113,9 @@ class ImageFiles:
             raise UserError(f"{name:.200}: a URL, not a file. Download the images, and put their names into the data")
         *folders, last = parts(name.strip()) or [""]
         path, (stem, ending) = "/".join([*folders, last]), os.path.splitext(last)
-        if isinstance(one := self._index.get(_spelled(stem)), _Found) and one.path == path:
-            return one
         ranked: dict[tuple[int, int], list[_Found]] = {}
         for key in {stem, last}:
-            there = self._index.get(_spelled(key), [])
-            for found in there if isinstance(there, list) else [there]:
+            for found in self._index.get(_spelled(key), ()):
                 *above, own = found.path.split("/")
                 agree = len(os.path.commonprefix([above[::-1], folders[::-1]]))
                 against = agree < min(len(above), len(folders)) and folders[-1 - agree] in self._folders
@@ -141,7 +126,7 @@ class ImageFiles:
                     hidden = any(part.startswith(".") for part in above)
                     ranked.setdefault((kinds.index(True), hidden - agree), []).append(found)
         if not ranked:
-            raise MissingImage(f"{self._top / name}", self._hint(name, _spelled(stem)) if hint else "")
+            raise MissingImage(self._top / name, self._hint(name, _spelled(stem)) if hint else "")
         best = ranked[min(ranked)]
         if len(best) > 1:
             named = " and ".join(one.where for one in best[:3])
@@ -161,9 +146,9 @@ class ImageFiles:
         for step, names in self._sorted:
             at = bisect(names, key[::step])
             near += [other[::step] for other in names[max(at - _NEIGHBOURS, 0) : at + _NEIGHBOURS]]
-        found = [self._index[other] for other in difflib.get_close_matches(key, dict.fromkeys(near), _NEAREST, 0)]
-        names = [repr((one[0] if isinstance(one, list) else one).path) for one in found]
-        return f"; the nearest of {self.count:,} files: {', '.join(names)}" if names else "; there are no files"
+        found = difflib.get_close_matches(key, dict.fromkeys(near), _NEAREST, 0)
+        names = ", ".join(repr(self._index[other][0].path) for other in found)
+        return f"; the nearest of {self.count:,} files: {names}" if names else "; there are no files"
 
 
 def _of_folder(top: Path) -> Iterator[_Found]:

@@ -5,141 +5,75 @@ before it runs a stage, and a download must outlive a killed one.
 """
 
 import logging
-import re
 import shutil
-import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import Source, Split
+from vlm_vqa.fetch.contract import Source
 from vlm_vqa.fetch.sources import download
 from vlm_vqa.fetch.sources.download import Download
 from vlm_vqa.fetch.sources.official_layout import official_paths, official_split
-from vlm_vqa.fetch.sources.zip_archive import files, open_zip, shown
 from vlm_vqa.params import OfficialParams
 
 log = logging.getLogger(__name__)
 
 FOLDER = "archives"
-# As ParlAI (texts) and LAVIS (images) pin them.
-CHECKSUMS = {
-    "v2_Questions_Train_mscoco.zip": "sha256:05a64b6e2582d06d7585f5429674a9a33851878be1bff9f8668cdcf792df611e",
-    "v2_Questions_Val_mscoco.zip": "sha256:e71f6c5c3e97a51d050f28243e262b28cd0c48d11a6b4632d769d30d3f93222a",
-    "v2_Annotations_Train_mscoco.zip": "sha256:fb101bcefe91422c543c2bb6d70af11eb3119d0ff745ae283d09acdf66250853",
-    "v2_Annotations_Val_mscoco.zip": "sha256:0caae7c8d1dafd852727f5ac046bc1efca9b72026bd6ffa34fc489f3a7b3291e",
-    "train2014.zip": "md5:0da8c0bd3d6becc4dcb32757491aca88",
-    "val2014.zip": "md5:a3d79f5ed8d289b7a7554ce06a5782b3",
-}
-
-
-@dataclass(frozen=True)
-class _Archive:
-    """One of the six."""
-
-    name: str
-    entries: str
-    """Regular expression of the names in it."""
-    option: str
-    """The key of `data.official` with its folder's URL."""
-
-
-def _texts(kind: str, split: str) -> str:
-    """Return the name of an archive of `Questions` or `Annotations`."""
-    return f"v2_{kind}_{split.capitalize()}_mscoco.zip"
-
-
-_ARCHIVES = tuple(
-    archive
-    for split in SPLITS
-    for archive in (
-        _Archive(_texts("Questions", split), rf"v2_OpenEnded_mscoco_{split}2014_questions\.json", "texts_url"),
-        _Archive(_texts("Annotations", split), rf"v2_mscoco_{split}2014_annotations\.json", "texts_url"),
-        _Archive(f"{split}2014.zip", rf"{split}2014/COCO_{split}2014_\d{{12}}\.jpg", "images_url"),
-    )
-)
+ARCHIVES: dict[str, tuple[str, int]] = {
+    "v2_Questions_Train_mscoco.zip": (
+        "sha256:05a64b6e2582d06d7585f5429674a9a33851878be1bff9f8668cdcf792df611e", 7_239_401),
+    "v2_Questions_Val_mscoco.zip": (
+        "sha256:e71f6c5c3e97a51d050f28243e262b28cd0c48d11a6b4632d769d30d3f93222a", 3_494_929),
+    "v2_Annotations_Train_mscoco.zip": (
+        "sha256:fb101bcefe91422c543c2bb6d70af11eb3119d0ff745ae283d09acdf66250853", 21_708_861),
+    "v2_Annotations_Val_mscoco.zip": (
+        "sha256:0caae7c8d1dafd852727f5ac046bc1efca9b72026bd6ffa34fc489f3a7b3291e", 10_518_930),
+    "train2014.zip": ("md5:0da8c0bd3d6becc4dcb32757491aca88", 13_510_573_713),
+    "val2014.zip": ("md5:a3d79f5ed8d289b7a7554ce06a5782b3", 6_645_013_297),
+}  # fmt: skip
+"""Checksums, as ParlAI (texts) and LAVIS (images) pin them, and bytes."""
 
 
 def official_source(params: OfficialParams, records: Path) -> Source:
-    """Download what is missing of the six archives and return them as a source.
-
-    Args:
-        params: where from, and how many at once.
-        records: folder that the records will be written to; the archives' folder lies beside it.
+    """Download what is missing of the six archives, into a folder beside `records`, and return them as a source.
 
     Raises:
-        UserError: an archive cannot be downloaded with the right checksum or holds what it should not, or the disk is full.
+        UserError: an archive cannot be downloaded with the right checksum, or the disk is full.
     """
-    downloads = [_download(archive, params, records) for archive in _ARCHIVES]
-    missing: dict[Download, int | None] = {one: None for one in downloads if not download.is_verified(one)}
-    missing = {one: download.remote_size(one) for one in missing}
-    _check_room(downloads, missing, records)
+    folder, downloads = records.parent / FOLDER, []
+    for name, (checksum, size) in ARCHIVES.items():
+        option = "texts_url" if name.startswith("v2_") else "images_url"
+        url = f"{getattr(params, option).rstrip('/')}/{name}"
+        downloads.append(Download(url, folder / name, checksum, size, f"data.official.{option}"))
+    missing = [one for one in downloads if not download.is_verified(one)]
+    # The records take as much again: they hold the images as they are in the archives, and compressed texts.
+    rest, total = (
+        sum(max(0, one.bytes - download.bytes_here(one)) for one in missing),
+        sum(one.bytes for one in downloads),
+    )
+    records.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(records.parent).free
+    if rest + total > free:
+        raise UserError(
+            f"{records.parent}: {(rest + total) / 1e9:.1f} GB are needed ({rest / 1e9:.1f} for {FOLDER}, {total / 1e9:.1f} "
+            f"for {records.name}), but {free / 1e9:.1f} GB are free. Free some space, then run `dvc repro` again."
+        )
     if missing:
         log.info("downloading %s", ", ".join(one.path.name for one in missing))
         download.fetch_all(missing, params.downloads)
-    for archive, one in zip(_ARCHIVES, downloads, strict=True):
-        _check_entries(one.path, archive)
-    origin = {"archives": CHECKSUMS, "checksums": "official"}
-    return Source("official", origin, _splits(records.parent / FOLDER))
-
-
-def remove_archives(params: OfficialParams, records: Path) -> None:
-    """Delete the archives: what `keep_archives: false` means when the records are complete."""
-    for archive in _ARCHIVES:
-        download.remove(_download(archive, params, records))
-
-
-def _download(archive: _Archive, params: OfficialParams, records: Path) -> Download:
-    folder = getattr(params, archive.option).rstrip("/")
-    path = records.parent / FOLDER / archive.name
-    return Download(f"{folder}/{archive.name}", path, CHECKSUMS[archive.name], f"data.official.{archive.option}")
-
-
-def _check_room(downloads: Sequence[Download], missing: Mapping[Download, int | None], records: Path) -> None:
-    """Refuse to begin what the disk cannot hold: the rest of the archives, and the records, which take as much again.
-
-    Records hold the images as they are in the archives, and compressed texts.
-    """
-    rest = sum(max(0, (size or 0) - download.bytes_here(one)) for one, size in missing.items())
-    total = sum(missing[one] or 0 if one in missing else one.path.stat().st_size for one in downloads)
-    place = records.parent
-    place.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(place).free
-    if rest + total > free:
-        raise UserError(
-            f"{place}: {(rest + total) / 1e9:.1f} GB are needed ({rest / 1e9:.1f} for {FOLDER}, {total / 1e9:.1f} for "
-            f"{records.name}), but {free / 1e9:.1f} GB are free. Free some space, then run `dvc repro` again."
+    splits = []
+    for paths in official_paths(folder):
+        questions, annotations = (
+            folder / f"v2_{kind}_{paths.split.capitalize()}_mscoco.zip" for kind in ("Questions", "Annotations")
         )
+        images = [folder / f"{paths.split}2014.zip"]
+        splits.append(official_split(replace(paths, questions=questions, annotations=annotations, images=images)))
+    origin = {"archives": {name: checksum for name, (checksum, _) in ARCHIVES.items()}, "checksums": "official"}
+    return Source("official", origin, tuple(splits))
 
 
-def _check_entries(path: Path, archive: _Archive) -> None:
-    """Refuse an archive that is damaged, that would write where it should not, or that holds other files."""
-    try:
-        with open_zip(path) as opened:
-            names = [info.filename for info in files(opened)]
-    except zipfile.BadZipFile as error:
-        raise UserError(
-            f"{path}: not a usable zip archive ({error}). Correct data.official.{archive.option}."
-        ) from error
-    strange = [name for name in names if not re.fullmatch(archive.entries, name)]
-    if strange or not names:
-        raise UserError(
-            f"{path}: {f'holds {shown(strange)}' if strange else 'is empty'}; expected {archive.entries}. Correct "
-            f"data.official.{archive.option}."
-        )
-
-
-def _splits(folder: Path) -> tuple[Split, ...]:
-    return tuple(
-        official_split(
-            replace(
-                paths,
-                questions=folder / _texts("Questions", paths.split),
-                annotations=folder / _texts("Annotations", paths.split),
-                images=[folder / f"{paths.split}2014.zip"],
-            )
-        )
-        for paths in official_paths(folder)
-    )
+def remove_archives(records: Path) -> None:
+    """Delete the archives and what lies beside them: what `keep_archives: false` means when the records are complete."""
+    for name in ARCHIVES:
+        for path in (records.parent / FOLDER).glob(f"{name}*"):
+            path.unlink()

@@ -10,36 +10,22 @@ import sys
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import (
-    LARGEST_ID,
-    ImageNames,
-    MalformedRecord,
-    Row,
-    Source,
-    Split,
-    ViolationKind,
-    Violations,
-    answered,
-    as_question,
-    is_text,
-    read_answers,
-)
-from vlm_vqa.fetch.recognise import refusal
+from vlm_vqa.fetch import contract
+from vlm_vqa.fetch.contract import MalformedRecord, Row, Source, Split, ViolationKind, Violations
+from vlm_vqa.fetch.recognise import refusal, shown
 from vlm_vqa.fetch.sources.image_files import DAMAGE, ENCRYPTED
-from vlm_vqa.fetch.sources.zip_archive import files, open_zip, shown
+from vlm_vqa.fetch.sources.zip_archive import files, open_zip
 from vlm_vqa.files import MOST_BYTES, check_regular
 from vlm_vqa.params import DataParams
 
 log = logging.getLogger(__name__)
 
-_GZIP_MAGIC = b"\x1f\x8b"
-_ZIP_MAGIC = b"PK\x03\x04"
 _COCO = ("train2014", "val2014")
 _IDS = {"question_id", "image_id"}
 _FOREIGN = {"questions": {"direct_answers", "answers", "answer"}, "annotations": {"question", "direct_answers"}}
@@ -57,23 +43,19 @@ class SplitPaths:
     annotations: Path
     images: list[Path]
     """Folders of images, or zip archives of them."""
-    names: ImageNames
+    image_name: str
     others: Sequence[Path] = ()
     """Those of the other split, looked through where an entry says that its image is of that part of COCO."""
 
 
 def directory_source(data: DataParams) -> Source:
-    """Return the files that `data.directory`, `data.train` and `data.val` name.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+    """Return the files that `data.directory`, `data.train` and `data.val` name, or raise `UserError` as `folder_of`."""
     folder, splits = folder_of(data), []
     for split in SPLITS:
         files = getattr(data, split)
         texts = (folder / files.questions, folder / files.annotations)
         images, others = (places(folder, one.images) for one in (files, data.val if split == "train" else data.train))
-        splits.append(official_split(SplitPaths(split, *texts, images, ImageNames(files.image_name), others)))
+        splits.append(official_split(SplitPaths(split, *texts, images, files.image_name, others)))
     return Source("directory", {}, tuple(splits))
 
 
@@ -104,17 +86,15 @@ def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
         return
     for (question_id, image_id, (question, part)), answers in _pair(questions, annotations, violations):
         where = f"{paths.questions}: question_id {question_id}"
-        name = paths.names.name(image_id)
-        if name and part in _COCO:
-            own, name = name, re.sub("|".join(_COCO), part, name)
-            if name != own:
-                paths.images.extend(place for place in paths.others if place not in paths.images)
         try:
+            own = name = contract.image_name(paths.image_name, image_id)
             if name is None:
-                long = f"image_id {image_id} is too long for {paths.names.pattern}"
+                long = f"image_id {image_id} is too long for {paths.image_name}"
                 raise MalformedRecord(ViolationKind.IMAGE_ID, long)
+            if part and (name := re.sub("|".join(_COCO), part, name)) != own:
+                paths.images.extend(place for place in paths.others if place not in paths.images)
             record = {"question_id": question_id, "image_id": image_id, "question": question}
-            yield Row(where, name, record | answered(question, *answers))
+            yield Row(where, name, record | contract.answered(question, *answers))
         except MalformedRecord as error:
             violations.add(error.kind, f"{where}: {error}")
 
@@ -127,14 +107,14 @@ def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
             folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json",
             folder / f"v2_mscoco_{split}2014_annotations.json",
             [folder / f"{split}2014"],
-            ImageNames(f"COCO_{split}2014_{{image_id:012d}}.jpg"),
+            f"COCO_{split}2014_{{image_id:012d}}.jpg",
         )
         for split in SPLITS
     )
 
 
 class _Entry(NamedTuple):
-    """What is kept of a well-formed entry."""
+    """A well-formed entry."""
 
     question_id: int
     image_id: int
@@ -142,16 +122,17 @@ class _Entry(NamedTuple):
     """Of a question: its text, and VQA-CP's part of COCO that has the image. Of an annotation: what `answered` takes."""
 
 
-class _Entries(NamedTuple):
+@dataclass
+class _Entries:
     """What a questions or annotations file holds."""
 
     name: str
     """The file's name, for messages."""
-    good: list[_Entry]
+    good: list[_Entry] = field(default_factory=list)
     """In file order."""
-    reported: set[int]
+    reported: set[int] = field(default_factory=set)
     """Question ids of malformed entries: they are violations already, and their counterparts are no further ones."""
-    unnamed: int
+    unnamed: int = 0
     """Malformed entries whose question id is not known: as many counterparts are no further violations."""
 
 
@@ -178,24 +159,21 @@ def _read_entries(path: Path, key: str, violations: Violations) -> _Entries | No
     if not entries:
         violations.add(ViolationKind.EMPTY_FILE, f"{path}: the list {key!r} is empty")
         return None
-    good: list[_Entry] = []
-    reported: set[int] = set()
-    unnamed = 0
+    found = _Entries(str(path))
     for row, entry in enumerate(entries):
         try:
-            good.append(entry if isinstance(entry, _Entry) else _parse(entry, key))
+            found.good.append(entry if isinstance(entry, _Entry) else _parse(entry, key))
         except MalformedRecord as error:
-            question_id = entry.get("question_id") if isinstance(entry, dict) else None
-            if str(question_id).isdecimal() and len(str(question_id)) < 20:
-                reported.add(int(str(question_id)))
+            question_id = str(entry.get("question_id") if isinstance(entry, dict) else None)
+            if question_id.isdecimal() and len(question_id) < 20:
+                found.reported.add(int(question_id))
             else:
-                unnamed += 1
-            violations.add(error.kind, f"{path}: entry {row} (question_id {question_id!s:.60}): {error}")
-    return _Entries(str(path), good, reported, unnamed)
+                found.unnamed += 1
+            violations.add(error.kind, f"{path}: entry {row} (question_id {question_id:.60}): {error}")
+    return found
 
 
 def _parse(entry: Any, key: str) -> _Entry:
-    """Turn a JSON object of the list `key` into an entry, or raise `MalformedRecord`."""
     asked = key == "questions"
     kind = ViolationKind.BAD_QUESTION if asked else ViolationKind.BAD_ANNOTATION
     if not isinstance(entry, dict):
@@ -205,15 +183,15 @@ def _parse(entry: Any, key: str) -> _Entry:
         raise MalformedRecord(kind, f"without {', '.join(missing)}")
     for name in wanted[:2]:
         # bool is a subclass of int.
-        if type(entry[name]) is not int or not 0 <= entry[name] <= LARGEST_ID:
+        if type(entry[name]) is not int or not 0 <= entry[name] <= contract.LARGEST_ID:
             raise MalformedRecord(kind, f"{name} is {entry[name]!r:.60}, not a whole number from 0 up")
-    content = _question(entry) if asked else _answers(entry)
-    return _Entry(entry["question_id"], entry["image_id"], content)
-
-
-def _question(entry: dict[str, Any]) -> tuple[str, str]:
     part = entry.get("coco_split")
-    return as_question(entry["question"]), sys.intern(part) if isinstance(part, str) else ""
+    content = (
+        (contract.as_question(entry["question"]), sys.intern(part) if part in _COCO else "")
+        if asked
+        else _answers(entry)
+    )
+    return _Entry(entry["question_id"], entry["image_id"], content)
 
 
 def _answers(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -224,13 +202,13 @@ def _answers(entry: dict[str, Any]) -> tuple[Any, ...]:
     if not isinstance(items, list):
         what = f"{key} is {items!r:.60}, not a list" if key in entry else f"without {key}"
         raise MalformedRecord(ViolationKind.BAD_ANNOTATION, what)
-    return read_answers(items, _text), kinds, main
+    return contract.read_answers(items, _text), kinds, main
 
 
 def _text(value: Any, what: str) -> str:
     if value is None and what == "answer_confidence":
         return ""
-    if not is_text(value):
+    if not contract.is_text(value):
         raise MalformedRecord(ViolationKind.BAD_ANNOTATION, f"{what} is {value!r:.60}, not text")
     return value
 
@@ -245,10 +223,9 @@ def _pair(questions: _Entries, annotations: _Entries, violations: Violations) ->
     """Yield each question with its answers, in the order of `questions`; what does not pair is a violation."""
     by_question: dict[int, _Entry] = {}
     for annotation in annotations.good:
-        if annotation.question_id in by_question:
+        if by_question.setdefault(annotation.question_id, annotation) is not annotation:
             twice = f"{annotations.name}: question_id {annotation.question_id}"
             violations.add(ViolationKind.DUPLICATE_ANNOTATION, twice)
-        by_question[annotation.question_id] = annotation
     # A dict, for it keeps the order.
     seen: dict[int, None] = {}
     for question in questions.good:
@@ -279,7 +256,7 @@ def read_json(path: Path, violations: Violations, object_hook: Callable[[dict[st
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise OSError(f"it unpacks to more than {MOST_BYTES:,} bytes")
-        # One name for all: a split's annotations need not be held twice.
+        # Under the one name: a split's annotations need not be held twice.
         text = text.decode("utf-8-sig")
         return json.loads(text, object_hook=object_hook)
     except READ_ERRORS as error:
@@ -316,19 +293,16 @@ def open_bytes(path: Path) -> Generator[IO[bytes] | gzip.GzipFile]:
     check_regular(path)
     with open(path, "rb") as file:
         magic = file.read(4)
-    if magic != _ZIP_MAGIC:
-        with (gzip.open if magic.startswith(_GZIP_MAGIC) else open)(path, "rb") as file:
+    if magic != b"PK\x03\x04":
+        with (gzip.open if magic.startswith(b"\x1f\x8b") else open)(path, "rb") as file:
             yield file
         return
     with open_zip(path) as archive:
-        members = files(archive)
-        if len(members) != 1:
-            names = shown(member.filename for member in members)
+        if len(members := files(archive)) != 1:
+            names = shown(repr(member.filename) for member in members)
             raise zipfile.BadZipFile(f"the archive holds {len(members)} files instead of one: {names}")
         if members[0].flag_bits & ENCRYPTED:
             raise zipfile.BadZipFile(f"{members[0].filename} is encrypted")
-        if members[0].file_size > MOST_BYTES:
-            raise zipfile.BadZipFile(f"{members[0].filename} would unpack to {members[0].file_size} bytes")
-        # No more than the declared size is ever unpacked.
+        # No more than the declared size is ever unpacked; readers end beyond `MOST_BYTES`.
         with archive.open(members[0]) as file:
             yield file

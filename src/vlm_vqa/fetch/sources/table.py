@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -29,22 +30,9 @@ from tqdm import tqdm
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.contract import (
-    LARGEST_ID,
-    ImageNames,
-    MalformedRecord,
-    ReadAgain,
-    Row,
-    Source,
-    Split,
-    ViolationKind,
-    Violations,
-    answered,
-    as_question,
-    is_text,
-    read_answers,
-)
-from vlm_vqa.fetch.recognise import USUAL, refusal
+from vlm_vqa.fetch import contract
+from vlm_vqa.fetch.contract import MalformedRecord, ReadAgain, Row, Source, Split, ViolationKind, Violations
+from vlm_vqa.fetch.recognise import USUAL, refusal, written_as
 from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
 from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, folder_of, open_bytes, places, read_json, unreadable
 from vlm_vqa.fetch.sources.spill import Spill
@@ -65,23 +53,16 @@ _Raw = dict[str, Any] | MalformedRecord
 
 
 def table_source(data: DataParams, spilled: Path) -> Source:
-    """Return the tables that `data.table` names; pictures whose bytes stand in them are written into `spilled`.
-
-    Raises:
-        UserError: `data.directory` is no folder.
-    """
+    """Return the tables that `data.table` names, or raise `UserError` as `folder_of`; their pictures go into `spilled`."""
     table, folder = data.table, folder_of(data)
     assert isinstance(table, TableParams), "load_params asks for it"
     files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
-    columns, names = table.columns or Columns(), ImageNames(table.image_name) if table.image_name else None
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
     images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
-    read = files if table.images else _spilled(files, columns, spilled)
+    read = files if table.images else _spilled(files, table.columns or Columns(), spilled)
     if read is not files:
         images = dict.fromkeys(SPLITS, [spilled / "images"])
-    apart = read is files and any("{split}" in name for name in written)
-    called = {split: str(file) for split, file in files.items()}
-    reader = Tables(read, columns, called, names, table.val_share, table.val_seed, images["train"], apart)
+    reader = Tables(read, {split: str(file) for split, file in files.items()}, table, images["train"])
     splits = []
     for split, file in files.items():
         inputs = {path.name if file.is_dir() else "table": path for path in parts_of(file) if path.is_file()}
@@ -92,10 +73,10 @@ def table_source(data: DataParams, spilled: Path) -> Source:
 
 def _spilled(files: dict[str, Path], columns: Columns, folder: Path) -> dict[str, Path]:
     """Return tables without the bytes of pictures that stand in them, or the tables as they are if there are none."""
-    # One file may be for both splits.
     parts = {file: parts_of(file) for file in files.values()}
     if not all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
         return files
+    # One file may be for both splits.
     places = {file: folder / str(number) for number, file in enumerate(parts)}
     with tqdm(desc="pictures in the table", unit="question") as progress:
         spill = Spill(folder, progress)
@@ -116,16 +97,18 @@ def _holds_pictures(path: Path) -> bool:
 
 
 def spill_parquet(spill: Spill, file: str, columns: Columns, part: Path, where: str) -> None:
-    """Write a Parquet file or address whose rows hold pictures as a part.
-
-    Raises:
-        UserError: a column that is wanted cannot be told.
-    """
-    rows, violations = read_parquet(file), Violations()
-    found = find_columns(where, list(rows.features or {}), columns, violations)
-    violations.raise_if_any()
-    assert found is not None, "or else there is a violation"
-    spill.write(rows, found["image"], part, where)
+    """Write a Parquet file or address whose rows hold pictures as a part, unless an earlier run has done so."""
+    if part.is_dir():
+        return spill.skip(part)
+    violations = Violations()
+    try:
+        rows = read_parquet(file)
+        found = find_columns(where, list(rows.features or {}), columns, violations)
+        violations.raise_if_any()
+        assert found is not None, "or else there is a violation"
+        spill.write(rows, found["image"], part, where)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{where}: {file} is no intact Parquet file ({error}).") from error
 
 
 @dataclass
@@ -134,16 +117,11 @@ class Tables:
 
     files: Mapping[str, Path]
     """By split; one for both where a share of train's images is val."""
-    columns: Columns
     called: Mapping[str, str]
     """What messages call them."""
-    names: ImageNames | None = None
-    val_share: float | None = None
-    val_seed: int = 0
+    table: TableParams
     places: Sequence[Path] = ()
     """Where the pictures are of which a share becomes val."""
-    apart: bool = False
-    """Each split has pictures of its own, which may bear the names of the other's."""
     _whole: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_FIRST, True))
     """Whether all ids are whole numbers as they stand."""
     _val_images: set[str] | None = None
@@ -155,13 +133,9 @@ class Tables:
     """The first split and the picture of each image id."""
 
     def rows(self, split: str, violations: Violations) -> Iterator[Row]:
-        """Yield a split's questions, train's before val's.
-
-        Raises:
-            ReadAgain: an id is no whole number, the first such one.
-        """
-        if self.val_share is not None and self._val_images is None:
-            self._draw(self.val_share)
+        """Yield a split's questions, train's before val's; raise `ReadAgain` at the first id that is no whole number."""
+        if self.table.val_share is not None and self._val_images is None:
+            self._draw(self.table.val_share)
         if self._few and split == "train":
             violations.add(ViolationKind.FEW_IMAGES, self._few)
         found = self._open(split, violations)
@@ -189,17 +163,14 @@ class Tables:
         if first and not there:
             violations.add(ViolationKind.FOREIGN_FILE, f"{called}: {refusal(file) or f'row 1: {first[0]}'}")
         elif there:
-            columns = find_columns(called, list(there), self.columns, violations)
+            columns = find_columns(called, list(there), self.table.columns or Columns(), violations)
             return None if columns is None else (columns, chain(first, rows))
         elif len(violations) == before:
             violations.add(ViolationKind.EMPTY_FILE, f"{called}: no rows")
         return None
 
     def _draw(self, share: float) -> None:
-        """Draw val's pictures: equal files go to one split, under whatever names.
-
-        What is wrong with the file, or with a picture, is said when its records are read.
-        """
+        """Draw val's pictures: equal files go to one split, under whatever names. What is wrong is said on reading them."""
         columns, rows = self._open("train", Violations()) or ({}, ())
         images = {
             self._image(row, columns): self._image(row, {"image": columns["image"]})
@@ -207,23 +178,19 @@ class Tables:
             if isinstance(row, dict)
         }
         images.pop("", None)
-        equal: dict[str, list[str]] = {}
-        with contextlib.ExitStack() as stack:
-            files = None
-            with contextlib.suppress(UserError, OSError, zipfile.BadZipFile):
-                files = ImageFiles(self.places)
-                stack.callback(files.close)
+        contents: dict[str, str] = {}
+        with contextlib.suppress(UserError, OSError, zipfile.BadZipFile), ImageFiles(self.places) as files:
             for image, name in tqdm(images.items(), "pictures to share out", unit="picture"):
-                name = self.names.name(int(name)) if self.names and name.isdecimal() else name
-                # What cannot be read stands for itself.
-                content = image
                 with contextlib.suppress(MissingImage, UserError, OSError):
-                    content = sha256_bytes(files.read(name or image, MOST_BYTES)) if files else image
-                equal.setdefault(content, []).append(image)
+                    contents[image] = sha256_bytes(files.read(self._file(name) or name, MOST_BYTES))
+        equal: defaultdict[str, list[str]] = defaultdict(list)
+        for image in images:
+            # What cannot be read stands for itself.
+            equal[contents.get(image, image)].append(image)
         count = max(2, round(share * len(equal)))
         if 0 < len(equal) <= count:
             self._few = f"{self.called['train']}: {len(equal)} images, of which {count} would be val"
-        drawn = sorted(equal, key=lambda content: hashlib.sha256(f"{self.val_seed}:{content}".encode()).digest())
+        drawn = sorted(equal, key=lambda content: hashlib.sha256(f"{self.table.val_seed}:{content}".encode()).digest())
         self._val_images = {image for content in drawn[:count] for image in equal[content]}
 
     def _image(self, row: dict[str, Any], columns: dict[str, str]) -> str:
@@ -239,8 +206,8 @@ class Tables:
         kinds = [kind.strip() for kind in kinds]
         said = []
         for asked, told in _turns(question) if columns["question"] == columns["answers"] else [(question, answers)]:
-            text = as_question(_text(asked, "question"))
-            said.append((text, answered(text, read_cell(told), kinds, main)))
+            text = contract.as_question(_text(asked, "question"))
+            said.append((text, contract.answered(text, read_cell(told), kinds, main)))
         image_id, original, name = self._picture(image.strip(), given.strip(), split)
         for place, (text, record) in enumerate(said):
             given = f"{called.strip()}#{place}" if place and called.strip() else called.strip()
@@ -253,14 +220,11 @@ class Tables:
         if not name:
             raise MalformedRecord(ViolationKind.BAD_ROW, "names no picture")
         given = given or name
-        if self.names:
-            made = self.names.name(int(name)) if name.isdecimal() else None
-            if made is None:
-                raise MalformedRecord(ViolationKind.IMAGE_ID, f"image is {name!r:.60}, no id for {self.names.pattern}")
-            name = made
+        if (file := self._file(name)) is None:
+            raise MalformedRecord(ViolationKind.IMAGE_ID, f"image is {name!r:.60}, no id for {self.table.image_name}")
         image_id = self._id("image_id", given)
         image_id = made_id(given) if image_id is None else image_id
-        place = f"{split}/{name}" if self.apart else name
+        place = f"{split}/{file}" if "{split}" in str(self.table.images) else file
         first, known = self._places.setdefault(image_id, (split, place))
         if known != place:
             if first == split:
@@ -269,13 +233,17 @@ class Tables:
             # Each split numbers its own pictures.
             image_id = made_id(f"{split}/{given}")
             self._places[image_id] = (split, place)
-        return image_id, None if str(image_id) == given else given, name
+        return image_id, None if str(image_id) == given else given, file
+
+    def _file(self, name: str) -> str | None:
+        """Return the name of a picture's file; None where a pattern makes it and this is no id for that."""
+        if (pattern := self.table.image_name) is None:
+            return name
+        return contract.image_name(pattern, int(name)) if name.isdecimal() else None
 
     def _question_id(self, given: str, split: str, about: str) -> tuple[int, str | None]:
-        """Return a question's id, and what the table calls it if that is something else.
-
-        Without an id in the table it is made of what the question is `about`, and of its place among equal ones.
-        """
+        """Return a question's id, made of what it is `about` where the table has none, and what the table calls it if that
+        is something else."""
         whole = self._id("question_id", given)
         made, place = made_id(given or about) if whole is None else whole, 0
         while (first := self._questions.get(made)) is not None:
@@ -290,7 +258,7 @@ class Tables:
         """Return the whole number that an id is; None where not all ids of that kind are whole numbers."""
         if not self._whole[kind]:
             return None
-        if _WHOLE.fullmatch(given) and int(given) <= LARGEST_ID:
+        if _WHOLE.fullmatch(given) and int(given) <= contract.LARGEST_ID:
             return int(given)
         # In most tables with such ids it is the first.
         self._whole[kind] = False
@@ -306,8 +274,6 @@ def made_id(text: str) -> int:
 
 def _text(value: Any, what: str) -> str:
     """Return a cell as text: numbers as they are written, nothing as a blank."""
-    if type(value) is str and value.isascii():
-        return value  # nearly every one
     if isinstance(value, dict) and what == "image":
         # As `datasets` writes a picture that stands elsewhere.
         value = value.get("path")
@@ -315,7 +281,7 @@ def _text(value: Any, what: str) -> str:
         return ""
     if type(value) in (int, float):
         return str(value)
-    if not is_text(value):
+    if not contract.is_text(value):
         raise MalformedRecord(ViolationKind.BAD_ROW, f"{what} is {value!r:.60}, not text")
     return value
 
@@ -337,7 +303,7 @@ def read_cell(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     value = _listed(value)
     if isinstance(value, dict) and isinstance(value.get("answer"), list):
         value = [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
-    return read_answers(value if isinstance(value, list) else [value], _text)
+    return contract.read_answers(value if isinstance(value, list) else [value], _text)
 
 
 def _turns(talk: Any) -> Iterator[tuple[str, str]]:
@@ -433,15 +399,12 @@ def _read_text(path: Path, kind: str, violations: Violations) -> Iterator[_Raw]:
         first, second = lines.readline(), lines.readline()
         if "\0" in first:
             raise UnicodeDecodeError("utf-8", first.encode()[:100], 0, 1, "it has zeros")
-        # Many a .json holds JSON lines.
-        if kind == "json" and not (second.lstrip().startswith("{") and isinstance(_json_row(first), dict)):
-            kind = "whole"
-        rest = chain([first, second], lines)
-        if kind in ("csv", "tsv"):
-            yield from _read_csv(rest, "\t" if kind == "tsv" else max(",;\t|", key=first.count))
-        elif kind != "whole":
+        rest, written = chain([first, second], lines), written_as(f".{kind}", first, second)
+        if written == "lines":
             yield from map(_json_row, filter(str.strip, rest))
-    if kind == "whole":
+        elif written != "whole":
+            yield from _read_csv(rest, written)
+    if written == "whole":
         yield from _json_rows(path, read_json(path, violations), violations)
 
 

@@ -1,20 +1,15 @@
-"""Untrusted zip archives: opened only when every entry is a file of its own below the archive's folder.
-
-Nothing is unpacked to disk here, but users may unpack the archive that they name elsewhere.
-"""
+"""Untrusted zip archives: opened only when every entry is a file of its own below the archive's folder."""
 
 import re
 import stat
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
+from vlm_vqa.fetch.recognise import shown
 from vlm_vqa.files import check_regular
 
-_LOCAL_HEADER_BYTES = 30
-_SHOWN = 5
 # What macOS adds to archives.
 _JUNK = re.compile(r"(.*/)?(__MACOSX/.*|\.DS_Store)")
 
@@ -34,11 +29,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     # format above 6.3, UnicodeDecodeError for a name that is not the UTF-8 that its flag says.
     except (NotImplementedError, UnicodeDecodeError) as error:
         raise zipfile.BadZipFile(f"its directory cannot be read: {error}") from error
-    try:
-        _check(archive.infolist())
-    except zipfile.BadZipFile:
-        archive.close()
-        raise
+    _check(archive.infolist())
     return archive
 
 
@@ -53,24 +44,19 @@ def parts(name: str) -> list[str]:
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
 
 
-def shown(names: Iterable[str]) -> str:
-    """Return the first few names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(repr(name) for name in names[:_SHOWN]) + more
-
-
 def _check(entries: list[zipfile.ZipInfo]) -> None:
     names = Counter("/".join(parts(info.filename)) for info in entries)
+    kinds = {info.filename: stat.S_IFMT(info.external_attr >> 16) for info in entries}
     faults = {
         "would leave the archive's folder": [info.orig_filename for info in entries if _leaves(info)],
-        "are links or devices": [info.filename for info in entries if _is_special(info)],
+        # By the Unix mode, where the archive has one.
+        "are links or devices": [name for name, kind in kinds.items() if kind not in (0, stat.S_IFREG, stat.S_IFDIR)],
         "stand there more than once": [name for name, count in names.items() if count > 1],
         "share their bytes with others": _overlapping(entries),
     }
     for fault, found in faults.items():
         if found:
-            raise zipfile.BadZipFile(f"entries that {fault}: {shown(found)}")
+            raise zipfile.BadZipFile(f"entries that {fault}: {shown(map(repr, found))}")
 
 
 def _leaves(info: zipfile.ZipInfo) -> bool:
@@ -79,17 +65,11 @@ def _leaves(info: zipfile.ZipInfo) -> bool:
     return name.startswith(("/", "\\")) or "\0" in name or bool(re.match("[A-Za-z]:", name)) or ".." in parts(name)
 
 
-def _is_special(info: zipfile.ZipInfo) -> bool:
-    """Tell whether the Unix mode, where the archive has one, is that of a link or device."""
-    kind = stat.S_IFMT(info.external_attr >> 16)
-    return kind not in (0, stat.S_IFREG, stat.S_IFDIR)
-
-
 def _overlapping(entries: list[zipfile.ZipInfo]) -> list[str]:
     """Return the names of entries that begin before the one before them has ended."""
     found, end = [], 0
     for info in sorted(entries, key=lambda info: info.header_offset):
         if info.header_offset < end:
             found.append(info.filename)
-        end = info.header_offset + _LOCAL_HEADER_BYTES + info.compress_size
+        end = info.header_offset + 30 + info.compress_size  # its own header has as many bytes
     return found
