@@ -5,11 +5,13 @@ there are some (`check_records`). `vlm-vqa check`, preflight and the stages up t
 extraction or training is spent on what a later stage must refuse. And `fill_in` brings an older file up to date.
 """
 
+import copy
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ruamel.yaml.nodes import MappingNode, ScalarNode
 
@@ -26,6 +28,9 @@ from vlm_vqa.params import (
     written,
 )
 from vlm_vqa.yaml_file import compose, read_yaml
+
+if TYPE_CHECKING:
+    from vlm_vqa.model.layout import TokenLayout
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +75,13 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
             )
 
 
-def check_records(params: Params, records: Path = RECORDS, run: bool = True) -> None:
+def check_records(
+    params: Params, records: Path = RECORDS, run: bool = True, layout: "TokenLayout | None" = None
+) -> None:
     """Refuse records that the training or the evaluation would refuse. A tokenizer is downloaded where the stages `run`.
+
+    Args:
+        layout: of all training questions, where they have been tokenised already.
 
     Raises:
         UserError: naming the split.
@@ -87,15 +97,17 @@ def check_records(params: Params, records: Path = RECORDS, run: bool = True) -> 
             "another (baselines.shuffled_images). Raise evaluation.vqa_questions."
         )
     if os.environ.get("RANK", "0") == "0" and (run or params.language.revision is None):
-        _check_lengths(params, records, val["question"])
+        _check_lengths(params, records, val["question"], layout)
 
 
-def _check_lengths(params: Params, records: Path, asked: Sequence[str]) -> None:
+def _check_lengths(params: Params, records: Path, asked: Sequence[str], layout: "TokenLayout | None") -> None:
     """Refuse texts that the model's own tokenizer makes too long: those to teach, and the validation questions `asked`."""
     # transformers is only loaded where there are records.
     from vlm_vqa.training.prepare import examples
+    from vlm_vqa.training.validation import validation_questions
 
-    layout = examples(params, records)[0].layout
+    validation_questions(params, records)
+    layout = copy.copy(layout or examples(params, records)[0].layout)
     layout.text_length = sys.maxsize
     needed, longest = max((layout.text_tokens(layout.tokenize(question)), question) for question in set(asked))
     if needed > params.prompt.text_length:

@@ -44,6 +44,10 @@ TooLong = StrEnum("TooLong", {"ERROR": "error", "DROP": "drop"})
 """What happens to a record that does not fit `prompt.text_length`."""
 Answers = StrEnum("Answers", {"MAJORITY": "majority", "DRAWN": "drawn"})
 """Which of a question's answers is taught."""
+ValidateOn = StrEnum("ValidateOn", {"TRAIN": "train", "VAL": "val"})
+"""Whose questions validate while training."""
+Keep = StrEnum("Keep", {"LAST": "last", "BEST": "best"})
+"""Which step's weights are the training's result."""
 Optimizer = StrEnum("Optimizer", {"ADAMW_TORCH": "adamw_torch", "ADAMW_BNB_8BIT": "adamw_bnb_8bit"})
 """The optimizers this project supports, by the HF Trainer's names."""
 Attention = StrEnum("Attention", {"EAGER": "eager", "FLEX": "flex_attention"})
@@ -451,6 +455,34 @@ class PromptParams(Section):
         return mask
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationParams(Section):
+    """What is measured while training, on questions that are not trained on; see `vlm_vqa.training.validation`."""
+
+    from_: Annotated[ValidateOn, pydantic.Field(alias="from")] = ValidateOn.TRAIN
+    """`train`: a dev part, split off the training images with all their questions, so that choosing by it does not touch
+    what is reported. `val`: the first of the validation split, which is what helm-eval reports."""
+    questions: Natural = 0
+    """How many questions validate; 0 is no validation."""
+    train_questions: Natural = 0
+    """How many of those that are trained on are measured beside them; 0 is none."""
+    every_steps: Count = 100
+    """Optimizer steps between validations. One comes before the first step and one after the last, too."""
+    keep: Keep = Keep.LAST
+    """`last`: the last step's weights are the result. `best`: those of the highest validation score; of equal scores, the
+    lowest loss decides."""
+    patience: Count | None = None
+    """Training ends after so many validations in a row without a higher score than before; null: it never ends early."""
+
+    @rules
+    def _rules(cls, name: str, value: Any, above: Above) -> str | None:
+        if name in ("keep", "patience") and above.get("questions") == 0 and value not in (Keep.LAST, None):
+            return f"is {value}, but validation.questions is 0: nothing is measured. Set that, or this to its default."
+        if name == "questions" and value == 1:
+            return "is 1; it must be 0 or at least 2, of two images, so that one can be shown the other's."
+        return None
+
+
 @dataclass(frozen=True)
 class LoraParams(Section):
     """Low-rank adapters instead of all of Gemma 2's weights; merged into them at the end of training."""
@@ -626,10 +658,11 @@ class Params(Section):
     train: TrainParams
     evaluation: EvaluationParams
     tracking: TrackingParams
+    validation: ValidationParams = ValidationParams()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested values, as in the file."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps(asdict(self, dict_factory=_as_written)))
 
     def flat(self) -> dict[str, Any]:
         """Return `{"train.learning_rate": 0.001, ...}` in the file's order."""
@@ -637,7 +670,7 @@ class Params(Section):
 
     def hash(self) -> str:
         """Return the hash that names these parameters; where a run is tracked does not change what it is."""
-        return hash_json({key: value for key, value in self.as_dict().items() if key != "tracking"})
+        return hash_json(_without_default({key: value for key, value in self.as_dict().items() if key != "tracking"}))
 
     def training_hash(self) -> str:
         """Return the hash of what decides trained weights."""
@@ -657,9 +690,20 @@ class Params(Section):
 
     def _training(self) -> dict[str, Any]:
         """Return the sections that the train stage declares, but for how extract-features was launched."""
-        sections = {key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train")}
+        sections = {key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train", "validation")}
         vision = {key: value for key, value in sections["vision"].items() if key != "launch"}
-        return sections | {"vision": vision}
+        return _without_default(sections | {"vision": vision})
+
+
+def _as_written(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Undo what a key needs to be a name in Python: `from_` is `from` in the file."""
+    return {name.rstrip("_"): value for name, value in items}
+
+
+def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the section that came later where it asks for nothing: what was made before it keeps its hashes."""
+    off = json.loads(json.dumps(asdict(ValidationParams(), dict_factory=_as_written)))
+    return {key: value for key, value in sections.items() if (key, value) != ("validation", off)}
 
 
 DIVISION = "launch batch_size gradient_accumulation_steps dataloader_workers restart_optimizer stall_seconds".split()
@@ -740,7 +784,7 @@ def keys_of(path: list[str]) -> list[str]:
     for name in path:
         hint = DataParams if name == "data" else typing.get_type_hints(group)[name]
         group = next(filter(is_dataclass, typing.get_args(hint)), hint)
-    return [one.name for one in fields(group)]
+    return [one.name.rstrip("_") for one in fields(group)]
 
 
 @functools.cache
