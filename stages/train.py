@@ -27,7 +27,7 @@ from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.prepare import FEATURES, RECORDS, model_to_train, prepare
 from vlm_vqa.training.throughput import peak_memory_gib
 from vlm_vqa.training.trainer import CURVE_COLUMNS, ProgressCallback, VqaTrainer, training_arguments, write_curve
-from vlm_vqa.training.validation import COLUMNS, SCORE, Validation, validations
+from vlm_vqa.training.validation import COLUMNS, SCORE, Validation, validation_questions, validations
 from vlm_vqa.training.watchdog import Watchdog, connect
 
 TRAINED, REPORTS = Path("models/trained"), Path("reports")
@@ -62,7 +62,8 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
     collator = Collator(layout, features)
     validation = None
     if params.validation.questions:
-        validation = Validation(params, layout, collator, RECORDS, running.process, processes)
+        questions = validation_questions(params, RECORDS)
+        validation = Validation(params, layout, collator, *questions, running.process, processes)
     model = model_to_train(params, encoder, processor)
 
     lost = {f"dropped_{name}": str(one["dropped"]) for name, one in manifest["splits"].items() if one.get("dropped")}

@@ -339,7 +339,8 @@ class VqaTrainer(Trainer):
         """Measure the validation questions, log the figures, and decide what is saved and whether training ends."""
         step, validation, control = self.state.global_step, self.validation, self.control
         control.should_evaluate = False
-        if validation is None or self._validated == step:
+        if validation is None or self._validated == step or (skip_scheduler and step):
+            # What asks to skip the scheduler is a training's beginning, a resumed one's too.
             return {}
         with self.meter.paused():
             figures = validation.measure(self.model_wrapped, self.args.device, lambda: self.heartbeat(Phase.VALIDATING))

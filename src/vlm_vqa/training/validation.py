@@ -200,23 +200,28 @@ class Validation:
     """The fixed questions of a training, measured whenever asked."""
 
     def __init__(
-        self, params: Params, layout: TokenLayout, collate: Collate, folder: Any, process: int, processes: int
+        self,
+        params: Params,
+        layout: TokenLayout,
+        collate: Collate,
+        held: Records,
+        trained: Records,
+        process: int = 0,
+        processes: int = 1,
     ):
-        """Load and tokenise the questions.
+        """Tokenise the questions.
 
         Args:
             collate: makes a model's inputs of rows, image features included.
-            folder: the records.
+            held, trained: as `validation_questions` gives them.
             process, processes: this one's number, and how many there are.
         """
         settings, train = params.validation, params.train
         self.settings, self.layout, self.collate = settings, layout, collate
         self.process, self.processes = process, processes
-        held, trained = validation_questions(params, folder)
         ten = all(len(answers) == 10 for answers in held["answers"])
         self.metric = "vqa_accuracy" if ten else "answer_accuracy"
-        alone = layout.mask is Mask.PREFIX_LM
-        shape = Shape(1 if alone else train.questions_per_row, train.batch_size)
+        shape = Shape(1 if layout.mask is Mask.PREFIX_LM else train.questions_per_row, train.batch_size)
         self.held = Part(held, layout, params.prompt.too_long, self.metric, shape)
         self.trained = Part(trained, layout, params.prompt.too_long, self.metric, shape) if len(trained) else None
         self.other_image = shuffled_images(held["image_id"], params.seed)
