@@ -182,18 +182,17 @@ class Part:
             filled = [Row(image_id, tuple(self.branches[one].tokens for one in numbers)) for image_id, numbers in rows]
             yield filled, [one for _, numbers in rows for one in numbers]
 
-    def figures(self, right: Tensor, losses: Tensor) -> tuple[float, float]:
-        """Return loss (a token of the main answers, nats) and score (of a question, 0 to 1).
+    def loss(self, losses: Tensor) -> float:
+        """Return the loss of a token of the main answers, in nats; `losses`, float64 [branches], are sums of each answer."""
+        main = [at for at, branch in enumerate(self.branches) if branch.main]
+        return losses[main].sum().item() / max(sum(len(self.branches[at].tokens.answer) for at in main), 1)
 
-        Args:
-            right, losses: float64 [branches]: 1 where a greedy answer would be this one, and the summed cross entropy.
-        """
-        scores, loss, tokens = [0.0] * len(self.questions), 0.0, 0
-        for branch, hit, lost in zip(self.branches, right.tolist(), losses.tolist(), strict=True):
+    def scores(self, right: Tensor) -> list[float]:
+        """Return every question's score, 0 to 1; `right`, float64 [branches], is 1 where greedy decoding writes that."""
+        scores = [0.0] * len(self.questions)
+        for branch, hit in zip(self.branches, right.tolist(), strict=True):
             scores[branch.question] = max(scores[branch.question], branch.score * hit)
-            if branch.main:
-                loss, tokens = loss + lost, tokens + len(branch.tokens.answer)
-        return loss / max(tokens, 1), sum(scores) / len(scores)
+        return scores
 
 
 class Validation:
@@ -275,7 +274,9 @@ class Validation:
         if self.processes > 1:
             found = found.to(device)
             distributed.all_reduce(found)
-        return part.figures(*found.cpu())
+        right, losses = found.cpu()
+        scores = part.scores(right)
+        return part.loss(losses), sum(scores) / len(scores)
 
     def _answers(self, forward: "Forward", device: torch.device) -> list[str]:
         """Decode greedily, each step a whole forward pass of the answers so far: slow, and the same under every launch."""
