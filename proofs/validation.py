@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import begin, measure
+from benchmarks import measure
 from benchmarks.measure import Claim
 from proofs import strategies, tree
 from proofs.project import Project, workplace
@@ -231,10 +231,10 @@ def train(project: Project) -> float:
 def disturbed(
     project: Project, rng: random.Random, kills: int, seconds: float, expected: dict[str, str]
 ) -> tuple[list[bool], list[dict[str, Any]]]:
-    """Kill trainings until it was done so often, each begun anew when it has ended; return which ends were as undisturbed."""
+    """Kill so often, and begin anew what has ended; return which ends were as the undisturbed one."""
     clear(project)
-    ends, log = list[bool](), list[dict[str, Any]]()
-    while len(log) < kills or not ends:
+    ends, log, code = list[bool](), list[dict[str, Any]](), None
+    while len(log) < kills or code != 0:
         with call(project) as running:
             running.wait(lambda: False, rng.uniform(0.15, 1.0) * seconds if len(log) < kills else PATIENCE)
             if running.shell.poll() is None:
@@ -244,7 +244,8 @@ def disturbed(
                 print(f"  {len(log)}/{kills} {log[-1]}", flush=True)
                 running.signal(signal.SIGKILL, victim)
             running.end(PATIENCE)
-        if running.shell.returncode == 0:
+        code = running.shell.returncode
+        if code == 0:
             ends.append(outcome(project) == expected)
             clear(project)
     return ends, log
@@ -297,7 +298,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="keep all here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = measure.parse(parser, arguments)
-    begin()
     if options.worker:
         work(options.worker, options.folder)
         return
