@@ -118,7 +118,7 @@ def _check_lengths(params: Params, records: Path, asked: Sequence[str], layout: 
 
 
 def fill_in(path: Path) -> list[str]:
-    """Write into a valid parameter file the keys that it lacks, each below the one before it; return them.
+    """Write into a valid parameter file what it lacks: keys and whole sections, each below the one before it; return them.
 
     Raises:
         UserError: the file is not valid, or its layout has no place for a line.
@@ -127,30 +127,40 @@ def fill_in(path: Path) -> list[str]:
     lacking = lacking_keys(parse_params(values, str(path)), values)
     for key, value in lacking.items():
         *section, name = key.split(".")
-        names, line = keys_of(section), f"{name}: {written(value)}"
+        line = f"{name}: {written(value)}"
+        if section and section[0] not in values:
+            # A section is written when its first key is; the others are added to it.
+            section, name, line, values = [], section[0], f"\n{section[0]}:\n  {line}", {**values, section[0]: None}
         try:
-            text = _with_line(text, section, names[names.index(name) - 1], line)
+            text = _with_line(text, section, keys_of(section), name, line)
         except LookupError as error:
-            raise UserError(f"{path}: {section[-1]} is not in lines of its own. Write `{line}` into it.") from error
+            where = section[-1] if section else "its first level"
+            raise UserError(f"{path}: {where} is not in lines of its own. Write `{line.strip()}` into it.") from error
     path.write_text(text, encoding="utf-8")
     return list(lacking)
 
 
-def _with_line(text: str, section: Sequence[str], after: str, line: str) -> str:
-    """Return a file's text with one more line in a section: below key `after` and its value, indented like it.
+def _with_line(text: str, section: Sequence[str], names: Sequence[str], name: str, line: str) -> str:
+    """Return a file's text with a line of key `name` in a section: below the key before it in `names`, indented like it.
 
     Raises:
         LookupError: the section is not written in lines of its own, or has no such key.
     """
     node = compose(text)
-    for name in section:
-        node = {key.value: value for key, value in node.value}[name]
+    for one in section:
+        node = {key.value: value for key, value in node.value}[one]
     if node.flow_style:
         raise LookupError(section)
-    key, last = {key.value: (key, value) for key, value in node.value}[after]
-    while not isinstance(last, ScalarNode) and not last.flow_style:
-        last = last.value[-1][1] if isinstance(last, MappingNode) else last.value[-1]
     lines = text.split("\n")
-    # A block scalar ends where the next line begins.
-    end = last.end_mark.line + (last.style not in ("|", ">") if isinstance(last, ScalarNode) else 1)
+    if name == names[0]:
+        key, _ = node.value[0]
+        end = key.start_mark.line
+        while lines[end - 1].lstrip().startswith("#"):
+            end -= 1
+    else:
+        key, last = {key.value: (key, value) for key, value in node.value}[names[names.index(name) - 1]]
+        while not isinstance(last, ScalarNode) and not last.flow_style:
+            last = last.value[-1][1] if isinstance(last, MappingNode) else last.value[-1]
+        # A block scalar ends where the next line begins.
+        end = last.end_mark.line + (last.style not in ("|", ">") if isinstance(last, ScalarNode) else 1)
     return "\n".join([*lines[:end], " " * key.start_mark.column + line, *lines[end:]])

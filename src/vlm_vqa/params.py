@@ -476,8 +476,10 @@ class ValidationParams(Section):
 
     @rules
     def _rules(cls, name: str, value: Any, above: Above) -> str | None:
-        if name in ("keep", "patience") and above.get("questions") == 0 and value not in (Keep.LAST, None):
-            return f"is {value}, but validation.questions is 0: nothing is measured. Set that, or this to its default."
+        off = {"train_questions": 0, "keep": Keep.LAST, "patience": None}
+        if above.get("questions") == 0 and value != off.get(name, value):
+            one = "Set that, or this to"
+            return f"is {value}, but validation.questions is 0: nothing is measured. {one} {written(off[name])}."
         if name == "questions" and value == 1:
             return "is 1; it must be 0 or at least 2, of two images, so that one can be shown the other's."
         return None
@@ -645,7 +647,7 @@ class TrackingParams(Section):
     """Larger files are logged by reference (path, size, hash) and not copied."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Params(Section):
     """All of `params.yaml`."""
 
@@ -655,10 +657,10 @@ class Params(Section):
     vision: VisionParams
     language: LanguageParams
     prompt: PromptParams
+    validation: ValidationParams = ValidationParams()
     train: TrainParams
     evaluation: EvaluationParams
     tracking: TrackingParams
-    validation: ValidationParams = ValidationParams()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested values, as in the file."""
@@ -724,11 +726,17 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a
-            combination is impossible; the message has a line for each mistake, with the key's full name.
+            combination is impossible; the message has a line for each mistake, with the key's full name. Or it lacks a
+            whole section, without which DVC fails: in a forced run not before the stage has run, in others after all
+            stages before it.
     """
     values = read_yaml(path)
     params = parse_params(values, str(path))
     lacking = lacking_keys(params, values)
+    if gone := [name for name in keys_of([]) if name not in values]:
+        raise UserError(
+            f"{path} lacks the section {', '.join(gone)}, without which DVC fails: `vlm-vqa check --write` adds it."
+        )
     if lacking:
         taken = ", ".join(map(written, lacking.values()))
         them = "it" if len(lacking) == 1 else "them"
