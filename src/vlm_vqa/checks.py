@@ -13,14 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from ruamel.yaml.nodes import MappingNode, ScalarNode
 
-from vlm_vqa.data.records import load_questions, manifest_for_a_look, read_manifest
+from vlm_vqa.data.held_out import check_enough
+from vlm_vqa.data.records import load_questions, manifest_for_a_look, picture_ids, read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.launch_file import check_params, read_copies, read_launch
 from vlm_vqa.params import (
     Params,
     Punkt,
+    Source,
     is_local,
     keys_of,
     lacking_keys,
@@ -36,10 +39,16 @@ log = logging.getLogger(__name__)
 
 LAUNCHES = Path("launch")
 RECORDS = Path("data/records")
+KNOWN = {
+    Source.EASY_VQA: ((38_575, 4_000), (9_673, 1_000)),
+    Source.OFFICIAL: ((443_757, 82_783), (214_354, 40_504)),
+}
+"""Questions and images of train and of val, where they are known before there are records."""
 
 
 def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORDS, run: bool = False) -> None:
-    """Check this machine, and the records where there are some of this source; `run` as for `check_machine`.
+    """Check this machine, and the records where there are some of this source, or what is known of it; `run` as for
+    `check_machine`.
 
     Raises:
         UserError: they do not allow the five stages.
@@ -48,6 +57,8 @@ def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORD
     manifest = read_manifest(records) if run else manifest_for_a_look(records)
     if manifest is not None and manifest.get("source") == params.data.source.value:
         check_records(params, records, run)
+    elif params.data.source in KNOWN:
+        check_enough(params, *(np.arange(count) * images // count for count, images in KNOWN[params.data.source]))
 
 
 def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -> None:
@@ -87,6 +98,8 @@ def check_records(
         UserError: naming the split.
     """
     val = load_questions(records, "val", ["image_id", "question"])
+    train = load_questions(records, "train", ["image_id"])["image_id"]
+    check_enough(params, picture_ids(records, "train", train), np.asarray(val["image_id"]))
     if params.evaluation.vqa_questions is not None:
         from vlm_vqa.evaluation.helm.files import helm_order
 
@@ -104,9 +117,7 @@ def _check_lengths(params: Params, records: Path, asked: Sequence[str], layout: 
     """Refuse texts that the model's own tokenizer makes too long: those to teach, and the validation questions `asked`."""
     # transformers is only loaded where there are records.
     from vlm_vqa.training.prepare import examples
-    from vlm_vqa.training.validation import validation_questions
 
-    validation_questions(params, records)
     layout = copy.copy(layout or examples(params, records)[0].layout)
     layout.text_length = sys.maxsize
     needed, longest = max((layout.text_tokens(layout.tokenize(question)), question) for question in set(asked))

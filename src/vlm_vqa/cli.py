@@ -57,10 +57,14 @@ def _check(arguments: argparse.Namespace) -> int:
     check_here(params)
     print(f"{arguments.params}: {len(params.flat())} parameters, valid; params_hash {params.hash()}")
     if params.data.source in (Source.DIRECTORY, Source.TABLE) and not arguments.params_only:
+        import numpy as np
+
+        from vlm_vqa.data.held_out import check_enough
         from vlm_vqa.fetch.write_records import inspect_data
 
         found = inspect_data(params.data)
         found.violations.raise_if_any()
+        check_enough(params, *(np.array([*text.statistics.of_image.elements()]) for text in found.texts))
         counts = " and ".join(f"{text.statistics.questions} questions for {text.paths.split}" for text in found.texts)
         print(f"{params.data.directory}: {counts}, which keep the data contract")
     return 0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
+from vlm_vqa.data.held_out import divide
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import TokenLayout
@@ -19,7 +20,6 @@ from vlm_vqa.model.vlm import (
 )
 from vlm_vqa.params import Answers, Params
 from vlm_vqa.training.dataset import QuestionDataset
-from vlm_vqa.training.validation import divide
 
 RECORDS, FEATURES = Path("data/records"), Path("data/features")
 """Where the two stages before have written, from the project's folder."""

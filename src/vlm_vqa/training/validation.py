@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from datasets import Dataset as Records
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 
-from vlm_vqa.data.records import load_questions, picture_ids, said_answers
+from vlm_vqa.data.held_out import validation_questions
+from vlm_vqa.data.records import said_answers
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.baselines import shuffled_images
 from vlm_vqa.evaluation.vqa_accuracy import METRICS
@@ -36,70 +36,6 @@ COLUMNS = (LOSS, SCORE, "validation_blind_score", "train_part_loss", "train_part
 SHOWN = 12
 
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
-
-
-# --- which questions ----------------------------------------------------------------------------------------------------
-
-
-def divide(records: Records, params: Params, folder: Any) -> tuple[Records, Records]:
-    """Divide the training questions into those that are trained on and the dev part, which has images of its own.
-
-    Pictures of equal bytes go the same way, whatever their ids.
-
-    Args:
-        records: all training questions.
-        folder: the records that they are from.
-
-    Raises:
-        UserError: the dev part would leave nothing to train on.
-    """
-    settings = params.validation
-    if not settings.questions or settings.from_ is ValidateOn.VAL:
-        return records, records.select([])
-    chosen = _of_some_images(picture_ids(folder, "train", records["image_id"]), settings.questions, params.seed)
-    if chosen.all():
-        raise UserError(
-            f"validation.questions is {settings.questions}, and the images of so many are all that the {len(records)} "
-            "training questions have: none is left to train on. Lower it, or set validation.from: val."
-        )
-    return records.select(np.flatnonzero(~chosen)), records.select(np.flatnonzero(chosen))
-
-
-def validation_questions(params: Params, folder: Any) -> tuple[Records, Records]:
-    """Return the questions that validate, and those of the trained ones that are measured beside them.
-
-    Raises:
-        UserError: there are not so many.
-    """
-    settings, trained = params.validation, load_questions(folder, "train")
-    if settings.from_ is ValidateOn.VAL:
-        held = load_questions(folder, "val")
-        held = _take(held, settings.questions, params.seed, "validation.questions", "val")
-    else:
-        trained, held = divide(trained, params, folder)
-    return held, _take(trained, settings.train_questions, params.seed, "validation.train_questions", "trained")
-
-
-def _take(records: Records, count: int, seed: int, key: str, what: str) -> Records:
-    if count > len(records):
-        raise UserError(f"{key} is {count}, but there are {len(records)} {what} questions. Lower it.")
-    image_ids = np.asarray(records["image_id"], dtype=np.int64)
-    return records.select(np.flatnonzero(_of_some_images(image_ids, count, seed)) if count else [])
-
-
-def _of_some_images(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Mark all questions of the first images in random order that have `count` of them and are at least two.
-
-    Args:
-        pictures: int64 [questions], what each is about.
-
-    Returns:
-        bool [questions]; images that share rows cost less, so none is taken in part.
-    """
-    distinct, place, sizes = np.unique(pictures, return_inverse=True, return_counts=True)
-    order = np.random.RandomState(seed).permutation(len(distinct))
-    needed = max(int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1, 2)
-    return np.isin(place, order[:needed])
 
 
 # --- what of them is computed -------------------------------------------------------------------------------------------
