@@ -484,6 +484,13 @@ class ValidationParams(Section):
             return "is 1; it must be 0 or at least 2, of two images, so that one can be shown the other's."
         return None
 
+    @property
+    def selected_on(self) -> str:
+        """By which questions the weights are selected, or when to end; a score of these is higher than of others."""
+        if self.keep is Keep.LAST and self.patience is None:
+            return "nothing"
+        return "reported questions" if self.from_ is ValidateOn.VAL else "a dev part of the training images"
+
 
 @dataclass(frozen=True)
 class LoraParams(Section):

@@ -115,7 +115,7 @@ def evaluate(
             name: _score_baseline(metric, questions, given, at_helm)
             for name, given in (("prior", answers.prior), ("shuffled_images", answers.shuffled))
         },
-        "model": {"mask": predictor.mask, "weights_hash": predictor.weights_hash},
+        "model": {"mask": predictor.mask, "weights_hash": predictor.weights_hash} | predictor.selection,
         "helm_equals_stored_features": round(agreement, _DIGITS),
     }
     files = _write(folders.reports, metric, report, questions, answers, others, scored)

@@ -84,6 +84,7 @@ def write_export(
         "text_length": params.prompt.text_length,
         "step": results["kept_step"],
         "step_is": results["kept_because"],
+        "selected_on": params.validation.selected_on,
         "weights_hash": training["weights_hash"],
     }
     (folder / CARD).write_text(card(params, training, results, data), encoding="utf-8")

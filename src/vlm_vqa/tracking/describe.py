@@ -118,7 +118,7 @@ def evaluation_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     return {
         headlines.get(name, f"score_{re.sub('[./ ]', '_', name)}"): value
         for name, value in flatten(report)
-        if isinstance(value, Real) and not isinstance(value, bool)
+        if isinstance(value, Real) and not isinstance(value, bool) and not name.startswith("model.")
     }
 
 
