@@ -35,6 +35,7 @@ from benchmarks.measure import Claim
 from proofs import strategies, tree
 from proofs.project import Project, workplace
 from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.held_out import validation_questions
 from vlm_vqa.data.records import iter_images, load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.vqa_accuracy import METRICS
@@ -46,7 +47,7 @@ from vlm_vqa.training import checkpoint_state, launch
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.prepare import FEATURES, RECORDS, prepare
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments
-from vlm_vqa.training.validation import COLUMNS, Part, Validation, validation_questions, validations
+from vlm_vqa.training.validation import COLUMNS, Part, Validation, validations
 
 TRAINED = Path("models/trained")
 PREDICTIONS = Path("reports/predictions.parquet")

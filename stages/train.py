@@ -16,6 +16,7 @@ from transformers import PaliGemmaConfig
 from vlm_vqa import sealed, tracking
 from vlm_vqa.checks import check_machine, check_records
 from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.held_out import validation_questions
 from vlm_vqa.data.records import read_manifest
 from vlm_vqa.hashing import code_hash, hash_json, write_json
 from vlm_vqa.model.encoder import load_encoder
@@ -27,7 +28,7 @@ from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.prepare import FEATURES, RECORDS, model_to_train, prepare
 from vlm_vqa.training.throughput import peak_memory_gib
 from vlm_vqa.training.trainer import CURVE_COLUMNS, ProgressCallback, VqaTrainer, training_arguments, write_curve
-from vlm_vqa.training.validation import COLUMNS, SCORE, Validation, validation_questions, validations
+from vlm_vqa.training.validation import COLUMNS, SCORE, Validation, validations
 from vlm_vqa.training.watchdog import Watchdog, connect
 
 TRAINED, REPORTS = Path("models/trained"), Path("reports")

@@ -10,13 +10,15 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from vlm_vqa.data import held_out
 from vlm_vqa.data import records as stored
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.vqa_accuracy import METRICS
 from vlm_vqa.inference.generation import generate
+from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import initial_model, trained_state
 from vlm_vqa.params import Answers, Keep, TooLong, ValidateOn, ValidationParams, load_params
-from vlm_vqa.training import checkpoint_files, launch, validation
+from vlm_vqa.training import checkpoint_files, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments
 from vlm_vqa.training.validation import (
@@ -117,7 +119,7 @@ def test_each_wrong_token_counts_and_the_loss_is_that_of_the_main_answers(tiny, 
     total = tokens = 0
     for row in measured.held.questions:
         asked = measured.layout.tokenize(row["question"], row["multiple_choice_answer"])
-        batch = trainer.data_collator([validation.Row(row["image_id"], (asked,))])
+        batch = trainer.data_collator([Row(row["image_id"], (asked,))])
         with torch.no_grad():
             total += float(trainer.model(**batch)["loss"]) * len(asked.answer)
         tokens += len(asked.answer)
@@ -283,9 +285,9 @@ def divide(monkeypatch):
         )
         same = {11: 3}
         monkeypatch.setattr(
-            validation, "picture_ids", lambda folder, split, ids: np.array([same.get(one, one) for one in ids])
+            held_out, "picture_ids", lambda folder, split, ids: np.array([same.get(one, one) for one in ids])
         )
-        return validation.divide(questions(100, 20), params, None)
+        return held_out.divide(questions(100, 20), params, None)
 
     return make
 

@@ -20,7 +20,6 @@ from datasets import Dataset as Records
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 
-from vlm_vqa.data.held_out import validation_questions
 from vlm_vqa.data.records import said_answers
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.baselines import shuffled_images
