@@ -277,8 +277,9 @@ def make_export(folder: Path) -> str:
     weights_hash = hash_weights(state)
     write_folder(folder / "trained" / TRAINING_FILE, {"weights_hash": weights_hash})
     data = {"source": "drawn", "notes": [], "splits": {}}
+    results = {"steps": 0, "kept_step": 0, "kept_because": "the last step"}
     model = join(folder / "trained", encoder, weights_hash)
-    write_export(folder / "export", model, processor, params, {"weights_hash": weights_hash}, {"steps": 0}, data)
+    write_export(folder / "export", model, processor, params, {"weights_hash": weights_hash}, results, data)
     (folder / "picture.jpg").write_bytes(vqav2.draw_picture((60, 40), seed=0))
     command("ask", str(folder / "picture.jpg"), "What is it?", "--model", str(folder / "export"))
     return ""

@@ -77,8 +77,9 @@ def read_trained(root: Path, encoder: Encoder) -> str:
         join(folder, encoder, training["weights_hash"]),
         AutoProcessor.from_pretrained(folder, trust_remote_code=False),
     )
+    results = {"steps": 1, "kept_step": 1, "kept_because": "the last step"}
     with tempfile.TemporaryDirectory() as place:
-        write_export(Path(place) / "export", model, processor, params, training, {"steps": 1}, manifest)
+        write_export(Path(place) / "export", model, processor, params, training, results, manifest)
         return hash_files((path for path in Path(place).rglob("*") if path.is_file()), place)
 
 

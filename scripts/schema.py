@@ -39,6 +39,9 @@ def schema() -> dict[str, Any]:
         # pydantic reads the docstrings of a class, not of those that it inherits from.
         for name, about in made["$defs"][one.__name__]["properties"].items():
             about["description"] = data[name]["description"]
+    # DVC needs every section of a file, where Python has a default for the one that came later.
+    made["properties"]["validation"].pop("default")
+    made["required"] = [*made["properties"]]
     return {"$schema": "http://json-schema.org/draft-07/schema#"} | made
 
 

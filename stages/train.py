@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PaliGemmaConfig
 
 from vlm_vqa import sealed, tracking
-from vlm_vqa.checks import check_here
+from vlm_vqa.checks import check_machine, check_records
 from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.held_out import validation_questions
 from vlm_vqa.data.records import read_manifest
 from vlm_vqa.hashing import code_hash, hash_json, write_json
 from vlm_vqa.model.encoder import load_encoder
@@ -26,7 +27,8 @@ from vlm_vqa.training import checkpoint_files, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.prepare import FEATURES, RECORDS, model_to_train, prepare
 from vlm_vqa.training.throughput import peak_memory_gib
-from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments, write_curve
+from vlm_vqa.training.trainer import CURVE_COLUMNS, ProgressCallback, VqaTrainer, training_arguments, write_curve
+from vlm_vqa.training.validation import COLUMNS, SCORE, Validation, validations
 from vlm_vqa.training.watchdog import Watchdog, connect
 
 TRAINED, REPORTS = Path("models/trained"), Path("reports")
@@ -34,7 +36,7 @@ TRAINED, REPORTS = Path("models/trained"), Path("reports")
 
 def main() -> None:
     params = load_params("params.yaml")
-    check_here(params, run=True)
+    check_machine(params)
     running = launch.start(params.train)
     processes = running.processes
     with Watchdog(connect(processes), running.process, processes, params.train.stall_seconds) as watchdog:
@@ -46,16 +48,23 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
     manifest = read_manifest(RECORDS)
     encoder = load_encoder(params.vision, device="cpu")
     features = FeatureStore(FEATURES, {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"]})
+    processes = running.processes
     made_of = {
         "training_params_hash": params.training_hash(),
         "data_hash": manifest["data_hash"],
         "encoder_hash": encoder.hash,
         "code_hash": code_hash(__file__),
     }
-    key = hash_json(made_of | {"training_params_hash": params.recipe_hash(running.processes)})[:16]
+    key = hash_json(made_of | {"training_params_hash": params.recipe_hash(processes)})[:16]
     folder = checkpoint_files.ROOT / key
 
     data, layout, processor = prepare(params, encoder)
+    check_records(params, RECORDS, layout=layout)
+    collator = Collator(layout, features)
+    validation = None
+    if params.validation.questions:
+        questions = validation_questions(params, RECORDS)
+        validation = Validation(params, layout, collator, *questions, running.process, processes)
     model = model_to_train(params, encoder, processor)
 
     lost = {f"dropped_{name}": str(one["dropped"]) for name, one in manifest["splits"].items() if one.get("dropped")}
@@ -63,8 +72,7 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         watchdog.on_end = run.fail
         arguments = training_arguments(params.train, params.seed, folder, running)
         callbacks = [ProgressCallback(run)]
-        collator = Collator(layout, features)
-        trainer = VqaTrainer(model, arguments, params.train, data, collator, callbacks, running, watchdog)
+        trainer = VqaTrainer(model, arguments, params.train, data, collator, callbacks, running, watchdog, validation)
         result = trainer.run()
         weights = trainer.whole_weights()
         if not running.main:
@@ -100,20 +108,29 @@ def save(config: PaliGemmaConfig, weights: dict[str, Tensor], processor, made_of
 def report(trainer: VqaTrainer, data: QuestionDataset) -> None:
     """Write what DVC tracks: only figures that a second run repeats exactly."""
     REPORTS.mkdir(exist_ok=True)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    last_tenth = losses[-max(len(losses) // 10, 1) :]
+    report = {
+        "first_logged_loss": losses[0],
+        "last_logged_loss": losses[-1],
+        "mean_loss_of_last_tenth": sum(last_tenth) / len(last_tenth),
+        "steps": trainer.state.global_step,
+        "kept_step": trainer.kept_step,
+        "kept_because": trainer.kept_because,
+        "questions": len(data),
+        "dropped_questions": data.dropped,
+    }
     # What stands there may be a hard link into DVC's cache: remove it, never write through it.
     (REPORTS / "train.json").unlink(missing_ok=True)
-    write_json(
-        REPORTS / "train.json",
-        {
-            "first_logged_loss": losses[0],
-            "last_logged_loss": losses[-1],
-            "steps": trainer.state.global_step,
-            "questions": len(data),
-            "dropped_questions": data.dropped,
-        },
-    )
-    write_curve(trainer.state.log_history, REPORTS / "train_curve.csv")
+    shutil.rmtree(REPORTS / "validation", ignore_errors=True)
+    (REPORTS / "validation").mkdir()
+    if trainer.validation is not None:
+        kept = next(one for one in reversed(validations(history)) if one["step"] <= trainer.kept_step)
+        report["validation"] = {name: kept[name] for name in COLUMNS if name in kept}
+        write_curve(history, REPORTS / "validation" / "curve.csv", SCORE, COLUMNS)
+    write_json(REPORTS / "train.json", report)
+    write_curve(history, REPORTS / "train_curve.csv", "loss", CURVE_COLUMNS)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from transformers import Gemma2Config
 from proofs.random_params import draw
 from vlm_vqa.checks import check_here, check_machine, check_records
 from vlm_vqa.cli import main
+from vlm_vqa.data.held_out import validation_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import Params, Punkt, TooLong, load_params, parse_params
@@ -102,10 +103,16 @@ def test_a_launch_file_that_is_none(text, tmp_path):
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
+def values_of(folder, **validation):
+    """Return the values of a parameter file for a folder."""
+    changes = {"data": {"source": "directory", "directory": str(folder)}, "evaluation": {"helm_instances": 1}}
+    sections = {name: SMALL[name] | change for name, change in changes.items()}
+    return {**SMALL, **sections, "validation": validation}
+
+
 def records_of(folder, target):
     """Fetch a folder; return the parameters that did so."""
-    data = SMALL["data"] | {"source": "directory", "directory": str(folder)}
-    params = parse_params(SMALL | {"data": data, "evaluation": SMALL["evaluation"] | {"helm_instances": 1}})
+    params = parse_params(values_of(folder))
     fetch(params.data, target)
     return params
 
@@ -163,3 +170,65 @@ def test_a_check_for_another_machine_says_what_nltk_lacks(monkeypatch, caplog):
     monkeypatch.setattr(nltk.data, "path", [])
     check_here(changed(parse_params(SMALL), evaluation={"punkt_tab": Punkt.INSTALLED}), records=Path("none"))
     assert "nltk's punkt_tab is not on this machine" in caplog.text
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+VALIDATION = [
+    ({"questions": 2}, None),
+    ({"questions": 9, "train_questions": 3}, None),
+    ({"questions": 9, "train_questions": 4}, "validation.train_questions is 4, but there are 3 trained questions"),
+    ({"questions": 10}, "validation.questions is 10, and the images of so many are all that the 12 training questions"),
+    ({"questions": 12}, "validation.questions is 12, and the images of so many are all"),
+    (
+        {"questions": 500},
+        "validation.questions is 500, .* none is left to train on. Lower it, or set validation.from: val",
+    ),
+    ({"from": "val", "questions": 6, "train_questions": 12}, None),
+    ({"from": "val", "questions": 7}, "validation.questions is 7, but there are 6 val questions. Lower it"),
+    (
+        {"from": "val", "questions": 2, "train_questions": 13},
+        "validation.train_questions is 13, but there are 12 trained",
+    ),
+]
+"""Of 12 questions about 4 images for training, and 6 about 2 for val."""
+
+
+@pytest.mark.parametrize(("validation", "words"), VALIDATION)
+def test_more_validation_than_there_is_is_refused_by_name(
+    vqav2_folder, tmp_path, monkeypatch, capsys, validation, words
+):
+    """By `vlm-vqa check` before there are records, and by every stage up to the training after."""
+    folder = vqav2_folder()
+    params = parse_params(values_of(folder, **validation))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.as_dict(), sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "launch", "launch")
+    assert main(["check"]) == (2 if words else 0)
+    said = capsys.readouterr()
+    assert re.search(words, said.err) if words else "12 questions for train and 6 questions for val" in said.out
+    fetch(params.data, tmp_path / "data/records")
+    if words is None:
+        check_here(params, run=True)
+        # What is checked is what the training will take.
+        held, trained = validation_questions(params, tmp_path / "data/records")
+        assert len(held) >= params.validation.questions and len(trained) >= params.validation.train_questions
+    else:
+        for run in (False, True):
+            with pytest.raises(UserError, match=words):
+                check_here(params, run=run)
+        with pytest.raises(UserError, match=words):
+            validation_questions(params, tmp_path / "data/records")
+
+
+@pytest.mark.parametrize(
+    ("validation", "words"),
+    [
+        ({"questions": 38_570}, "validation.questions is 38570, .* the 38575 training questions have: none is left"),
+        ({"from": "val", "questions": 9_674}, "validation.questions is 9674, but there are 9673 val questions"),
+    ],
+)
+def test_known_data_are_not_fetched_to_be_counted(tmp_path, validation, words):
+    params = parse_params(SMALL | {"validation": validation})
+    with pytest.raises(UserError, match=words):
+        check_here(params, ROOT / "launch", tmp_path / "none")

@@ -230,6 +230,14 @@ def test_full_scale_is_what_was_measured():
     assert f"relative error of a token {error:.1%} (median)".replace("%", " %") in FLAT
 
 
+def test_what_validation_costs_is_what_preflight_says():
+    found = re.findall(r"(\d\.\d) % \(`([\w-]+)`\)", PAGES["docs/training.md"])
+    for share, preset in found:
+        golden = (ROOT / f"tests/estimate/golden/{preset}.txt").read_text()
+        assert f"validation adds {share}% to training's FLOPs" in golden, preset
+    assert len(found) == 4
+
+
 def test_the_small_run_is_what_was_measured():
     """By what is committed for it, with its machine: a user's own run in reports/ is none of these tests' business."""
     found = results("small_run")["details"]

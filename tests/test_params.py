@@ -14,7 +14,8 @@ from dvc.utils.hydra import apply_overrides
 from scripts import schema
 from vlm_vqa.checks import fill_in
 from vlm_vqa.errors import UserError
-from vlm_vqa.params import Mask, Rounding, load_params, parse_params
+from vlm_vqa.hashing import hash_json
+from vlm_vqa.params import Mask, Rounding, ValidationParams, keys_of, load_params, parse_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -303,9 +304,112 @@ def test_a_line_is_written_whatever_its_neighbours_look_like(tmp_path):
     assert path.read_text() == before
 
 
+OFF = """\
+validation:
+  from: train
+  questions: 0
+  train_questions: 0
+  every_steps: 100
+  keep: last
+  patience: null
+"""
+SECTION = re.compile(r"^validation:\n(  .*\n)+", re.M)
+
+
+@pytest.mark.parametrize("after", ["\n", "\n# the training\n", ""])
+def test_a_section_that_came_later_is_asked_for_and_written_in_its_place(tmp_path, after):
+    """DVC fails without it: of a forced run only when the stage has run, of another after all stages before."""
+    path = tmp_path / "params.yaml"
+    whole = SECTION.sub(OFF, COMMITTED).replace("too_long: error", "too_long: error  # as ever")
+    path.write_text(whole.replace(f"\n{OFF}", "").replace("\n\ntrain:", f"\n{after}train:"))
+    with pytest.raises(UserError, match="lacks the section validation, .* `vlm-vqa check --write` adds it") as error:
+        load_params(path)
+    assert "\n" not in str(error.value)
+    assert fill_in(path) == [f"validation.{name}" for name in keys_of(["validation"])]
+    assert path.read_text() == whole.replace("null\n\ntrain:", f"null\n{after}train:") and fill_in(path) == []
+    assert load_params(path).validation == ValidationParams()
+
+
+def test_a_section_is_written_at_the_end_and_not_between_braces(tmp_path):
+    path = tmp_path / "params.yaml"
+    text = SECTION.sub("", COMMITTED)
+    prompt = re.search(r"^prompt:\n(  .*\n)+", text, re.M)[0]
+    path.write_text(text.replace(prompt, "") + "\n" + prompt.rstrip("\n"))
+    assert len(fill_in(path)) == 6 and path.read_text().endswith(f"too_long: error\n\n{OFF.rstrip()}")
+    path.write_text(yaml.safe_dump(yaml.safe_load(text), default_flow_style=True, sort_keys=False, width=9999))
+    with pytest.raises(
+        UserError, match="its first level is not in lines of its own. Write `validation:\n  from: train` into"
+    ):
+        fill_in(path)
+
+
+@pytest.mark.parametrize("key", ["from", "questions", "train_questions", "every_steps", "keep", "patience"])
+def test_a_key_of_that_section_may_be_missing(tmp_path, key, caplog):
+    path, whole = tmp_path / "params.yaml", SECTION.sub(OFF.replace("\n", "\n  # why\n", 1), COMMITTED)
+    path.write_text(re.sub(rf"^  {key}: .*\n", "", whole, flags=re.M))
+    assert load_params(path).validation == ValidationParams()
+    assert caplog.messages[0].startswith(f"{path} lacks validation.{key}: taken as ")
+    assert fill_in(path) == [f"validation.{key}"] and load_params(path) == parse_params(yaml.safe_load(whole))
+    if key == "from":
+        whole = whole.replace("  # why\n  from: train\n", "  from: train\n  # why\n")
+    assert path.read_text() == whole
+
+
+def test_a_section_that_asks_for_nothing_changes_no_hash(values):
+    """What was trained before there was validation is found again."""
+    off = yaml.safe_load(OFF)["validation"]
+    without, whole, on = (
+        parse_params({key: value for key, value in {**values, "validation": section}.items() if value is not None})
+        for section in (None, off, off | {"questions": 2})
+    )
+    assert without == whole
+    for name, arguments in (("hash", ()), ("training_hash", ()), ("recipe_hash", (4,))):
+        one, two, three = (getattr(params, name)(*arguments) for params in (without, whole, on))
+        assert one == two != three
+    assert without.hash() == hash_json(
+        {key: value for key, value in whole.as_dict().items() if key not in ("validation", "tracking")}
+    )
+
+
+def test_from_is_a_key_of_the_file_and_no_word_of_python_takes_its_place(values):
+    flat = parse_params(values).flat()
+    assert flat["validation.from"] == "train" and not [name for name in flat if name.endswith("_")]
+    with pytest.raises(UserError, match="unknown key validation.from_. Known here: from, questions, train_questions, "):
+        parse_params(values | {"validation": values["validation"] | {"from_": "val"}})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"questions": 0},
+            "validation.train_questions is 250, but validation.questions is 0: nothing is measured. .* to 0",
+        ),
+        ({"questions": 0, "train_questions": 0}, "validation.keep is best, but validation.questions is 0: .* to last"),
+        (
+            {"questions": 0, "train_questions": 0, "keep": "last", "patience": 3},
+            "validation.patience is 3, but .* to null",
+        ),
+        ({"questions": 1}, "validation.questions is 1; it must be 0 or at least 2, of two images"),
+        ({"questions": -2}, "validation.questions is -2; it must be at least 0"),
+        ({"questions": 2.5}, "validation.questions is 2.5; it must be a whole number"),
+        ({"train_questions": -1}, "validation.train_questions is -1; it must be at least 0"),
+        ({"every_steps": 0}, "validation.every_steps is 0; it must be above 0"),
+        ({"every_steps": None}, "validation.every_steps is null; it must be a whole number"),
+        ({"patience": 0}, "validation.patience is 0; it must be above 0"),
+        ({"keep": "first"}, "validation.keep is 'first'; it must be one of last, best"),
+        ({"from": "test"}, "validation.from is 'test'; it must be one of train, val"),
+        ({"patience": "null"}, "validation.patience is 'null'; it must be a whole number"),
+    ],
+)
+def test_what_cannot_be_validated_is_refused_by_name(values, change, words):
+    with pytest.raises(UserError, match=words):
+        parse_params(values | {"validation": values["validation"] | change})
+
+
 def test_only_what_came_later_may_be_missing(values):
     for name, section in values.items():
-        for key in [*section] if isinstance(section, dict) else []:
+        for key in [*section] if isinstance(section, dict) and name != "validation" else []:
             if key not in LATER.get(name, []):
                 kept = {other: value for other, value in section.items() if other != key}
                 with pytest.raises(UserError, match=f"missing key {name}.{key}"):
@@ -333,7 +437,7 @@ def test_every_parameter_file_names_the_schema_that_lies_beside_it(path):
 def test_every_key_has_its_meaning_in_the_schema():
     made = schema.schema()
     groups = [made, *(group for group in made["$defs"].values() if "properties" in group)]
-    assert len(groups) == 20
+    assert len(groups) == 21
     for group in groups:
         for name, node in group["properties"].items():
             about = (

@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from vlm_vqa.estimate.predict import Asked, predict
 from vlm_vqa.estimate.shapes import GEMMA_VOCABULARY, LANGUAGE, VISION
-from vlm_vqa.params import PROJECTIONS, load_params
+from vlm_vqa.params import PROJECTIONS, ValidationParams, load_params
 from vlm_vqa.training.launch import read_launch
 
 ROOT = Path(__file__).parents[1]
@@ -48,14 +48,36 @@ HASHES = {
               "dccff200349959d2965947952db55afd5fd4ade9bcc7764790d2c33ec1057f77",
               "fbd7323df6322a5f453fdd7d900971de934aa0106b768f5a5fba6ecdf000ff3f"),
 }  # fmt: skip
+"""Without validation, as all were before there was any."""
+VALIDATING = {
+    "small": ("30e4d077a2fd516e3c90b427dee73f558be46bc61fa2f0b2f2e68b3f6c2de024",
+              "da3241561e64d682ef8a3d9808089c41e94f561bfdc367b3da795a1ac2f9ff17",
+              "fc66261dcc0ffea505453ca23f7f9dcb69f9fad2028209b85be1765f34558647",
+              "a5a6b968bd285de0a8a6f768f8f9d845e1c9d6ba649f7901f58597babc17ac32"),
+    "vqav2-1gpu": ("3e8b039905979c629d1d4778a77ae475fbfe7593adbb6f77ccb90e4a13fb8633",
+                   "545baa4abe0edf50f39a0f5ad11caeeac935eab98f039ab4ec80ed7428de49b8",
+                   "e9a9fd27075f4a878f69a214f7700d2869dd83dd894b3bf3c7af55ca6026d9bb",
+                   "65e5b4a47af02e0c2a164883daf0a1fd76ef0b5686f51f459066d4ab86894767"),
+    "vqav2-lora": ("724ca1abd968fa2acc490844787ea6b8479cea6d48e0d17b84604a3c544a7d0a",
+                   "7be24ff02150878ab6b7d51f8b361e16b198bc30161b2144ca378912f9b44e3f",
+                   "9131ad58fcdb077bc4627680dfb0adc13a38ac2aad1d2fce006b685d67b8c4fd",
+                   "1bc9c7ea21273f07a81b540eaab64c617334d69d5fe1ec62007816381f6ac557"),
+    "vqav2": ("39210e47d8390175cde7d2dc35ea9e3957a6f3a14739fafc1423e6445ca774cd",
+              "25dc2c09235d766f018c897a68f229ab50041b46fd08f3992a9fd194a08b31a9",
+              "c74e48bb18672ffa31c4286bf156e4b795605d1aa32d528f3b343f2d49a5a7bd",
+              "a391d2dd3bd19906b87fd8b88c870286168315580826732803ed3049f8593c93"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_its_hashes_are_those_under_which_runs_are_stored(path):
     """Runs, weights and checkpoints are found by them: a change of these lines loses what users have trained."""
     params = load_params(path)
-    found = params.hash(), params.training_hash(), params.recipe_hash(1), params.recipe_hash(4)
-    assert found == HASHES[path.stem]
+    before = dataclasses.replace(params, validation=ValidationParams())
+    for one, expected in ((before, HASHES), (params, HASHES | VALIDATING)):
+        found = one.hash(), one.training_hash(), one.recipe_hash(1), one.recipe_hash(4)
+        assert found == expected[path.stem]
+    assert (params == before) == (path.stem == "vqav2-reference")
 
 
 FULL = [path for path in PRESETS if path.stem.startswith("vqav2")]
@@ -85,6 +107,14 @@ def test_it_fits_the_gpus_that_it_is_for(path, clean_checkout):
     asked = Asked(device="RTX 4090", host_memory=256, disk=500)
     assert predict(path, asked).fits
     assert not predict(path, asked._replace(disk=20)).fits
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_its_validation_costs_less_than_a_twentieth_of_its_training(path, clean_checkout):
+    device = None if path.stem == "small" else "RTX 4090"
+    facts = predict(path, Asked(device=device, host_memory=256, disk=500)).stages[2].facts
+    assert facts.get("flop_of_validation", 0) < 0.05 * (facts["flop"] + facts["flop_recomputed"])
+    assert ("validations" in facts) == (path.stem != "vqav2-reference")
 
 
 def test_the_reference_recipe():

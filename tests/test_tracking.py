@@ -37,7 +37,7 @@ EVALUATION = {
         "prior": {"vqa_accuracy": 0.67, "bleu_1": 0.66},
         "shuffled_images": {"vqa_accuracy": 0.59, "bleu_1": 0.58},
     },
-    "mask": "image-prefix",
+    "model": {"mask": "image-prefix", "step": 40, "step_is": "the last step", "selected_on": "nothing"},
 }
 
 

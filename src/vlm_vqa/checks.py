@@ -5,32 +5,51 @@ there are some (`check_records`). `vlm-vqa check`, preflight and the stages up t
 extraction or training is spent on what a later stage must refuse. And `fill_in` brings an older file up to date.
 """
 
+import copy
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from ruamel.yaml.nodes import MappingNode, ScalarNode
 
-from vlm_vqa.data.records import load_questions, manifest_for_a_look, read_manifest
+from vlm_vqa.data.held_out import check_enough
+from vlm_vqa.data.records import load_questions, manifest_for_a_look, picture_ids, read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.launch_file import check_params, read_copies, read_launch
-from vlm_vqa.params import Params, Punkt, is_local, keys_of, lacking_keys, parse_params, written
+from vlm_vqa.params import Params, Punkt, Source, is_local, keys_of, lacking_keys, parse_params, written
 from vlm_vqa.yaml_file import compose, read_yaml
+
+if TYPE_CHECKING:
+    from vlm_vqa.model.layout import TokenLayout
 
 log = logging.getLogger(__name__)
 
 LAUNCHES = Path("launch")
 RECORDS = Path("data/records")
+KNOWN = {
+    Source.EASY_VQA: ((38_575, 4_000), (9_673, 1_000)),
+    Source.OFFICIAL: ((443_757, 82_783), (214_354, 40_504)),
+}
+"""Questions and images of train and of val, where they are known before there are records."""
 
 
 def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORDS, run: bool = False) -> None:
-    """Check this machine, and records of this source if there are any, for the five stages; `run` as below."""
+    """Check this machine, and the records where there are some of this source, or what is known of it; `run` as for
+    `check_machine`.
+
+    Raises:
+        UserError: they do not allow the five stages.
+    """
     check_machine(params, launches, run)
     manifest = read_manifest(records) if run else manifest_for_a_look(records)
     if manifest is not None and manifest.get("source") == params.data.source.value:
         check_records(params, records, run)
+    elif params.data.source in KNOWN:
+        check_enough(params, *(np.arange(count) * images // count for count, images in KNOWN[params.data.source]))
 
 
 def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -> None:
@@ -54,9 +73,20 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
             log.warning("evaluation.punkt_tab is installed, but %s", lacking)
 
 
-def check_records(params: Params, records: Path = RECORDS, run: bool = True) -> None:
-    """Refuse, by UserError, records that training or evaluation would; a tokenizer is downloaded where the stages `run`."""
+def check_records(
+    params: Params, records: Path = RECORDS, run: bool = True, layout: "TokenLayout | None" = None
+) -> None:
+    """Refuse records that the training or the evaluation would refuse. A tokenizer is downloaded where the stages `run`.
+
+    Args:
+        layout: of all training questions, where they have been tokenised already.
+
+    Raises:
+        UserError: naming the split.
+    """
     val = load_questions(records, "val", ["image_id", "question"])
+    train = load_questions(records, "train", ["image_id"])["image_id"]
+    check_enough(params, picture_ids(records, "train", train), np.asarray(val["image_id"]))
     if params.evaluation.vqa_questions is not None:
         from vlm_vqa.evaluation.helm.files import helm_order
 
@@ -67,15 +97,15 @@ def check_records(params: Params, records: Path = RECORDS, run: bool = True) -> 
             "another (baselines.shuffled_images). Raise evaluation.vqa_questions."
         )
     if os.environ.get("RANK", "0") == "0" and (run or params.language.revision is None):
-        _check_lengths(params, records, val["question"])
+        _check_lengths(params, records, val["question"], layout)
 
 
-def _check_lengths(params: Params, records: Path, asked: Sequence[str]) -> None:
+def _check_lengths(params: Params, records: Path, asked: Sequence[str], layout: "TokenLayout | None") -> None:
     """Refuse texts that the model's own tokenizer makes too long: those to teach, and the validation questions `asked`."""
     # transformers is only loaded where there are records.
     from vlm_vqa.training.prepare import examples
 
-    layout = examples(params, records)[0].layout
+    layout = copy.copy(layout or examples(params, records)[0].layout)
     layout.text_length = sys.maxsize
     needed, longest = max((layout.text_tokens(layout.tokenize(question)), question) for question in set(asked))
     if needed > params.prompt.text_length:
@@ -86,31 +116,49 @@ def _check_lengths(params: Params, records: Path, asked: Sequence[str]) -> None:
 
 
 def fill_in(path: Path) -> list[str]:
-    """Write and return the keys that a valid file lacks, each below the one before it; UserError if there is no place."""
+    """Write into a valid parameter file what it lacks: keys and whole sections, each below the one before it; return them.
+
+    Raises:
+        UserError: the file is not valid, or its layout has no place for a line.
+    """
     values, text = read_yaml(path), path.read_text(encoding="utf-8")
     lacking = lacking_keys(parse_params(values, str(path)), values)
     for key, value in lacking.items():
         *section, name = key.split(".")
-        names, line = keys_of(section), f"{name}: {written(value)}"
+        line = f"{name}: {written(value)}"
+        if section and section[0] not in values:
+            # A section is written when its first key is; the others are added to it.
+            section, name, line, values = [], section[0], f"\n{section[0]}:\n  {line}", {**values, section[0]: None}
         try:
-            text = _with_line(text, section, names[names.index(name) - 1], line)
+            text = _with_line(text, section, keys_of(section), name, line)
         except LookupError as error:
-            raise UserError(f"{path}: {section[-1]} is not in lines of its own. Write `{line}` into it.") from error
+            where = section[-1] if section else "its first level"
+            raise UserError(f"{path}: {where} is not in lines of its own. Write `{line.strip()}` into it.") from error
     path.write_text(text, encoding="utf-8")
     return list(lacking)
 
 
-def _with_line(text: str, section: Sequence[str], after: str, line: str) -> str:
-    """Return a text with one more line in a section, below key `after`; LookupError if it is not in lines of its own."""
+def _with_line(text: str, section: Sequence[str], names: Sequence[str], name: str, line: str) -> str:
+    """Return a file's text with a line of key `name` in a section: below the key before it in `names`, indented like it.
+
+    Raises:
+        LookupError: the section is not written in lines of its own, or has no such key.
+    """
     node = compose(text)
-    for name in section:
-        node = {key.value: value for key, value in node.value}[name]
+    for one in section:
+        node = {key.value: value for key, value in node.value}[one]
     if node.flow_style:
         raise LookupError(section)
-    key, last = {key.value: (key, value) for key, value in node.value}[after]
-    while not isinstance(last, ScalarNode) and not last.flow_style:
-        last = last.value[-1][1] if isinstance(last, MappingNode) else last.value[-1]
     lines = text.split("\n")
-    # A block scalar ends where the next line begins.
-    end = last.end_mark.line + (last.style not in ("|", ">") if isinstance(last, ScalarNode) else 1)
+    if name == names[0]:
+        key, _ = node.value[0]
+        end = key.start_mark.line
+        while lines[end - 1].lstrip().startswith("#"):
+            end -= 1
+    else:
+        key, last = {key.value: (key, value) for key, value in node.value}[names[names.index(name) - 1]]
+        while not isinstance(last, ScalarNode) and not last.flow_style:
+            last = last.value[-1][1] if isinstance(last, MappingNode) else last.value[-1]
+        # A block scalar ends where the next line begins.
+        end = last.end_mark.line + (last.style not in ("|", ">") if isinstance(last, ScalarNode) else 1)
     return "\n".join([*lines[:end], " " * key.start_mark.column + line, *lines[end:]])

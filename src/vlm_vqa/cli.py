@@ -122,10 +122,14 @@ def _check(params: Path, write: bool, params_only: bool) -> None:
     check_here(values)
     print(f"{params}: {len(values.flat())} parameters, valid; params_hash {values.hash()}")
     if values.data.source in (Source.DIRECTORY, Source.TABLE) and not params_only:
+        import numpy as np
+
+        from vlm_vqa.data.held_out import check_enough
         from vlm_vqa.fetch.write_records import inspect_data
 
         found = inspect_data(values.data)
         found.violations.raise_if_any()
+        check_enough(values, *(np.array([*text.statistics.of_image.elements()]) for text in found.texts))
         counts = " and ".join(f"{text.statistics.questions} questions for {text.paths.split}" for text in found.texts)
         print(f"{values.data.directory}: {counts}, which keep the data contract")
 

@@ -44,6 +44,10 @@ TooLong = StrEnum("TooLong", {"ERROR": "error", "DROP": "drop"})
 """What happens to a record that does not fit `prompt.text_length`."""
 Answers = StrEnum("Answers", {"MAJORITY": "majority", "DRAWN": "drawn"})
 """Which of a question's answers is taught."""
+ValidateOn = StrEnum("ValidateOn", {"TRAIN": "train", "VAL": "val"})
+"""Whose questions validate while training."""
+Keep = StrEnum("Keep", {"LAST": "last", "BEST": "best"})
+"""Which step's weights are the training's result."""
 Optimizer = StrEnum("Optimizer", {"ADAMW_TORCH": "adamw_torch", "ADAMW_BNB_8BIT": "adamw_bnb_8bit"})
 """The optimizers this project supports, by the HF Trainer's names."""
 Attention = StrEnum("Attention", {"EAGER": "eager", "FLEX": "flex_attention"})
@@ -451,6 +455,43 @@ class PromptParams(Section):
         return mask
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationParams(Section):
+    """What is measured while training, on questions that are not trained on; see `vlm_vqa.training.validation`."""
+
+    from_: Annotated[ValidateOn, pydantic.Field(alias="from")] = ValidateOn.TRAIN
+    """`train`: a dev part, split off the training images with all their questions, so that choosing by it does not touch
+    what is reported. `val`: the first of the validation split, which is what helm-eval reports."""
+    questions: Natural = 0
+    """How many questions validate; 0 is no validation."""
+    train_questions: Natural = 0
+    """How many of those that are trained on are measured beside them; 0 is none."""
+    every_steps: Count = 100
+    """Optimizer steps between validations. One comes before the first step and one after the last, too."""
+    keep: Keep = Keep.LAST
+    """`last`: the last step's weights are the result. `best`: those of the highest validation score; of equal scores, the
+    lowest loss decides."""
+    patience: Count | None = None
+    """Training ends after so many validations in a row without a higher score than before; null: it never ends early."""
+
+    @rules
+    def _rules(cls, name: str, value: Any, above: Above) -> str | None:
+        off = {"train_questions": 0, "keep": Keep.LAST, "patience": None}
+        if above.get("questions") == 0 and value != off.get(name, value):
+            one = "Set that, or this to"
+            return f"is {value}, but validation.questions is 0: nothing is measured. {one} {written(off[name])}."
+        if name == "questions" and value == 1:
+            return "is 1; it must be 0 or at least 2, of two images, so that one can be shown the other's."
+        return None
+
+    @property
+    def selected_on(self) -> str:
+        """By which questions the weights are selected, or when to end; a score of these is higher than of others."""
+        if self.keep is Keep.LAST and self.patience is None:
+            return "nothing"
+        return "reported questions" if self.from_ is ValidateOn.VAL else "a dev part of the training images"
+
+
 @dataclass(frozen=True)
 class LoraParams(Section):
     """Low-rank adapters instead of all of Gemma 2's weights; merged into them at the end of training."""
@@ -613,7 +654,7 @@ class TrackingParams(Section):
     """Larger files are logged by reference (path, size, hash) and not copied."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Params(Section):
     """All of `params.yaml`."""
 
@@ -623,13 +664,14 @@ class Params(Section):
     vision: VisionParams
     language: LanguageParams
     prompt: PromptParams
+    validation: ValidationParams = ValidationParams()
     train: TrainParams
     evaluation: EvaluationParams
     tracking: TrackingParams
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested values, as in the file."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps(asdict(self, dict_factory=_as_written)))
 
     def flat(self) -> dict[str, Any]:
         """Return `{"train.learning_rate": 0.001, ...}` in the file's order."""
@@ -637,7 +679,7 @@ class Params(Section):
 
     def hash(self) -> str:
         """Return the hash that names these parameters; where a run is tracked does not change what it is."""
-        return hash_json({key: value for key, value in self.as_dict().items() if key != "tracking"})
+        return hash_json(_without_default({key: value for key, value in self.as_dict().items() if key != "tracking"}))
 
     def training_hash(self) -> str:
         """Return the hash of what decides trained weights."""
@@ -657,9 +699,20 @@ class Params(Section):
 
     def _training(self) -> dict[str, Any]:
         """Return the sections that the train stage declares, but for how extract-features was launched."""
-        sections = {key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train")}
+        sections = {key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train", "validation")}
         vision = {key: value for key, value in sections["vision"].items() if key != "launch"}
-        return sections | {"vision": vision}
+        return _without_default(sections | {"vision": vision})
+
+
+def _as_written(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Undo what a key needs to be a name in Python: `from_` is `from` in the file."""
+    return {name.rstrip("_"): value for name, value in items}
+
+
+def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the section that came later where it asks for nothing: what was made before it keeps its hashes."""
+    off = json.loads(json.dumps(asdict(ValidationParams(), dict_factory=_as_written)))
+    return {key: value for key, value in sections.items() if (key, value) != ("validation", off)}
 
 
 DIVISION = "launch batch_size gradient_accumulation_steps dataloader_workers restart_optimizer stall_seconds".split()
@@ -679,10 +732,15 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and validate a parameter file; say which keys it lacks, being of an earlier version.
 
     UserError if the file is missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a
-    combination is impossible; its message has a line for each mistake, with the key's full name.
+    combination is impossible; its message has a line for each mistake, with the key's full name. Also if it lacks a whole
+    section, without which DVC fails: in a forced run not before the stage has run, in others after all stages before it.
     """
     values = read_yaml(path)
     params = parse_params(values, str(path))
+    if gone := [name for name in keys_of([]) if name not in values]:
+        raise UserError(
+            f"{path} lacks the section {', '.join(gone)}, without which DVC fails: `vlm-vqa check --write` adds it."
+        )
     if lacking := lacking_keys(params, values):
         taken = ", ".join(map(written, lacking.values()))
         them = "it" if len(lacking) == 1 else "them"
@@ -736,7 +794,7 @@ def keys_of(path: list[str]) -> list[str]:
     for name in path:
         hint = DataParams if name == "data" else typing.get_type_hints(group)[name]
         group = next(filter(is_dataclass, typing.get_args(hint)), hint)
-    return [one.name for one in fields(group)]
+    return [one.name.rstrip("_") for one in fields(group)]
 
 
 @functools.cache

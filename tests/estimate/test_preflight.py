@@ -183,3 +183,38 @@ def test_hours_and_cost_follow_rate_share_and_price(preset, ask):
     train = one.stages[2]
     flop = train.facts["flop"] + train.facts["flop_recomputed"]
     assert train.hours * 3600 == pytest.approx(flop / (70e12 * 0.2 * 4))
+
+
+def trained(prediction):
+    return prediction.stages[2]
+
+
+def test_validation_costs_time_and_is_said(preset, ask):
+    off = {"validation.questions": 0, "validation.train_questions": 0, "validation.keep": "last"}
+    without, held, val = (
+        ask(preset("vqav2", **changes), device="A10G")
+        for changes in (
+            off,
+            {"validation.every_steps": 1000},
+            {"validation.from": "val", "validation.every_steps": 1000},
+        )
+    )
+    assert "validation adds" not in as_text(without) and "validations" not in trained(without).facts
+    # The dev part is not trained on: 2,000 questions twice, 256 a step.
+    assert [trained(one).facts["steps"] for one in (without, held, val)] == [3468, 3452, 3468]
+    facts = trained(val).facts
+    assert facts["validations"] == 5, "at 0, 1000, 2000, 3000 and the end"
+    share = facts["flop_of_validation"] / (facts["flop"] + facts["flop_recomputed"])
+    assert trained(val).hours == pytest.approx((1 + share) * trained(without).hours)
+    assert f"validation adds {share:.1%} to training's FLOPs: 5 times by validation.every_steps 1000" in as_text(val)
+    assert facts["step_seconds"] == trained(without).facts["step_seconds"]
+    often = trained(ask(preset("vqav2", **{"validation.every_steps": 100}), device="A10G")).facts
+    assert often["validations"] == 36 and 0.1 < often["flop_of_validation"] / often["flop"]
+
+
+def test_the_best_checkpoint_takes_room_beside_the_others_and_no_memory(preset, ask):
+    last, best = (
+        trained(ask(preset("vqav2", **{"validation.keep": keep}), device="A10G")) for keep in ("last", "best")
+    )
+    assert best.disk["checkpoints"] == last.disk["checkpoints"] * 4 / 3, "two are kept, and one is being written"
+    assert (best.host, best.gpu) == (last.host, last.gpu)

@@ -1,10 +1,13 @@
 """Counts, lengths of texts, and the batches made of them."""
 
+import gzip
+import json
+
 import pytest
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.estimate.predict import changed
-from vlm_vqa.estimate.questions import VQAV2_QUESTION, plan_batches, read_size, tokens
+from vlm_vqa.estimate.questions import VQAV2_DISTINCT, VQAV2_QUESTION, plan_batches, read_size, tokens, validation_work
 
 
 def test_estimated_tokens_are_close_to_a_trained_tokenizers(shared_data):
@@ -37,6 +40,7 @@ def test_records_of_the_source_count_and_others_do_not(preset, tmp_path, vqav2_f
     asked = ("What color is the picture?", "Is the picture red?", "How many colors are there?")
     assert (size.train, size.images, len(size.sample)) == (12, 6, 12)
     assert {question for _, question, _ in size.sample} == {tokens(text) + 1 for text in asked}
+    assert len(size.branches) == 24, "nine people agree, the tenth says maybe"
     assert read_size(preset("small"), tmp_path / "records").train == 38_575
 
 
@@ -64,3 +68,24 @@ def test_a_step_of_more_images_in_a_row_shares_more(preset, tmp_path):
     shared, alone = preset("vqav2"), preset("vqav2", **{"train.questions_per_row": 1})
     found = [plan_batches(params, 4, read_size(params, tmp_path)).work.tokens for params in (shared, alone)]
     assert 3 < found[1] / found[0] < 5.36
+
+
+def test_the_known_number_of_distinct_answers_is_that_of_real_questions(shared_data):
+    with gzip.open(shared_data / "vqav2-text/annotations.json.gz") as file:
+        rows = json.load(file)["annotations"]
+    real = [len({row["multiple_choice_answer"], *(one["answer"] for one in row["answers"])}) for row in rows]
+    assert sum(VQAV2_DISTINCT) / 20 == pytest.approx(sum(real) / len(real), rel=0.01)
+
+
+def test_a_validation_reads_each_question_with_each_answer_and_twice_those_that_are_held_out(preset, tmp_path):
+    """Alone in its row each branch is an image, the instruction and its texts; rows that branches share are fewer."""
+    asked = {"validation.questions": 300, "validation.train_questions": 100, "train.questions_per_row": 1}
+    alone, shared = preset("vqav2", **asked), preset("vqav2", **asked | {"train.questions_per_row": 8})
+    size = read_size(alone, tmp_path)
+    answers = len(size.branches) / len(size.sample)
+    assert answers == pytest.approx(2.8, rel=0.02) and set(size.branches) == set(size.sample)
+    mean = sum(question + answer for _, question, answer in size.branches) / len(size.branches) - 1
+    row = 257 + tokens(alone.prompt.instruction) + 2 + mean
+    assert validation_work(alone, size).tokens == pytest.approx(700 * answers * row, rel=0.02)
+    assert validation_work(alone, size).image_tokens == pytest.approx(700 * answers * 257, rel=0.001)
+    assert 5 < validation_work(alone, size).tokens / validation_work(shared, size).tokens < 8

@@ -40,6 +40,7 @@ class Fake:
         facts = json.loads((Path(folder) / "model.json").read_text())
         self.weights_hash = facts.get("weights_hash", "w" * 64)
         self.mask = "image-prefix"
+        self.selection = dict(step=facts.get("step"), step_is=facts.get("step_is"), selected_on=facts.get("selected_on"))
         self.instruction = facts.get("instruction", {HELM_INSTRUCTION!r})
         self.red = facts.get("red", "red")
         self.fails = facts.get("fails")

@@ -12,7 +12,7 @@ import yaml
 
 from vlm_vqa.cli import main
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.compare import compare_reports, report_at, report_here
+from vlm_vqa.evaluation.compare import compare_reports, report_at, report_here, summary
 
 REPO = Path(__file__).parents[2]
 REPORT = {
@@ -72,6 +72,19 @@ def test_another_kind_of_accuracy_is_shown_by_its_name_and_without_a_base():
             f"baselines.prior.{name}": None,
         }
     assert all(row[1] is not None for row in compare_reports(other, other).rows)
+
+
+@pytest.mark.parametrize(
+    ("selected_on", "biased"), [("reported questions", True), ("a dev part of the training images", False)]
+)
+def test_what_selected_the_weights_stands_below_the_scores(selected_on, biased):
+    """Nobody takes a score for unbiased by which the checkpoint was chosen."""
+    model = {"step": 40, "step_is": "the best of 6 validations, by vqa_accuracy", "selected_on": selected_on}
+    text = summary(compare_reports(REPORT, REPORT | {"model": model}), "main", "diff")
+    table, _, rest = text.partition("\n\nThe weights are those of step 40: the best of 6 validations, by vqa_accuracy.")
+    assert table.endswith("|") and ("**It was selected by the reported questions: " in rest) == biased
+    for model in (None, {"mask": "image-prefix"}, {"step": None, "step_is": None, "selected_on": None}):
+        assert "The weights" not in summary(compare_reports(REPORT, REPORT | {"model": model}), "main", "diff")
 
 
 @pytest.mark.parametrize("value", [float("nan"), None, True, "0.99"])

@@ -76,7 +76,10 @@ def test_report_has_the_agreed_keys_and_figures(project, records, features, para
         assert scores["vqa_accuracy"] < 1.0
     # From the question alone it says "blue" and "no", first of two equally common answers: right for half the images.
     assert report["baselines"]["prior"]["vqa_accuracy"] == 0.5
-    assert report["model"] == {"mask": "image-prefix", "weights_hash": "w" * 64}
+    unknown = {"step": None, "step_is": None, "selected_on": None}
+    assert report["model"] == {"mask": "image-prefix", "weights_hash": "w" * 64} | unknown, (
+        "an earlier version's export"
+    )
     assert report["helm_equals_stored_features"] == 1.0
     assert json.loads(Path("reports/evaluation.json").read_text()) == report
     assert json.loads(Path("reports/metrics.json").read_text()) == {
@@ -85,6 +88,12 @@ def test_report_has_the_agreed_keys_and_figures(project, records, features, para
         "accuracy_shuffled": report["baselines"]["shuffled_images"]["vqa_accuracy"],
         "bleu_1": report["helm"]["bleu_1"],
     }
+
+
+def test_what_selected_the_weights_stands_in_the_report(project, records, features, params, load, no_helm):
+    facts = {"step": 40, "step_is": "the best of 6 validations", "selected_on": "reported questions"}
+    Path("models/export/model.json").write_text(json.dumps(facts))
+    assert facts.items() <= evaluate(params, Folders(), load).report["model"].items()
 
 
 def test_predictions_are_kept_question_by_question(project, records, features, params, load, no_helm):

@@ -72,7 +72,7 @@ def test_init_writes_parameters_that_load_and_read_the_data(project, tmp_path, c
     assert longest <= params.prompt.text_length < longest + 32
     before = (ROOT / "presets/small.yaml").read_text().splitlines()
     kept = [line for line in (project / "params.yaml").read_text().splitlines() if line in before]
-    assert len(kept) > len(before) - 9 and before[:4] == kept[:4], "all else stays, comments too"
+    assert len(kept) > len(before) - 12 and before[:4] == kept[:4], "all else stays, comments too"
     assert main(["check"]) == 0 and "6 questions for val, which keep the data contract" in capsys.readouterr().out
     manifest = fetch(params.data, tmp_path / "records")
     assert manifest["splits"]["val"]["questions"] == 6
@@ -96,25 +96,28 @@ def test_an_edited_file_is_replaced_by_force_only(project, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("preset", "images", "expected"),
+    ("preset", "images", "expected", "validation"),
     [
-        ("small", 3000, [64, 1, 4]),
-        ("small", 100, [16, 1, 30]),
-        ("vqav2-1gpu", 100, [16, 1, 10]),
-        ("vqav2", 100, [4, 1, 10]),
-        ("vqav2-reference", 1000, [6, 5, 8]),
+        ("small", 3000, [64, 1, 4], [480, 250, 60, "best"]),
+        ("small", 100, [16, 1, 30], [0, 0, 200, "last"]),
+        ("small", 200, [32, 1, 30], [32, 32, 60, "last"]),
+        ("vqav2-1gpu", 100, [16, 1, 10], [0, 0, 500, "last"]),
+        ("vqav2", 100, [4, 1, 10], [0, 0, 500, "last"]),
+        ("vqav2-reference", 1000, [6, 5, 8], [0, 0, 100, "last"]),
     ],
 )
 def test_small_data_get_small_steps_and_enough_of_them(
-    project, tmp_path, capsys, monkeypatch, preset, images, expected
+    project, tmp_path, capsys, monkeypatch, preset, images, expected, validation
 ):
     monkeypatch.setattr("vlm_vqa.fetch.write_records._store_images", lambda *_: "")
     folder = photos(tmp_path / "photos", images=2)
     rows = [f"img_{number}.jpg,What?,cup" for number in range(images)] * 2
     (folder / "questions.csv").write_text("\n".join(["image,question,answer", *rows]))
     assert main(["init", str(folder), "--preset", preset]) == 0
-    train = load_params("params.yaml").train
-    assert [getattr(train, key) for key in KEYS] == expected
+    params = load_params("params.yaml")
+    assert [getattr(params.train, key) for key in KEYS] == expected
+    settings = params.validation
+    assert [settings.questions, settings.train_questions, settings.every_steps, settings.keep] == validation
 
 
 def test_what_init_and_check_say_of_bad_data(project, tmp_path, capsys):

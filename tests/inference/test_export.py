@@ -24,7 +24,7 @@ from vlm_vqa.inference.predictor import FACTS_FILE, Predictor
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import Row, visible
 from vlm_vqa.model.vlm import hash_weights, save_trained, text_hidden, text_logits, trained_state
-from vlm_vqa.params import Mask, load_params
+from vlm_vqa.params import Keep, Mask, ValidateOn, ValidationParams, load_params
 from vlm_vqa.sealed import write_folder
 
 QUESTIONS = ["What color is the shape?", "Is there a dog?", "How many red dogs are there?"]
@@ -55,11 +55,14 @@ def trained(tiny, tmp_path):
     return write
 
 
+RESULTS = {"steps": 1, "kept_step": 1, "kept_because": "the last step"}
+
+
 def export(tiny, trained, mask, target):
     folder, encoder, params = trained(mask)
     training = read_training(folder)
     model = join(folder, encoder, training["weights_hash"])
-    write_export(target, model, tiny.processor, params, training, {"steps": 1}, DATA)
+    write_export(target, model, tiny.processor, params, training, RESULTS, DATA)
 
 
 def picture(path):
@@ -192,6 +195,27 @@ def test_an_export_is_the_same_bytes_twice(tiny, trained, tmp_path):
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert {"README.md", FACTS_FILE, "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize(
+    ("validation", "selected_on"),
+    [
+        ({}, "nothing"),
+        ({"questions": 2, "from_": ValidateOn.VAL}, "nothing"),
+        ({"questions": 2, "keep": Keep.BEST}, "a dev part of the training images"),
+        ({"questions": 2, "keep": Keep.BEST, "from_": ValidateOn.VAL}, "reported questions"),
+        ({"questions": 2, "patience": 3, "from_": ValidateOn.VAL}, "reported questions"),
+    ],
+)
+def test_the_export_says_which_step_it_is_and_by_which_questions_it_was_selected(
+    tiny, trained, tmp_path, validation, selected_on
+):
+    changed = {"validation": ValidationParams(**validation)}
+    export(
+        tiny, lambda mask: (*trained(mask)[:2], dataclasses.replace(trained(mask)[2], **changed)), "prefix-lm", tmp_path
+    )
+    found = Predictor.from_export(tmp_path).selection
+    assert found == {"step": 1, "step_is": "the last step", "selected_on": selected_on}
 
 
 def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
@@ -110,6 +111,28 @@ def iter_images(folder: str | Path, start: int = 0, stop: int = sys.maxsize) -> 
                 columns = columns.slice(wanted.start, len(wanted)).to_pydict()
                 for image_id, file_name, image in zip(*columns.values(), strict=True):
                     yield ImageRecord(image_id, file_name, image["bytes"])
+
+
+def picture_ids(folder: str | Path, split: str, image_ids: Sequence[int]) -> np.ndarray:
+    """Return, for each image id of a split, the first id under which there is a picture of the same bytes.
+
+    Returns:
+        int64 [len(image_ids)]. The shards are read only where the manifest says that the split has such twins.
+
+    Raises:
+        UserError: a shard is missing, damaged or of another schema.
+    """
+    found = np.asarray(image_ids, dtype=np.int64)
+    manifest = read_manifest(folder)
+    if not manifest["pictures"]["twins"][split]:
+        return found
+    first: dict[str, int] = {}
+    same = {}
+    for path in _image_shards(folder):
+        with _open_parquet(path, IMAGE_FEATURES, manifest["files"]) as file:
+            for image_id, digest in zip(*file.read(["image_id", "sha256"]).to_pydict().values(), strict=True):
+                same[image_id] = first.setdefault(digest, image_id)
+    return np.array([same[image_id] for image_id in found.tolist()], dtype=np.int64)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vlm_vqa.data.records import load_questions, manifest_for_a_look
+from vlm_vqa.data.records import load_questions, manifest_for_a_look, said_answers
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import Work, rows_work
 from vlm_vqa.model.layout import QuestionTokens, Row
@@ -28,11 +28,15 @@ SAMPLED_IMAGES, WINDOWS = 2000, 40  # images whose questions are sampled; optimi
 # Tokens of a question and its newline, of an answer and its <eos>: middles of twentieths of all, in order.
 VQAV2_QUESTION = (5, 6, 6, 7, 7, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9, 10, 10, 11, 13)
 EASY_QUESTION = (6, 6, 7, 7, 7, 7, 7, 7, 7, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 11)
+VQAV2_DISTINCT = (1,) * 7 + (2,) * 6 + (3, 3, 4, 5, 6, 7, 9)  # answers of a question that differ, likewise
 Sample = tuple[tuple[int, int, int], ...]  # questions' images, tokens with the newline, the answers' with <eos>
 
 
 class DatasetSize(NamedTuple):
-    """Questions of each split, images of both, bytes of a mean image file, bytes to download, and where that comes from."""
+    """Questions of each split, images of both, bytes of a mean image file, bytes to download, and where that comes from.
+
+    `branches` are the sample's questions once for each distinct answer, as validation reads them.
+    """
 
     train: int
     val: int
@@ -41,6 +45,7 @@ class DatasetSize(NamedTuple):
     download: int
     basis: str
     sample: Sample
+    branches: Sample
 
 
 def tokens(text: str) -> int:
@@ -55,38 +60,47 @@ def read_size(params: Params, records: Path) -> DatasetSize:
     if manifest is not None and manifest.get("source") == data.source.value:
         return _from_records(manifest, records)
     if data.source is Source.EASY_VQA:
-        sample = _drawn(4_000, 38_575, 2, EASY_QUESTION, (2,))
-        return DatasetSize(38_575, 9_673, 5_000, 1_300, 0, "easy-VQA's known counts and lengths of texts", sample)
+        samples = _drawn(4_000, 38_575, 2, EASY_QUESTION, (2,), (1,))
+        return DatasetSize(38_575, 9_673, 5_000, 1_300, 0, "easy-VQA's known counts and lengths of texts", *samples)
     # A folder under the official names is taken for the official files.
     if data.source is Source.DIRECTORY and not data.train.questions.startswith("v2_OpenEnded_mscoco"):
         unknown = f"data.source is directory, and how much {data.directory} holds is not known before it is read."
         raise UserError(f"{unknown} Run `dvc repro fetch-vqav2` first.")
-    sample = _drawn(82_783, 443_757, 3, VQAV2_QUESTION, (2,) * 19 + (4,))
+    samples = _drawn(82_783, 443_757, 3, VQAV2_QUESTION, (2,) * 19 + (4,), VQAV2_DISTINCT)
     basis = "VQAv2's known counts, and lengths of 29,761 of its questions"
     # COCO's two archives of train and val are 13.5 and 6.6 GB, VQAv2's four of texts together 43 MB.
     download = 0 if data.source is Source.DIRECTORY else 20_143_000_000
-    return DatasetSize(443_757, 214_354, 123_287, 20_100_000_000 // 123_287, download, basis, sample)
+    return DatasetSize(443_757, 214_354, 123_287, 20_100_000_000 // 123_287, download, basis, *samples)
 
 
 def _from_records(manifest: dict, folder: Path) -> DatasetSize:
-    rows = load_questions(folder, "train").select_columns(["image_id", "question", "multiple_choice_answer"])
+    rows = load_questions(folder, "train", ["image_id", "question", "multiple_choice_answer", "answers"])
     ids = rows.data["image_id"].to_numpy()
     rows = rows.select(np.flatnonzero(np.isin(ids, np.unique(ids)[:SAMPLED_IMAGES])))
-    columns = zip(*rows[:].values(), strict=True)
-    sample = tuple((image, tokens(question) + 1, tokens(answer) + 1) for image, question, answer in columns)
+    questions = [(row["image_id"], tokens(row["question"]) + 1, _distinct(row)) for row in rows.to_list()]
+    branches = [(image, asked, tokens(one) + 1) for image, asked, answers in questions for one in answers]
+    sample = tuple((image, asked, tokens(answers[0]) + 1) for image, asked, answers in questions)
     train, val = (manifest["splits"][name]["questions"] for name in ("train", "val"))
     each = sum(path.stat().st_size for path in folder.glob("images-*.parquet")) // max(1, manifest["images"])
-    return DatasetSize(train, val, manifest["images"], each, 0, str(folder), sample)
+    return DatasetSize(train, val, manifest["images"], each, 0, str(folder), sample, tuple(branches))
 
 
-def _drawn(images: int, questions: int, least: int, *quantiles: Sequence[int]) -> Sample:
-    """Draw a sample: images' questions, the `least` number and a Poisson number more, and lengths by their quantiles."""
+def _distinct(row: dict[str, Any]) -> list[str]:
+    """Return a question's answers that differ, the main one first."""
+    return list(dict.fromkeys([row["multiple_choice_answer"], *said_answers(row["answers"])]))
+
+
+def _drawn(images: int, questions: int, least: int, *quantiles: Sequence[int]) -> tuple[Sample, Sample]:
+    """Draw a sample and its branches: images' questions, the `least` number and a Poisson number more, lengths of questions
+    and answers and the number of distinct answers by their quantiles."""
     generator = torch.Generator().manual_seed(0)
     more = torch.full((min(SAMPLED_IMAGES, images),), questions / images - least)
     counts = least + torch.poisson(more, generator=generator).long()
     ids = torch.repeat_interleave(torch.arange(len(counts)), counts)
     draws = [torch.tensor(one)[torch.randint(len(one), ids.shape, generator=generator)] for one in quantiles]
-    return tuple(zip(*(one.tolist() for one in (ids, *draws)), strict=True))
+    *columns, distinct = (one.tolist() for one in (ids, *draws))
+    sample = tuple(zip(*columns, strict=True))
+    return sample, tuple(one for one, answers in zip(sample, distinct, strict=True) for _ in range(answers))
 
 
 class Batch(NamedTuple):
@@ -124,6 +138,16 @@ def plan_batches(params: Params, processes: int, size: DatasetSize) -> Batches:
     sample, means, row = _laid_out(shape, prompt.mask, params.vision.num_patches, instruction, size.sample)
     work = Work(*(train.num_train_epochs * round(part * size.train) for part in means))
     return Batches(sample, work, -(-size.train // shape.questions) * train.num_train_epochs, shape.questions, row)
+
+
+def validation_work(params: Params, size: DatasetSize) -> Work:
+    """Return the work of one validation: its questions with every distinct answer, with their own images and with others."""
+    train, settings = params.train, params.validation
+    shape = GlobalBatchShape(train.batch_size, train.questions_per_row, 1)
+    instruction = tokens(params.prompt.instruction) + 2
+    _, means, _ = _laid_out(shape, params.prompt.mask, params.vision.num_patches, instruction, size.branches)
+    questions = 2 * settings.questions + settings.train_questions
+    return Work(*(round(part * questions * len(size.branches) / len(size.sample)) for part in means))
 
 
 @lru_cache(maxsize=64)

@@ -25,6 +25,11 @@ def as_text(prediction: Prediction, details: bool = False) -> str:
     machine, basis = prediction.machine, "" if details else "; more by --details"
     lines = [*_verdict(prediction), "", *_table(prediction), ""]
     lines.append(f"utilisation {machine.utilisation:g} ({machine.basis}){basis}")
+    facts, every = prediction.stages[2].facts, prediction.params.validation.every_steps
+    if "validations" in facts:
+        share = facts["flop_of_validation"] / (facts["flop"] + facts["flop_recomputed"])
+        times = f"{facts['validations']} times by validation.every_steps {every}"
+        lines.append(f"validation adds {share:.1%} to training's FLOPs: {times}")
     if details:
         lines.append(f"{machine.device.name}, {machine.device.memory / GIB:.1f} GiB ({machine.device.basis})")
         lines += [] if machine.links else ["DVC's cache copies every output (cache.type): on the disk all count twice"]

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from vlm_vqa.errors import UserError
 from vlm_vqa.estimate.devices import GIB, Device
 from vlm_vqa.estimate.memory import Moments, Parts, Step, copies, total
-from vlm_vqa.estimate.questions import DatasetSize, plan_batches
+from vlm_vqa.estimate.questions import DatasetSize, plan_batches, validation_work
 from vlm_vqa.estimate.shapes import Model, VisionShape, model_of, vision_of
 from vlm_vqa.launch_file import LaunchFile, check_params, read_launch
 from vlm_vqa.model.flops import Work, cost, lora_token_cost, vision_flops
-from vlm_vqa.params import Dtype, Mask, Optimizer, Params, StoreDtype
+from vlm_vqa.params import Dtype, Keep, Mask, Optimizer, Params, StoreDtype, ValidateOn
 
 BASE = {"Python and libraries": round(1.1 * GIB)}
 """Resident in a training process without any weights, with scratch; measured (torch 2.14.1, a CPU)."""
@@ -95,7 +95,10 @@ def _extract(params: Params, size: DatasetSize, machine: Machine, shape: VisionS
 def _train(
     params: Params, size: DatasetSize, machine: Machine, model: Model, encoder: int, launch: LaunchFile
 ) -> Stage:
-    train, batches = params.train, plan_batches(params, launch.processes, size)
+    train, validation = params.train, params.validation
+    # The dev part is not trained on.
+    held = validation.questions if validation.from_ is ValidateOn.TRAIN else 0
+    batches = plan_batches(params, launch.processes, size._replace(train=max(size.train - held, 1)))
     step = Step(model, train, launch.strategy, launch.processes, not launch.on_cpu)
     work, rank = batches.work, step.moments(batches.sample)
     host = _train_host(params, step, launch, encoder, batches.steps, rank)
@@ -111,10 +114,17 @@ def _train(
     facts |= {"parameters": model.all, "trained": model.trained, "tokens": work.tokens}
     facts |= {"flop": flops, "flop_recomputed": again}
     facts |= {} if hours is None else {"step_seconds": hours * 3600 / batches.steps}
+    validations = -(-batches.steps // validation.every_steps) + 1 if validation.questions else 0
+    if validations:
+        forward = replace(cost(model.language, model.vocabulary, model.features), image_token=0)
+        measuring = validations * (forward.flops(validation_work(params, size)) // 3)
+        facts |= {"validations": validations, "flop_of_validation": measuring}
+        hours = machine.hours(flops + again + measuring, train.compute_dtype, launch.processes)
     if launch.on_cpu and train.optimizer is Optimizer.ADAMW_BNB_8BIT:
         facts["note"] = "without the update of 8-bit states, 79 ms a million elements and thread on a CPU"
-    # One checkpoint is written before the oldest goes; all ranks' weights and states.
-    written = min(train.save_total_limit + 1, -(-batches.steps // train.save_steps))
+    # One checkpoint is written before the oldest goes, and the best one stays beside; all ranks' weights and states.
+    best = validation.keep is Keep.BEST
+    written = min(train.save_total_limit + 1 + best, -(-batches.steps // train.save_steps) + best * validations)
     held = step.share * total(step.snapshot() or step.states()) + 6 * model.all * launch.strategy.deepspeed
     return Stage("train", {"models/trained": 4 * model.saved, "checkpoints": written * held}, host, gpu, hours, facts)
 

@@ -37,6 +37,8 @@ class Comparison:
 
     rows: tuple[tuple[str, float | None, float], ...]
     tolerance: float
+    selection: str = ""
+    """Which of the training's weights the new scores are of, in sentences."""
 
     @property
     def drop(self) -> float:
@@ -95,7 +97,17 @@ def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tole
             if then == now and (mine == theirs or name == GATE):
                 before = _score(base, shown, "the base's")
         rows.append((shown, before, _score(new, shown, "this checkout's")))
-    return Comparison(tuple(rows), tolerance)
+    return Comparison(tuple(rows), tolerance, _selection(new))
+
+
+def _selection(report: Mapping[str, Any]) -> str:
+    """Say what selected a model, where its report says it."""
+    model = report.get("model")
+    if not isinstance(model, Mapping) or not model.get("step_is"):
+        return ""
+    biased = "**It was selected by the reported questions: their scores are higher than those of others would be.**"
+    said = f"The weights are those of step {model['step']}: {model['step_is']}."
+    return f"{said} {biased}" if model.get("selected_on") == "reported questions" else said
 
 
 def _score(report: Mapping[str, Any], name: str, whose: str) -> float:
@@ -155,7 +167,8 @@ def metrics_diff(revision: str, folder: Path = Path(".")) -> str:
 
 def summary(comparison: Comparison, revision: str, diff: str) -> str:
     """The markdown that is posted to a pull request."""
+    selection = f"{comparison.selection}\n\n" if comparison.selection else ""
     return (
-        f"## HELM evaluation against `{revision}`\n\n{comparison.verdict()}\n\n{comparison.table()}\n\n"
+        f"## HELM evaluation against `{revision}`\n\n{comparison.verdict()}\n\n{comparison.table()}\n\n{selection}"
         f"### `dvc metrics diff`\n\n{diff}\n"
     )

@@ -94,7 +94,7 @@ def evaluate(
             "questions": len(questions),
         },
         "baselines": {name: _score_baseline(metric, questions, given, at_helm) for name, given in blind.items()},
-        "model": {"mask": predictor.mask, "weights_hash": predictor.weights_hash},
+        "model": {"mask": predictor.mask, "weights_hash": predictor.weights_hash} | predictor.selection,
         "helm_equals_stored_features": round(agreement, _DIGITS),
     }
     names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")

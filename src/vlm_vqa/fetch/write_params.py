@@ -8,13 +8,15 @@ from vlm_vqa.fetch.recognise import Found, block, recognise
 from vlm_vqa.fetch.sources.hf_dataset import newest
 from vlm_vqa.fetch.write_records import Inspection, inspect_data
 from vlm_vqa.launch_file import read_launch
-from vlm_vqa.params import HELM_MAX_TOKENS, Params, load_params, parse_params
+from vlm_vqa.params import HELM_MAX_TOKENS, Keep, Params, load_params, parse_params
 from vlm_vqa.sealed import aside
 from vlm_vqa.yaml_file import compose, read_yaml
 
 PRESETS = Path("presets")
 _STEPS = {True: 300, False: 100}
 """Optimizer steps, at least: for a language model that starts from random weights, and for one that knows English."""
+_LEAST_HELD, _LEAST_TO_CHOOSE = 20, 100
+"""Validation questions below which nothing is held out, and below which a checkpoint would be chosen by chance."""
 _IMAGES = 200
 """Pictures that `init` looks at; `check` looks at all."""
 
@@ -68,12 +70,14 @@ def _repository(name: str) -> Found:
     return Found("a datasets repository", {"source": "hub", "hub": hub}, unsure)
 
 
-def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) -> dict[str, int]:
+def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) -> dict[str, int | str]:
     """Return the values that depend on how many questions there are, and how long."""
     train, random = params.train, params.language.model == "random"
     if seen is None:
-        unsure |= dict.fromkeys(("prompt.text_length", "train.num_train_epochs"), "the repository was not read")
-        return {"prompt.text_length": params.prompt.text_length, "train.num_train_epochs": train.num_train_epochs}
+        kept = {"prompt.text_length": params.prompt.text_length, "train.num_train_epochs": train.num_train_epochs}
+        kept["validation.questions"] = params.validation.questions
+        unsure |= dict.fromkeys(kept, "the repository was not read")
+        return kept
     questions, others = (text.statistics.questions for text in seen.texts)
     processes = read_launch(train.launch).processes
     step = train.batch_size * train.gradient_accumulation_steps * processes
@@ -91,10 +95,29 @@ def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) ->
         unsure["train.num_train_epochs"] = f"{_STEPS[random]} steps were not tried with this model"
     # Every tokenizer here falls back to bytes, so a text has no more tokens than bytes. Rows are as long as their tokens.
     most = len(params.prompt.instruction.encode()) + max(text.statistics.longest for text in seen.texts) + 4
-    return {f"train.{key}": value for key, value in changed.items()} | {
-        "prompt.text_length": max(params.prompt.text_length, 32 * math.ceil(most / 32)),
-        "evaluation.max_new_tokens": HELM_MAX_TOKENS,
-        "evaluation.helm_instances": min(params.evaluation.helm_instances, others or 1),
+    steps = changed["num_train_epochs"] * math.ceil(max(questions, 1) / step)
+    return (
+        {f"train.{key}": value for key, value in changed.items()}
+        | _validation(params, questions, steps)
+        | {
+            "prompt.text_length": max(params.prompt.text_length, 32 * math.ceil(most / 32)),
+            "evaluation.max_new_tokens": HELM_MAX_TOKENS,
+            "evaluation.helm_instances": min(params.evaluation.helm_instances, others or 1),
+        }
+    )
+
+
+def _validation(params: Params, questions: int, steps: int) -> dict[str, int | str]:
+    """Return what validates of so many training questions: a tenth at most, five times at least."""
+    settings = params.validation
+    held = min(settings.questions, questions // 10)
+    if held < _LEAST_HELD:
+        return {"validation.questions": 0, "validation.train_questions": 0, "validation.keep": Keep.LAST.value}
+    return {
+        "validation.questions": held,
+        "validation.train_questions": min(settings.train_questions, held),
+        "validation.every_steps": min(settings.every_steps, max(steps // 5, 1)),
+        "validation.keep": settings.keep.value if held >= _LEAST_TO_CHOOSE else Keep.LAST.value,
     }
 
 

@@ -18,7 +18,7 @@ from vlm_vqa.params import Params
 from vlm_vqa.sealed import read_folder, write_folder
 
 CARD = "README.md"
-TRAINED_BY = ("seed", "vision.", "language.", "prompt.", "train.")
+TRAINED_BY = ("seed", "vision.", "language.", "prompt.", "train.", "validation.")
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "pillow")
 """What the card's code needs; the card names their versions, which are the same on every machine (constraints.txt)."""
 RETRAIN = make_again("train")
@@ -84,6 +84,9 @@ def write_export(
         "mask": params.prompt.mask.value,
         "num_patches": params.vision.num_patches,
         "text_length": params.prompt.text_length,
+        "step": results["kept_step"],
+        "step_is": results["kept_because"],
+        "selected_on": params.validation.selected_on,
         "weights_hash": training["weights_hash"],
     }
     (folder / CARD).write_text(card(params, training, results, data), encoding="utf-8")

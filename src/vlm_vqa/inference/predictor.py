@@ -19,8 +19,8 @@ from vlm_vqa.params import Attention, Mask
 from vlm_vqa.sealed import read_folder
 
 FACTS_FILE = "vlm_vqa.json"
-"""Beside an export's stock files: mask, instruction, text_length, num_patches, the hash of the trained weights, and the
-SHA-256 of every other file."""
+"""Beside an export's stock files: mask, instruction, text_length, num_patches, the hash of the trained weights, which step's
+they are and by what they were selected, and the SHA-256 of every other file."""
 
 
 class Predictor:
@@ -30,6 +30,8 @@ class Predictor:
         weights_hash: hash of the trained weights, the name under which MLflow knows the run.
         mask: "image-prefix" or "prefix-lm".
         instruction: what the model reads before every question.
+        selection: `step` of the training that the weights are of, `step_is`: why, and `selected_on`: by which questions;
+            None each where an earlier version exported it.
     """
 
     def __init__(self, model: PaliGemmaForConditionalGeneration, processor, facts: dict, max_new_tokens: int = 10):
@@ -39,6 +41,7 @@ class Predictor:
         self.weights_hash: str = facts["weights_hash"]
         self.mask: str = facts["mask"]
         self.instruction: str = facts["instruction"]
+        self.selection = {name: facts.get(name) for name in ("step", "step_is", "selected_on")}
         self.layout = TokenLayout(
             processor.tokenizer,
             mask=Mask(facts["mask"]),

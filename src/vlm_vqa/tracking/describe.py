@@ -112,7 +112,11 @@ def evaluation_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     {'score_vqa_accuracy_per_answer_type_yes_no': 0.6}
     """
     headlines = {"helm.bleu_1": "bleu_1"} | {f"{name}.overall": name for name in ("vqa_accuracy", "answer_accuracy")}
-    values = {headlines.get(name, f"score_{re.sub('[./ ]', '_', name)}"): value for name, value in flatten(report)}
+    values = {
+        headlines.get(name, f"score_{re.sub('[./ ]', '_', name)}"): value
+        for name, value in flatten(report)
+        if not name.startswith("model.")
+    }
     return {name: value for name, value, *_ in numbers(values, 0)}
 
 

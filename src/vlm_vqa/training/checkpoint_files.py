@@ -79,18 +79,35 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of `folder`, or None; what was cut off is reported, removed and passed over."""
+    """Return the newest whole checkpoint of `folder`, or None; what was cut off is reported, removed and passed over.
+
+    So is one whose best checkpoint is gone: going on from an earlier one makes that again.
+    """
     whole = whole_checkpoints(folder)
     for torn in sorted(set(folder.glob("checkpoint-*")) - set(whole)):
         log.warning("%s was cut off while it was written; passing over it", torn)
         shutil.rmtree(torn)
-    return whole[0] if whole else None
+    for checkpoint in whole:
+        if (best := best_of(checkpoint)) is None or best in whole:
+            return checkpoint
+        log.warning("%s: the best one before it, %s, is not there; passing over it", checkpoint, best.name)
+        remove(checkpoint)
+    return None
+
+
+def best_of(checkpoint: Path) -> Path | None:
+    """Return the checkpoint that holds the best weights as of a whole checkpoint, itself perhaps; None if none is kept."""
+    step = read_seal(checkpoint, 0, world_of(checkpoint) or 0).get("best")
+    return None if step is None else folder_of(checkpoint.parent, step)
 
 
 def prune(folder: Path, limit: int) -> None:
-    """Remove all but the newest `limit` whole checkpoints; those being written stay."""
-    for old in whole_checkpoints(folder)[limit:]:
-        remove(old)
+    """Remove all but the newest `limit` whole checkpoints and the best one of each; those being written stay."""
+    whole = whole_checkpoints(folder)
+    kept = {*whole[:limit], *map(best_of, whole[:limit])}
+    for old in whole:
+        if old not in kept:
+            remove(old)
 
 
 def remove(checkpoint: Path) -> None:

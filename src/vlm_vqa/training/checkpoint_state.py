@@ -137,11 +137,7 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint is of another model, or its optimizer states do not fit and `restart` is false.
         """
-        parameters = named_parameters(model)
-        self._check_parameters(parameters)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                local(parameter).copy_(self._read(f"model/{name}", name, rows_held(parameter)))
+        parameters = self.load_weights(model)
         try:
             states = {
                 parameter: dict(self._states(optimizer, name, parameter)) for name, parameter in parameters.items()
@@ -155,6 +151,19 @@ class Checkpoint:
         for group, stored in zip(optimizer.param_groups, self.facts[0]["groups"], strict=True):
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
         scheduler.load_state_dict(self.facts[0]["scheduler"])
+
+    def load_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Put the weights back, and return the parameters by name.
+
+        Raises:
+            UserError: the checkpoint is of another model.
+        """
+        parameters = named_parameters(model)
+        self._check_parameters(parameters)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                local(parameter).copy_(self._read(f"model/{name}", name, rows_held(parameter)))
+        return parameters
 
     def load_random_state(self, seed: int) -> None:
         """Put the generators back where they were; with another number of processes, seed them anew and say so."""

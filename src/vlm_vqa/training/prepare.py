@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
+from vlm_vqa.data.held_out import divide
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import TokenLayout
@@ -33,10 +34,10 @@ def prepare(params: Params, encoder: Encoder) -> tuple[QuestionDataset, TokenLay
 
 
 def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, PreTrainedTokenizerFast]:
-    """Load the training questions of the records in `folder`, and the tokenizer for them, which knows no image token yet.
+    """Load the questions to train on from the records in `folder`, and the tokenizer, which knows no image token yet.
 
     Raises:
-        UserError: as `QuestionDataset`.
+        UserError: as `QuestionDataset`, or as `divide`.
     """
     records = load_questions(folder, "train")
     taught = records["multiple_choice_answer"]
@@ -51,7 +52,8 @@ def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, P
         text_length=params.prompt.text_length,
         image_token_id=-1,
     )
-    return QuestionDataset(records, layout, params.prompt.too_long, params.train.answers, params.seed), tokenizer
+    trained, _ = divide(records, params, folder)
+    return QuestionDataset(trained, layout, params.prompt.too_long, params.train.answers, params.seed), tokenizer
 
 
 def model_to_train(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:

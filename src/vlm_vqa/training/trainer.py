@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,35 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback as ProgressBar
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import SaveStrategy
 
 from vlm_vqa.cores import Crowd, waits
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import model_cost
 from vlm_vqa.model.vlm import VlmForTraining, merge_adapters
-from vlm_vqa.params import Attention, Dtype, Optimizer, TrainParams
+from vlm_vqa.params import Attention, Dtype, Keep, Optimizer, TrainParams
 from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
 from vlm_vqa.training.optimizer import build_optimizer, has_8bit_work, state_types
 from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
+from vlm_vqa.training.validation import (
+    ANSWERS,
+    COLUMNS,
+    SCORE,
+    Validation,
+    best_step,
+    is_over,
+    kept_step,
+    validations,
+)
 from vlm_vqa.training.watchdog import Phase, Watchdog
 
 log = logging.getLogger(__name__)
 
-CURVE_COLUMNS = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+CURVE_COLUMNS = ("epoch", "loss", "grad_norm", "learning_rate")
 STATE_FILE = "trainer_state.json"
 """Where the Trainer looks for its own state."""
 SMALL_WEIGHTS = 100_000
@@ -110,9 +121,11 @@ class VqaTrainer(Trainer):
         callbacks: Sequence[TrainerCallback],
         launch: Launch,
         watchdog: Watchdog | None = None,
+        validation: Validation | None = None,
     ):
         """`watchdog` watches over the processes of a launch; one process needs none."""
         self.train_settings = train
+        self.validation = validation
         self.launch = launch
         self.watchdog = watchdog or Watchdog(None, 0, 1, train.stall_seconds)
         computed = torch.bfloat16 if train.compute_dtype is Dtype.BFLOAT16 else torch.float32
@@ -126,6 +139,7 @@ class VqaTrainer(Trainer):
         self.pass_losses: list[Tensor] = []
         if train.weights_dtype is Dtype.BFLOAT16:
             model.to(torch.bfloat16)
+        args.eval_on_start = validation is not None
         super().__init__(model=model, args=args, train_dataset=data, data_collator=collator, callbacks=list(callbacks))
         for callback in callbacks:
             callback.trainer = self  # ty: ignore[missing-attribute] - for those of ours
@@ -294,6 +308,76 @@ class VqaTrainer(Trainer):
             f"before this step are in {self.args.output_dir}."
         )
 
+    # --- validation --------------------------------------------------------------------------------------------------
+
+    @property
+    def keep(self) -> Keep:
+        """Which step's weights are the result."""
+        return Keep.LAST if self.validation is None else self.validation.settings.keep
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights are the result, as of now."""
+        return kept_step(self.state.log_history, self.keep, self.state.global_step)
+
+    @property
+    def kept_because(self) -> str:
+        """Why these weights are the result, for people."""
+        if self.validation is None or self.keep is Keep.LAST:
+            return "the last step"
+        scores = {entry["step"]: entry[SCORE] for entry in validations(self.state.log_history)}
+        return f"the best of {len(scores) - 1} validations, by {self.validation.describe()}"
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        step, validation = self.state.global_step, self.validation
+        if validation is not None and self._validated != step:
+            due = step % validation.settings.every_steps == 0 or step == self.state.max_steps
+            self.control.should_evaluate = due
+        super()._maybe_log_save_evaluate(*args, **options)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Measure the validation questions, log the figures, and decide what is saved and whether training ends."""
+        step, validation, control = self.state.global_step, self.validation, self.control
+        control.should_evaluate = False
+        if validation is None or self._validated == step or (skip_scheduler and step):
+            # What asks to skip the scheduler is a training's beginning, a resumed one's too.
+            return {}
+        with self.meter.paused():
+            figures = validation.measure(self.model_wrapped, self.args.device, lambda: self.heartbeat(Phase.VALIDATING))
+        self.state.log_history.append({"step": step, ANSWERS: figures.pop(ANSWERS)})
+        self.log(figures)
+        if is_over(self.state.log_history, validation.settings.patience):
+            # Without a checkpoint here, none can be gone on from that is past the end.
+            control.should_training_stop, control.should_save = True, False
+            if self.launch.main:
+                best = best_step(self.state.log_history)
+                log.info("ending after step %d: no validation since step %s was better", step, best)
+        elif self.keep is Keep.BEST and self.kept_step == step:
+            control.should_save = step > 0
+        return figures
+
+    @property
+    def _validated(self) -> int | None:
+        """The last step that was validated, also before a resume."""
+        done = validations(self.state.log_history)
+        return done[-1]["step"] if done else None
+
+    def _return_to_best(self) -> None:
+        """Put the best step's weights back, from its checkpoint, where they are the result."""
+        if (step := self.kept_step) == self.state.global_step:
+            return
+        if self.launch.processes > 1:
+            distributed.barrier()
+        best = checkpoint_files.folder_of(self.folder, step)
+        self._verify(best)
+        if self.launch.main:
+            log.info("keeping the weights of step %d, the best by %s", step, SCORE)
+        if self.launch.strategy.deepspeed:
+            with checkpoint_files.nothing_but_tensors(best):
+                deepspeed_load_checkpoint(self.model_wrapped, str(best))
+        else:
+            checkpoint_state.Checkpoint(best, self.launch.process, self.launch.processes).load_weights(self.model)
+
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def run(self) -> Any:
@@ -308,6 +392,7 @@ class VqaTrainer(Trainer):
         with checkpoint_files.nothing_but_tensors(last):
             result = self.train(resume_from_checkpoint=str(last) if last else None)
         self.writer.wait()
+        self._return_to_best()
         return result
 
     def _newest_checkpoint(self) -> Path | None:
@@ -326,10 +411,9 @@ class VqaTrainer(Trainer):
                 f"{last}: process {launch.process} does not see it. The machines of a launch must share the "
                 "project's folder."
             )
-        world = checkpoint_files.world_of(last)
-        assert world is not None, "it was whole when it was chosen"
-        for writer in range(launch.process, world, launch.processes):
-            checkpoint_files.verify(last, writer, world)
+        world = self._verify(last)
+        if (best := checkpoint_files.best_of(last)) not in (None, last):
+            self._verify(best)
         kind = checkpoint_files.read_seal(last, 0, world)["kind"]
         if kind != self.kind or (self.launch.strategy.deepspeed and world != launch.processes):
             raise UserError(
@@ -338,6 +422,14 @@ class VqaTrainer(Trainer):
                 f"the launch that it was written with, or delete the folder {folder} to start again."
             )
         return last
+
+    def _verify(self, checkpoint: Path) -> int:
+        """Verify this process's share of a checkpoint's files; return how many processes have written it."""
+        world = checkpoint_files.world_of(checkpoint)
+        assert world is not None, "it was whole when it was chosen"
+        for writer in range(self.launch.process, world, self.launch.processes):
+            checkpoint_files.verify(checkpoint, writer, world)
+        return world
 
     @property
     def kind(self) -> str:
@@ -350,7 +442,8 @@ class VqaTrainer(Trainer):
         step, launch = self.state.global_step, self.launch
         state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
         texts = {STATE_FILE: state} if launch.main else {}
-        facts = {"kind": self.kind, "logging": {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}}
+        facts: dict[str, Any] = {"kind": self.kind, "best": self.kept_step if self.keep is Keep.BEST else None}
+        facts["logging"] = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
         with self.meter.paused():
             others: list[str] = []
             if launch.strategy.deepspeed:
@@ -455,6 +548,8 @@ class ProgressCallback(TrainerCallback):
             speed = self.trainer.meter.read()
             self._show(speed)
             self.run.log_metrics({**figures, **speed}, state.global_step)
+        elif logs and SCORE in logs:
+            self.run.log_metrics({name: logs[name] for name in COLUMNS if name in logs}, state.global_step)
 
     def _look_around(self) -> None:
         if self.trainer.launch.main and (busy := self.crowd.notice(waits())):
@@ -472,9 +567,9 @@ class ProgressCallback(TrainerCallback):
                 )
 
 
-def write_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Write the logged steps as CSV: step, epoch, loss, grad_norm, learning_rate. Wall-clock figures stay out of it."""
+def write_curve(history: Sequence[Mapping[str, Any]], path: Path, key: str, columns: Sequence[str]) -> None:
+    """Write the logged entries that have `key` as CSV. Wall-clock figures stay out of it."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CURVE_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, ("step", *columns), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(entry for entry in history if "loss" in entry)
+        writer.writerows(entry for entry in history if key in entry)

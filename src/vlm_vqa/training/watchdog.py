@@ -60,9 +60,10 @@ class Phase(enum.IntEnum):
     COUNTING = 2
     COMPUTING = 3
     UPDATING = 4
-    SAVING = 5
+    VALIDATING = 5
+    SAVING = 6
     # At a barrier, with nothing left to do: whoever is still busy keeps the others waiting.
-    WAITING = 6
+    WAITING = 7
 
 
 class Progress(NamedTuple):

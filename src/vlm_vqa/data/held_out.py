@@ -1,0 +1,99 @@
+"""Which questions validate while training, and which are trained on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset as Records
+
+from vlm_vqa.data.records import load_questions, picture_ids
+from vlm_vqa.errors import UserError
+from vlm_vqa.params import Params, ValidateOn
+
+
+def divide(records: Records, params: Params, folder: Any) -> tuple[Records, Records]:
+    """Divide the training questions into those that are trained on and the dev part, which has images of its own.
+
+    Pictures of equal bytes go the same way, whatever their ids.
+
+    Args:
+        records: all training questions.
+        folder: the records that they are from.
+
+    Raises:
+        UserError: the dev part would leave nothing to train on.
+    """
+    settings = params.validation
+    if not settings.questions or settings.from_ is ValidateOn.VAL:
+        return records, records.select([])
+    chosen = _dev_part(picture_ids(folder, "train", records["image_id"]), params)
+    return records.select(np.flatnonzero(~chosen)), records.select(np.flatnonzero(chosen))
+
+
+def validation_questions(params: Params, folder: Any) -> tuple[Records, Records]:
+    """Return the questions that validate, and those of the trained ones that are measured beside them.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    settings, trained = params.validation, load_questions(folder, "train")
+    if settings.from_ is ValidateOn.VAL:
+        held = load_questions(folder, "val")
+        held = held.select(_take(held["image_id"], settings.questions, params.seed, "validation.questions", "val"))
+    else:
+        trained, held = divide(trained, params, folder)
+    measured = _take(
+        trained["image_id"], settings.train_questions, params.seed, "validation.train_questions", "trained"
+    )
+    return held, trained.select(measured)
+
+
+def check_enough(params: Params, train: np.ndarray, val: np.ndarray) -> None:
+    """Refuse to validate on more questions than there are, as the functions above do of records.
+
+    Args:
+        train, val: int64 [questions], the pictures that a split's questions are about.
+
+    Raises:
+        UserError: naming the key.
+    """
+    settings = params.validation
+    if settings.from_ is ValidateOn.VAL:
+        _take(val, settings.questions, params.seed, "validation.questions", "val")
+    elif settings.questions:
+        train = train[~_dev_part(train, params)]
+    _take(train, settings.train_questions, params.seed, "validation.train_questions", "trained")
+
+
+def _dev_part(pictures: np.ndarray, params: Params) -> np.ndarray:
+    wanted = params.validation.questions
+    chosen = _of_some_images(pictures, wanted, params.seed)
+    if chosen.all():
+        raise UserError(
+            f"validation.questions is {wanted}, and the images of so many are all that the {len(pictures)} "
+            "training questions have: none is left to train on. Lower it, or set validation.from: val."
+        )
+    return chosen
+
+
+def _take(image_ids: Sequence[int] | np.ndarray, count: int, seed: int, key: str, what: str) -> np.ndarray:
+    if count > len(image_ids):
+        raise UserError(f"{key} is {count}, but there are {len(image_ids)} {what} questions. Lower it.")
+    if not count:
+        return np.arange(0)
+    return np.flatnonzero(_of_some_images(np.asarray(image_ids, dtype=np.int64), count, seed))
+
+
+def _of_some_images(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Mark all questions of the first images in random order that have `count` of them and are at least two.
+
+    Args:
+        pictures: int64 [questions], what each is about.
+
+    Returns:
+        bool [questions]; images that share rows cost less, so none is taken in part.
+    """
+    distinct, place, sizes = np.unique(pictures, return_inverse=True, return_counts=True)
+    order = np.random.RandomState(seed).permutation(len(distinct))
+    needed = max(int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1, 2)
+    return np.isin(place, order[:needed])

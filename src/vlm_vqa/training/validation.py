@@ -1,0 +1,278 @@
+"""Loss and score of questions while training, without generation and without gathering weights.
+
+Fed with a question and one of its reference answers, the model says at each position of the answer which token it would
+write there. Greedy decoding writes the reference exactly if each of these is the reference's own. So every distinct answer
+that people gave to a question becomes a branch of its image's row, and the question scores what the branch that is wholly
+right scores. It is the score of greedy decoding, but where an answer is no reference to the letter and equals one only
+when both are normalised, or is spelled with other tokens: there it is lower. The same questions are measured with another
+image's features too, which says what an answer owes to the image.
+
+Rows are divided among the processes of a launch; each runs equally many forward passes, as FSDP and ZeRO-3 want it.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset as Records
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+
+from vlm_vqa.data.records import said_answers
+from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation.baselines import shuffled_images
+from vlm_vqa.evaluation.vqa_accuracy import METRICS
+from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, TooManyTokens
+from vlm_vqa.params import HELM_MAX_TOKENS, Keep, Mask, Params, TooLong, ValidateOn
+
+log = logging.getLogger(__name__)
+
+LOSS, SCORE, ANSWERS = "validation_loss", "validation_score", "validation_answers"
+"""Names in the Trainer's log: figures of a validation, and what was said to the questions that are shown."""
+COLUMNS = (LOSS, SCORE, "validation_blind_score", "train_part_loss", "train_part_score")
+SHOWN = 12
+
+Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
+
+
+# --- what of them is computed -------------------------------------------------------------------------------------------
+
+
+class Branch(NamedTuple):
+    """A question with one of its distinct answers."""
+
+    question: int
+    """Its place in the part."""
+    tokens: QuestionTokens
+    score: float
+    """What greedy decoding would score that wrote this answer."""
+    main: bool
+    """It is the answer that is taught, whose loss counts."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How branches are divided into rows, and rows into forward passes."""
+
+    branches_per_row: int
+    branches_per_batch: int
+
+
+class Part:
+    """Some questions as branches in rows, and how a model's outputs on them become figures."""
+
+    def __init__(self, records: Records, layout: TokenLayout, too_long: TooLong, metric: str, shape: Shape):
+        """Tokenise the questions with all their answers.
+
+        Raises:
+            UserError: a main answer does not fit, with `TooLong.ERROR`.
+        """
+        self.questions, self.metric, self.shape, self.left_out = records.to_list(), metric, shape, 0
+        self.branches: list[Branch] = []
+        by_image: dict[int, list[int]] = {}
+        for number, row in enumerate(self.questions):
+            for branch in self._branches(number, row, layout, too_long):
+                by_image.setdefault(row["image_id"], []).append(len(self.branches))
+                self.branches.append(branch)
+        if self.left_out:
+            log.warning("%d answers of the validation questions do not fit prompt.text_length", self.left_out)
+        most = shape.branches_per_row
+        self._rows = [
+            (image_id, numbers[at : at + most])
+            for image_id, numbers in by_image.items()
+            for at in range(0, len(numbers), most)
+        ]
+        self._rows.sort(key=lambda row: -sum(len(self.branches[one].tokens.read) for one in row[1]))
+
+    def _branches(
+        self, number: int, row: Mapping[str, Any], layout: TokenLayout, too_long: TooLong
+    ) -> Iterator[Branch]:
+        main, seen = row["multiple_choice_answer"], set()
+        for answer in dict.fromkeys([main, *said_answers(row["answers"])]):
+            try:
+                tokens = layout.tokenize(row["question"], answer)
+            except TooManyTokens as error:
+                if answer == main and too_long is TooLong.ERROR:
+                    raise UserError(f"question_id {row['question_id']}: {error}") from error
+                self.left_out += 1
+                continue
+            if tuple(tokens.answer) not in seen:
+                seen.add(tuple(tokens.answer))
+                written = layout.decode(tokens.answer[:-1][:HELM_MAX_TOKENS])
+                yield Branch(number, tokens, METRICS[self.metric](written, row["answers"]), answer == main)
+
+    def batches(self, process: int, processes: int) -> Iterator[tuple[list[Row], list[int]]]:
+        """Yield this process's forward passes: rows, and the places of their branches; every process has equally many."""
+        batches: list[list[tuple[int, list[int]]]] = [[]]
+        for row in self._rows:
+            held = sum(len(numbers) for _, numbers in batches[-1])
+            if batches[-1] and held + len(row[1]) > self.shape.branches_per_batch:
+                batches.append([])
+            batches[-1].append(row)
+        for at in range(process, -(-len(batches) // processes) * processes, processes):
+            # A row without questions is computed like any other and says nothing.
+            rows = batches[at] if at < len(batches) else [(self._rows[0][0], [])]
+            filled = [Row(image_id, tuple(self.branches[one].tokens for one in numbers)) for image_id, numbers in rows]
+            yield filled, [one for _, numbers in rows for one in numbers]
+
+    def loss(self, losses: Tensor) -> float:
+        """Return the loss of a token of the main answers, in nats; `losses`, float64 [branches], are sums of each answer."""
+        main = [at for at, branch in enumerate(self.branches) if branch.main]
+        return losses[main].sum().item() / max(sum(len(self.branches[at].tokens.answer) for at in main), 1)
+
+    def scores(self, right: Tensor) -> list[float]:
+        """Return every question's score, 0 to 1; `right`, float64 [branches], is 1 where greedy decoding writes that."""
+        scores = [0.0] * len(self.questions)
+        for branch, hit in zip(self.branches, right.tolist(), strict=True):
+            scores[branch.question] = max(scores[branch.question], branch.score * hit)
+        return scores
+
+
+class Validation:
+    """The fixed questions of a training, measured whenever asked."""
+
+    def __init__(
+        self,
+        params: Params,
+        layout: TokenLayout,
+        collate: Collate,
+        held: Records,
+        trained: Records,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        """Tokenise the questions.
+
+        Args:
+            collate: makes a model's inputs of rows, image features included.
+            held, trained: as `validation_questions` gives them.
+            process, processes: this one's number, and how many there are.
+        """
+        settings, train = params.validation, params.train
+        self.settings, self.layout, self.collate = settings, layout, collate
+        self.process, self.processes = process, processes
+        ten = all(len(answers) == 10 for answers in held["answers"])
+        self.metric = "vqa_accuracy" if ten else "answer_accuracy"
+        shape = Shape(1 if layout.mask is Mask.PREFIX_LM else train.questions_per_row, train.batch_size)
+        self.held = Part(held, layout, params.prompt.too_long, self.metric, shape)
+        self.trained = Part(trained, layout, params.prompt.too_long, self.metric, shape) if len(trained) else None
+        self.other_image = shuffled_images(held["image_id"], params.seed)
+        first = {row["image_id"]: row for row in reversed(self.held.questions)}
+        self.shown = list(first.values())[::-1][:SHOWN]
+        """Questions whose answers are kept: the first about each of some images."""
+
+    def describe(self) -> str:
+        """Say what the score is of."""
+        of = "a dev part of the training images" if self.settings.from_ is ValidateOn.TRAIN else "the validation split"
+        return f"{self.metric} of {len(self.held.questions)} questions of {of}"
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, device: torch.device, beat: Callable[[], None]) -> dict[str, Any]:
+        """Return the figures of `COLUMNS` and, as `ANSWERS`, what is said to the questions that are shown.
+
+        All processes must call it, and get the same.
+
+        Args:
+            model: as the launch has wrapped it; left in training mode.
+            beat: called before each forward pass.
+        """
+        model.eval()
+        forward = _forward(model, self.collate, device, beat)
+        figures = dict(zip(COLUMNS[:2], self._part(self.held, forward, device), strict=True))
+        figures[COLUMNS[2]] = self._part(self.held, forward, device, self.other_image)[1]
+        if self.trained is not None:
+            figures |= zip(COLUMNS[3:], self._part(self.trained, forward, device), strict=True)
+        said = self._answers(forward, device)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # Without a backward pass after it, FSDP2 would leave the outermost weights gathered.
+                module.reshard()
+        model.train()
+        return figures | {ANSWERS: said}
+
+    def _part(
+        self, part: Part, forward: "Forward", device: torch.device, other: Mapping[int, int] | None = None
+    ) -> tuple[float, float]:
+        found = torch.zeros(2, len(part.branches), dtype=torch.float64)
+        for rows, numbers in part.batches(self.process, self.processes):
+            rows = [Row(other[row.image_id], row.questions) for row in rows] if other else rows
+            logits, labels = forward(rows)
+            lengths = torch.tensor([len(part.branches[one].tokens.answer) for one in numbers], dtype=torch.long)
+            owner = torch.repeat_interleave(torch.arange(len(numbers)), lengths)
+            place = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
+            wrong = (logits.argmax(-1) != labels).cpu() & (place < HELM_MAX_TOKENS)
+            lost = nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().cpu()
+            sums = torch.zeros(2, len(numbers), dtype=torch.float64).index_add(1, owner, torch.stack([wrong, lost]))
+            found[0, numbers], found[1, numbers] = (sums[0] == 0).double(), sums[1]
+        if self.processes > 1:
+            found = found.to(device)
+            distributed.all_reduce(found)
+        right, losses = found.cpu()
+        scores = part.scores(right)
+        return part.loss(losses), sum(scores) / len(scores)
+
+    def _answers(self, forward: "Forward", device: torch.device) -> list[str]:
+        """Decode greedily, each step a whole forward pass of the answers so far: slow, and the same under every launch."""
+        prompts = [self.layout.tokenize(row["question"]).prompt for row in self.shown]
+        said: list[list[int]] = [[] for _ in prompts]
+        unfinished = list(range(len(prompts)))
+        for _ in range(HELM_MAX_TOKENS):
+            eos = self.layout.eos_id
+            rows = [
+                Row(self.shown[at]["image_id"], (QuestionTokens(prompts[at], [*said[at], eos]),)) for at in unfinished
+            ]
+            logits, _ = forward(rows)
+            lasts = torch.tensor([len(said[at]) + 1 for at in unfinished]).cumsum(0) - 1
+            following = logits[lasts.to(logits.device)].argmax(-1)
+            if self.processes > 1:
+                # So that all go on with the same ones, however each rounds.
+                distributed.broadcast(following, 0)
+            for at, token in zip(unfinished, following.tolist(), strict=True):
+                said[at].append(token)
+            unfinished = [at for at in unfinished if said[at][-1] != eos]
+            if not unfinished:
+                break
+        return [self.layout.decode([token for token in tokens if token != self.layout.eos_id]) for tokens in said]
+
+
+Forward = Callable[[Sequence[Row]], tuple[Tensor, Tensor]]
+
+
+def _forward(model: nn.Module, collate: Collate, device: torch.device, beat: Callable[[], None]) -> Forward:
+    """Return what turns rows into the logits [M, V] and labels [M] of their supervised positions, row by row."""
+
+    def forward(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        beat()
+        inputs = {name: value.to(device) for name, value in collate(rows).items()}
+        places = torch.cat([inputs["prefix_places"].flatten(), inputs["rest_places"]])
+        return model(**inputs)["logits"], inputs["labels"].flatten()[places[inputs["supervised"]]]
+
+    return forward
+
+
+# --- what is chosen by it -----------------------------------------------------------------------------------------------
+
+
+def validations(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the entries of the Trainer's log that hold a validation's figures."""
+    return [entry for entry in history if SCORE in entry]
+
+
+def best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the step with the highest validation score, of such the one with the lowest loss; None before the first."""
+    found = [entry for entry in validations(history) if entry["step"]]
+    return max(found, key=lambda entry: (entry[SCORE], -entry[LOSS], -entry["step"]))["step"] if found else None
+
+
+def is_over(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Tell whether the last `patience` validations had no higher score than one before them."""
+    scores = [entry[SCORE] for entry in validations(history) if entry["step"]]
+    return patience is not None and bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+
+
+def kept_step(history: Sequence[Mapping[str, Any]], keep: Keep, last: int) -> int:
+    """Return the step whose weights are the result of a training that ended after step `last`."""
+    best = best_step(history) if keep is Keep.BEST else None
+    return last if best is None else best
