@@ -90,10 +90,7 @@ def iter_images(folder: str | Path, start: int = 0, stop: int = sys.maxsize) -> 
         UserError: a shard is missing, damaged or of another schema.
     """
     first, files = 0, read_manifest(folder)["files"]
-    paths = [Path(folder) / name for name in sorted(files) if name.startswith("images-")]
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise UserError(f"{folder}: the image files are not complete ({', '.join(missing)} missing). {_REMAKE}")
-    for path in paths:
+    for path in _image_shards(folder, files):
         if first >= stop:
             return
         with _open_parquet(path, IMAGE_FEATURES, files) as file:
@@ -113,6 +110,13 @@ def iter_images(folder: str | Path, start: int = 0, stop: int = sys.maxsize) -> 
                     yield ImageRecord(image_id, file_name, image["bytes"])
 
 
+def _image_shards(folder: str | Path, files: Mapping[str, Any]) -> list[Path]:
+    paths = [Path(folder) / name for name in sorted(files) if name.startswith("images-")]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise UserError(f"{folder}: the image files are not complete ({', '.join(missing)} missing). {_REMAKE}")
+    return paths
+
+
 def picture_ids(folder: str | Path, split: str, image_ids: Sequence[int]) -> np.ndarray:
     """Return, for each image id of a split, the first id under which there is a picture of the same bytes.
 
@@ -128,7 +132,7 @@ def picture_ids(folder: str | Path, split: str, image_ids: Sequence[int]) -> np.
         return found
     first: dict[str, int] = {}
     same = {}
-    for path in _image_shards(folder):
+    for path in _image_shards(folder, manifest["files"]):
         with _open_parquet(path, IMAGE_FEATURES, manifest["files"]) as file:
             for image_id, digest in zip(*file.read(["image_id", "sha256"]).to_pydict().values(), strict=True):
                 same[image_id] = first.setdefault(digest, image_id)
