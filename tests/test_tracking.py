@@ -615,6 +615,7 @@ def outputs(checkout, params):
         "dvc.lock": json.dumps(lock),
         "reports/train.json": json.dumps({"train_loss": 0.3, "steps": 20}),
         "reports/train_curve.csv": "step,loss,learning_rate\n10,2.0,0.001\n20,1.0,\n",
+        "reports/validation/curve.csv": "step,validation_score,train_part_loss\n0,0.0,nan\n20,0.5,nan\n",
         "reports/evaluation.json": json.dumps(EVALUATION),
         "reports/predictions.parquet": "rows",
     }.items():
@@ -632,6 +633,8 @@ def test_track_makes_the_run_once(outputs):
     assert "machine.cpu" not in run.data.tags  # it was trained who knows where
     assert history(outputs, run, "loss") == [(10, 2.0), (20, 1.0)]
     assert history(outputs, run, "learning_rate") == [(10, 0.001)]
+    assert history(outputs, run, "validation_score") == [(0, 0.0), (20, 0.5)]
+    assert "train_part_loss" not in run.data.metrics
     assert run.data.metrics["bleu_1"] == 0.9 and run.data.metrics["vqa_accuracy"] == 0.8
     assert "reports/predictions.parquet" in artifacts(outputs, run)
     assert "weights/training.json" in artifacts(outputs, run)
@@ -693,6 +696,7 @@ def test_track_adds_the_scores_that_a_run_lacks(outputs, params):
         ("models/trained/training.json", lambda path: path.write_text("{")),
         ("reports/evaluation.json", lambda path: path.write_text("{")),
         ("reports/train_curve.csv", Path.unlink),
+        ("reports/validation/curve.csv", Path.unlink),
     ],
 )
 def test_track_names_the_file_it_cannot_read(outputs, name, damage):
@@ -700,6 +704,14 @@ def test_track_names_the_file_it_cannot_read(outputs, name, damage):
     with pytest.raises(UserError, match=f"{name} is.*(dvc repro|vlm-vqa repair)"):
         tracking.recreate_run(outputs)
     assert runs(outputs) == []
+
+
+def test_track_needs_no_validation_where_none_was_made(outputs):
+    shutil.rmtree(outputs / "reports/validation")
+    text = (outputs / "params.yaml").read_text()
+    assert "questions: 500" in text
+    (outputs / "params.yaml").write_text(text.replace("  questions: 500", "  questions: 0"))
+    assert tracking.recreate_run(outputs)[1]
 
 
 def test_track_fails_where_the_store_does(outputs, monkeypatch):

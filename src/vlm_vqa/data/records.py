@@ -9,7 +9,8 @@ each file carries its `datasets.Features`, so `datasets.load_dataset("parquet", 
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,11 +239,36 @@ def images_between(folder: str | Path, start: int, stop: int) -> Iterator[ImageR
                 first += rows
                 if not wanted:
                     continue
-                try:
-                    columns = file.read_row_group(group, columns=["image_id", "file_name", "image"])
-                    columns = columns.slice(wanted.start, len(wanted)).to_pydict()
-                except (OSError, pa.ArrowException) as error:
-                    damage = f"row group {group} cannot be read ({_in_a_line(error)})"
-                    raise UserError(f"{path}: {damage}. {_REMAKE}") from error
-                for image_id, file_name, image in zip(*columns.values(), strict=True):
-                    yield ImageRecord(image_id, file_name, image["bytes"])
+                yield from _read_group(file, path, group, wanted)
+
+
+def images_of(folder: str | Path, image_ids: Iterable[int]) -> Iterator[ImageRecord]:
+    """Yield the images of these ids, in ascending order; ids without an image are left out.
+
+    Only the row groups that may hold one are read, by the lowest and highest id that the files' footers note.
+
+    Raises:
+        UserError: a shard is missing, damaged or of another schema.
+    """
+    wanted, files = sorted(set(image_ids)), _files(folder)
+    for path in _image_shards(folder):
+        with _open_parquet(path, IMAGE_FEATURES, files) as file:
+            for group in range(file.num_row_groups):
+                metadata = file.metadata.row_group(group)
+                ids = metadata.column(0).statistics
+                if bisect_left(wanted, ids.min) == bisect_right(wanted, ids.max):
+                    continue
+                for image in _read_group(file, path, group, range(metadata.num_rows)):
+                    if image.image_id in wanted:
+                        yield image
+
+
+def _read_group(file: pq.ParquetFile, path: Path, group: int, rows: range) -> Iterator[ImageRecord]:
+    try:
+        columns = file.read_row_group(group, columns=["image_id", "file_name", "image"])
+        columns = columns.slice(rows.start, len(rows)).to_pydict()
+    except (OSError, pa.ArrowException) as error:
+        damage = f"row group {group} cannot be read ({_in_a_line(error)})"
+        raise UserError(f"{path}: {damage}. {_REMAKE}") from error
+    for image_id, file_name, image in zip(*columns.values(), strict=True):
+        yield ImageRecord(image_id, file_name, image["bytes"])

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.data.records import iter_images, said_answers
+from vlm_vqa.data.records import images_of, said_answers
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.evaluation.helm.files import read_table
 
@@ -86,16 +86,13 @@ def _choose(path: Path, right: int, wrong: int, seed: int) -> list[dict[str, Any
 
 
 def _images(records: Path, wanted: set[int], max_pixels: int) -> Mapping[int, Image.Image]:
-    images = {}
-    for record in iter_images(records):
-        if record.image_id in wanted:
-            images[record.image_id] = open_image(record.data, record.file_name, max_pixels)
-        if len(images) == len(wanted):
-            return images
-    missing = min(wanted - images.keys())
-    raise UserError(
-        f"{records}: has no image {missing}, which a prediction is about. {make_again('fetch-vqav2 helm-eval')}"
-    )
+    found = images_of(records, wanted)
+    images = {record.image_id: open_image(record.data, record.file_name, max_pixels) for record in found}
+    if missing := wanted - images.keys():
+        raise UserError(
+            f"{records}: has no image {min(missing)}, which a prediction is about. {make_again('fetch-vqav2 helm-eval')}"
+        )
+    return images
 
 
 def _draw(axes: Any, row: Mapping[str, Any], image: Image.Image) -> None:
