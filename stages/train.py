@@ -17,6 +17,7 @@ from vlm_vqa import sealed, tracking
 from vlm_vqa.checks import check_machine, check_records
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import images_of, read_manifest
+from vlm_vqa.evaluation.vqa_accuracy import METRICS
 from vlm_vqa.hashing import code_hash, hash_json, write_json
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, save_trained
@@ -67,7 +68,7 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         validation = Validation(params, layout, collator, *questions, running.process, processes)
         if running.main:
             images = images_of(RECORDS, (row["image_id"] for row in validation.shown))
-            picture = AnswersPicture(validation.shown, validation.metric, validation.describe(), images)
+            picture = AnswersPicture(validation.shown, METRICS[validation.metric], validation.describe(), images)
     model = model_to_train(params, encoder, processor)
 
     lost = {f"dropped_{name}": str(one["dropped"]) for name, one in manifest["splits"].items() if one.get("dropped")}

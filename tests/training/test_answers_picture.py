@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from vlm_vqa.data.records import ImageRecord
+from vlm_vqa.evaluation.vqa_accuracy import METRICS
 from vlm_vqa.training import answers_picture
 from vlm_vqa.training.answers_picture import GAP, PAGE, PICTURE, RIGHT, STRIP, WIDTH, WRONG, AnswersPicture
 from vlm_vqa.training.trainer import ProgressCallback
@@ -33,7 +34,7 @@ def picture(questions=("what is it?",) * 12, truth="blue", answers=("blue",) * 1
         for at, question in enumerate(questions)
     ]
     return AnswersPicture(
-        rows, "vqa_accuracy", "vqa_accuracy of 7 questions", [image(at, size) for at in range(len(rows))]
+        rows, METRICS["vqa_accuracy"], "vqa_accuracy of 7 questions", [image(at, size) for at in range(len(rows))]
     )
 
 

@@ -6,7 +6,7 @@ The same history makes the same bytes.
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.records import ImageRecord
-from vlm_vqa.evaluation.vqa_accuracy import METRICS
 from vlm_vqa.training.validation import ANSWERS, COLUMNS, SCORE, validations
 
 # Pixels: a cell's width, its picture's height, and so on.
@@ -26,6 +25,8 @@ ANSWERS_SHOWN, SCORES_SHOWN, QUESTION_LINES, TRUTH_LINES = 7, 7, 3, 2
 BLACK, GREY, RIGHT, WRONG = "black", "#57606a", "#1a7f37", "#b42318"
 # Right from here on, as in the gallery; VQA's scores go in steps of 0.3.
 ENOUGH = 0.5
+
+Score = Callable[[str, Sequence[str]], float]
 
 
 class Line(NamedTuple):
@@ -39,19 +40,19 @@ class Line(NamedTuple):
 class AnswersPicture:
     """The questions that are shown and their pictures, drawn with the answers whenever asked."""
 
-    def __init__(self, questions: Sequence[Mapping[str, Any]], metric: str, what: str, images: Iterable[ImageRecord]):
+    def __init__(self, questions: Sequence[Mapping[str, Any]], score: Score, what: str, images: Iterable[ImageRecord]):
         """Decode the pictures, and keep them as small as they are drawn.
 
         Args:
             questions: rows of the records, in the order of the answers.
-            metric: which of `METRICS` tells right from wrong.
+            score: of an answer, 0 to 1, given those of people.
             what: the scores are, for the title.
             images: each that a question is about.
 
         Raises:
             UserError: one of them cannot be decoded.
         """
-        self.questions, self.metric, self.what = questions, metric, what
+        self.questions, self.score, self.what = questions, score, what
         self.pictures = {image.image_id: _small(image) for image in images}
         self.fonts = [_font("DejaVuSans.ttf"), _font("DejaVuSans-Bold.ttf")]
 
@@ -94,7 +95,7 @@ class AnswersPicture:
 
     def _cell(self, row: Mapping[str, Any], said: Mapping[int, str]) -> tuple[list[Line], list[bool]]:
         """Return the lines below a picture, and whether each answer is right."""
-        right = {answer: METRICS[self.metric](answer, row["answers"]) >= ENOUGH for answer in said.values()}
+        right = {answer: self.score(answer, row["answers"]) >= ENOUGH for answer in said.values()}
         lines = self._fold(row["question"], QUESTION_LINES, bold=True)
         lines += self._fold(f"truth: {row['multiple_choice_answer']}", TRUTH_LINES)
         runs = [(answer, list(steps)) for answer, steps in itertools.groupby(said, said.__getitem__)]
