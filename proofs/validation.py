@@ -38,6 +38,7 @@ from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.held_out import validation_questions
 from vlm_vqa.data.records import iter_images, load_questions
 from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation.baselines import shuffled_images
 from vlm_vqa.evaluation.vqa_accuracy import METRICS
 from vlm_vqa.hashing import sha256_file
 from vlm_vqa.model.encoder import load_encoder
@@ -114,11 +115,11 @@ def trainer_of(params: Params, name: str, folder: Path, questions: int) -> VqaTr
         for key, parameter in checkpoint_state.named_parameters(model).items():
             parameter.copy_(weights[key])
     collator = Collator(layout, FeatureStore(FEATURES, {"encoder_hash": encoder.hash}))
-    held = Validation(
-        params, layout, collator, *validation_questions(params, RECORDS), running.process, running.processes
-    )
+    held, trained = validation_questions(params, RECORDS)
+    others = shuffled_images(held["image_id"], params.seed)
+    measured = Validation(params, layout, collator, held, trained, others, METRICS, running.process, running.processes)
     arguments = training_arguments(train, params.seed, folder / f"run-{name}", running)
-    return VqaTrainer(model, arguments, train, data, collator, [], running, validation=held)
+    return VqaTrainer(model, arguments, train, data, collator, [], running, validation=measured)
 
 
 def start(name: str, folder: Path) -> dict[str, Any]:

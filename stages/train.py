@@ -1,6 +1,6 @@
 """Stage train: fine-tune Gemma 2 and the projector on stored image features.
 
-Reads data/records and data/features; writes models/trained, reports/train.json and reports/train_curve.csv.
+Reads data/records and data/features; writes models/trained and, under reports/, train.json, train_curve.csv and validation.
 Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/train.py`.
 """
 
@@ -17,13 +17,16 @@ from vlm_vqa import sealed, tracking
 from vlm_vqa.checks import check_machine, check_records
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.held_out import validation_questions
-from vlm_vqa.data.records import read_manifest
+from vlm_vqa.data.records import images_of, read_manifest
+from vlm_vqa.evaluation.baselines import shuffled_images
+from vlm_vqa.evaluation.vqa_accuracy import METRICS
 from vlm_vqa.hashing import code_hash, hash_json, write_json
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, save_trained
 from vlm_vqa.params import Params, load_params
 from vlm_vqa.pipeline import entrypoint
 from vlm_vqa.training import checkpoint_files, launch
+from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.prepare import FEATURES, RECORDS, model_to_train, prepare
 from vlm_vqa.training.throughput import peak_memory_gib
@@ -61,23 +64,27 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
     data, layout, processor = prepare(params, encoder)
     check_records(params, RECORDS, layout=layout)
     collator = Collator(layout, features)
-    validation = None
+    validation, picture = None, None
     if params.validation.questions:
-        questions = validation_questions(params, RECORDS)
-        validation = Validation(params, layout, collator, *questions, running.process, processes)
+        held, trained = validation_questions(params, RECORDS)
+        others = shuffled_images(held["image_id"], params.seed)
+        validation = Validation(params, layout, collator, held, trained, others, METRICS, running.process, processes)
+        if running.main:
+            images = images_of(RECORDS, (row["image_id"] for row in validation.shown))
+            picture = AnswersPicture(validation.shown, METRICS[validation.metric], validation.describe(), images)
     model = model_to_train(params, encoder, processor)
 
     lost = {f"dropped_{name}": str(one["dropped"]) for name, one in manifest["splits"].items() if one.get("dropped")}
     with tracking.training_run(params, key=key, tags=made_of | lost) as run:
         watchdog.on_end = run.fail
         arguments = training_arguments(params.train, params.seed, folder, running)
-        callbacks = [ProgressCallback(run)]
+        callbacks = [ProgressCallback(run, picture)]
         trainer = VqaTrainer(model, arguments, params.train, data, collator, callbacks, running, watchdog, validation)
         result = trainer.run()
         weights = trainer.whole_weights()
         if not running.main:
             return
-        report(trainer, data)
+        report(trainer, data, picture)
         made_of["weights_hash"] = save(model.config, weights, processor, made_of)
         run.log_metrics(
             {
@@ -91,6 +98,7 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         run.log_weights(TRAINED, made_of["weights_hash"])
         run.log_artifact(REPORTS / "train.json", "reports")
         run.log_artifact(REPORTS / "train_curve.csv", "reports")
+        run.log_artifact(REPORTS / "validation", "reports/validation")
     checkpoint_files.remove_all(folder)
 
 
@@ -105,7 +113,7 @@ def save(config: PaliGemmaConfig, weights: dict[str, Tensor], processor, made_of
     return weights_hash
 
 
-def report(trainer: VqaTrainer, data: QuestionDataset) -> None:
+def report(trainer: VqaTrainer, data: QuestionDataset, picture: AnswersPicture | None) -> None:
     """Write what DVC tracks: only figures that a second run repeats exactly."""
     REPORTS.mkdir(exist_ok=True)
     history = trainer.state.log_history
@@ -125,10 +133,11 @@ def report(trainer: VqaTrainer, data: QuestionDataset) -> None:
     (REPORTS / "train.json").unlink(missing_ok=True)
     shutil.rmtree(REPORTS / "validation", ignore_errors=True)
     (REPORTS / "validation").mkdir()
-    if trainer.validation is not None:
+    if picture is not None:
         kept = next(one for one in reversed(validations(history)) if one["step"] <= trainer.kept_step)
         report["validation"] = {name: kept[name] for name in COLUMNS if name in kept}
         write_curve(history, REPORTS / "validation" / "curve.csv", SCORE, COLUMNS)
+        picture.draw(history).save(REPORTS / "validation" / "answers.png")
     write_json(REPORTS / "train.json", report)
     write_curve(history, REPORTS / "train_curve.csv", "loss", CURVE_COLUMNS)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +12,8 @@ from proofs.project import ROOT, Project, sample_params
 from tests import golden
 from tests.dvc_project import flip
 from vlm_vqa.hashing import code_hash, imported
+from vlm_vqa.training.trainer import CURVE_COLUMNS, write_curve
+from vlm_vqa.training.validation import COLUMNS, LOSS, SCORE
 
 STAGES = ["fetch-vqav2", "extract-features", "train", "export", "helm-eval"]
 
@@ -69,6 +72,37 @@ def test_a_comment_reruns_what_imports_it_and_no_more(tmp_path, shared_data):
     )
     assert stale_after("training/sampler.py") == ["train"]
     assert stale_after("fetch/sources/download.py", "evaluation/bleu.py") == ["fetch-vqav2", "train", "helm-eval"]
+
+
+def test_dvc_plots_draw_training_and_validation_together_and_what_is_there_where_one_is_not(tmp_path):
+    project = Project(tmp_path, {})
+    curves = tmp_path / "reports/train_curve.csv", tmp_path / "reports/validation/curve.csv"
+    curves[1].parent.mkdir(parents=True)
+    write_curve([{"step": 1, "loss": 2.0, "learning_rate": 1e-3}], curves[0], "loss", CURVE_COLUMNS)
+
+    def drawn():
+        """Return by plot the curves that are in it, each as pairs of step and value, and the pictures."""
+        done = project.command("dvc plots show --json")
+        assert done.returncode == 0, done.stderr
+        found = {}
+        for name, plot in ((name, plot) for name, plots in json.loads(done.stdout)["data"].items() for plot in plots):
+            found[name] = plot.get("url") and Path(plot["url"]).read_bytes()
+            for row in plot["content"]["data"]["values"] if "content" in plot else ():
+                curve = row.get("filename::field", row.get("field"))
+                found[name] = {**(found[name] or {}), curve: (row["step"], row.get("dvc_inferred_y_value"))}
+        return found
+
+    trained = {"Loss": {"train_curve.csv::loss": ("1", "2.0")}, "reports/train_curve.csv": {None: ("1", None)}}
+    assert {name: what for name, what in drawn().items() if what} == trained
+    write_curve([{"step": 1, SCORE: 0.5, LOSS: 3.0, "validation_blind_score": 0.2}], curves[1], SCORE, COLUMNS)
+    (tmp_path / "reports/validation/answers.png").write_bytes(b"png")
+    both = drawn()
+    assert both["Loss"] == trained["Loss"] | {
+        "validation/curve.csv::validation_loss": ("1", "3.0"), "validation/curve.csv::train_part_loss": ("1", "nan"),
+    }  # fmt: skip
+    scores = {SCORE: "0.5", "validation_blind_score": "0.2", "train_part_score": "nan"}
+    assert both["Score"] == {name: ("1", value) for name, value in scores.items()}
+    assert both["reports/validation/answers.png"] == b"png"
 
 
 def test_a_stages_code_is_what_it_imports_wherever_the_import_stands(tmp_path):

@@ -21,6 +21,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.cli import cli as mlflow_cli
 from mlflow.store.db import utils
+from PIL import Image
 from sqlalchemy import Engine, event
 
 from vlm_vqa import tracking
@@ -586,6 +587,28 @@ def test_metrics_that_a_server_missed_for_a_while_arrive_in_the_end(checkout, pa
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
 
 
+def test_a_picture_replaces_the_one_before_and_is_left_out_while_the_store_fails(checkout, params, monkeypatch):
+    def kept():
+        (path,) = (checkout / store.ARTIFACTS).rglob("answers.png")
+        assert path.parts[-2:] == ("validation", "answers.png")
+        with Image.open(path) as image:
+            return image.getpixel((0, 0))
+
+    with tracking.training_run(params, key="k", tags=HASHES) as run:
+        for colour in ((1, 2, 3), (4, 5, 6)):
+            run.log_image(Image.new("RGB", (9, 9), colour), "validation/answers.png")
+            assert kept() == colour
+        with monkeypatch.context() as away:
+            away.setattr(store.Store, "put_metrics", lambda *_: (_ for _ in ()).throw(ConnectionError("away")))
+            away.setattr(MlflowClient, "log_image", lambda *_: pytest.fail("tried"))
+            run.log_metrics({"loss": 2.0}, 2)
+            run.log_image(Image.new("RGB", (9, 9)), "validation/answers.png")
+        monkeypatch.setattr(MlflowClient, "log_image", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        run._send()
+        run.log_image(Image.new("RGB", (9, 9)), "validation/answers.png")
+    assert kept() == (4, 5, 6) and runs(checkout)[0].info.status == "FINISHED"
+
+
 def test_sigterm_marks_the_run_as_killed(checkout):
     script = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
@@ -615,6 +638,7 @@ def outputs(checkout, params):
         "dvc.lock": json.dumps(lock),
         "reports/train.json": json.dumps({"train_loss": 0.3, "steps": 20}),
         "reports/train_curve.csv": "step,loss,learning_rate\n10,2.0,0.001\n20,1.0,\n",
+        "reports/validation/curve.csv": "step,validation_score,train_part_loss\n0,0.0,nan\n20,0.5,nan\n",
         "reports/evaluation.json": json.dumps(EVALUATION),
         "reports/predictions.parquet": "rows",
     }.items():
@@ -632,6 +656,8 @@ def test_track_makes_the_run_once(outputs):
     assert "machine.cpu" not in run.data.tags  # it was trained who knows where
     assert history(outputs, run, "loss") == [(10, 2.0), (20, 1.0)]
     assert history(outputs, run, "learning_rate") == [(10, 0.001)]
+    assert history(outputs, run, "validation_score") == [(0, 0.0), (20, 0.5)]
+    assert "train_part_loss" not in run.data.metrics
     assert run.data.metrics["bleu_1"] == 0.9 and run.data.metrics["vqa_accuracy"] == 0.8
     assert "reports/predictions.parquet" in artifacts(outputs, run)
     assert "weights/training.json" in artifacts(outputs, run)
@@ -693,6 +719,7 @@ def test_track_adds_the_scores_that_a_run_lacks(outputs, params):
         ("models/trained/training.json", lambda path: path.write_text("{")),
         ("reports/evaluation.json", lambda path: path.write_text("{")),
         ("reports/train_curve.csv", Path.unlink),
+        ("reports/validation/curve.csv", Path.unlink),
     ],
 )
 def test_track_names_the_file_it_cannot_read(outputs, name, damage):
@@ -700,6 +727,14 @@ def test_track_names_the_file_it_cannot_read(outputs, name, damage):
     with pytest.raises(UserError, match=f"{name} is.*(dvc repro|vlm-vqa repair)"):
         tracking.recreate_run(outputs)
     assert runs(outputs) == []
+
+
+def test_track_needs_no_validation_where_none_was_made(outputs):
+    shutil.rmtree(outputs / "reports/validation")
+    text, left = re.subn(r"^validation:\n(  .*\n)+", "", (outputs / "params.yaml").read_text(), flags=re.MULTILINE)
+    assert left == 1
+    (outputs / "params.yaml").write_text(text)
+    assert tracking.recreate_run(outputs)[1]
 
 
 def test_track_fails_where_the_store_does(outputs, monkeypatch):

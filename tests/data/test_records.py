@@ -85,6 +85,20 @@ def test_plain_datasets_reads_the_files(stored, tmp_path):
         assert np.array_equal(np.asarray(row["image"]), np.asarray(ours))
 
 
+def test_some_images_are_found_without_reading_the_others(stored, monkeypatch):
+    _, folder = stored
+    everything = list(records.iter_images(folder))
+    read, read_group = [], records._read_group
+    monkeypatch.setattr(records, "_read_group", lambda *where: read.append(where) or read_group(*where))
+    wanted = {everything[-1].image_id, everything[1].image_id}
+    absent = {0, max(wanted) + 1}
+    assert list(records.images_of(folder, wanted)) == [everything[1], everything[-1]]
+    assert len(read) == 2
+    with pytest.raises(UserError, match=r"no image 0 \(2 missing\).*fetch-vqav2"):
+        list(records.images_of(folder, absent))
+    assert len(read) == 2
+
+
 def test_a_missing_shard_is_named(stored):
     _, folder = stored
     sorted(folder.glob("images-*.parquet"))[-1].unlink()

@@ -15,7 +15,7 @@ from vlm_vqa.model.vlm import add_adapters, freeze_embeddings, hash_weights, ini
 from vlm_vqa.params import Attention, Dtype, LoraParams, Mask, Optimizer, Rounding, TooLong, load_params
 from vlm_vqa.training import checkpoint_files, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
-from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments, write_curve
+from vlm_vqa.training.trainer import CURVE_COLUMNS, ProgressCallback, VqaTrainer, training_arguments, write_curve
 
 QUESTIONS = [
     ("What color is the shape?", "red"),
@@ -303,6 +303,6 @@ def test_what_is_logged(make, tmp_path):
     assert {"loss", "grad_norm", "learning_rate"} <= run.metrics[-1][1].keys()
     assert run.tags["launch_threads"] == str(trainer.launch.threads)
     assert run.tags["launch_strategy"] == "one process" and run.tags["launch_optimizer"] == "AdamW"
-    write_curve(trainer.state.log_history, tmp_path / "curve.csv")
+    write_curve(trainer.state.log_history, tmp_path / "curve.csv", "loss", CURVE_COLUMNS)
     lines = (tmp_path / "curve.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,loss,grad_norm,learning_rate" and len(lines) == 7

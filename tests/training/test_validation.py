@@ -77,7 +77,11 @@ def build(tiny, tmp_path):
         model = initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1)
         running = launch.start(train)
         arguments = training_arguments(train, 0, tmp_path / folder, running)
-        measured = Validation(params, layout, collator, held, trained) if validates else None
+        measured = (
+            Validation(params, layout, collator, held, trained, {0: 1, 1: 2, 2: 3, 3: 0}, METRICS)
+            if validates
+            else None
+        )
         return VqaTrainer(model, arguments, train, data, collator, list(callbacks), running, validation=measured)
 
     return make
@@ -107,7 +111,9 @@ def test_the_score_is_that_of_greedy_decoding_where_an_answer_is_a_reference(bui
     assert last["step"] == trainer.state.global_step
     assert last[SCORE] == pytest.approx(sum(expected) / len(held), abs=1e-12)
     assert any(expected) and (epochs > 4 or not all(expected)), f"all the same: {said}"
-    shown = [answer for answer, row in zip(said, held, strict=True) if row in trainer.validation.shown]
+    by_id = {row["question_id"]: answer for row, answer in zip(held, said, strict=True)}
+    shown = [by_id[row["question_id"]] for row in trainer.validation.shown]
+    assert len({row["image_id"] for row in trainer.validation.shown}) == len(shown) == 4
     assert [entry[ANSWERS] for entry in trainer.state.log_history if ANSWERS in entry][-1] == shown
 
 
@@ -131,7 +137,7 @@ def test_each_wrong_token_counts_and_the_loss_is_that_of_the_main_answers(tiny, 
 
 
 def test_every_branch_is_computed_once_and_every_process_computes_equally_often(tiny):
-    part = Part(questions(40, 7), tiny.layout("image-prefix"), TooLong.ERROR, "vqa_accuracy", Shape(4, 9))
+    part = Part(questions(40, 7), tiny.layout("image-prefix"), TooLong.ERROR, METRICS["vqa_accuracy"], Shape(4, 9))
     assert len(part.branches) == 10 * (4 + 1 + 3 + 2), "distinct answers"
     for processes in (1, 2, 3, 5):
         batches = [list(part.batches(process, processes)) for process in range(processes)]

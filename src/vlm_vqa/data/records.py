@@ -9,7 +9,8 @@ each file carries its `datasets.Features`, so `datasets.load_dataset("parquet", 
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,16 +99,8 @@ def iter_images(folder: str | Path, start: int = 0, stop: int = sys.maxsize) -> 
                 rows = file.metadata.row_group(group).num_rows
                 wanted = range(max(start - first, 0), min(stop - first, rows))
                 first += rows
-                if not wanted:
-                    continue
-                try:
-                    columns = file.read_row_group(group, columns=["image_id", "file_name", "image"])
-                except (OSError, pa.ArrowException) as error:
-                    damage = f"row group {group} cannot be read ({_in_a_line(error)})"
-                    raise UserError(f"{path}: {damage}. {_REMAKE}") from error
-                columns = columns.slice(wanted.start, len(wanted)).to_pydict()
-                for image_id, file_name, image in zip(*columns.values(), strict=True):
-                    yield ImageRecord(image_id, file_name, image["bytes"])
+                if wanted:
+                    yield from _read_group(file, path, group, wanted)
 
 
 def _image_shards(folder: str | Path, files: Mapping[str, Any]) -> list[Path]:
@@ -205,3 +198,39 @@ def _open_parquet(path: Path, features: datasets.Features, files: dict[str, Any]
         file.close()
         raise UserError(f"{path}: columns are not those of the records ({file.schema_arrow.names}). {_REMAKE}")
     return file
+
+
+def images_of(folder: str | Path, image_ids: Iterable[int]) -> Iterator[ImageRecord]:
+    """Yield the images of these ids, in ascending order.
+
+    Only the row groups that may hold one are read, by the lowest and highest id that the files' footers note.
+
+    Raises:
+        UserError: there is no such image, or a shard is missing, damaged or of another schema.
+    """
+    wanted, files = sorted(set(image_ids)), read_manifest(folder)["files"]
+    missing = set(wanted)
+    for path in _image_shards(folder, files):
+        with _open_parquet(path, IMAGE_FEATURES, files) as file:
+            for group in range(file.num_row_groups):
+                metadata = file.metadata.row_group(group)
+                ids = metadata.column(0).statistics
+                if bisect_left(wanted, ids.min) == bisect_right(wanted, ids.max):
+                    continue
+                for image in _read_group(file, path, group, range(metadata.num_rows)):
+                    if image.image_id in missing:
+                        missing.discard(image.image_id)
+                        yield image
+    if missing:
+        raise UserError(
+            f"{folder}: no image {min(missing)} ({len(missing)} missing), which a question is about. {_REMAKE}"
+        )
+
+
+def _read_group(file: pq.ParquetFile, path: Path, group: int, rows: range) -> Iterator[ImageRecord]:
+    try:
+        columns = file.read_row_group(group, columns=["image_id", "file_name", "image"])
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: row group {group} cannot be read ({_in_a_line(error)}). {_REMAKE}") from error
+    for image_id, file_name, image in zip(*columns.slice(rows.start, len(rows)).to_pydict().values(), strict=True):
+        yield ImageRecord(image_id, file_name, image["bytes"])

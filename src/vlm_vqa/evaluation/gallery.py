@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.data.records import said_answers
+from vlm_vqa.data.records import images_of, said_answers
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.baselines import most_common
-from vlm_vqa.evaluation.helm.files import images_of, read_table
+from vlm_vqa.evaluation.helm.files import read_table
 
 _COLUMNS = 4
 _RIGHT_COLOUR, _WRONG_COLOUR = "#1a7f37", "#b42318"
@@ -47,7 +47,7 @@ def draw_gallery(
     chosen = _choose(Path(predictions_path), right, wrong, seed)
     images = {
         record.image_id: open_image(record.data, record.file_name, max_image_pixels)
-        for record in images_of({row["image_id"] for row in chosen}, Path(records_dir))
+        for record in images_of(records_dir, {row["image_id"] for row in chosen})
     }
     rows = -(-len(chosen) // _COLUMNS)
     texts = [(_wrapped(row["question"]), _wrapped(_verdict(row))) for row in chosen]

@@ -15,6 +15,7 @@ from vlm_vqa.tracking.store import Store, checkout_root, tracking_uri
 TRAINING_FILE = Path("models/trained/training.json")
 REPORTS = Path("reports")
 TRAIN_CURVE = REPORTS / "train_curve.csv"
+VALIDATION_CURVE = REPORTS / "validation" / "curve.csv"
 EVALUATION_REPORT = REPORTS / "evaluation.json"
 
 
@@ -55,8 +56,10 @@ def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
 
 
 def recreate(store: Store, weights_hash: str, folder: Path) -> str:
-    """A run with the training's parameters, hashes, curve, weights and reports, as far as the outputs tell them."""
-    training, curve = _read_json(folder / TRAINING_FILE), _curve(folder / TRAIN_CURVE)
+    """A run with the training's parameters, hashes, curves, weights and reports, as far as the outputs tell them."""
+    training, curve = _read_json(folder / TRAINING_FILE), _curve(folder / TRAIN_CURVE, "git checkout")
+    if store.params.validation.questions:
+        curve += _curve(folder / VALIDATION_CURVE, "dvc pull")
     hashes = {name: training[name] for name in ("data_hash", "code_hash") if name in training}
     tags = identity(store.params) | hashes | {"weights_hash": weights_hash, "recreated": "true"}
     tags["mlflow.source.name"] = "vlm-vqa track"
@@ -69,17 +72,17 @@ def recreate(store: Store, weights_hash: str, folder: Path) -> str:
     return run_id
 
 
-def _curve(path: Path) -> list[tuple[str, float, int, int]]:
-    """The rows of `train_curve.csv`: a column `step` and one column a metric; empty cells are left out."""
+def _curve(path: Path, brings: str) -> list[tuple[str, float, int, int]]:
+    """The rows of a curve: a column `step` and one column a metric; empty cells and `nan` are left out."""
     try:
         with path.open(newline="", encoding="utf-8") as lines:
             table = list(csv.DictReader(lines))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: `git checkout {path}` or `dvc repro` brings it") from None
+        raise UserError(f"{path} is missing: `{brings} {path}` or `dvc repro` brings it") from None
     rows = []
     for line in table:
         step = int(line.pop("step"))
-        rows += numbers({name: float(text) for name, text in line.items() if text}, step)
+        rows += numbers({name: float(text) for name, text in line.items() if text not in ("", "nan", None)}, step)
     return rows
 
 

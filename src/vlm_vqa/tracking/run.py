@@ -47,6 +47,14 @@ class TrainingRun:
         """A file, or a folder with all below it; above `tracking.max_artifact_mib` by reference."""
         self._attempt(lambda store, run_id: store.put_files(run_id, path, folder))
 
+    def log_image(self, image: Any, file: str) -> None:
+        """A picture of Pillow's as the artifact `file`; one of that name is replaced.
+
+        Left out while the store takes no metrics: a training is not to wait for it twice.
+        """
+        if not self._unsent:
+            self._attempt(lambda store, run_id: store.client.log_image(run_id, image, file))
+
     def log_weights(self, path: str | Path, weights_hash: str) -> None:
         """The trained weights, under `weights/`, and their hash as the tag by which later stages find this run."""
         self.set_tags({"weights_hash": weights_hash})

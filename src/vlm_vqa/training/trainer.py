@@ -26,6 +26,7 @@ from vlm_vqa.model.flops import model_cost
 from vlm_vqa.model.vlm import VlmForTraining, merge_adapters
 from vlm_vqa.params import Attention, Dtype, Keep, Optimizer, TrainParams
 from vlm_vqa.training import checkpoint_files, checkpoint_state
+from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
 from vlm_vqa.training.optimizer import build_optimizer, has_8bit_work, state_types
@@ -518,9 +519,10 @@ def whole(parameter: Tensor, strategy: Strategy) -> Tensor:
 class ProgressCallback(TrainerCallback):
     """Tells what runs and how fast, and passes on what the checkpoints' thread could not do."""
 
-    def __init__(self, run: Any):
-        """`run` is a `tracking.TrainingRun`."""
+    def __init__(self, run: Any, picture: AnswersPicture | None = None):
+        """`run` is a `tracking.TrainingRun`, `picture` what it is shown of each validation."""
         self.run = run
+        self.picture = picture
         self.trainer: VqaTrainer
 
     def on_train_begin(self, args, state, control, **_):
@@ -550,6 +552,8 @@ class ProgressCallback(TrainerCallback):
             self.run.log_metrics({**figures, **speed}, state.global_step)
         elif logs and SCORE in logs:
             self.run.log_metrics({name: logs[name] for name in COLUMNS if name in logs}, state.global_step)
+            if self.picture is not None:
+                self.run.log_image(self.picture.draw(state.log_history), "validation/answers.png")
 
     def _look_around(self) -> None:
         if self.trainer.launch.main and (busy := self.crowd.notice(waits())):
@@ -568,8 +572,11 @@ class ProgressCallback(TrainerCallback):
 
 
 def write_curve(history: Sequence[Mapping[str, Any]], path: Path, key: str, columns: Sequence[str]) -> None:
-    """Write the logged entries that have `key` as CSV. Wall-clock figures stay out of it."""
+    """Write the logged entries that have `key` as CSV. Wall-clock figures stay out of it.
+
+    What was not measured is `nan`: `dvc plots` draws an empty cell as 0, and no curve at all where a column lacks.
+    """
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ("step", *columns), extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, ("step", *columns), "nan", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(entry for entry in history if key in entry)

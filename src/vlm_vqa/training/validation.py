@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset as Records
 from torch import Tensor, distributed, nn
@@ -22,8 +23,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from vlm_vqa.data.records import said_answers
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.baselines import shuffled_images
-from vlm_vqa.evaluation.vqa_accuracy import METRICS
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, TooManyTokens
 from vlm_vqa.params import HELM_MAX_TOKENS, Keep, Mask, Params, TooLong, ValidateOn
 
@@ -35,6 +34,8 @@ COLUMNS = (LOSS, SCORE, "validation_blind_score", "train_part_loss", "train_part
 SHOWN = 12
 
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
+Score = Callable[[str, Sequence[str]], float]
+"""Scores an answer, 0 to 1, beside those of people."""
 
 
 # --- what of them is computed -------------------------------------------------------------------------------------------
@@ -63,13 +64,13 @@ class Shape:
 class Part:
     """Some questions as branches in rows, and how a model's outputs on them become figures."""
 
-    def __init__(self, records: Records, layout: TokenLayout, too_long: TooLong, metric: str, shape: Shape):
-        """Tokenise the questions with all their answers.
+    def __init__(self, records: Records, layout: TokenLayout, too_long: TooLong, score_of: Score, shape: Shape):
+        """Tokenise the questions with all their answers, each of which `score_of` scores beside those of its question.
 
         Raises:
             UserError: a main answer does not fit, with `TooLong.ERROR`.
         """
-        self.questions, self.metric, self.shape, self.left_out = records.to_list(), metric, shape, 0
+        self.questions, self.score_of, self.shape, self.left_out = records.to_list(), score_of, shape, 0
         self.branches: list[Branch] = []
         by_image: dict[int, list[int]] = {}
         for number, row in enumerate(self.questions):
@@ -101,7 +102,7 @@ class Part:
             if tuple(tokens.answer) not in seen:
                 seen.add(tuple(tokens.answer))
                 written = layout.decode(tokens.answer[:-1][:HELM_MAX_TOKENS])
-                yield Branch(number, tokens, METRICS[self.metric](written, row["answers"]), answer == main)
+                yield Branch(number, tokens, self.score_of(written, row["answers"]), answer == main)
 
     def batches(self, process: int, processes: int) -> Iterator[tuple[list[Row], list[int]]]:
         """Yield this process's forward passes: rows, and the places of their branches; every process has equally many."""
@@ -140,6 +141,8 @@ class Validation:
         collate: Collate,
         held: Records,
         trained: Records,
+        other_image: Mapping[int, int],
+        metrics: Mapping[str, Score],
         process: int = 0,
         processes: int = 1,
     ):
@@ -148,6 +151,8 @@ class Validation:
         Args:
             collate: makes a model's inputs of rows, image features included.
             held, trained: as `validation_questions` gives them.
+            other_image: shown instead of a held question's own to measure the blind score, by image id.
+            metrics: `vqa_accuracy`, which scores questions of ten answers each, and `answer_accuracy`.
             process, processes: this one's number, and how many there are.
         """
         settings, train = params.validation, params.train
@@ -156,12 +161,14 @@ class Validation:
         ten = all(len(answers) == 10 for answers in held["answers"])
         self.metric = "vqa_accuracy" if ten else "answer_accuracy"
         shape = Shape(1 if layout.mask is Mask.PREFIX_LM else train.questions_per_row, train.batch_size)
-        self.held = Part(held, layout, params.prompt.too_long, self.metric, shape)
-        self.trained = Part(trained, layout, params.prompt.too_long, self.metric, shape) if len(trained) else None
-        self.other_image = shuffled_images(held["image_id"], params.seed)
-        first = {row["image_id"]: row for row in reversed(self.held.questions)}
-        self.shown = list(first.values())[::-1][:SHOWN]
-        """Questions whose answers are kept: the first about each of some images."""
+        score_of = metrics[self.metric]
+        self.held = Part(held, layout, params.prompt.too_long, score_of, shape)
+        self.trained = Part(trained, layout, params.prompt.too_long, score_of, shape) if len(trained) else None
+        self.other_image = other_image
+        order = np.random.RandomState(params.seed).permutation(len(held))
+        one_each = {self.held.questions[at]["image_id"]: self.held.questions[at] for at in order}
+        self.shown = list(one_each.values())[:SHOWN]
+        """Questions whose answers are kept, each about another image."""
 
     def describe(self) -> str:
         """Say what the score is of."""

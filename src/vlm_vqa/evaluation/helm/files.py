@@ -1,7 +1,7 @@
 """HELM's files: the scenario folder that its `vqa` run reads, and what to keep of the results that it writes."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from vlm_vqa.data.records import ImageRecord, iter_images, said_answers
+from vlm_vqa.data.records import images_of, said_answers
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.hashing import hash_json, write_json
 from vlm_vqa.sealed import SEAL
@@ -60,7 +60,8 @@ def write_scenario(folder: Path, questions: Sequence[Mapping[str, Any]], records
         (folder / split / "images").mkdir(parents=True)
         write_json(folder / split / "questions.json", {"questions": [_question(row) for row in rows]})
         write_json(folder / split / "answers.json", {"annotations": [_annotation(row) for row in rows]})
-    for image in images_of({row["image_id"] for row in questions}, records):
+    wanted = {row["image_id"] for row in questions}
+    for image in tqdm(images_of(records, wanted), "images", len(wanted), unit="image", mininterval=1):
         (folder / _VALID / "images" / f"COCO_val2014_{image.image_id:012d}.jpg").write_bytes(image.data)
 
 
@@ -144,25 +145,6 @@ def _annotation(row: Mapping[str, Any]) -> dict[str, Any]:
         {"answer": answer, "answer_id": number} for number, answer in enumerate(said_answers(row["answers"]), start=1)
     ]
     return {key: row[key] for key in ("question_id", "image_id", "question_type", "answer_type")} | {"answers": answers}
-
-
-def images_of(wanted: Iterable[int], records: Path) -> Iterator[ImageRecord]:
-    """Yield the images with these ids.
-
-    Raises:
-        UserError: one is not among the records.
-    """
-    missing = set(wanted)
-    for image in tqdm(iter_images(records), desc="images", unit="image", mininterval=1):
-        if image.image_id in missing:
-            missing.discard(image.image_id)
-            yield image
-        if not missing:
-            return
-    raise UserError(
-        f"{records}: no image {min(missing)} ({len(missing)} missing), which a validation question is about. "
-        f"{make_again('fetch-vqav2')}"
-    )
 
 
 def _is_plain(name: Mapping[str, Any]) -> bool:

@@ -1,0 +1,153 @@
+"""A picture of what was said to a few validation questions at each validation: learning at a glance.
+
+Drawn with Pillow, which takes all text literally, measures it in pixels, and draws a box for what the font has no glyph of.
+The same history makes the same bytes.
+"""
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from vlm_vqa.data.decoding import open_image
+from vlm_vqa.data.records import ImageRecord
+from vlm_vqa.training.validation import ANSWERS, COLUMNS, SCORE, validations
+
+# Pixels: a cell's width, its picture's height, and so on.
+WIDTH, PICTURE, GAP, LINE, STRIP = 290, 160, 18, 19, 10
+GRID = 4
+PAGE = GRID * (WIDTH + GAP) + GAP
+ANSWERS_SHOWN, SCORES_SHOWN, QUESTION_LINES, TRUTH_LINES = 7, 7, 3, 2
+BLACK, GREY, RIGHT, WRONG = "black", "#57606a", "#1a7f37", "#b42318"
+# Right from here on, as in the gallery; VQA's scores go in steps of 0.3.
+ENOUGH = 0.5
+
+Score = Callable[[str, Sequence[str]], float]
+
+
+class Line(NamedTuple):
+    """A line of text."""
+
+    text: str
+    colour: str
+    bold: bool
+
+
+class AnswersPicture:
+    """The questions that are shown and their pictures, drawn with the answers whenever asked."""
+
+    def __init__(self, questions: Sequence[Mapping[str, Any]], score: Score, what: str, images: Iterable[ImageRecord]):
+        """Decode the pictures, and keep them as small as they are drawn.
+
+        Args:
+            questions: rows of the records, in the order of the answers.
+            score: of an answer, 0 to 1, given those of people.
+            what: the scores are, for the title.
+            images: each that a question is about.
+
+        Raises:
+            UserError: one of them cannot be decoded.
+        """
+        self.questions, self.score, self.what = questions, score, what
+        self.pictures = {image.image_id: _small(image) for image in images}
+        self.fonts = [_font("DejaVuSans.ttf"), _font("DejaVuSans-Bold.ttf")]
+
+    def draw(self, history: Sequence[Mapping[str, Any]]) -> Image.Image:
+        """Return the picture of all validations in the Trainer's log, RGB."""
+        said = [entry for entry in history if ANSWERS in entry]
+        cells = [
+            self._cell(row, {entry["step"]: entry[ANSWERS][at] for entry in said})
+            for at, row in enumerate(self.questions)
+        ]
+        title = self._title(validations(history))
+        rows = [cells[at : at + GRID] for at in range(0, len(cells), GRID)]
+        heights = [PICTURE + STRIP + LINE * max(len(lines) for lines, _ in row) + 2 * GAP for row in rows]
+        tops = list(itertools.accumulate(heights, initial=2 * GAP + LINE * len(title)))
+        page = Image.new("RGB", (PAGE, tops[-1]), "white")
+        pen = ImageDraw.Draw(page)
+        self._write(pen, GAP, GAP, title)
+        for at, (lines, right) in enumerate(cells):
+            left, top = GAP + at % GRID * (WIDTH + GAP), tops[at // GRID]
+            picture = self.pictures[self.questions[at]["image_id"]]
+            page.paste(picture, (left, top + (PICTURE - picture.height) // 2))
+            for number, good in enumerate(right):
+                start, end = (left + place * WIDTH // len(right) for place in (number, number + 1))
+                block = (start, top + PICTURE + 3, max(end - 2, start), top + PICTURE + STRIP)
+                pen.rectangle(block, fill=RIGHT if good else WRONG)
+            self._write(pen, left, top + PICTURE + STRIP + 3, lines)
+        return page
+
+    def _title(self, measured: Sequence[Mapping[str, Any]]) -> list[Line]:
+        about = f"What is said to {len(self.questions)} fixed questions after so many steps: green right, red wrong"
+        of = f"By step: {self.what} (in brackets: with another image)"
+        shown = _some(measured, SCORES_SHOWN)
+        scores = " · ".join(f"{entry['step']}: {entry[SCORE]:.3f} ({entry[COLUMNS[2]]:.3f})" for entry in shown)
+        wide = PAGE - 2 * GAP
+        return (
+            self._fold(about, 1, bold=True, width=wide)
+            + self._fold(of, 1, width=wide)
+            + self._fold(scores, 1, width=wide)
+        )
+
+    def _cell(self, row: Mapping[str, Any], said: Mapping[int, str]) -> tuple[list[Line], list[bool]]:
+        """Return the lines below a picture, and whether each answer is right."""
+        right = {answer: self.score(answer, row["answers"]) >= ENOUGH for answer in said.values()}
+        lines = self._fold(row["question"], QUESTION_LINES, bold=True)
+        lines += self._fold(f"truth: {row['multiple_choice_answer']}", TRUTH_LINES)
+        runs = [(answer, list(steps)) for answer, steps in itertools.groupby(said, said.__getitem__)]
+        for answer, steps in _some(runs, ANSWERS_SHOWN):
+            when = f"{steps[0]}-{steps[-1]}" if len(steps) > 1 else f"{steps[0]}"
+            mark, colour = ("✓", RIGHT) if right[answer] else ("✗", WRONG)
+            lines += self._fold(f"{mark} {when}: {answer.strip() or '(nothing)'}", 1, colour)
+        if (more := len(runs) - ANSWERS_SHOWN) > 0:
+            lines += self._fold(f"answers left out: {more}", 1, GREY)
+        return lines, [right[answer] for answer in said.values()]
+
+    def _fold(self, text: str, most: int, colour: str = BLACK, bold: bool = False, width: int = WIDTH) -> list[Line]:
+        """Break a text into at most so many lines, between words where that is possible; cut what is over."""
+        rest, lines, length = " ".join(text[:1000].split()), [], self.fonts[bold].getlength
+
+        def fitting(room: float) -> int:
+            return bisect_right(range(len(rest) + 1), room, key=lambda count: length(rest[:count])) - 1
+
+        while rest:
+            fits = fitting(width)
+            if fits < len(rest) and len(lines) == most - 1:
+                return [*lines, Line(rest[: fitting(width - length("…"))] + "…", colour, bold)]
+            space = rest.rfind(" ", 0, fits + 1)
+            fits = space if fits < len(rest) and space > 0 else fits
+            lines.append(Line(rest[:fits], colour, bold))
+            rest = rest[fits:].lstrip()
+        return lines
+
+    def _write(self, pen: ImageDraw.ImageDraw, left: int, top: int, lines: Sequence[Line]) -> None:
+        for at, (text, colour, bold) in enumerate(lines):
+            pen.text((left, top + LINE * at), text, fill=colour, font=self.fonts[bold])
+
+
+def _some(items: Sequence[Any], most: int) -> Sequence[Any]:
+    """Return the first, the last and evenly chosen ones between them, `most` in all."""
+    if len(items) <= most:
+        return items
+    return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
+
+
+def _small(record: ImageRecord) -> Image.Image:
+    # It was opened within data.max_image_pixels when its features were made.
+    image = open_image(record.data, record.file_name, max_pixels=2**62)
+    scale = min(WIDTH / image.width, PICTURE / image.height)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+
+
+def _font(name: str) -> ImageFont.FreeTypeFont:
+    """Return a font that comes with matplotlib, whose import would take longer than all pictures of a training."""
+    found = find_spec("matplotlib")
+    assert found is not None and found.origin is not None, "it is among the requirements"
+    # The other layout depends on what else is installed.
+    path = Path(found.origin).parent / "mpl-data/fonts/ttf" / name
+    return ImageFont.truetype(path, 13, layout_engine=ImageFont.Layout.BASIC)
