@@ -42,6 +42,10 @@ TINY = {
     "train.logging_steps": 1,
     "train.save_steps": 2,
     "prompt.text_length": 128,
+    # A validation of its own asks for it: the sample has few questions.
+    "validation.questions": 0,
+    "validation.train_questions": 0,
+    "validation.keep": "last",
     "evaluation.helm_instances": 20,
     "evaluation.helm_threads": 4,
 }

@@ -28,6 +28,10 @@ SETTINGS = {
     "train.logging_steps": 3,
     "train.save_steps": 2,
     "prompt.text_length": 192,
+    "validation.questions": 20,
+    "validation.train_questions": 10,
+    "validation.every_steps": 3,
+    "validation.keep": "best",
 }
 BARE, MAKE = "dvc repro", "make repro"
 PATIENCE = 600.0

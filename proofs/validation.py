@@ -101,7 +101,7 @@ def work(name: str, folder: Path) -> None:
 
 def trainer_of(params: Params, name: str, folder: Path, questions: int) -> VqaTrainer:
     """Return a Trainer of one step that begins with the trained weights."""
-    settings = ValidationParams(from_=ValidateOn.VAL, questions=questions, train_questions=500, every_steps=10**6)
+    settings = ValidationParams(from_=ValidateOn.VAL, questions=questions, train_questions=100, every_steps=10**6)
     params = dataclasses.replace(params, validation=settings)
     train = dataclasses.replace(params.train, launch=name, batch_size=64 // strategies.LAUNCHES[name])
     running = launch.start(train, folder)
@@ -124,7 +124,15 @@ def trainer_of(params: Params, name: str, folder: Path, questions: int) -> VqaTr
 
 def start(name: str, folder: Path) -> dict[str, Any]:
     """Run `work` under a launch and return what it wrote."""
-    command = ["accelerate", "launch", "--quiet", "--config_file", str(folder / f"{name}.yaml"), "-m", __spec__.name]
+    command = [
+        "accelerate",
+        "launch",
+        "--quiet",
+        "--config_file",
+        str(folder / f"{name}.yaml"),
+        "-m",
+        "proofs.validation",
+    ]
     here = Path(__file__).parents[1]
     paths = os.pathsep.join(map(str, (here / "src", here)))
     environment = {**os.environ, "PYTHONPATH": paths}

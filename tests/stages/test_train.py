@@ -86,10 +86,18 @@ def test_a_rank_killed_in_mid_run_ends_all_and_costs_nothing(project):
     project.set({
         "train.launch": "cpu-fsdp2", "train.batch_size": 4, "train.optimizer": "adamw_bnb_8bit",
         "train.percentile_clipping": 95, "train.dropout": 0.1, "train.logging_steps": 3, "train.save_steps": 5,
+        "validation.questions": 20, "validation.train_questions": 10, "validation.every_steps": 3, "validation.keep": "best",
+        "train.num_train_epochs": 3,
     })  # fmt: skip
     train(project)
     undisturbed = outcome(project)
-    assert {"models/trained/training.json", "reports/train.json", "reports/train_curve.csv"} <= undisturbed.keys()
+    written = {
+        "models/trained/training.json",
+        "reports/train.json",
+        "reports/train_curve.csv",
+        "reports/validation/curve.csv",
+    }
+    assert written <= undisturbed.keys()
     clear(project)
     with Training(project) as training:
         training.wait_for(lambda: (training.step() or 0) >= 12, "step 12")
