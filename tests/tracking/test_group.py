@@ -141,6 +141,16 @@ def test_three_learning_rates_and_two_seeds_are_three_rows_of_one_parent(checkou
     assert [float(row["bleu_1_sd"]) for row in rows] == pytest.approx([0.02 / 2**0.5] * 3)
 
 
+def test_runs_of_different_recipes_have_no_mean(checkout, params, experiment):
+    run_all(params, 0.1)
+    first, _ = family(checkout)
+    run_all(with_train(params, learning_rate=0.1), 0.3)
+    parent, _ = family(checkout)
+    assert parent.info.run_id == first.info.run_id, "nothing had to be taken back"
+    assert parent.data.metrics == {} and parent.info.run_name == "2 recipes of a1b2c3d: 2 runs"
+    assert [row["bleu_1_mean"] for row in table(checkout, parent)] == ["0.1", "0.3"]
+
+
 def test_a_recipe_is_data_and_code_too_but_not_the_tracking(checkout, params, experiment):
     zero, one, two = seeds(params, 0, 1, 2)
     run_all(zero, 0.1)

@@ -43,21 +43,22 @@ def update(store: Store, run_id: str) -> None:
 def _update(store: Store, baseline: str) -> dict[str, str]:
     """Brings the parent of `baseline` up to date; returns its children's tags. Never raises."""
     tags, written = {CHILD: baseline}, None
-    for tries_left in reversed(range(TRIES)):
-        try:
+    try:
+        for tries_left in reversed(range(TRIES)):
             found = parent, scores = _group(store, baseline)
             tags[LINK] = parent
             # Another worker may write at the same time what it had read before: who writes looks once more.
             if not scores or found == written:
                 break
-            _write(store, baseline, parent, scores)
-            written = found
-        except Exception as error:  # noqa: BLE001 - such as: another worker has just removed this parent
-            if not tries_left:
-                uri, why = without_secrets(store.uri), reason(error)
-                log.warning(
-                    "MLflow at %s does not take these runs' parent (%s); the next evaluation tries again", uri, why
-                )
+            try:
+                _write(store, baseline, parent, scores)
+                written = found
+            except Exception:  # another worker may just have removed this parent
+                if not tries_left:
+                    raise
+    except Exception as error:  # noqa: BLE001
+        uri, why = without_secrets(store.uri), reason(error)
+        log.warning("MLflow at %s does not take these runs' parent (%s); the next evaluation tries again", uri, why)
     return tags
 
 
