@@ -313,7 +313,9 @@ def test_a_worker_that_writes_late_does_not_hide_what_others_wrote(checkout, par
     assert parent.data.metrics == pytest.approx({"bleu_1_mean": 0.1, "bleu_1_sd": 0.1, "seeds": 3})
 
 
-def test_a_worker_whose_parent_was_replaced_meanwhile_finds_the_new_one(checkout, params, experiment, monkeypatch):
+def test_a_worker_whose_parent_was_replaced_meanwhile_finds_the_new_one(
+    checkout, params, experiment, monkeypatch, caplog
+):
     """Another learning rate was evaluated between its reading and its writing: the parent that it has read is gone."""
     zero, one = seeds(params, 0, 1)
     (other,) = seeds(with_train(params, learning_rate=0.1), 0)
@@ -326,3 +328,4 @@ def test_a_worker_whose_parent_was_replaced_meanwhile_finds_the_new_one(checkout
     parent, _ = family(checkout)
     assert parent.data.metrics == {} and parent.info.run_name == "2 recipes of a1b2c3d: 3 runs"
     assert [float(row["bleu_1_max"]) for row in table(checkout, parent)] == pytest.approx([0.3, 0.4])
+    assert not warnings(caplog)
