@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 ARTIFACTS = "mlartifacts"  # the folder beside a local store
 VIEW = "scores"
 VIEW_COLUMNS = [
-    *(f"metrics.`{name}`" for name in ("bleu_1", "vqa_accuracy", "answer_accuracy", "loss")),
+    # MLflow shows no column of a metric that no run has.
+    *(f"metrics.`{name}{of}`" for of in ("", "_mean", "_sd") for name in ("bleu_1", "vqa_accuracy", "answer_accuracy")),
+    "metrics.`loss`",
     *(f"metrics.`{name}`" for name in ("questions_per_second", "peak_memory_gib")),
     *(f"params.`train.{name}`" for name in ("batch_size", "learning_rate", "num_train_epochs", "optimizer")),
 ]
