@@ -9,6 +9,7 @@ from typing import Any
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import load_params
 from vlm_vqa.secrets import without_secrets
+from vlm_vqa.tracking import group
 from vlm_vqa.tracking.describe import evaluation_metrics, identity, numbers, reason
 from vlm_vqa.tracking.store import Store, checkout_root, tracking_uri
 
@@ -45,6 +46,7 @@ def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
             store.put_metrics(run_id, numbers(evaluation_metrics(scores), 0))
             store.put_files(run_id, folder / REPORTS, REPORTS.name)
             store.put_tags(run_id, {"evaluated": "true"})
+            group.update(store, run_id)
         return run_id, run is None or lacks_scores
     except UserError:
         raise
@@ -62,6 +64,7 @@ def recreate(store: Store, weights_hash: str, folder: Path) -> str:
         curve += _curve(folder / VALIDATION_CURVE, "dvc pull")
     hashes = {name: training[name] for name in ("data_hash", "code_hash") if name in training}
     tags = identity(store.params) | hashes | {"weights_hash": weights_hash, "recreated": "true"}
+    tags |= group.membership(store)
     tags["mlflow.source.name"] = "vlm-vqa track"
     tags["mlflow.note.content"] = "Recorded from the outputs: throughput, memory and machine are not known."
     run_id = store.create(tags)

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm_vqa.params import Params
 from vlm_vqa.secrets import without_secrets
+from vlm_vqa.tracking import group
 from vlm_vqa.tracking.describe import evaluation_metrics, identity, numbers, reason, surroundings
 from vlm_vqa.tracking.recreate import recreate
 from vlm_vqa.tracking.store import Store, checkout_root, tracking_uri, view_url
@@ -114,7 +115,7 @@ def training_run(params: Params, *, key: str, tags: Mapping[str, str], source: s
     try:
         store = Store(params, root)
         everything = identity(params) | surroundings() | dict(tags)
-        everything |= {"checkpoint_key": key, "mlflow.source.name": source}
+        everything |= {"checkpoint_key": key, "mlflow.source.name": source} | group.membership(store)
         run = store.unfinished(key)
         run_id = run.info.run_id if run else store.create(everything)
         if run:
@@ -158,6 +159,8 @@ def _add(
         store.put_tags(run_id, {done: "true"})
         for path in files:
             store.put_files(run_id, path, folder or os.path.relpath(Path(path).parent))
+        if metrics:
+            group.update(store, run_id)
         url = view_url(store.uri, store.experiment_id)
         log.info("recorded in MLflow; compare runs (`mlflow ui`; MLFLOW_PORT names another port) at %s", url)
     except Exception as error:  # noqa: BLE001

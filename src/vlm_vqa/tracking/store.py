@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 ARTIFACTS = "mlartifacts"  # the folder beside a local store
 VIEW = "scores"
 VIEW_COLUMNS = [
-    *(f"metrics.`{name}`" for name in ("bleu_1", "vqa_accuracy", "answer_accuracy", "loss")),
+    # MLflow shows no column of a metric that no run has.
+    *(f"metrics.`{name}{of}`" for of in ("", "_mean", "_sd") for name in ("bleu_1", "vqa_accuracy", "answer_accuracy")),
+    "metrics.`loss`",
     *(f"metrics.`{name}`" for name in ("questions_per_second", "peak_memory_gib")),
     *(f"params.`train.{name}`" for name in ("batch_size", "learning_rate", "num_train_epochs", "optimizer")),
 ]
@@ -137,11 +139,12 @@ class Store:
         self.put_params(run_id, known={})
         return run_id
 
-    def put_params(self, run_id: str, known: Mapping[str, str]) -> None:
-        """Logs the parameters that are not `known` yet: MLflow refuses another value for a logged one."""
+    def put_params(self, run_id: str, known: Mapping[str, str], values: Mapping[str, Any] | None = None) -> None:
+        """Logs what is not `known` yet of `values` (default: all): MLflow refuses another value for a logged one."""
         from mlflow.entities import Param
 
-        entries = [Param(key, param_text(value)) for key, value in self.params.flat().items() if key not in known]
+        values = self.params.flat() if values is None else values
+        entries = [Param(key, param_text(value)) for key, value in values.items() if key not in known]
         for start in range(0, len(entries), BATCH):
             self.client.log_batch(run_id, params=entries[start : start + BATCH])
 
