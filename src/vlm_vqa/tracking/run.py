@@ -159,7 +159,7 @@ def _add(
         store.put_tags(run_id, {done: "true"})
         for path in files:
             store.put_files(run_id, path, folder or os.path.relpath(Path(path).parent))
-        if metrics:
+        if report:
             group.update(store, run_id)
         url = view_url(store.uri, store.experiment_id)
         log.info("recorded in MLflow; compare runs (`mlflow ui`; MLFLOW_PORT names another port) at %s", url)
