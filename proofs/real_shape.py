@@ -259,7 +259,7 @@ def reload(folder: Path, expected: str, seconds: dict[str, float]) -> dict[str, 
 
     def load() -> PaliGemmaForConditionalGeneration:
         model = PaliGemmaForConditionalGeneration._from_config(
-            PaliGemmaConfig.from_pretrained(folder), dtype=torch.float32
+            PaliGemmaConfig.from_pretrained(folder, trust_remote_code=False), dtype=torch.float32
         )
         load_trained(model, folder)
         return model

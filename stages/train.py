@@ -38,7 +38,7 @@ TRAINED, REPORTS = Path("models/trained"), Path("reports")
 
 
 def main() -> None:
-    params = load_params("params.yaml")
+    params = load_params("params.yaml", whole=True)
     check_machine(params)
     running = launch.start(params.train)
     processes = running.processes

@@ -79,7 +79,14 @@ def test_modules_that_are_run_exist():
 
 @pytest.mark.parametrize("page", PAGE)
 def test_paths_are_there(page):
-    made_by_a_run = ("data/records", "data/features", "data/archives", "benchmarks/results.here", "reports/helm_pred")
+    made_by_a_run = (
+        "data/records",
+        "data/features",
+        "data/archives",
+        "benchmarks/results.here",
+        "reports/helm_pred",
+        "reports/validation",
+    )
     places = "presets|launch|evaluation|stages|src|scripts|tests|docs|benchmarks|proofs|reports|data|[.]ci"
     named = re.findall(rf"(?<![\w/.-])(?:{places})/[\w./*-]*[\w*/]", PAGES[page])
     assert not [name for name in named if not name.startswith(made_by_a_run) and not there(name)]

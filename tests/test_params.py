@@ -323,8 +323,9 @@ def test_a_section_that_came_later_is_asked_for_and_written_in_its_place(tmp_pat
     whole = SECTION.sub(OFF, COMMITTED).replace("too_long: error", "too_long: error  # as ever")
     path.write_text(whole.replace(f"\n{OFF}", "").replace("\n\ntrain:", f"\n{after}train:"))
     with pytest.raises(UserError, match="lacks the section validation, .* `vlm-vqa check --write` adds it") as error:
-        load_params(path)
+        load_params(path, whole=True)
     assert "\n" not in str(error.value)
+    assert load_params(path).validation == ValidationParams()
     assert fill_in(path) == [f"validation.{name}" for name in keys_of(["validation"])]
     assert path.read_text() == whole.replace("null\n\ntrain:", f"null\n{after}train:") and fill_in(path) == []
     assert load_params(path).validation == ValidationParams()

@@ -728,16 +728,16 @@ def adapter() -> pydantic.TypeAdapter[Params]:
     return pydantic.TypeAdapter(Params)
 
 
-def load_params(path: str | Path = "params.yaml") -> Params:
+def load_params(path: str | Path = "params.yaml", whole: bool = False) -> Params:
     """Read and validate a parameter file; say which keys it lacks, being of an earlier version.
 
     UserError if the file is missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a
-    combination is impossible; its message has a line for each mistake, with the key's full name. Also if it lacks a whole
-    section, without which DVC fails: in a forced run not before the stage has run, in others after all stages before it.
+    combination is impossible; its message has a line for each mistake, with the key's full name. And if it is to be `whole`
+    and lacks a section that DVC notes for a stage: in a forced run DVC would fail when the stage has run, hours later.
     """
     values = read_yaml(path)
     params = parse_params(values, str(path))
-    if gone := [name for name in keys_of([]) if name not in values]:
+    if whole and (gone := [name for name in keys_of([]) if name not in values]):
         raise UserError(
             f"{path} lacks the section {', '.join(gone)}, without which DVC fails: `vlm-vqa check --write` adds it."
         )

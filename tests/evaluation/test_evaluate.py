@@ -93,7 +93,7 @@ def test_report_has_the_agreed_keys_and_figures(project, records, features, para
 def test_what_selected_the_weights_stands_in_the_report(project, records, features, params, load, no_helm):
     facts = {"step": 40, "step_is": "the best of 6 validations", "selected_on": "reported questions"}
     Path("models/export/model.json").write_text(json.dumps(facts))
-    assert facts.items() <= evaluate(params, Folders(), load).report["model"].items()
+    assert facts.items() <= evaluate(params, Folders(), load)[0]["model"].items()
 
 
 def test_predictions_are_kept_question_by_question(project, records, features, params, load, no_helm):

@@ -389,5 +389,5 @@ def test_init_names_the_newest_commit_and_the_splits(made, tmp_path, monkeypatch
     marked = [
         line for line in Path("params.yaml").read_text().splitlines() if "# unsure: the repository was not" in line
     ]
-    assert [line.split(":")[0].strip() for line in marked] == ["text_length", "num_train_epochs"]
+    assert [line.split(":")[0].strip() for line in marked] == ["text_length", "questions", "num_train_epochs"]
     assert main(["init", "no/such", "--force"]) == 2 and "the hub shows no such dataset" in capsys.readouterr().err

@@ -205,6 +205,7 @@ def test_what_track_records_reaches_the_parent(checkout, params, experiment, mon
         "models/trained/training.json": json.dumps({"weights_hash": weights(zero), **HASHES}),
         "dvc.lock": "stages: {}",
         "reports/train_curve.csv": "step,loss\n10,2.0\n",
+        "reports/validation/curve.csv": "step,validation_score\n10,0.5\n",
         "reports/evaluation.json": json.dumps({"helm": {"bleu_1": 0.7}}),
     }.items():
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)

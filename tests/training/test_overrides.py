@@ -17,6 +17,14 @@ OVERRIDDEN = {
     "_prepare_for_training": ("self, max_steps, train_dataloader, resume_from_checkpoint", {"_inner_training_loop"}),
     "_get_num_items_in_batch": ("self, batch_samples, device", {"get_batch_samples", "prediction_step"}),
     "_get_grad_norm": ("self, model, grad_norm=None", {"_run_epoch"}),
+    "_maybe_log_save_evaluate": (
+        "self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None",
+        {"_run_epoch"},
+    ),
+    "_evaluate": (
+        "self, trial, ignore_keys_for_eval, skip_scheduler=False",
+        {"_inner_training_loop", "_maybe_log_save_evaluate"},
+    ),
     "_save_checkpoint": ("self, model, trial", {"_maybe_log_save_evaluate"}),
     "_load_from_checkpoint": ("self, resume_from_checkpoint, model=None", {"train", "_prepare_for_training"}),
     "_load_optimizer_and_scheduler": ("self, checkpoint", {"_prepare_for_training"}),

@@ -39,7 +39,9 @@ def join(folder: str | Path, encoder: Encoder, weights_hash: str) -> PaliGemmaFo
         UserError: the weights do not have the hash that training named.
     """
     model = PaliGemmaForConditionalGeneration._from_config(
-        PaliGemmaConfig.from_pretrained(folder), attn_implementation="eager", dtype=torch.float32
+        PaliGemmaConfig.from_pretrained(folder, trust_remote_code=False),
+        attn_implementation="eager",
+        dtype=torch.float32,
     )
     load_trained(model, folder)
     model.model.vision_tower.load_state_dict({name: v.float() for name, v in encoder.model.state_dict().items()})
