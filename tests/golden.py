@@ -5,7 +5,8 @@
     python -m tests.golden repro.log --write    # the new golden text: read `git diff` line by line before it is committed
 
 `tests/test_pipeline.py` compares its own run; `GOLDEN_WRITE=1 python -m pytest tests/test_pipeline.py` writes the text anew.
-A line that begins with "? " in the golden text may come or not: warnings of ours that depend on the machine.
+A line that begins with "? " in the golden text may come or not: what depends on the parameters, and warnings that depend on
+the machine.
 """
 
 import difflib
@@ -31,7 +32,7 @@ _PROGRESS = re.compile(r"\d+%\||\[[\d:]+[<,] ?")
 
 
 def masked(text: str) -> list[str]:
-    """Return what `dvc repro` printed, from its first stage on, without progress bars and one of equal neighbours.
+    """Return what `dvc repro` printed, from its first stage on, without progress bars.
 
     File names of the data, paths, hashes and numbers are masked, so that the tiny run and the small one read alike.
     """
@@ -39,12 +40,21 @@ def masked(text: str) -> list[str]:
     first = next(
         (place for place, line in enumerate(lines) if line.startswith(("Running stage", "Stage '"))), len(lines)
     )
-    return [line for place, line in enumerate(lines) if place >= first and line not in lines[place - 1 : place]]
+    return lines[first:]
+
+
+def _once(lines: list[str]) -> list[str]:
+    """Return one of equal neighbours."""
+    return [line for place, line in enumerate(lines) if line not in lines[place - 1 : place]]
 
 
 def foreign(text: str, stage: str) -> list[str]:
     """Return the lines of one stage that are neither ours, nor progress, nor the Trainer's losses."""
-    return [line for line in _lines(text) if not line.startswith((f"{stage}: ", "{'loss': ", "{'train_runtime': "))]
+    return [
+        line
+        for line in _lines(text)
+        if not line.startswith((f"{stage}: ", "{'loss': ", "{'validation_loss': ", "{'train_runtime': "))
+    ]
 
 
 def _lines(text: str) -> list[str]:
@@ -58,7 +68,7 @@ def difference(text: str, golden: str) -> str:
     """Return a unified diff from the golden text to what was printed; empty when nothing is new and nothing is missing."""
     expected = golden.splitlines()
     optional = {line.removeprefix(OPTIONAL) for line in expected if line.startswith(OPTIONAL)}
-    found = [line for line in masked(text) if line not in optional]
+    found = _once([line for line in masked(text) if line not in optional])
     expected = [line for line in expected if not line.startswith(OPTIONAL)]
     return "\n".join(difflib.unified_diff(expected, found, "golden", "printed", lineterm=""))
 
@@ -70,7 +80,7 @@ def check(text: str, write: bool = bool(os.environ.get("GOLDEN_WRITE"))) -> str:
         kept = [line for line in old.splitlines() if line.startswith(OPTIONAL)]
         optional = {line.removeprefix(OPTIONAL) for line in kept}
         GOLDEN.write_text(
-            "\n".join([line for line in masked(text) if line not in optional] + kept) + "\n", encoding="utf-8"
+            "\n".join(_once([line for line in masked(text) if line not in optional]) + kept) + "\n", encoding="utf-8"
         )
     return difference(text, GOLDEN.read_text(encoding="utf-8"))
 
