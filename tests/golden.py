@@ -49,12 +49,9 @@ def _once(lines: list[str]) -> list[str]:
 
 
 def foreign(text: str, stage: str) -> list[str]:
-    """Return the lines of one stage that are neither ours, nor progress, nor the Trainer's losses."""
-    return [
-        line
-        for line in _lines(text)
-        if not line.startswith((f"{stage}: ", "{'loss': ", "{'validation_loss': ", "{'train_runtime': "))
-    ]
+    """Return the lines of one stage that are neither ours, nor progress, nor what the Trainer measures."""
+    ours = (f"{stage}: ", "{'loss': ", "{'validation_loss': ", "{'train_runtime': ")
+    return [line for line in _lines(text) if not line.startswith(ours)]
 
 
 def _lines(text: str) -> list[str]:
