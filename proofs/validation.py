@@ -6,7 +6,9 @@ Needs the outputs of `make repro`. First: the trained weights are measured on th
 this machine's kind, before a first step, and compared with one process and with reports/predictions.parquet, which is what
 generation answered with the same weights: question by question, and how many answers score only when they are normalised.
 
-Then: 200 questions of the embedded data are trained on for many epochs, by one process and by FSDP2, once undisturbed and
+Then the small run is trained, to see which share of the time is validation.
+
+Last: 200 questions of the embedded data are trained on for many epochs, by one process and by FSDP2, once undisturbed and
 once killed, one process or all of them, at random moments. The kept step and every byte of the result must be the same; and
 on the validation split the kept step must score at least what the last one does. With --folder all this is kept.
 """
@@ -21,7 +23,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from proofs import strategies, tree
 from proofs.project import Project, workplace
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.held_out import validation_questions
-from vlm_vqa.data.records import iter_images, load_questions
+from vlm_vqa.data.records import images_of, iter_images, load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.baselines import shuffled_images
 from vlm_vqa.evaluation.vqa_accuracy import METRICS
@@ -44,16 +47,19 @@ from vlm_vqa.hashing import sha256_file
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import WEIGHTS_FILE, initial_model
 from vlm_vqa.params import Params, ValidateOn, ValidationParams, load_params
+from vlm_vqa.tracking.run import TrainingRun
 from vlm_vqa.training import checkpoint_state, launch
+from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator
-from vlm_vqa.training.prepare import FEATURES, RECORDS, prepare
-from vlm_vqa.training.trainer import VqaTrainer, training_arguments
+from vlm_vqa.training.prepare import FEATURES, RECORDS, model_to_train, prepare
+from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments
 from vlm_vqa.training.validation import COLUMNS, Part, Validation, validations
 
 TRAINED = Path("models/trained")
 PREDICTIONS = Path("reports/predictions.parquet")
 LAUNCHES = ("cpu", "cpu-ddp", "cpu-fsdp2", "cpu-zero2", "cpu-zero3")
 EQUAL = 1e-6
+MOST = 0.05
 QUESTIONS, DEV, HELD = 200, 150, 2000
 OVERFITS = {
     "data.source": "table",
@@ -168,6 +174,43 @@ def every_launch(folder: Path) -> tuple[list[Claim], dict[str, Any]]:
         Claim("questions whose score is not generation's", float(unequal), 0.0, float(unequal), 0.0, True),
     ]
     return claims, {"launches": found, "questions": len(table), "unequal": unequal, "only_normalised": normalised}
+
+
+# --- what it costs ------------------------------------------------------------------------------------------------------
+
+
+def cost(folder: Path) -> Claim:
+    """Train as params.yaml says and return the share of the time that validation takes, drawing included."""
+    params = load_params()
+    running = launch.start(params.train)
+    encoder = load_encoder(params.vision, device="cpu")
+    data, layout, processor = prepare(params, encoder)
+    collator = Collator(layout, FeatureStore(FEATURES, {"encoder_hash": encoder.hash}))
+    held, trained = validation_questions(params, RECORDS)
+    others = shuffled_images(held["image_id"], params.seed)
+    measured = Validation(params, layout, collator, held, trained, others, METRICS)
+    images = images_of(RECORDS, (row["image_id"] for row in measured.shown))
+    picture = AnswersPicture(measured.shown, METRICS[measured.metric], measured.describe(), images)
+    seconds: list[float] = []
+
+    def timed(function: Callable) -> Callable:
+        def call(*args: Any) -> Any:
+            begun = time.perf_counter()
+            result = function(*args)
+            seconds.append(time.perf_counter() - begun)
+            return result
+
+        return call
+
+    measured.measure, picture.draw = timed(measured.measure), timed(picture.draw)
+    callbacks = [ProgressCallback(TrainingRun(), picture)]
+    arguments = training_arguments(params.train, params.seed, folder / "cost", running)
+    model = model_to_train(params, encoder, processor)
+    trainer = VqaTrainer(model, arguments, params.train, data, collator, callbacks, running, validation=measured)
+    begun = time.perf_counter()
+    trainer.run()
+    share = sum(seconds) / (time.perf_counter() - begun)
+    return Claim("share of the small run's training that validation takes", share, share, share, MOST, True)
 
 
 # --- the best step, killed ----------------------------------------------------------------------------------------------
@@ -313,6 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with workplace(options.folder) as folder:
         claims, launches = every_launch(folder)
+        claims.append(cost(folder))
         more, killed = overfit(folder, options.kills)
     data = {"questions and pictures": load_params().data.source.value}
     measure.write("validation", [*claims, *more], {"launches": launches, "killed": killed}, data)
