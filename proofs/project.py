@@ -15,6 +15,7 @@ import yaml
 
 from benchmarks import vqav2
 from vlm_vqa.errors import UserError
+from vlm_vqa.hashing import sha256_file
 
 ROOT = Path(__file__).parents[1]
 # Never what a user changes or a run writes: not params.yaml (the small preset stands for it), not what lies in data/vqav2.
@@ -128,6 +129,18 @@ def with_changes(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
             place = place[name]
         place[last] = value
     return values
+
+
+def clear(project: Project) -> None:
+    """Remove what a training has written."""
+    for name in ("models", "reports", "checkpoints"):
+        shutil.rmtree(project.folder / name, ignore_errors=True)
+
+
+def outcome(project: Project) -> dict[str, str]:
+    """Return the hash of every file that the stage has written."""
+    files = [path for name in ("models", "reports") for path in (project.folder / name).rglob("*") if path.is_file()]
+    return {path.relative_to(project.folder).as_posix(): sha256_file(path) for path in files}
 
 
 def sample_params(shared_data: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The train stage as seen from outside: start it, look at its steps and checkpoints, stop, kill or finish it."""
 
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -13,7 +12,6 @@ from typing import Any, Self
 import psutil
 
 from proofs.project import Project
-from vlm_vqa.hashing import sha256_file
 from vlm_vqa.params import load_params
 from vlm_vqa.training import checkpoint_files
 from vlm_vqa.training.launch import read_launch
@@ -208,15 +206,3 @@ def lives(process: psutil.Process) -> bool:
 def step_of(checkpoint: Path) -> int:
     """Return the optimizer steps that a checkpoint's name tells."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def clear(project: Project) -> None:
-    """Remove what a training has written."""
-    for name in ("models", "reports", "checkpoints"):
-        shutil.rmtree(project.folder / name, ignore_errors=True)
-
-
-def outcome(project: Project) -> dict[str, str]:
-    """Return the hash of every file that the stage has written."""
-    files = [path for name in ("models", "reports") for path in (project.folder / name).rglob("*") if path.is_file()]
-    return {path.relative_to(project.folder).as_posix(): sha256_file(path) for path in files}

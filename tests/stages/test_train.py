@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from proofs.project import Project, sample_params
-from tests.training_run import Training, clear, outcome, step_of
+from proofs.project import Project, clear, outcome, sample_params
+from tests.training_run import Training, step_of
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model, trained_state
 from vlm_vqa.params import load_params
