@@ -62,6 +62,7 @@ WORDS = [
     "drawn",
     "drop",
     "prefix-lm",
+    "causal",
     "flex_attention",
     "adamw_bnb_8bit",
     "linear",

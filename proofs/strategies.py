@@ -299,8 +299,8 @@ def compare(names: Sequence[str], steps: int, cases: Sequence[Case], results: Pa
         UserError: the mask cannot share rows, or the first two stages have not run.
     """
     params = load_params()
-    if params.prompt.mask is not Mask.IMAGE_PREFIX:
-        raise UserError("prompt.mask must be image-prefix: rows are to be shared.")
+    if params.prompt.mask is Mask.PREFIX_LM:
+        raise UserError("prompt.mask must be image-prefix or causal: rows are to be shared.")
     read_manifest(RECORDS)
     FeatureStore(FEATURES, {"encoder_hash": load_encoder(params.vision, device="cpu").hash})
     with tempfile.TemporaryDirectory() as scratch:

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    params = load_params("params.yaml")
+    params = load_params("params.yaml", whole=True)
     vision = params.vision
     running = workers.join(vision.launch)
     # The first process may tokenise for minutes: after they have met, the others wait for it without end.

@@ -34,11 +34,13 @@ Source = StrEnum(
     {"EASY_VQA": "easy-vqa", "DIRECTORY": "directory", "TABLE": "table", "OFFICIAL": "official", "HUB": "hub"},
 )
 """Where questions and images come from."""
+Start = StrEnum("Start", {"TOWERS": "towers", "CHECKPOINT": "checkpoint"})
+"""What training starts from."""
 BadRecords = StrEnum("BadRecords", {"REFUSE": "refuse", "DROP": "drop"})
 """What happens to a record that breaks the data contract."""
 Doubtful = StrEnum("Doubtful", {"COUNT": "count", "REFUSE": "refuse"})
 """What happens to what is legal and yet looks wrong."""
-Mask = StrEnum("Mask", {"IMAGE_PREFIX": "image-prefix", "PREFIX_LM": "prefix-lm"})
+Mask = StrEnum("Mask", {"IMAGE_PREFIX": "image-prefix", "PREFIX_LM": "prefix-lm", "CAUSAL": "causal"})
 """What a position may see; see `vlm_vqa.model.layout`."""
 TooLong = StrEnum("TooLong", {"ERROR": "error", "DROP": "drop"})
 """What happens to a record that does not fit `prompt.text_length`."""
@@ -78,6 +80,8 @@ ENCODERS = {"small": (65, 128)} | {
     for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536))
 }
 """Tokens an image becomes, and their width."""
+CHECKPOINT = "checkpoint"
+"""How `vision.model` and `language.model` say that they are the checkpoint's own."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a `Gemma2DecoderLayer`."""
 MOST_MISTAKES = 20
@@ -143,9 +147,9 @@ def is_local(model: str) -> bool:
     return os.path.isdir(model) or model.startswith(("/", "./", "../"))
 
 
-def _pinned(model: str, revision: str | None, own: str) -> str | None:
-    """Return what is wrong with a tower's revision; it must be loaded the same way next month."""
-    from_hub = model != own and not is_local(model)
+def _pinned(model: str, revision: str | None, *own: str) -> str | None:
+    """Return what is wrong with a model's revision; it must be loaded the same way next month."""
+    from_hub = model not in own and not is_local(model)
     if from_hub and revision is None:
         return f"is null, but {model!r} comes from the hub (no such local folder): give its commit of 40 hex digits."
     return None if from_hub or revision is None else f"is {revision!r}; it must be null: {model!r} has no revisions."
@@ -336,6 +340,48 @@ class HubData(DataParams):
     table: HubTable | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelParams(Section):
+    """What training starts from."""
+
+    start: Start = Start.TOWERS
+    """`towers`: the vision tower and Gemma 2 that `vision` and `language` name, joined by a freshly drawn projector.
+    `checkpoint`: a whole `PaliGemmaForConditionalGeneration`, its own tower and projector included."""
+    checkpoint: Text | None = None
+    """A hub id or a local folder in HF format, an export of this project among them; null for `towers`."""
+    revision: Commit | None = None
+    """Commit of a hub id (40 hex digits); null otherwise."""
+    adapter: Text | None = None
+    """A local folder with an adapter of that checkpoint in peft's format, merged into it before training; null: none."""
+
+    @rules
+    def _rules(cls, name: str, value: Any, above: Above) -> str | None:
+        start, checkpoint = above.get("start"), above.get("checkpoint")
+        if name == "checkpoint" and start is not None and (value is not None) != (start is Start.CHECKPOINT):
+            return f"must be {'given' if value is None else 'null'}: model.start is {start.value}."
+        if name == "revision" and (checkpoint or value):
+            return _pinned(checkpoint or "", value, "")
+        if name == "adapter" and value is not None and not checkpoint:
+            return f"is {value!r}, but model.start is not checkpoint: an adapter is of one whole model."
+        return None
+
+    @pydantic.field_validator("start")
+    @classmethod
+    def _tell(cls, start: Start, info: ValidationInfo) -> Start:
+        _context(info)["start"] = start
+        return start
+
+
+def _of_checkpoint(key: str, model: str, above: Above) -> str | None:
+    """Return what is wrong with a tower's name beside `model.start`: a checkpoint brings its own towers."""
+    wanted = above.get("start") is Start.CHECKPOINT
+    if wanted and model != CHECKPOINT:
+        return f"is {model!r}, but model.start is checkpoint, which brings its own. Set {key} to {CHECKPOINT}."
+    if not wanted and model == CHECKPOINT:
+        return f"is {CHECKPOINT}, but model.start is towers. Name the model, or set model.start to checkpoint."
+    return None
+
+
 @dataclass(frozen=True)
 class VisionParams(Section):
     """The frozen DINOv2 and how `extract-features` runs it."""
@@ -343,9 +389,9 @@ class VisionParams(Section):
     launch: Launch
     """Name of the accelerate config in `launch/` that extract-features runs under."""
     model: Text
-    """`small` (the encoder in this package), a hub id, or a local folder in HF format."""
+    """`small` (the encoder in this package), a hub id or a local folder in HF format; `checkpoint` with `model.start`."""
     revision: Commit | None
-    """Commit of a hub id (40 hex digits); null for `small` and for folders."""
+    """Commit of a hub id (40 hex digits); null otherwise."""
     num_patches: Size
     """Tokens an image becomes, CLS included; checked against the encoder."""
     visual_embed_dim: Size
@@ -360,8 +406,10 @@ class VisionParams(Section):
     @rules
     def _rules(cls, name: str, value: Any, above: Above) -> str | None:
         model = above.get("model")
+        if name == "model":
+            return _of_checkpoint("vision.model", value, above)
         if name == "revision" and model:
-            return _pinned(model, value, "small")
+            return _pinned(model, value, "small", CHECKPOINT)
         if name in ("num_patches", "visual_embed_dim") and model in ENCODERS:
             makes = ENCODERS[model][name == "visual_embed_dim"]
             return f"is {value}, but {model!r} makes {makes}. Set it to {makes}." if value != makes else None
@@ -402,7 +450,7 @@ class LanguageParams(Section):
     """The Gemma 2 that is trained."""
 
     model: Text
-    """`random` (from `language.config` and `seed`), a hub id, or a local folder in HF format."""
+    """`random` (from `language.config` and `seed`), a hub id, or a local folder; `checkpoint` with `model.start`."""
     revision: Commit | None
     """Commit of a hub id (40 hex digits); null otherwise."""
     vocab_size: Annotated[int, Range(2**20, least=260, why="bytes and special tokens alone are 260")] | None
@@ -413,8 +461,10 @@ class LanguageParams(Section):
     @rules
     def _rules(cls, name: str, value: Any, above: Above) -> str | None:
         model, random = above.get("model"), above.get("model") == "random"
+        if name == "model":
+            return _of_checkpoint("language.model", value, above)
         if name == "revision" and model:
-            return _pinned(model, value, "random")
+            return _pinned(model, value, "random", CHECKPOINT)
         if name in ("vocab_size", "config") and model and (value is not None) != random:
             return f"must be {'given' if random else 'null'}: language.model is {model!r}."
         if name == "config" and value is not None:
@@ -431,7 +481,8 @@ class PromptParams(Section):
     """The token layout: image, `<bos>`, instruction, question, newline, answer, `<eos>`."""
 
     mask: Mask
-    """`image-prefix`: image tokens see each other, text is causal. `prefix-lm`: PaliGemma's, all before the answer too."""
+    """`image-prefix`: image tokens see each other, text is causal. `prefix-lm`: PaliGemma's, all before the answer too.
+    `causal`: image tokens, too, see only what is before them, as in most open models."""
     instruction: Text
     """What is asked of the model before each question; HELM's `vqa` scenario sends the same words."""
     # A token holds no more than a word; the question and the answer have at least one each, and there are two newlines.
@@ -522,8 +573,8 @@ class TrainParams(Section):
     gradient_accumulation_steps: Few
     """Forward passes per optimizer step."""
     questions_per_row: Count
-    """Most questions of one image that share a row under `image-prefix`; its others come in rows of other steps. Fewer cost
-    more time and show more different images a step; 1 is one row per question, in random order. `prefix-lm` wants 1."""
+    """Most questions of one image that share a row; its others come in rows of other steps. Fewer cost more time and show
+    more different images a step; 1 is one row per question, in random order. Mask `prefix-lm` wants 1."""
     attention: Attention = Attention.EAGER
     """`eager` runs everywhere; `flex_attention` is for GPUs (it compiles, and knows no dropout)."""
     freeze_embeddings: Truth = False
@@ -533,6 +584,12 @@ class TrainParams(Section):
     faster where the cores that would prepare are the ones that compute."""
     learning_rate: Rate
     """The highest, after warm-up."""
+    projector_learning_rate: Rate | None = None
+    """The projector's; null: `learning_rate`."""
+    embedding_learning_rate: Rate | None = None
+    """The token embedding's, which is Gemma 2's output head too; null: `learning_rate`."""
+    projector_steps: Natural = 0
+    """For so many first optimizer steps the projector alone is trained; the others' rates warm up after them."""
     weight_decay: Decay
     """AdamW's, on all trained weights but norms and biases."""
     dropout: Share
@@ -580,10 +637,12 @@ class TrainParams(Section):
             case "questions_per_row" if value != 1 and above.get("mask") is Mask.PREFIX_LM:
                 return (
                     f"is {value}; prompt.mask prefix-lm lets the image see the question, so no two questions can share it. "
-                    "Set it to 1, or prompt.mask to image-prefix."
+                    "Set it to 1, or prompt.mask to image-prefix or causal."
                 )
             case "freeze_embeddings" if not value and above.get("lora"):
                 return "is false; it must be true with train.lora: only adapters are trained."
+            case "embedding_learning_rate" if value is not None and above.get("freeze_embeddings"):
+                return f"is {value}, but train.freeze_embeddings is true: it is not trained. Set this to null."
             case "dropout" if value > 0 and above.get("attention") is Attention.FLEX:
                 other = "Set it to 0.0, or train.attention to eager."
                 return f"is {value}; flex_attention cannot drop attention probabilities. {other}"
@@ -661,6 +720,7 @@ class Params(Section):
     seed: Seed
     """What all random numbers of a run come from: first weights, orders, dropout."""
     data: Annotated[LocalData | TableData | OfficialData | HubData, pydantic.Discriminator("source")]
+    model: ModelParams = ModelParams()
     vision: VisionParams
     language: LanguageParams
     prompt: PromptParams
@@ -699,7 +759,9 @@ class Params(Section):
 
     def _training(self) -> dict[str, Any]:
         """Return the sections that the train stage declares, but for how extract-features was launched."""
-        sections = {key: self.as_dict()[key] for key in ("seed", "vision", "language", "prompt", "train", "validation")}
+        sections = {
+            key: self.as_dict()[key] for key in ("seed", "model", "vision", "language", "prompt", "train", "validation")
+        }
         vision = {key: value for key, value in sections["vision"].items() if key != "launch"}
         return _without_default(sections | {"vision": vision})
 
@@ -710,9 +772,13 @@ def _as_written(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the section that came later where it asks for nothing: what was made before it keeps its hashes."""
-    off = json.loads(json.dumps(asdict(ValidationParams(), dict_factory=_as_written)))
-    return {key: value for key, value in sections.items() if (key, value) != ("validation", off)}
+    """Leave out the keys that came later where they ask for nothing: what was made before them keeps its hashes."""
+    whole = {"model": ModelParams(), "validation": ValidationParams()}
+    off = {key: json.loads(json.dumps(asdict(value, dict_factory=_as_written))) for key, value in whole.items()}
+    kept = {key: value for key, value in sections.items() if key not in off or value != off[key]}
+    later = {"projector_learning_rate": None, "embedding_learning_rate": None, "projector_steps": 0}
+    train = {key: value for key, value in kept["train"].items() if key not in later or value != later[key]}
+    return kept | {"train": train}
 
 
 DIVISION = "launch batch_size gradient_accumulation_steps dataloader_workers restart_optimizer stall_seconds".split()

@@ -93,7 +93,7 @@ def forward(tiny, train_params, mask, changes, layers):
         real.to(torch.bfloat16)
     layout = tiny.layout(mask)
     first, second = layout.tokenize("Is there a red circle?", "no"), layout.tokenize("How many dogs?", "yes yes")
-    rows = [Row(0, (first, second) if layout.mask is Mask.IMAGE_PREFIX else (first,)), Row(1, (second,))]
+    rows = [Row(0, (first, second) if layout.mask is not Mask.PREFIX_LM else (first,)), Row(1, (second,))]
     batch = layout.collate(rows)
     saved = Saved(real)
     with (
@@ -101,7 +101,7 @@ def forward(tiny, train_params, mask, changes, layers):
         torch.autocast("cpu", torch.bfloat16, enabled=train.compute_dtype.value == "bfloat16"),
     ):
         real(torch.randn(2, tiny.num_patches, 24), **batch)
-    closed = batch["prefix_places"].shape[1] if layout.mask is Mask.IMAGE_PREFIX else 0
+    closed = batch["prefix_places"].shape[1] if layout.mask is not Mask.PREFIX_LM else 0
     one = Batch(rows_work(layout, rows), len(rows), closed, batch["input_ids"].shape[1])
     model = Model(config, len(tiny.processor.tokenizer), 24, True, None)
     return saved.bytes, Step(model, train, Strategy.SINGLE, 1, gpu=False), one
@@ -117,7 +117,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mask", ["image-prefix", "prefix-lm"])
+@pytest.mark.parametrize("mask", [mask.value for mask in Mask])
 def test_a_layers_activations_are_what_autograd_keeps(tiny, train_params, mask, mode):
     """To the byte: what a third layer adds to two."""
     two, _, _ = forward(tiny, train_params, mask, MODES[mode], 2)

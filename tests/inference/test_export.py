@@ -154,10 +154,11 @@ def test_plain_transformers_gives_the_trained_models_logits_and_answers(tiny, tr
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_only_image_prefix_sets_the_token_types(tiny, trained, tmp_path):
-    for mask, expected in (("image-prefix", 1), ("prefix-lm", 0)):
+def test_the_card_changes_the_token_types_but_for_prefix_lm(tiny, trained, tmp_path):
+    for mask, expected in (("image-prefix", (1, 0)), ("prefix-lm", (0, 0)), ("causal", (0, 1))):
         export(tiny, trained, mask, tmp_path / mask)
-        assert snippet(tmp_path / mask).count('inputs["token_type_ids"] =') == expected
+        code = snippet(tmp_path / mask)
+        assert (code.count('inputs["token_type_ids"] ='), code.count('inputs.pop("token_type_ids")')) == expected
 
 
 def test_the_card_pins_what_is_installed_and_is_the_same_in_every_wheel_of_a_version(trained, monkeypatch):

@@ -14,7 +14,8 @@ ASKED = [
     (1, "How many red dogs are there?", "twelve"),
     (1, "Is it?", "no"),
 ]
-MASKS = ["image-prefix", "prefix-lm"]
+MASKS = [mask.value for mask in Mask]
+SHARING = ["image-prefix", "causal"]
 
 
 @pytest.fixture
@@ -48,12 +49,13 @@ def relative(one, other):
     return ((one - other).norm() / other.norm()).item()
 
 
-def test_shared_rows_give_the_loss_and_gradients_of_one_row_per_question(tiny, model, features):
-    shared = rows(tiny)
+@pytest.mark.parametrize("mask", SHARING)
+def test_shared_rows_give_the_loss_and_gradients_of_one_row_per_question(tiny, model, features, mask):
+    shared = rows(tiny, mask=mask)
     assert [len(row.questions) for row in shared] == [3, 2]
     alone = [Row(row.image_id, (tokens,)) for row in shared for tokens in row.questions]
-    loss, logits, gradient = run(tiny, model, features, shared)
-    plain_loss, plain_logits, plain_gradient = run(tiny, model, features, alone)
+    loss, logits, gradient = run(tiny, model, features, shared, mask)
+    plain_loss, plain_logits, plain_gradient = run(tiny, model, features, alone, mask)
     assert loss == pytest.approx(plain_loss, rel=1e-6)
     assert relative(gradient, plain_gradient) < 1e-5
     torch.testing.assert_close(logits, plain_logits, rtol=1e-4, atol=1e-5)

@@ -12,14 +12,14 @@ from vlm_vqa.model.layout import PAD_SEGMENT, QuestionTokens, Row, visible
 from vlm_vqa.model.vlm import freeze_embeddings
 from vlm_vqa.params import LanguageConfig, Mask
 
-MASKS = ["image-prefix", "prefix-lm"]
+MASKS = [mask.value for mask in Mask]
 TEXTS = [("Is it red?", "yes"), ("How many dogs are there?", "two dogs"), ("What color is the shape?", "blue")]
 
 
 def make_rows(layout):
     """Return rows of several lengths, with all questions in the first where they can share it."""
     first, second, third = (layout.tokenize(question, answer) for question, answer in TEXTS)
-    shared = (first, second, third) if layout.mask is Mask.IMAGE_PREFIX else (first,)
+    shared = (first, second, third) if layout.mask is not Mask.PREFIX_LM else (first,)
     return [Row(0, shared), Row(1, (second,)), Row(2, (third,))]
 
 
@@ -42,7 +42,7 @@ def run(tiny, batch, *, frozen=False):
 def computed_pairs(batch, layout):
     """Count the pairs of the grids that attention computes: prefixes by themselves, the rest of a row on all of it."""
     rows, width = batch["input_ids"].shape
-    prefix = batch["prefix_places"].shape[1] if layout.mask is Mask.IMAGE_PREFIX else 0
+    prefix = batch["prefix_places"].shape[1] if layout.mask is not Mask.PREFIX_LM else 0
     return rows * (prefix**2 + (width - prefix) * width)
 
 

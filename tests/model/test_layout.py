@@ -10,7 +10,7 @@ from vlm_vqa.model.layout import IGNORED, Row, rows_of, visible
 from vlm_vqa.params import Mask
 
 
-@pytest.mark.parametrize("mask", ["image-prefix", "prefix-lm"])
+@pytest.mark.parametrize("mask", [mask.value for mask in Mask])
 def test_a_row_reads_image_bos_instruction_question_answer(tiny, mask):
     layout = tiny.layout(mask)
     tokens = layout.tokenize("What color is the shape?", "red")
@@ -61,15 +61,17 @@ def sees(layout, row):
     return allowed, batch
 
 
-def test_image_prefix_truth_table(tiny):
-    layout = tiny.layout("image-prefix")
+@pytest.mark.parametrize("mask", ["image-prefix", "causal"])
+def test_truth_table_of_shared_rows(tiny, mask):
+    layout = tiny.layout(mask)
     questions = (layout.tokenize("Is it red?", "yes"), layout.tokenize("What color?", "no"))
     allowed, batch = sees(layout, Row(0, questions))
     segment = batch["segment_ids"][0]
     image = torch.arange(len(segment)) < 5
     prefix = (segment == 0) & ~image
     one, two = segment == 1, segment == 2
-    assert allowed[image][:, image].all() and not allowed[image][:, ~image].any()
+    among_image = torch.ones(5, 5).tril(5 if mask == "image-prefix" else 0).bool()
+    assert torch.equal(allowed[image][:, image], among_image) and not allowed[image][:, ~image].any()
     for rows in (prefix, one, two):
         assert allowed[rows][:, image].all()
         assert torch.equal(allowed[rows][:, rows], torch.ones(rows.sum(), rows.sum()).tril().bool())

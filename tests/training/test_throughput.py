@@ -61,7 +61,7 @@ def rows_of_four_questions(layout):
     return [Row(0, (red, dogs)), Row(1, (red,)), Row(2, (dogs,)), Row(2, ())]
 
 
-@pytest.mark.parametrize("mask", ["image-prefix", "prefix-lm"])
+@pytest.mark.parametrize("mask", [mask.value for mask in Mask])
 def test_a_batch_brings_its_counts(tiny, mask):
     layout = tiny.layout(mask)
     rows = rows_of_four_questions(layout)

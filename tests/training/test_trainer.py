@@ -78,7 +78,7 @@ def moved(trainer, start):
     return (weights(trainer) - start).norm()
 
 
-@pytest.mark.parametrize("mask", ["image-prefix", "prefix-lm"])
+@pytest.mark.parametrize("mask", [mask.value for mask in Mask])
 def test_accumulation_equals_the_large_batch(make, tiny, mask):
     start = weights(make())
     large, small = (

@@ -97,7 +97,9 @@ def greedy(trainer):
     return [layout.decode(answer) for answer in answers]
 
 
-@pytest.mark.parametrize(("mask", "epochs"), [("image-prefix", 4), ("prefix-lm", 4), ("image-prefix", 12)])
+@pytest.mark.parametrize(
+    ("mask", "epochs"), [("image-prefix", 4), ("prefix-lm", 4), ("causal", 4), ("image-prefix", 12)]
+)
 def test_the_score_is_that_of_greedy_decoding_where_an_answer_is_a_reference(build, mask, epochs):
     trainer = build(mask=mask, epochs=epochs)
     trainer.run()

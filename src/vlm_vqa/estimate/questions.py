@@ -164,7 +164,7 @@ def _laid_out(
     for batch in itertools.islice(sampler, WINDOWS * shape.micro_batches):
         rows = [Row(row.image_id, tuple(questions[place] for place in row.questions)) for row in batch]
         width = prefix + max(sum(len(one.read) for one in row.questions) for row in rows)
-        batches.append(Batch(rows_work(layout, rows), len(rows), prefix * (mask is Mask.IMAGE_PREFIX), width))
+        batches.append(Batch(rows_work(layout, rows), len(rows), prefix * (mask is not Mask.PREFIX_LM), width))
         taught += [len(row.questions) for row in rows if row.questions]
     work = [sum(getattr(one.work, name) for one in batches) / sum(taught) for name in Work.__dataclass_fields__]
     return batches, work, sum(taught) / len(taught)

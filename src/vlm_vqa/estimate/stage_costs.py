@@ -162,7 +162,7 @@ def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model,
     shape, evaluation = model.language, params.evaluation
     questions = min(evaluation.vqa_questions or size.val, size.val)
     # Questions are answered in batches of images, as training reads them in passes of one step each.
-    shared = evaluation.batch_size if params.prompt.mask is Mask.IMAGE_PREFIX else 1
+    shared = 1 if params.prompt.mask is Mask.PREFIX_LM else evaluation.batch_size
     reading = {"batch_size": evaluation.batch_size, "gradient_accumulation_steps": 1, "questions_per_row": shared}
     read = plan_batches(replace(params, train=replace(params.train, num_train_epochs=1, **reading)), 1, size)
     # Read with the right images and with shuffled ones; HELM's instances come from pixels, a row each.

@@ -14,7 +14,7 @@ from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.predictor import FACTS_FILE
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_trained, special_tokens, trained_state
-from vlm_vqa.params import Params
+from vlm_vqa.params import Mask, Params
 from vlm_vqa.sealed import read_folder, write_folder
 
 CARD = "README.md"
@@ -23,11 +23,15 @@ PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors",
 """What the card's code needs; the card names their versions, which are the same on every machine (constraints.txt)."""
 RETRAIN = make_again("train")
 
-# The line that differs: the stock processor marks a whole prompt as one bidirectional block, which is prefix-lm.
-TYPE_IDS_LINE = (
-    'inputs["token_type_ids"] = (inputs["input_ids"] != model.config.image_token_id).long()'
-    "  # image-prefix: text is causal\n"
-)
+# The stock processor marks a whole prompt as one bidirectional block, which is prefix-lm.
+TYPE_IDS_LINES = {
+    Mask.PREFIX_LM: "",
+    Mask.IMAGE_PREFIX: (
+        'inputs["token_type_ids"] = (inputs["input_ids"] != model.config.image_token_id).long()'
+        "  # image-prefix: text is causal\n"
+    ),
+    Mask.CAUSAL: 'inputs.pop("token_type_ids")  # causal: no block is bidirectional\n',
+}
 
 
 def join(folder: str | Path, encoder: Encoder, weights_hash: str) -> PaliGemmaForConditionalGeneration:
@@ -125,7 +129,7 @@ def card(params: Params, training: dict[str, str], results: dict[str, Any], data
         notes="\n".join(f"- {note}" for note in data["notes"]),
         mask=params.prompt.mask.value,
         instruction=repr(params.prompt.instruction),
-        type_ids=TYPE_IDS_LINE if params.prompt.mask.value == "image-prefix" else "",
+        type_ids=TYPE_IDS_LINES[params.prompt.mask],
         hashes="\n".join(f"- {name}: `{value}`" for name, value in sorted(training.items())),
         results="\n".join(f"- {name}: {value}" for name, value in sorted(results.items())),
         params="\n".join(f"{name}: {value}" for name, value in params.flat().items() if name.startswith(TRAINED_BY)),

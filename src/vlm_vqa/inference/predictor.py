@@ -28,7 +28,7 @@ class Predictor:
 
     Attributes:
         weights_hash: hash of the trained weights, the name under which MLflow knows the run.
-        mask: "image-prefix" or "prefix-lm".
+        mask: the value of a `Mask`.
         instruction: what the model reads before every question.
         selection: `step` of the training that the weights are of, `step_is`: why, and `selected_on`: by which questions;
             None each where an earlier version exported it.
@@ -125,7 +125,7 @@ class Predictor:
         Args:
             features: [I, T, E], of the images that the questions are about.
             images: which of the I images each question is about; by default each has its own, in order. Questions of one
-                image that stand together share its prefix under image-prefix.
+                image that stand together share its prefix, but under prefix-lm.
         """
         tokens = [self.layout.tokenize(question) for question in questions]
         features = features.to(self.model.device, torch.float32)

@@ -126,7 +126,8 @@ def visible_pairs(layout: TokenLayout, row: Row) -> int:
         block = prefix + sum(len(tokens.prompt) for tokens in row.questions)
         return block**2 + sum(_causal_pairs(block, prefix + len(tokens.read)) for tokens in row.questions)
     questions = sum(_causal_pairs(prefix, prefix + len(tokens.read)) for tokens in row.questions)
-    return image**2 + _causal_pairs(image, prefix) + questions
+    among_image = _causal_pairs(0, image) if layout.mask is Mask.CAUSAL else image**2
+    return among_image + _causal_pairs(image, prefix) + questions
 
 
 def _causal_pairs(start: int, end: int) -> int:

@@ -1,4 +1,4 @@
-"""The token layout and the two masks: the one place that training, generation, export and HELM share.
+"""The token layout and the masks: the one place that training, generation, export and HELM share.
 
 A sequence is: image tokens, one `<bos>`, instruction, newline, question, newline, answer, `<eos>`. As text this is exactly
 what `PaliGemmaProcessor` builds for the prompt `{instruction}\\n{question}`; the newline after the instruction is HELM's.
@@ -13,9 +13,10 @@ Who sees whom (rows: the position that looks):
     question 2       all    all   -   -  causal -
     answer 2         all    all   -   -  all causal
 
-Under `image-prefix` nothing before a question depends on it, so the questions of one image can share a row: each question
-restarts its positions after the prefix and sees the prefix and itself. Under `prefix-lm` the image sees the question, and
-a row holds one question. Positions count from 1, as in PaliGemma.
+`causal` is `image-prefix` but that an image token, too, sees only itself and those before it: the mask of most open models.
+Under both, nothing before a question depends on it, so questions of one image can share a row: each restarts its positions
+after the prefix and sees the prefix and itself. Under `prefix-lm` the image sees the question, and a row holds one question.
+Positions count from 1, as in PaliGemma.
 
 Shapes: B rows, T image tokens, S tokens of a row (image tokens included), D width.
 """
@@ -159,7 +160,7 @@ class TokenLayout:
             name: torch.tensor([column[name] + [fill] * (width - len(column[name])) for column in columns])
             for name, fill in padding.items()
         }
-        prefix = self.num_patches + (len(self.prefix) if self.mask is Mask.IMAGE_PREFIX else 0)
+        prefix = self.num_patches + (0 if self.mask is Mask.PREFIX_LM else len(self.prefix))
         all_places = torch.arange(len(rows) * width).view(len(rows), width)
         prefix_places = all_places[:, :prefix].contiguous()
         rest_places = all_places[:, prefix:][grid["segment_ids"][:, prefix:] != PAD_SEGMENT]
@@ -173,7 +174,7 @@ class TokenLayout:
         start = len(input_ids)
         segments, positions, labels = [PREFIX_SEGMENT] * start, list(range(1, start + 1)), [IGNORED] * start
         prefix_lm = self.mask is Mask.PREFIX_LM
-        bidirectional = [True] * self.num_patches + [prefix_lm] * len(self.prefix)
+        bidirectional = [self.mask is not Mask.CAUSAL] * self.num_patches + [prefix_lm] * len(self.prefix)
         for number, tokens in enumerate(row.questions, start=1):
             prompt, answer, read = tokens.prompt, tokens.answer, tokens.read
             input_ids += read
@@ -242,7 +243,7 @@ def rows_of(questions: Iterable[tuple[int, QuestionTokens]], mask: Mask) -> list
     """
     rows: list[Row] = []
     for image_id, tokens in questions:
-        if mask is Mask.IMAGE_PREFIX and rows and rows[-1].image_id == image_id:
+        if mask is not Mask.PREFIX_LM and rows and rows[-1].image_id == image_id:
             rows[-1] = Row(image_id, (*rows[-1].questions, tokens))
         else:
             rows.append(Row(image_id, (tokens,)))
