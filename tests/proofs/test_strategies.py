@@ -61,7 +61,8 @@ def test_every_launch_trains_as_one_process_does(tmp_path, shared_data):
 def learning_trains_on_it(project):
     """The proof of learning, of which one training is too short to compare anything, runs on the same two stages."""
     script = (
-        "from proofs.learning import *; print(train_and_score(load_params(), epochs=1, per_row=1, seed=0)['questions'])"
+        "from proofs.learning import *; few = {'train.num_train_epochs': 1, 'train.questions_per_row': 1}; "
+        "print(train_and_score(changed(load_params(), few))['questions'])"
     )
     done = project.command(f'python -c "{script}"', PYTHONPATH=os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
     assert done.returncode == 0 and done.stdout.split()[-1] == "109", done.stderr[-3000:]
