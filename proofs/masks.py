@@ -5,6 +5,7 @@ under prefix-lm, where the image sees its question, each has a row of its own. A
 questions, after the last step.
 """
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -23,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.parse(measure.parser("masks", __doc__, "proofs", seeds=3), arguments)
     seeds = range(options.seeds)
     trainings = {}
-    for seed in seeds:
-        for epochs in EPOCHS:
-            for mask in Mask:
-                per_row = 1 if mask is Mask.PREFIX_LM else params.train.questions_per_row
-                changes = {"seed": seed, "prompt.mask": mask.value, "train.questions_per_row": per_row}
-                changes["train.num_train_epochs"] = epochs
-                trainings[name(mask, epochs, seed)] = partial(train_and_score, changed(params, changes))
+    # One row per question takes longest, so it comes last.
+    for mask in sorted(Mask, key=lambda mask: mask is Mask.PREFIX_LM):
+        per_row = 1 if mask is Mask.PREFIX_LM else params.train.questions_per_row
+        for seed, epochs in itertools.product(seeds, EPOCHS):
+            changes = {"seed": seed, "prompt.mask": mask.value, "train.questions_per_row": per_row}
+            changes["train.num_train_epochs"] = epochs
+            trainings[name(mask, epochs, seed)] = partial(train_and_score, changed(params, changes))
     done = run_all("masks", trainings)
     rows = {
         f"`{mask.value}`, {epochs} epochs": accuracies(done, [name(mask, epochs, seed) for seed in seeds])
