@@ -15,7 +15,18 @@ from pathlib import Path
 from benchmarks import begin, measure
 from benchmarks.__main__ import conclude, read, report, run
 
-KNOWN = ("strategies", "validation", "learning", "masks", "real_shape", "data_scale", "kills", "flips", "faults")
+KNOWN = (
+    "strategies",
+    "validation",
+    "learning",
+    "masks",
+    "rates",
+    "real_shape",
+    "data_scale",
+    "kills",
+    "flips",
+    "faults",
+)
 
 
 def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS) -> int:
