@@ -10,8 +10,9 @@ import torch
 from transformers import TrainerCallback
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.model.adapters import add_adapters, merge_adapter, merge_adapters, projector_of, save_adapter
 from vlm_vqa.model.layout import Row
-from vlm_vqa.model.vlm import add_adapters, freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
+from vlm_vqa.model.vlm import freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
 from vlm_vqa.params import Attention, Dtype, LoraParams, Mask, Optimizer, Rounding, TooLong, load_params
 from vlm_vqa.training import checkpoint_files, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
@@ -171,12 +172,13 @@ def test_frozen_embeddings_stay_as_they_are(make):
     assert id(model.lm_head.weight) not in {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
 
 
-def test_adapters_are_trained_alone_and_merged(make, tiny):
+def test_adapters_are_trained_alone_merged_and_kept(make, tiny, tmp_path):
     lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, targets=("q_proj", "down_proj"))
     trainer = make(lora=lora, freeze_embeddings=True)
     plain = trained_state(initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1))
+    projector = projector_of(trainer.model)
     trainer.train()
-    merged = trainer.whole_weights()
+    merged = merge_adapters(trainer.whole_weights(), lora)
     assert merged.keys() == plain.keys()
     moved = {name for name in plain if not torch.equal(plain[name], merged[name])}
     layers = {f"model.language_model.layers.{layer}.{part}.weight" for layer in (0, 1)
@@ -189,6 +191,12 @@ def test_adapters_are_trained_alone_and_merged(make, tiny):
     joined = initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1)
     joined.load_state_dict(merged, strict=False)
     torch.testing.assert_close(joined(features, **inputs)["loss"], trainer.model(features, **inputs)["loss"])
+    # And so does the adapter that is kept, on the model before the first step.
+    params = dataclasses.replace(load_params("presets/small.yaml"), train=trainer.train_settings)
+    save_adapter(tmp_path / "adapter", trainer.whole_weights(), projector, params, hash_weights(merged))
+    again = initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1)
+    merge_adapter(again, tmp_path / "adapter", "the model before the first step")
+    assert hash_weights(trained_state(again)) == hash_weights(merged)
 
 
 def test_the_optimizer_is_the_one_asked_for(make):

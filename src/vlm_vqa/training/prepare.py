@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
+import torch
 from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
 from vlm_vqa.data.held_out import divide
 from vlm_vqa.data.records import load_questions
+from vlm_vqa.model.adapters import add_adapters
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import (
     VlmForTraining,
-    add_adapters,
     build_processor,
     freeze_embeddings,
     initial_model,
@@ -56,9 +57,15 @@ def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, P
     return QuestionDataset(trained, layout, params.prompt.too_long, params.train.answers, params.seed), tokenizer
 
 
+def base_model(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:
+    """Return the model that training starts from, in float32, its weights in the spacing of `train.weights_dtype`."""
+    model = initial_model(params.language, encoder.model.config, processor, params.seed)
+    return model.to(getattr(torch, params.train.weights_dtype.value)).to(torch.float32)
+
+
 def model_to_train(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:
     """Return the model that the parameters describe: weights before the first step, and what of it is trained."""
-    model = initial_model(params.language, encoder.model.config, processor, params.seed)
+    model = base_model(params, encoder, processor)
     set_dropout(model, params.train.dropout)
     set_attention(model, params.train.attention)
     if params.train.freeze_embeddings:
