@@ -140,7 +140,7 @@ def merge_adapter(model: PaliGemmaForConditionalGeneration, folder: str | Path, 
     """
     base_hash = hash_weights(trained_state(model)) if (Path(folder) / FACTS_FILE).is_file() else None
     check_adapter(folder, model.config, checkpoint, base_hash)
-    trained, mode = {name: one.requires_grad for name, one in model.named_parameters()}, model.training
+    trained = {name: one.requires_grad for name, one in model.named_parameters()}
     try:
         _load(model, Path(folder)).merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -148,7 +148,6 @@ def merge_adapter(model: PaliGemmaForConditionalGeneration, folder: str | Path, 
     # peft freezes what it stands on, and wakes the projector that it brings.
     for name, one in model.named_parameters():
         one.requires_grad_(trained[name])
-    model.train(mode)
     assert model.lm_head.weight is model.get_input_embeddings().weight, "the output head is the embedding"
 
 

@@ -7,6 +7,7 @@ from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
 from vlm_vqa.data.held_out import divide
 from vlm_vqa.data.records import load_questions
+from vlm_vqa.launch_file import read_launch
 from vlm_vqa.model.adapters import add_adapters
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import TokenLayout
@@ -58,9 +59,12 @@ def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, P
 
 
 def base_model(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:
-    """Return the model that training starts from, in float32, its weights in the spacing of `train.weights_dtype`."""
+    """Return the model that training starts from, float32; rounded to 16 bits where training begins with that."""
+    train = params.train
     model = initial_model(params.language, encoder.model.config, processor, params.seed)
-    return model.to(getattr(torch, params.train.weights_dtype.value)).to(torch.float32)
+    # DeepSpeed makes its float32 masters of a model that it has cast to its compute type.
+    cast = train.compute_dtype if read_launch(train.launch).strategy.deepspeed else train.weights_dtype
+    return model.to(getattr(torch, cast.value)).to(torch.float32)
 
 
 def model_to_train(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:

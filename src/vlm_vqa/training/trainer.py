@@ -510,8 +510,13 @@ def whole(parameter: Tensor, strategy: Strategy) -> Tensor:
     """Return a whole parameter; all processes must ask for it."""
     if strategy.deepspeed:
         from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.runtime.zero import GatheredParameters
 
-        return safe_get_full_fp32_param(parameter)
+        if (master := safe_get_full_fp32_param(parameter)) is not None:
+            return master
+        # One that is not trained has no master copy.
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
