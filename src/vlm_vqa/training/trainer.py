@@ -509,8 +509,8 @@ class VqaTrainer(Trainer):
 def whole(parameter: Tensor, strategy: Strategy) -> Tensor:
     """Return a whole parameter; all processes must ask for it."""
     if strategy.deepspeed:
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         if (master := safe_get_full_fp32_param(parameter)) is not None:
             return master
