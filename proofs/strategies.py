@@ -32,9 +32,10 @@ from benchmarks.measure import Claim
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import read_manifest
 from vlm_vqa.errors import UserError
+from vlm_vqa.model.adapters import add_adapters, merge_adapters
 from vlm_vqa.model.encoder import load_encoder
-from vlm_vqa.model.vlm import initial_model
-from vlm_vqa.params import Mask, Optimizer, Params, load_params
+from vlm_vqa.model.vlm import freeze_embeddings, initial_model
+from vlm_vqa.params import LoraParams, Mask, Optimizer, Params, load_params
 from vlm_vqa.training import checkpoint_state, launch
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.optimizer import local, state_types
@@ -58,6 +59,7 @@ class Case:
     optimizer: Optimizer = Optimizer.ADAMW_TORCH
     accumulation: int = 1
     percentile_clipping: int = 100
+    lora: LoraParams | None = None
     spoilt: bool = False
     """The last process reads other images: what the comparison must notice."""
 
@@ -74,6 +76,7 @@ CASES = (
     Case("shared rows, 8 bits", optimizer=Optimizer.ADAMW_BNB_8BIT),
     Case("one question a row, 8 bits", shared_rows=False, optimizer=Optimizer.ADAMW_BNB_8BIT),
     Case("shared rows, 8 bits, clipped", optimizer=Optimizer.ADAMW_BNB_8BIT, percentile_clipping=95),
+    Case("shared rows, adapters", lora=LoraParams(rank=4, alpha=8.0, dropout=0.0, targets=("q_proj", "down_proj"))),
     Case("one process misled", spoilt=True),
 )
 REFERENCE = {"shared rows, 4 passes": "shared rows", "one process misled": "shared rows"}
@@ -94,6 +97,7 @@ def work(name: str, folder: Path, steps: int, cases: Sequence[Case]) -> None:
             trainer.train()
             weights = trainer.whole_weights()
             if trainer.launch.main:
+                weights = weights if case.lora is None else merge_adapters(weights, case.lora)
                 save_file(
                     {key: value.contiguous() for key, value in weights.items()},
                     _path(folder, name, case, "safetensors"),
@@ -101,7 +105,8 @@ def work(name: str, folder: Path, steps: int, cases: Sequence[Case]) -> None:
                 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
                 facts = {"losses": losses, "states": state_types(trainer.inner_optimizer), **trainer.facts}
                 _path(folder, name, case, "json").write_text(json.dumps(facts))
-            _check_saved(trainer, _path(folder, name, case, "safetensors"))
+            if case.lora is None:
+                _check_saved(trainer, _path(folder, name, case, "safetensors"))
 
 
 def _trainer(
@@ -117,6 +122,8 @@ def _trainer(
         dropout=0.0,
         logging_steps=1,
         percentile_clipping=case.percentile_clipping,
+        lora=case.lora,
+        freeze_embeddings=case.lora is not None,
         questions_per_row=per_row,
         dataloader_workers=0,
         save_steps=10**9,
@@ -130,6 +137,9 @@ def _trainer(
     start = folder / "start.safetensors"
     if name == ONE and not start.exists():
         save_file({key: value.detach() for key, value in checkpoint_state.named_parameters(model).items()}, start)
+    if case.lora is not None:
+        freeze_embeddings(model)
+        add_adapters(model, case.lora)
     misled = case.spoilt and running.process == running.processes - 1
     collator = Collator(layout, Misleading(features) if misled else features)
     arguments = training_arguments(train, params.seed, folder / "unused", running)

@@ -21,6 +21,7 @@ from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.export import CARD, join, read_training, write_export
 from vlm_vqa.inference.predictor import Predictor
+from vlm_vqa.model.adapters import ADAPTER
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.params import load_params
 from vlm_vqa.pipeline import entrypoint
@@ -39,7 +40,7 @@ def main() -> None:
     results = json.loads(Path("reports/train.json").read_text(encoding="utf-8"))
     model = join(TRAINED, encoder, training["weights_hash"])
     processor = AutoProcessor.from_pretrained(TRAINED, trust_remote_code=False)
-    write_export(EXPORT, model, processor, params, training, results, manifest)
+    write_export(EXPORT, model, processor, params, training, results, manifest, TRAINED / ADAPTER)
     difference = compare(FeatureStore(FEATURES, {"encoder_hash": encoder.hash}), params.data.max_image_pixels)
     logging.info("%s: features from its pixels differ from the stored ones by at most %.1e", EXPORT, difference)
     tracking.log_export(params, weights_hash=training["weights_hash"], files=[EXPORT / CARD])

@@ -21,6 +21,7 @@ from vlm_vqa.data.records import images_of, read_manifest
 from vlm_vqa.evaluation.baselines import shuffled_images
 from vlm_vqa.evaluation.vqa_accuracy import METRICS
 from vlm_vqa.hashing import code_hash, hash_json, write_json
+from vlm_vqa.model.adapters import ADAPTER, merge_adapters, projector_of, save_adapter
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, save_trained
 from vlm_vqa.params import Params, load_params
@@ -80,12 +81,13 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         arguments = training_arguments(params.train, params.seed, folder, running)
         callbacks = [ProgressCallback(run, picture)]
         trainer = VqaTrainer(model, arguments, params.train, data, collator, callbacks, running, watchdog, validation)
+        projector = projector_of(trainer.model)
         result = trainer.run()
         weights = trainer.whole_weights()
         if not running.main:
             return
         report(trainer, data, picture)
-        made_of["weights_hash"] = save(model.config, weights, processor, made_of)
+        made_of["weights_hash"] = save(params, model.config, weights, projector, processor, made_of)
         run.log_metrics(
             {
                 "train_loss": result.training_loss,
@@ -102,12 +104,26 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
     checkpoint_files.remove_all(folder)
 
 
-def save(config: PaliGemmaConfig, weights: dict[str, Tensor], processor, made_of: dict[str, str]) -> str:
-    """Write the trained weights, the processor and what they were made of; return the weights' hash."""
-    weights_hash = hash_weights(weights)
+def save(
+    params: Params,
+    config: PaliGemmaConfig,
+    weights: dict[str, Tensor],
+    projector: dict[str, Tensor],
+    processor,
+    made_of: dict[str, str],
+) -> str:
+    """Write the trained weights, the processor and what they were made of; return the weights' hash.
+
+    Under `train.lora` that is the merged weights, and beside them the adapter; `projector` is the one before the first step.
+    """
+    lora = params.train.lora
+    merged = weights if lora is None else merge_adapters(weights, lora)
+    weights_hash = hash_weights(merged)
     # What stands there may be a hard link into DVC's cache: remove it, never write through it.
     shutil.rmtree(TRAINED, ignore_errors=True)
-    save_trained(config, weights, TRAINED)
+    save_trained(config, merged, TRAINED)
+    if lora is not None:
+        save_adapter(TRAINED / ADAPTER, weights, projector, params, weights_hash)
     processor.save_pretrained(TRAINED)
     sealed.write_folder(TRAINED / TRAINING_FILE, {**made_of, "weights_hash": weights_hash}, [REPORTS / "train.json"])
     return weights_hash

@@ -26,7 +26,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=True)
     assert "heavy: []" in done.stdout
-    for command in ("ask", "check", "compare", "easy-vqa", "gallery", "helm-web", "track"):
+    for command in ("ask", "base", "check", "compare", "easy-vqa", "gallery", "helm-web", "track"):
         assert f"\n    {command} " in done.stdout
 
 

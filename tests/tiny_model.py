@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, PaliGemmaForConditionalGeneration
 
+from vlm_vqa.model.adapters import add_adapters, merge_adapters, projector_of, save_adapter
 from vlm_vqa.model.layout import TokenLayout
-from vlm_vqa.model.vlm import VISION_PREFIX, build_processor, initial_model, train_tokenizer
+from vlm_vqa.model.vlm import VISION_PREFIX, build_processor, hash_weights, initial_model, train_tokenizer
 from vlm_vqa.params import LanguageConfig, LanguageParams, Mask
 
 INSTRUCTION = "Answer in one word."
@@ -41,3 +42,24 @@ def tiny():
             image_token_id=processor.image_token_id,
         ),
     )  # fmt: skip
+
+
+def tiny_base(tiny):
+    """Return another training model with the weights of `tiny`."""
+    model = initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1)
+    model.load_state_dict(tiny.training.state_dict())
+    return model
+
+
+def write_adapter(tiny, params, folder, seed=0):
+    """Write an adapter of `tiny` as a training with these parameters leaves one; return the merged weights."""
+    model, generator = tiny_base(tiny), torch.Generator().manual_seed(seed)
+    projector = projector_of(model)
+    add_adapters(model, params.train.lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    merged = merge_adapters(weights, params.train.lora)
+    save_adapter(folder, weights, projector, params, hash_weights(merged))
+    return merged

@@ -134,6 +134,25 @@ def _check(params: Path, write: bool, params_only: bool) -> None:
         print(f"{values.data.directory}: {counts}, which keep the data contract")
 
 
+@command(option("folder", type=Path, help="new folder for the model"))
+def _base(folder: Path) -> None:
+    """Write the model that params.yaml trains, before its first step: the base that an adapter is of.
+
+    It is a stock folder, as an export is: keep it once, and beside it the adapters of every training that began there.
+    data/records must be there, for a random Gemma 2's tokenizer is trained on them.
+    """
+    from vlm_vqa.inference.export import write_base
+    from vlm_vqa.model.encoder import load_encoder
+    from vlm_vqa.params import load_params
+    from vlm_vqa.training.prepare import base_model, prepare
+
+    params = load_params("params.yaml", whole=True)
+    encoder = load_encoder(params.vision, device="cpu")
+    processor = prepare(params, encoder)[2]
+    weights_hash = write_base(folder, base_model(params, encoder, processor), encoder, processor, params)
+    print(f"wrote {folder}: weights_hash {weights_hash}")
+
+
 @command(
     option("--base", required=True, metavar="REV", help="git revision to compare with, such as main or HEAD~1"),
     option("--tolerance", type=float, default=TOLERANCE, help="drop of helm.bleu_1 that passes"),

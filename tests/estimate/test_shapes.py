@@ -9,8 +9,9 @@ from transformers import Dinov2Config, Dinov2Model, Gemma2Config, PaliGemmaConfi
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.estimate.shapes import VISION, Model, VisionShape, model_of, vision_of
+from vlm_vqa.model.adapters import add_adapters
 from vlm_vqa.model.encoder import SMALL_ENCODER
-from vlm_vqa.model.vlm import VlmForTraining, add_adapters, freeze_embeddings
+from vlm_vqa.model.vlm import VlmForTraining, freeze_embeddings
 from vlm_vqa.params import LoraParams
 
 LORA = LoraParams(4, 8.0, 0.0, ("q_proj", "v_proj", "down_proj"))

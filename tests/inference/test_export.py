@@ -15,17 +15,18 @@ import pytest
 import torch
 from packaging.version import Version
 from PIL import Image
-from transformers import Dinov2Model
+from transformers import AutoModelForImageTextToText, Dinov2Model
 
 from proofs.project import with_changes
+from tests.tiny_model import write_adapter
 from vlm_vqa.errors import UserError
-from vlm_vqa.inference.export import PACKAGES, card, join, read_training, write_export
+from vlm_vqa.inference.export import PACKAGES, card, join, read_training, stock_model, write_base, write_export
 from vlm_vqa.inference.predictor import FACTS_FILE, Predictor
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import Row, visible
 from vlm_vqa.model.vlm import hash_weights, save_trained, text_hidden, text_logits, trained_state
-from vlm_vqa.params import Keep, Mask, ValidateOn, ValidationParams, load_params
-from vlm_vqa.sealed import write_folder
+from vlm_vqa.params import Keep, LoraParams, Mask, ValidateOn, ValidationParams, load_params
+from vlm_vqa.sealed import read_folder, write_folder
 
 QUESTIONS = ["What color is the shape?", "Is there a dog?", "How many red dogs are there?"]
 DATA = {"source": "directory", "notes": ["a note"], "splits": {"train": {"questions": 3, "images": 2}}}
@@ -196,6 +197,38 @@ def test_an_export_is_the_same_bytes_twice(tiny, trained, tmp_path):
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert {"README.md", FACTS_FILE, "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+
+
+def test_an_export_brings_its_adapter_which_gives_its_logits_on_the_base_by_the_cards_words(
+    tiny, trained, tmp_path, monkeypatch
+):
+    _, encoder, params = trained("image-prefix")
+    lora = LoraParams(rank=2, alpha=3.0, dropout=0.1, targets=("q_proj", "v_proj"))
+    params = dataclasses.replace(params, train=dataclasses.replace(params.train, lora=lora))
+    merged = write_adapter(tiny, params, tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    before = write_base(tmp_path / "base", tiny.training, encoder, tiny.processor, params)
+    with pytest.raises(UserError, match="base is there already"):
+        write_base(tmp_path / "base", tiny.training, encoder, tiny.processor, params)
+    model = stock_model(tiny.training.config, encoder)
+    model.load_state_dict(merged, strict=False)
+    training = {"weights_hash": hash_weights(merged)}
+    write_export(tmp_path / "export", model, tiny.processor, params, training, RESULTS, DATA, tmp_path / "adapter")
+
+    facts = read_folder(tmp_path / "export/adapter/adapter.json", "sealed", "")
+    base, exported = (read_folder(tmp_path / name / FACTS_FILE, "sealed", "") for name in ("base", "export"))
+    assert facts["base_hash"] == before == base["weights_hash"] and base["step"] == 0
+    assert facts["weights_hash"] == exported["weights_hash"]
+    (lines,) = re.findall(r"```\n(from peft .*?)```", (tmp_path / "export/README.md").read_text(), flags=re.DOTALL)
+    stock = AutoModelForImageTextToText
+    names = {"AutoModelForImageTextToText": stock, "folder": "export"}
+    exec(lines, names)
+    plain = [stock.from_pretrained(name, attn_implementation="eager") for name in ("export", "base")]
+    inputs = tiny.processor(images=[Image.new("RGB", (28, 28))], text=["<image>What?"], return_tensors="pt")
+    with torch.no_grad():
+        ours, start, theirs = (one(**inputs).logits for one in (*plain, names["model"]))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert (ours - start).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(

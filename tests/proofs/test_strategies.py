@@ -15,6 +15,7 @@ CHOSEN = [
     "shared rows, 4 passes",
     "shared rows, 8 bits",
     "shared rows, 8 bits, clipped",
+    "shared rows, adapters",
     "one process misled",
 ]
 

@@ -8,9 +8,12 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PaliGemmaForConditionalGeneration
 
 from proofs.project import Project, clear, outcome, sample_params
 from tests.training_run import Training, step_of
+from vlm_vqa.cli import main
+from vlm_vqa.model.adapters import merge_adapter
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import initial_model, trained_state
 from vlm_vqa.params import load_params
@@ -108,7 +111,10 @@ def test_a_rank_killed_in_mid_run_ends_all_and_costs_nothing(project):
 
 
 def test_killed_in_mid_checkpoint_it_goes_on_from_the_one_before_and_as_one_process_too(project, monkeypatch):
-    project.set({"train.launch": "cpu-ddp", "train.batch_size": 4, "train.save_steps": 5})
+    """With adapters: they, too, end as if nothing had happened, and merging them into the base gives the result."""
+    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "down_proj"]}
+    project.set({"train.launch": "cpu-ddp", "train.batch_size": 4, "train.save_steps": 5, "train.lora": lora,
+                 "train.freeze_embeddings": True})  # fmt: skip
     train(project)
     undisturbed = outcome(project)
     by_two = weights(project)
@@ -131,6 +137,11 @@ def test_killed_in_mid_checkpoint_it_goes_on_from_the_one_before_and_as_one_proc
     monkeypatch.chdir(project.folder)
     start = initial_weights()
     assert (weights(project) - by_two).norm() < 1e-4 * (by_two - start).norm()
+    assert main(["base", "base"]) == 0
+    base = PaliGemmaForConditionalGeneration.from_pretrained("base", attn_implementation="eager")
+    assert torch.equal(flat(trained_state(base)), start)
+    merge_adapter(base, "models/trained/adapter", "base")
+    torch.testing.assert_close(flat(trained_state(base)), weights(project), rtol=0, atol=1e-7)
 
 
 def weights(project):

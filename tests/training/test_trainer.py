@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
@@ -10,11 +11,13 @@ import torch
 from transformers import TrainerCallback
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.model.adapters import add_adapters, merge_adapter, merge_adapters, projector_of, save_adapter
 from vlm_vqa.model.layout import Row
-from vlm_vqa.model.vlm import add_adapters, freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
+from vlm_vqa.model.vlm import freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
 from vlm_vqa.params import Attention, Dtype, LoraParams, Mask, Optimizer, Rounding, TooLong, load_params
 from vlm_vqa.training import checkpoint_files, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
+from vlm_vqa.training.prepare import base_model
 from vlm_vqa.training.trainer import CURVE_COLUMNS, ProgressCallback, VqaTrainer, training_arguments, write_curve
 
 QUESTIONS = [
@@ -176,7 +179,7 @@ def test_adapters_are_trained_alone_and_merged(make, tiny):
     trainer = make(lora=lora, freeze_embeddings=True)
     plain = trained_state(initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1))
     trainer.train()
-    merged = trainer.whole_weights()
+    merged = merge_adapters(trainer.whole_weights(), lora)
     assert merged.keys() == plain.keys()
     moved = {name for name in plain if not torch.equal(plain[name], merged[name])}
     layers = {f"model.language_model.layers.{layer}.{part}.weight" for layer in (0, 1)
@@ -189,6 +192,27 @@ def test_adapters_are_trained_alone_and_merged(make, tiny):
     joined = initial_model(tiny.language, tiny.encoder_config, tiny.processor, seed=1)
     joined.load_state_dict(merged, strict=False)
     torch.testing.assert_close(joined(features, **inputs)["loss"], trainer.model(features, **inputs)["loss"])
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
+def test_the_adapter_that_is_kept_and_the_model_before_the_first_step_are_the_merged_model(make, tiny, tmp_path, dtype):
+    lora = LoraParams(rank=2, alpha=4.0, dropout=0.1, targets=("v_proj", "up_proj"))
+    bfloat16 = {"weights_dtype": dtype, "compute_dtype": dtype, "rounding": Rounding.STOCHASTIC}
+    changes = bfloat16 if dtype is Dtype.BFLOAT16 else {}
+    trainer = make(lora=lora, freeze_embeddings=True, num_train_epochs=1, **changes)
+    projector = projector_of(trainer.model)
+    trainer.train()
+    params = dataclasses.replace(
+        load_params("presets/small.yaml"), train=trainer.train_settings, language=tiny.language, seed=1
+    )
+    merged = merge_adapters(weights := trainer.whole_weights(), lora)
+    save_adapter(tmp_path / "adapter", weights, projector, params, hash_weights(merged))
+    encoder: Any = SimpleNamespace(model=SimpleNamespace(config=tiny.encoder_config))
+    base = base_model(params, encoder, tiny.processor)
+    before = hash_weights(trained_state(base))
+    # Which refuses a base of other weights.
+    merge_adapter(base, tmp_path / "adapter", "base")
+    assert hash_weights(trained_state(base)) == hash_weights(merged) != before
 
 
 def test_the_optimizer_is_the_one_asked_for(make):

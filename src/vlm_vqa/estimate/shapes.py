@@ -88,8 +88,9 @@ class Model:
         self.all, self.embedding = elements(self.parameters), vocabulary * width
         self.trained = elements(one for one in self.parameters if one.trained)
         self.maps = elements(maps) * language.num_hidden_layers
-        # After adapters are merged: what models/trained holds.
+        # After adapters are merged: what models/trained holds, and beside it the adapter: its layers and the projector.
         self.saved = elements(one for one in self.parameters if "lora_" not in one.name)
+        self.adapter = 0 if whole else self.trained
 
 
 def model_of(params: Params) -> Model:

@@ -126,7 +126,8 @@ def _train(
     best = validation.keep is Keep.BEST
     written = min(train.save_total_limit + 1 + best, -(-batches.steps // train.save_steps) + best * validations)
     held = step.share * total(step.snapshot() or step.states()) + 6 * model.all * launch.strategy.deepspeed
-    return Stage("train", {"models/trained": 4 * model.saved, "checkpoints": written * held}, host, gpu, hours, facts)
+    disk = {"models/trained": 4 * (model.saved + model.adapter), "checkpoints": written * held}
+    return Stage("train", disk, host, gpu, hours, facts)
 
 
 def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, steps: int, rank: Moments) -> Moments:
@@ -155,7 +156,7 @@ def _export(model: Model, vision: VisionShape) -> Stage:
     whole = 4 * (model.saved + vision.parameters)
     join = BASE | {"model": whole, "encoder": 4 * vision.parameters}
     host = {"join": join, "check": join | {"the exported model": whole}}
-    return Stage("export", {"models/export": whole}, host, {}, None, {})
+    return Stage("export", {"models/export": whole + 4 * model.adapter}, host, {}, None, {})
 
 
 def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model, vision: VisionShape) -> Stage:

@@ -12,10 +12,11 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, Pal
 
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.predictor import FACTS_FILE
+from vlm_vqa.model.adapters import ADAPTER
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_trained, special_tokens, trained_state
 from vlm_vqa.params import Mask, Params
-from vlm_vqa.sealed import read_folder, write_folder
+from vlm_vqa.sealed import aside, read_folder, write_folder
 
 CARD = "README.md"
 TRAINED_BY = ("seed", "vision.", "language.", "prompt.", "train.", "validation.")
@@ -33,6 +34,20 @@ TYPE_IDS_LINES = {
     Mask.CAUSAL: 'inputs.pop("token_type_ids")  # causal: no block is bidirectional\n',
 }
 
+ADAPTER_SECTION = f"""
+## The adapter
+
+`{ADAPTER}/` is what training has changed, in peft's format: low-rank adapters on Gemma 2's layers, and the projector. The
+weights here are the base's with it merged in. One base serves many adapters: `vlm-vqa base base` writes it to the folder
+`base`, in the project that this was trained in. After `pip install peft=={{peft}}`, these lines give the model of above:
+
+```
+from peft import PeftModel
+base = AutoModelForImageTextToText.from_pretrained("base", attn_implementation="eager")
+model = PeftModel.from_pretrained(base, folder + "/{ADAPTER}")
+```
+"""
+
 
 def join(folder: str | Path, encoder: Encoder, weights_hash: str) -> PaliGemmaForConditionalGeneration:
     """Join the trained weights of `folder` and the frozen tower into one stock model, float32, in evaluation mode.
@@ -42,15 +57,17 @@ def join(folder: str | Path, encoder: Encoder, weights_hash: str) -> PaliGemmaFo
     Raises:
         UserError: the weights do not have the hash that training named.
     """
-    model = PaliGemmaForConditionalGeneration._from_config(
-        PaliGemmaConfig.from_pretrained(folder, trust_remote_code=False),
-        attn_implementation="eager",
-        dtype=torch.float32,
-    )
+    model = stock_model(PaliGemmaConfig.from_pretrained(folder, trust_remote_code=False), encoder)
     load_trained(model, folder)
-    model.model.vision_tower.load_state_dict({name: v.float() for name, v in encoder.model.state_dict().items()})
     if (found := hash_weights(trained_state(model))) != weights_hash:
         raise UserError(f"{folder}: the weights have hash {found[:12]}, training wrote {weights_hash[:12]}. {RETRAIN}")
+    return model
+
+
+def stock_model(config: PaliGemmaConfig, encoder: Encoder) -> PaliGemmaForConditionalGeneration:
+    """Return a stock model, float32, in evaluation mode, with the encoder as its tower and nothing else in it yet."""
+    model = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model.model.vision_tower.load_state_dict({name: v.float() for name, v in encoder.model.state_dict().items()})
     return model.eval()
 
 
@@ -71,6 +88,7 @@ def write_export(
     training: dict[str, str],
     results: dict[str, Any],
     data: dict[str, Any],
+    adapter: Path | None = None,
 ) -> None:
     """Write model, processor, facts and card.
 
@@ -78,8 +96,53 @@ def write_export(
         training: as `read_training` gives it.
         results: `reports/train.json`.
         data: the manifest of `data/records`.
+        adapter: where it is, if `train.lora` has made one.
     """
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if params.train.lora is not None and adapter is not None:
+        # DVC's files cannot be written to, which a copy need not keep.
+        shutil.copytree(adapter, folder / ADAPTER, copy_function=shutil.copyfile)
+    (folder / CARD).write_text(card(params, training, results, data), encoding="utf-8")
+    _write_model(folder, model, processor, params, training["weights_hash"], results, params.validation.selected_on)
+
+
+def write_base(
+    folder: Path,
+    start: PaliGemmaForConditionalGeneration,
+    encoder: Encoder,
+    processor: PaliGemmaProcessor,
+    params: Params,
+) -> str:
+    """Write the model before the first step as an export that was never trained, without a card; return its weights' hash.
+
+    Adapters are of it: kept once, it serves all that were trained from it.
+
+    Raises:
+        UserError: something is there already.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} is there already. Name a new folder.")
+    weights = trained_state(start)
+    model, weights_hash = stock_model(start.config, encoder), hash_weights(weights)
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    results = {"kept_step": 0, "kept_because": "before the first step"}
+    with aside(folder) as part:
+        _write_model(part, model, processor, params, weights_hash, results, "nothing")
+    return weights_hash
+
+
+def _write_model(
+    folder: Path,
+    model: PaliGemmaForConditionalGeneration,
+    processor: PaliGemmaProcessor,
+    params: Params,
+    weights_hash: str,
+    results: dict[str, Any],
+    selected_on: str,
+) -> None:
+    """Write model and processor, and seal them with what else is in the folder."""
     model.generation_config.update(
         max_new_tokens=params.evaluation.max_new_tokens, do_sample=False, **special_tokens(processor.tokenizer)
     )
@@ -92,10 +155,9 @@ def write_export(
         "text_length": params.prompt.text_length,
         "step": results["kept_step"],
         "step_is": results["kept_because"],
-        "selected_on": params.validation.selected_on,
-        "weights_hash": training["weights_hash"],
+        "selected_on": selected_on,
+        "weights_hash": weights_hash,
     }
-    (folder / CARD).write_text(card(params, training, results, data), encoding="utf-8")
     write_folder(folder / FACTS_FILE, facts)
 
 
@@ -130,6 +192,7 @@ def card(params: Params, training: dict[str, str], results: dict[str, Any], data
         mask=params.prompt.mask.value,
         instruction=repr(params.prompt.instruction),
         type_ids=TYPE_IDS_LINES[params.prompt.mask],
+        adapter="" if params.train.lora is None else ADAPTER_SECTION.format(peft=version("peft")),
         hashes="\n".join(f"- {name}: `{value}`" for name, value in sorted(training.items())),
         results="\n".join(f"- {name}: {value}" for name, value in sorted(results.items())),
         params="\n".join(f"{name}: {value}" for name, value in params.flat().items() if name.startswith(TRAINED_BY)),

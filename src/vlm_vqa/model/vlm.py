@@ -37,7 +37,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.hf_hub import SETTINGS, WANTED, download_snapshot
 from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
 from vlm_vqa.model.layout import additive_mask
-from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, LoraParams
+from vlm_vqa.params import Attention, LanguageConfig, LanguageParams
 
 WEIGHTS_FILE = "model.safetensors"
 TRAINING_FILE = "training.json"
@@ -265,41 +265,6 @@ def set_attention(model: PaliGemmaForConditionalGeneration, attention: Attention
 def freeze_embeddings(model: VlmForTraining) -> None:
     """Leave the token embedding as it is; it is the output head too, so neither has a gradient."""
     model.model.language_model.embed_tokens.weight.requires_grad_(False)
-
-
-def add_adapters(model: VlmForTraining, lora: LoraParams) -> None:
-    """Put low-rank adapters on Gemma 2's linear layers by peft; they and the projector are all that is trained then."""
-    # Here, for it takes two seconds to load, and few runs have adapters.
-    from peft import LoraConfig, inject_adapter_in_model
-
-    alpha: Any = lora.alpha  # peft says int and takes any number
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"
-    )
-    inject_adapter_in_model(config, model.model.language_model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or name.startswith("model.multi_modal_projector."))
-
-
-def merge_adapters(weights: Mapping[str, Tensor], lora: LoraParams) -> dict[str, Tensor]:
-    """Return whole weights with adapters added to the layers that they stand on, by the names of the plain model.
-
-    Args:
-        weights: float32, of a model that `add_adapters` has changed.
-    """
-    merged = {}
-    for name, value in weights.items():
-        if name.endswith(_BASE):
-            stem = name.removesuffix(_BASE)
-            down, up = (weights[f"{stem}.lora_{part}.default.weight"] for part in "AB")
-            merged[f"{stem}.weight"] = value + lora.alpha / lora.rank * (up @ down)
-        elif ".lora_" not in name:
-            merged[name] = value
-    return merged
-
-
-_BASE = ".base_layer.weight"
-"""How peft calls the weight under an adapter."""
 
 
 def load_tokenizer(language: LanguageParams, texts: list[str]) -> PreTrainedTokenizerFast:

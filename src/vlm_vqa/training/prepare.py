@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+import torch
 from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
 from vlm_vqa.data.held_out import divide
 from vlm_vqa.data.records import load_questions
+from vlm_vqa.launch_file import read_launch
+from vlm_vqa.model.adapters import add_adapters
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import (
     VlmForTraining,
-    add_adapters,
     build_processor,
     freeze_embeddings,
     initial_model,
@@ -56,9 +58,18 @@ def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, P
     return QuestionDataset(trained, layout, params.prompt.too_long, params.train.answers, params.seed), tokenizer
 
 
+def base_model(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:
+    """Return the model that training starts from, float32; rounded to 16 bits where training begins with that."""
+    train = params.train
+    model = initial_model(params.language, encoder.model.config, processor, params.seed)
+    # DeepSpeed makes its float32 masters of a model that it has cast to its compute type.
+    cast = train.compute_dtype if read_launch(train.launch).strategy.deepspeed else train.weights_dtype
+    return model.to(getattr(torch, cast.value)).to(torch.float32)
+
+
 def model_to_train(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:
     """Return the model that the parameters describe: weights before the first step, and what of it is trained."""
-    model = initial_model(params.language, encoder.model.config, processor, params.seed)
+    model = base_model(params, encoder, processor)
     set_dropout(model, params.train.dropout)
     set_attention(model, params.train.attention)
     if params.train.freeze_embeddings:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import SaveStrategy
 from vlm_vqa.cores import Crowd, waits
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import model_cost
-from vlm_vqa.model.vlm import VlmForTraining, merge_adapters
+from vlm_vqa.model.vlm import VlmForTraining
 from vlm_vqa.params import Attention, Dtype, Keep, Optimizer, TrainParams
 from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.answers_picture import AnswersPicture
@@ -494,8 +494,8 @@ class VqaTrainer(Trainer):
     def whole_weights(self) -> dict[str, Tensor]:
         """Return the trained weights, whole, float32, on the CPU: on process 0; nothing on the others.
 
-        All processes must call it. It is the weights that the optimizer updates, not copies of less precision, with adapters
-        merged into them.
+        All processes must call it. It is the weights that the optimizer updates, not copies of less precision; adapters and
+        what they stand on are by peft's names, see `vlm_vqa.model.adapters.merge_adapters`.
         """
         self.heartbeat(Phase.WAITING)
         weights = {}
@@ -503,16 +503,20 @@ class VqaTrainer(Trainer):
             value = whole(parameter, self.launch.strategy).detach()
             if self.launch.main:
                 weights[name] = value.to("cpu", torch.float32)
-        lora = self.train_settings.lora
-        return weights if lora is None else merge_adapters(weights, lora)
+        return weights
 
 
 def whole(parameter: Tensor, strategy: Strategy) -> Tensor:
     """Return a whole parameter; all processes must ask for it."""
     if strategy.deepspeed:
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return safe_get_full_fp32_param(parameter)
+        if (master := safe_get_full_fp32_param(parameter)) is not None:
+            return master
+        # One that is not trained has no master copy.
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
