@@ -8,7 +8,7 @@ import logging
 import torch
 
 from vlm_vqa import cores, tracking
-from vlm_vqa.evaluation.evaluate import Folders, evaluate
+from vlm_vqa.evaluation.evaluate import evaluate
 from vlm_vqa.evaluation.vqa_accuracy import metric_in
 from vlm_vqa.params import load_params
 from vlm_vqa.pipeline import entrypoint
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     params = load_params()
     torch.set_num_threads(cores.threads().count)
-    report, files = evaluate(params, Folders())
+    report, files = evaluate(params)
     log.info("bleu_1 %.4f over %d HELM instances", report["helm"]["bleu_1"], report["helm"]["instances"])
     metric = metric_in(report)
     words = metric.replace("_", " ").replace("vqa", "VQA")

@@ -39,7 +39,7 @@ class LoadedModel:
         self._answered = 0
         # As many as HELM has threads, so that batches are full; the model gets them in pieces that fit it.
         self._piece = params.evaluation.batch_size
-        self._worker = BatchWorker(self._answer, batch_size=params.evaluation.helm_threads)
+        self.worker = BatchWorker(self._answer, batch_size=params.evaluation.helm_threads)
 
     @classmethod
     def shared(cls, export: str, params: str, predictor: str) -> "LoadedModel":
@@ -59,27 +59,19 @@ class LoadedModel:
             raise loaded
         return loaded
 
-    def ask(self, question: str, image_key: str, image: Image.Image) -> str:
-        """Answer one question; blocks until its batch is done."""
-        return self._worker.ask(Asked(image_key, question), image)
-
     def _answer(self, asked: Sequence[Asked], images: Sequence[Image.Image]) -> list[str]:
         answers: list[str] = []
         for start in range(0, len(asked), self._piece):
-            piece = slice(start, start + self._piece)
-            answers += self._answer_piece(asked[piece], images[piece])
+            piece = asked[start : start + self._piece]
+            # Each image is encoded once, however many questions there are about it.
+            distinct = dict(zip((one.image_key for one in piece), images[start:], strict=False))
+            row_of = {key: row for row, key in enumerate(distinct)}
+            features = self.predictor.encode(list(distinct.values()))
+            rows = [row_of[one.image_key] for one in piece]
+            answers += self.predictor.answer_features([one.question for one in piece], features, rows)
         self._answered += len(answers)
         hlog(f"{ANSWERED} {self._answered}")
         return answers
-
-    def _answer_piece(self, asked: Sequence[Asked], images: Sequence[Image.Image]) -> list[str]:
-        """Encode each image once, however many questions there are about it."""
-        distinct = {one.image_key: image for one, image in zip(asked, images, strict=True)}
-        row_of = {key: row for row, key in enumerate(distinct)}
-        features = self.predictor.encode(list(distinct.values()))
-        return self.predictor.answer_features(
-            [one.question for one in asked], features, [row_of[one.image_key] for one in asked]
-        )
 
 
 class VlmVqaClient(Client):
@@ -129,7 +121,7 @@ class VlmVqaClient(Client):
             )
         image = open_image(_read_image(image_path), image_path, model.max_image_pixels)
         begun = time.time()
-        answer = model.ask(question, image_path, image)
+        answer = model.worker.ask(Asked(image_path, question), image)
         return RequestResult(
             success=True,
             cached=False,
