@@ -239,53 +239,6 @@ def test_the_store_does_not_depend_on_the_copy(monkeypatch, variable, uri):
     assert tracking.tracking_uri(Path("/repo")) == uri
 
 
-@pytest.mark.slow
-def test_queued_and_temporary_experiments_log_to_the_checkout(checkout):
-    """Real DVC: its copies are deleted afterwards, so whatever is logged there must not be in them."""
-    dvc = [sys.executable, "-m", "dvc"]
-    script = (
-        "from vlm_vqa import tracking; from vlm_vqa.params import load_params\n"
-        "with tracking.training_run(load_params(), key='k', tags={}) as run: run.log_artifact('params.yaml')\n"
-        "open('out.txt', 'w').write('done')\n"
-    )
-    (checkout / "stage.py").write_text(script)
-    stage = {
-        "cmd": f"{sys.executable} stage.py",
-        "deps": ["stage.py"],
-        "params": ["train.learning_rate"],
-        "outs": ["out.txt"],
-    }
-    (checkout / "dvc.yaml").write_text(json.dumps({"stages": {"train": stage}}))
-    (checkout / ".gitignore").write_text("/mlflow.db\n/mlartifacts/\n/out.txt\n")
-    environment = os.environ | {
-        "PYTHONPATH": str(REPO / "src"),
-        "DVC_NO_ANALYTICS": "1",
-        "GIT_CONFIG_GLOBAL": os.devnull,
-    }
-    # The queue's worker starts `dvc` by name.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    environment |= {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-
-    def run(*command: str) -> str:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run("git", "init", "-q")
-    run(*dvc, "init", "-q")
-    run("git", "add", ".")
-    run("git", "commit", "-qm", "start")
-    run(*dvc, "exp", "run", "--temp", "-n", "aside", "-S", "train.learning_rate=0.002")
-    run(*dvc, "exp", "run", "--queue", "-n", "queued", "-S", "train.learning_rate=0.003")
-    run(*dvc, "exp", "run", "--run-all")
-    found = {run.data.tags["dvc_experiment"]: run for run in runs(checkout) if "dvc_experiment" in run.data.tags}
-    assert {name: run.data.params["train.learning_rate"] for name, run in found.items()} == {
-        "aside": "0.002",
-        "queued": "0.003",
-    }
-    assert all("params.yaml" in artifacts(checkout, run) for run in found.values())
-
-
 # --- a local store is whole, or not there -----------------------------------------------------------------------------
 
 
