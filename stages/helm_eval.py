@@ -26,7 +26,7 @@ def main() -> None:
     log.info("%s %.4f over %d questions", words, *(report[metric][key] for key in ("overall", "questions")))
     for name, scores in report["baselines"].items():
         log.info("baseline %s: %s %.4f, bleu_1 %.4f", name, words, scores[metric], scores["bleu_1"])
-    tracking.log_evaluation(params, weights_hash=report["model"]["weights_hash"], report=report, files=files)
+    tracking.log_results(params, weights_hash=report["model"]["weights_hash"], report=report, files=files)
 
 
 if __name__ == "__main__":

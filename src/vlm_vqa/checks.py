@@ -118,8 +118,7 @@ def _check_lengths(params: Params, records: Path, asked: Sequence[str], layout: 
 def fill_in(path: Path) -> list[str]:
     """Write into a valid parameter file what it lacks: keys and whole sections, each below the one before it; return them.
 
-    Raises:
-        UserError: the file is not valid, or its layout has no place for a line.
+    UserError if the file is not valid, or its layout has no place for a line.
     """
     values, text = read_yaml(path), path.read_text(encoding="utf-8")
     lacking = lacking_keys(parse_params(values, str(path)), values)
@@ -141,8 +140,7 @@ def fill_in(path: Path) -> list[str]:
 def _with_line(text: str, section: Sequence[str], names: Sequence[str], name: str, line: str) -> str:
     """Return a file's text with a line of key `name` in a section: below the key before it in `names`, indented like it.
 
-    Raises:
-        LookupError: the section is not written in lines of its own, or has no such key.
+    LookupError if the section is not written in lines of its own, or has no such key.
     """
     node = compose(text)
     for one in section:

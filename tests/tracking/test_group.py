@@ -45,7 +45,7 @@ def start(params, **hashes) -> str:
 
 def score(params, bleu: float, accuracy: float | None = None) -> None:
     report = {"helm": {"bleu_1": bleu}} | ({"vqa_accuracy": {"overall": accuracy}} if accuracy is not None else {})
-    tracking.log_evaluation(params, weights_hash=weights(params), report=report)
+    tracking.log_results(params, weights_hash=weights(params), report=report)
 
 
 def run_all(params, bleu: float, accuracy: float | None = None, **hashes) -> str:

@@ -36,7 +36,7 @@ if name == "train":
         run.log_weights("models/trained", weights)
 if name == "helm-eval":
     report = {"helm": {"bleu_1": 0.8 + seed / 20}, "vqa_accuracy": {"overall": 0.7 + seed / 40}}
-    tracking.log_evaluation(params, weights_hash=weights, report=report, files=["reports/evaluation.json"])
+    tracking.log_results(params, weights_hash=weights, report=report, files=["reports/evaluation.json"])
 """
 
 

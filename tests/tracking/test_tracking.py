@@ -159,8 +159,8 @@ def test_evaluation_goes_to_the_newest_run_of_the_same_weights_and_params(checko
         made.append(run.run_id)
         time.sleep(0.01)  # start times are in milliseconds
     (checkout / "README.md").write_text("card")
-    tracking.log_export(params, weights_hash="w" * 64, files=["README.md"])
-    tracking.log_evaluation(params, weights_hash="w" * 64, report=EVALUATION)
+    tracking.log_results(params, weights_hash="w" * 64, files=["README.md"])
+    tracking.log_results(params, weights_hash="w" * 64, report=EVALUATION)
     scored = [run for run in runs(checkout) if "bleu_1" in run.data.metrics]
     assert [run.info.run_id for run in scored] == [made[1]]
     assert scored[0].data.metrics["score_vqa_accuracy_per_answer_type_yes_no"] == 0.85
@@ -461,7 +461,7 @@ def train(params) -> None:
         for step in range(3):
             run.log_metrics({"loss": 1.0}, step)
         run.log_weights("params.yaml", "w" * 64)
-    tracking.log_evaluation(params, weights_hash="w" * 64, report=EVALUATION)
+    tracking.log_results(params, weights_hash="w" * 64, report=EVALUATION)
 
 
 def test_an_unreachable_server_costs_one_warning_a_stage_and_little_time(checkout, params, monkeypatch, caplog):
@@ -581,7 +581,7 @@ def test_track_makes_the_run_once(outputs):
 
 
 def test_evaluation_of_weights_without_a_run_makes_one(outputs, params):
-    tracking.log_evaluation(params, weights_hash="w" * 64, report=EVALUATION, files=["reports/evaluation.json"])
+    tracking.log_results(params, weights_hash="w" * 64, report=EVALUATION, files=["reports/evaluation.json"])
     (run,) = runs(outputs)
     assert run.data.tags["recreated"] == "true" and run.data.metrics["bleu_1"] == 0.9
     assert history(outputs, run, "loss") == [(10, 2.0), (20, 1.0)]
