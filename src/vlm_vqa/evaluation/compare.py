@@ -69,11 +69,8 @@ class Comparison:
         """One sentence."""
         if self.rows[0][1] is None:
             return f"Passed without a comparison: the base has no {REPORT}."
-        word = "dropped" if self.drop > 0 else "rose" if self.drop < 0 else "did not change"
-        by = f" by {abs(self.drop):.4f}" if self.drop else ""
-        return (
-            f"{'Passed' if self.passed else 'FAILED'}: {GATE} {word}{by} (a drop of {self.tolerance:g} is tolerated)."
-        )
+        passed = "Passed" if self.passed else "FAILED"
+        return f"{passed}: {GATE} changed by {-self.drop:+.4f} (a drop of {self.tolerance:g} is tolerated)."
 
 
 def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tolerance: float = TOLERANCE) -> Comparison:

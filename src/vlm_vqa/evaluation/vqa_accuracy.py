@@ -98,12 +98,9 @@ def accuracy(
     """Score one answer per question.
 
     Args:
-        predictions: answer by question id.
+        predictions: answer by question id; UserError if they are not for exactly the questions, or there is none.
         questions: the annotated questions, with `question_id`, `answers`, `question_type`, `answer_type`.
         score_of: one of `METRICS`.
-
-    Raises:
-        UserError: the predictions are not for exactly the annotated questions, or there is no question.
     """
     questions = list(questions)
     _check_same_questions(predictions, [row["question_id"] for row in questions])

@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from helm.clients.client import Client
@@ -22,16 +23,11 @@ from vlm_vqa.evaluation.helm.batching import Asked, BatchWorker
 from vlm_vqa.evaluation.helm.run import ANSWERED, FAILED
 from vlm_vqa.params import Params, load_params
 
+_LOADING = threading.Lock()
+
 
 class LoadedModel:
-    """The one model of this process and the worker that owns it.
-
-    HELM builds clients from its threads without a lock and so may build several; the model is loaded by the first and
-    shared by all (`shared`).
-    """
-
-    _loaded: dict[tuple[str, str, str], "LoadedModel | Exception"] = {}
-    _lock = threading.Lock()
+    """The one model of this process (`shared_model`) and the worker that owns it."""
 
     def __init__(self, export: str, params: Params, predictor: str):
         self.predictor = pkgutil.resolve_name(predictor)(export, max_new_tokens=params.evaluation.max_new_tokens)
@@ -40,24 +36,6 @@ class LoadedModel:
         # As many as HELM has threads, so that batches are full; the model gets them in pieces that fit it.
         self._piece = params.evaluation.batch_size
         self.worker = BatchWorker(self._answer, batch_size=params.evaluation.helm_threads)
-
-    @classmethod
-    def shared(cls, export: str, params: str, predictor: str) -> "LoadedModel":
-        """Return this process's model for these arguments, loading it on the first call.
-
-        What failed to load fails for all: HELM waits for every thread, and each would load it again.
-        """
-        key = (export, params, predictor)
-        with cls._lock:
-            if key not in cls._loaded:
-                try:
-                    cls._loaded[key] = cls(export, load_params(params), predictor)
-                except Exception as error:  # noqa: BLE001 - raised below
-                    cls._loaded[key] = error
-            loaded = cls._loaded[key]
-        if isinstance(loaded, Exception):
-            raise loaded
-        return loaded
 
     def _answer(self, asked: Sequence[Asked], images: Sequence[Image.Image]) -> list[str]:
         answers: list[str] = []
@@ -72,6 +50,24 @@ class LoadedModel:
         self._answered += len(answers)
         hlog(f"{ANSWERED} {self._answered}")
         return answers
+
+
+@cache
+def load(export: str, params: str, predictor: str) -> LoadedModel | Exception:
+    """Load a model, once: what failed to load fails for all, for HELM waits for every thread, and each would try again."""
+    try:
+        return LoadedModel(export, load_params(params), predictor)
+    except Exception as error:  # noqa: BLE001 - raised by all
+        return error
+
+
+def shared_model(export: str, params: str, predictor: str) -> LoadedModel:
+    """Return this process's model: HELM builds clients from its threads without a lock and so may build several."""
+    with _LOADING:
+        loaded = load(export, params, predictor)
+    if isinstance(loaded, Exception):
+        raise loaded
+    return loaded
 
 
 class VlmVqaClient(Client):
@@ -112,7 +108,7 @@ class VlmVqaClient(Client):
             )
 
     def _answer(self, request: Request) -> RequestResult:
-        model = LoadedModel.shared(*self._source)
+        model = shared_model(*self._source)
         instruction, image_path, question = _read_prompt(request)
         if instruction != model.predictor.instruction:
             raise UserError(
