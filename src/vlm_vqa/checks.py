@@ -39,10 +39,7 @@ KNOWN = {
 
 def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORDS, run: bool = False) -> None:
     """Check this machine, and the records where there are some of this source, or what is known of it; `run` as for
-    `check_machine`.
-
-    Raises:
-        UserError: they do not allow the five stages.
+    `check_machine`. UserError if they do not allow the five stages.
     """
     check_machine(params, launches, run)
     manifest = read_manifest(records) if run else manifest_for_a_look(records)
@@ -76,13 +73,10 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
 def check_records(
     params: Params, records: Path = RECORDS, run: bool = True, layout: "TokenLayout | None" = None
 ) -> None:
-    """Refuse records that the training or the evaluation would refuse. A tokenizer is downloaded where the stages `run`.
+    """Refuse records that the training or the evaluation would refuse, by a UserError that names the split.
 
-    Args:
-        layout: of all training questions, where they have been tokenised already.
-
-    Raises:
-        UserError: naming the split.
+    A tokenizer is downloaded where the stages `run`. `layout` is of all training questions, where they have been tokenised
+    already.
     """
     val = load_questions(records, "val", ["image_id", "question"])
     train = load_questions(records, "train", ["image_id"])["image_id"]

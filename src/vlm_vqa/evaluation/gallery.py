@@ -28,10 +28,8 @@ def draw_gallery(
     """Draw questions with their images, the model's answer and the humans' most common one; return the file's path.
 
     The choice is random among right and among wrong answers and depends on the seed alone, so it flatters nobody. Their
-    numbers are at most `right` and `wrong`, though: the picture does not show how often the model is right.
-
-    Raises:
-        UserError: there are no predictions, an image is not among the records, or `out_path` cannot be written.
+    numbers are at most `right` and `wrong`, though: the picture does not show how often the model is right. UserError if
+    there are no predictions, an image is not among the records, or `out_path` cannot be written.
     """
     out_path = Path(out_path)
     if out_path.suffix.lower() != ".png":
