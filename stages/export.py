@@ -43,7 +43,7 @@ def main() -> None:
     write_export(EXPORT, model, processor, params, training, results, manifest, TRAINED / ADAPTER)
     difference = compare(FeatureStore(FEATURES, {"encoder_hash": encoder.hash}), params.data.max_image_pixels)
     logging.info("%s: features from its pixels differ from the stored ones by at most %.1e", EXPORT, difference)
-    tracking.log_export(params, weights_hash=training["weights_hash"], files=[EXPORT / CARD])
+    tracking.log_results(params, weights_hash=training["weights_hash"], files=[EXPORT / CARD])
 
 
 def compare(features: FeatureStore, max_pixels: int) -> float:

@@ -8,7 +8,7 @@ import logging
 import torch
 
 from vlm_vqa import cores, tracking
-from vlm_vqa.evaluation.evaluate import Folders, evaluate
+from vlm_vqa.evaluation.evaluate import evaluate
 from vlm_vqa.evaluation.vqa_accuracy import metric_in
 from vlm_vqa.params import load_params
 from vlm_vqa.pipeline import entrypoint
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 def main() -> None:
     params = load_params()
     torch.set_num_threads(cores.threads().count)
-    report, files = evaluate(params, Folders())
+    report, files = evaluate(params)
     log.info("bleu_1 %.4f over %d HELM instances", report["helm"]["bleu_1"], report["helm"]["instances"])
     metric = metric_in(report)
     words = metric.replace("_", " ").replace("vqa", "VQA")
     log.info("%s %.4f over %d questions", words, *(report[metric][key] for key in ("overall", "questions")))
     for name, scores in report["baselines"].items():
         log.info("baseline %s: %s %.4f, bleu_1 %.4f", name, words, scores[metric], scores["bleu_1"])
-    tracking.log_evaluation(params, weights_hash=report["model"]["weights_hash"], report=report, files=files)
+    tracking.log_results(params, weights_hash=report["model"]["weights_hash"], report=report, files=files)
 
 
 if __name__ == "__main__":

@@ -37,16 +37,15 @@ def shared_data() -> Path:
 def vqav2_folder(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes a tiny data set under VQAv2's official names and returns its folder."""
 
-    def write(
-        name: str = "vqav2", train_images: int = 4, val_images: int = 2, size: tuple[int, int] = (32, 24)
-    ) -> Path:
-        folder = tmp_path / name
-        # Not in ascending order of ids, like the official files.
-        _write_split(folder, "train", [9 + 16 * index for index in reversed(range(train_images))], size)
-        _write_split(folder, "val", [1042 + 31 * index for index in reversed(range(val_images))], size)
-        return folder
+    return lambda name="vqav2", **sizes: write_vqav2(tmp_path / name, **sizes)
 
-    return write
+
+def write_vqav2(folder: Path, train_images: int = 4, val_images: int = 2, size: tuple[int, int] = (32, 24)) -> Path:
+    """Write a tiny data set under VQAv2's official names; return its folder."""
+    # Not in ascending order of ids, like the official files.
+    _write_split(folder, "train", [9 + 16 * index for index in reversed(range(train_images))], size)
+    _write_split(folder, "val", [1042 + 31 * index for index in reversed(range(val_images))], size)
+    return folder
 
 
 def _write_split(folder: Path, split: str, image_ids: list[int], size: tuple[int, int]) -> None:

@@ -177,7 +177,6 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
     [
         ("", "cpu-ddp", "", None, f"found: {max(1, CORES // 2)} ("),
         ("", "cpu-ddp", "", "77", "found: 77 (OMP_NUM_THREADS, more than"),
-        ("", "cpu", "", "1", "found: 1 (OMP_NUM_THREADS)"),
         ("", "cpu-zero2", "--num_cpu_threads_per_process 5", None, "found: 5 (OMP_NUM_THREADS"),
         ("dvc", "cpu-ddp", "", "1, 2", "found: 1 (OMP_NUM_THREADS)"),
         ("dvc", "cpu", "", "abc", "found: OMP_NUM_THREADS is 'abc'"),

@@ -39,10 +39,7 @@ KNOWN = {
 
 def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORDS, run: bool = False) -> None:
     """Check this machine, and the records where there are some of this source, or what is known of it; `run` as for
-    `check_machine`.
-
-    Raises:
-        UserError: they do not allow the five stages.
+    `check_machine`. UserError if they do not allow the five stages.
     """
     check_machine(params, launches, run)
     manifest = read_manifest(records) if run else manifest_for_a_look(records)
@@ -76,13 +73,10 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
 def check_records(
     params: Params, records: Path = RECORDS, run: bool = True, layout: "TokenLayout | None" = None
 ) -> None:
-    """Refuse records that the training or the evaluation would refuse. A tokenizer is downloaded where the stages `run`.
+    """Refuse records that the training or the evaluation would refuse, by a UserError that names the split.
 
-    Args:
-        layout: of all training questions, where they have been tokenised already.
-
-    Raises:
-        UserError: naming the split.
+    A tokenizer is downloaded where the stages `run`. `layout` is of all training questions, where they have been tokenised
+    already.
     """
     val = load_questions(records, "val", ["image_id", "question"])
     train = load_questions(records, "train", ["image_id"])["image_id"]
@@ -118,8 +112,7 @@ def _check_lengths(params: Params, records: Path, asked: Sequence[str], layout: 
 def fill_in(path: Path) -> list[str]:
     """Write into a valid parameter file what it lacks: keys and whole sections, each below the one before it; return them.
 
-    Raises:
-        UserError: the file is not valid, or its layout has no place for a line.
+    UserError if the file is not valid, or its layout has no place for a line.
     """
     values, text = read_yaml(path), path.read_text(encoding="utf-8")
     lacking = lacking_keys(parse_params(values, str(path)), values)
@@ -141,8 +134,7 @@ def fill_in(path: Path) -> list[str]:
 def _with_line(text: str, section: Sequence[str], names: Sequence[str], name: str, line: str) -> str:
     """Return a file's text with a line of key `name` in a section: below the key before it in `names`, indented like it.
 
-    Raises:
-        LookupError: the section is not written in lines of its own, or has no such key.
+    LookupError if the section is not written in lines of its own, or has no such key.
     """
     node = compose(text)
     for one in section:

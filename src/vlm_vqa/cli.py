@@ -204,14 +204,13 @@ def _gallery(out: Path, seed: int) -> None:
 )
 def _helm_web(port: int, no_serve: bool) -> None:
     """Show HELM's own page of the last evaluation, with its pictures, to this machine."""
-    from vlm_vqa.evaluation.helm.run import HelmFolders
     from vlm_vqa.evaluation.helm.web import PAGE, serve, write_page
 
-    first = write_page(HelmFolders())
+    first = write_page()
     if no_serve:
         print(f"wrote {PAGE}: any web server can show it")
     else:
-        serve(PAGE, first, port)
+        serve(first, port)
 
 
 @command(

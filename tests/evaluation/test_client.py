@@ -10,7 +10,7 @@ from helm.clients.auto_client import AutoClient
 from helm.common.media_object import MediaObject, MultimediaObject
 from helm.common.request import Request
 
-from vlm_vqa.evaluation.helm.client import LoadedModel, VlmVqaClient
+from vlm_vqa.evaluation.helm.client import VlmVqaClient, load, shared_model
 from vlm_vqa.evaluation.helm.run import FAILED
 from vlm_vqa.params import HELM_INSTRUCTION
 
@@ -18,7 +18,7 @@ from vlm_vqa.params import HELM_INSTRUCTION
 @pytest.fixture(autouse=True)
 def fresh(project, picture):
     """No model and no fake module of an earlier test."""
-    LoadedModel._loaded.clear()
+    load.cache_clear()
     sys.modules.pop("fake_predictor", None)
     for name, red in (("red", True), ("blue", False)):
         (project / f"{name}.jpg").write_bytes(picture(red))
@@ -49,7 +49,7 @@ def text(result):
 def test_answers_and_takes_the_instruction_out():
     asked = []
     one = client()
-    model = LoadedModel.shared("models/export", "params.yaml", "fake_predictor:load")
+    model = shared_model("models/export", "params.yaml", "fake_predictor:load")
     answer_features = model.predictor.answer_features
     model.predictor.answer_features = lambda questions, *rest: (
         asked.extend(questions) or answer_features(questions, *rest)
@@ -63,21 +63,21 @@ def test_one_model_for_many_clients_and_threads_and_each_image_encoded_once_a_ba
     import fake_predictor
 
     loads = []
-    load = fake_predictor.load
-    monkeypatch.setattr(fake_predictor, "load", lambda *a, **k: loads.append(threading.get_ident()) or load(*a, **k))
+    real = fake_predictor.load
+    monkeypatch.setattr(fake_predictor, "load", lambda *a, **k: loads.append(threading.get_ident()) or real(*a, **k))
     with ThreadPoolExecutor(32) as pool:
         wanted = ["red.jpg" if at % 3 else "blue.jpg" for at in range(64)]
         answers = list(pool.map(lambda image: text(client().make_request(request(image))), wanted))
     assert answers == [image.removesuffix(".jpg") for image in wanted]
     assert len(loads) == 1
-    model = LoadedModel.shared("models/export", "params.yaml", "fake_predictor:load")
+    model = shared_model("models/export", "params.yaml", "fake_predictor:load")
     # Two batches of 32 (params.yaml's helm_threads) that hold two different images each.
     assert model.predictor.encoded == 4
 
 
 def test_a_retrained_model_never_gets_old_answers(fresh):
     assert text(client().make_request(request())) == "red"
-    LoadedModel._loaded.clear()
+    load.cache_clear()
     facts = {"weights_hash": "v" * 64, "red": "crimson"}
     (fresh / "models" / "export" / "model.json").write_text(json.dumps(facts))
     retrained = client().make_request(request())
@@ -120,8 +120,8 @@ def test_a_model_that_does_not_load_is_tried_once(fresh, monkeypatch):
 
     (fresh / "models" / "export" / "model.json").unlink()
     loads = []
-    load = fake_predictor.load
-    monkeypatch.setattr(fake_predictor, "load", lambda *a, **k: loads.append(1) or load(*a, **k))
+    real = fake_predictor.load
+    monkeypatch.setattr(fake_predictor, "load", lambda *a, **k: loads.append(1) or real(*a, **k))
     assert {client().make_request(request()).error for _ in range(3)} == {f"{FAILED} models/export: no export there."}
     assert len(loads) == 1
 

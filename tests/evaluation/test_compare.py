@@ -143,7 +143,7 @@ def test_the_command_ends_with_0_1_or_2(checkout, capsys, monkeypatch):
     assert "diff to HEAD" in Path("out/note.md").read_text()
     write(changed(helm__bleu_1=0.97))
     assert main(["compare", "--base", "HEAD"]) == 1
-    assert "FAILED: helm.bleu_1 dropped by 0.0200 (a drop of 0.01 is tolerated)" in capsys.readouterr().out
+    assert "FAILED: helm.bleu_1 changed by -0.0200 (a drop of 0.01 is tolerated)" in capsys.readouterr().out
     assert main(["compare", "--base", "HEAD", "--tolerance", "0.02"]) == 0
     assert main(["compare", "--base", "HEAD~1"]) == 2
     assert "--allow-missing-base" in capsys.readouterr().err

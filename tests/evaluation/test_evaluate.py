@@ -23,9 +23,9 @@ from vlm_vqa.data.records import QUESTION_FEATURES, load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation import evaluate as module
 from vlm_vqa.evaluation.bleu import mean_bleu_1
-from vlm_vqa.evaluation.evaluate import Folders, _choose, answer_questions, evaluate
+from vlm_vqa.evaluation.evaluate import _choose, answer_questions, evaluate
 from vlm_vqa.evaluation.helm.files import SCORES, HelmResults, helm_order, pick_instances
-from vlm_vqa.evaluation.helm.run import HelmFolders
+from vlm_vqa.evaluation.helm.run import RESULTS
 from vlm_vqa.params import Params, load_params
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def no_helm(monkeypatch):
 
 
 def test_report_has_the_agreed_keys_and_figures(project, records, features, params, load, no_helm):
-    report = evaluate(params, Folders(), load)[0]
+    report = evaluate(params, load)[0]
     # Colours are right in full (10 of 10 and 4 of 10 humans say the colour); shuffled images are another colour or not.
     assert report["vqa_accuracy"] == {
         "overall": 1.0,
@@ -93,11 +93,11 @@ def test_report_has_the_agreed_keys_and_figures(project, records, features, para
 def test_what_selected_the_weights_stands_in_the_report(project, records, features, params, load, no_helm):
     facts = {"step": 40, "step_is": "the best of 6 validations", "selected_on": "reported questions"}
     Path("models/export/model.json").write_text(json.dumps(facts))
-    assert facts.items() <= evaluate(params, Folders(), load)[0]["model"].items()
+    assert facts.items() <= evaluate(params, load)[0]["model"].items()
 
 
 def test_predictions_are_kept_question_by_question(project, records, features, params, load, no_helm):
-    evaluate(params, Folders(), load)
+    evaluate(params, load)
     rows = pq.read_table("reports/predictions.parquet").to_pylist()
     questions = load_questions(records, "val").to_list()
     assert [row["question_id"] for row in rows] == [row["question_id"] for row in questions]
@@ -123,7 +123,7 @@ def few_answers(records, answers):
 
 def test_another_number_of_answers_than_ten_is_scored_and_named_so(project, records, features, params, load, no_helm):
     few_answers(records, [["Red"], ["red", ""], ["blue"] * 10])
-    report = evaluate(params, Folders(), load)[0]
+    report = evaluate(params, load)[0]
     # Images are red and blue in turn with two questions each: 16 questions, answers in threes.
     truth = [{"Red", "red"} if at % 3 < 2 else {"blue"} for at in range(16)]
     right = [("red" if at // 2 % 2 == 0 else "blue") in words for at, words in enumerate(truth)]
@@ -143,7 +143,7 @@ def test_one_answer_and_the_same_ten_times_have_the_same_bleu_1(project, records
     reports = []
     for answers in ([["red"], ["blue"]], [["red"] * 10, ["blue"] * 10]):
         few_answers(records, answers)
-        reports.append(evaluate(params, Folders(), load)[0])
+        reports.append(evaluate(params, load)[0])
     one, ten = reports
     assert one["helm"] == ten["helm"]
     assert [one["baselines"][name]["bleu_1"] for name in one["baselines"]] == [
@@ -160,14 +160,11 @@ def test_of_few_answers_one_may_be_rounded_otherwise():
 
 
 @pytest.mark.slow
-def test_helm_itself_over_four_questions_with_one_to_three_answers_some_blank(project, records, features, params, load):
+def test_helm_itself_over_all_questions_with_one_to_three_answers_some_blank(project, records, features, params, load):
     few_answers(records, [["red"], ["red", " ", "blue"], ["Blue", ""], ["an answer"]])
     Path("models/export/model.json").write_text('{"red": ""}')
-    few = with_evaluation(params, helm_instances=4, vqa_questions=4)
-    report = evaluate(few, Folders(), load)[0]
-    assert report["helm"]["instances"] == report["answer_accuracy"]["questions"] == 4
-    everything = with_evaluation(params, helm_instances=1000)
-    assert evaluate(everything, Folders(), load)[0]["helm"]["instances"] == 16
+    report = evaluate(with_evaluation(params, helm_instances=1000), load)[0]
+    assert report["helm"]["instances"] == report["answer_accuracy"]["questions"] == 16
     assert "" in pq.read_table("reports/helm_predictions.parquet")["prediction"].to_pylist()
 
 
@@ -185,7 +182,7 @@ def test_features_of_other_data_are_refused_before_helm_runs(project, records, f
     monkeypatch.setattr(module, "_ask_helm", lambda *_: pytest.fail("HELM was run"))
     seal_records(records, data_hash="other", splits=TEN)
     with pytest.raises(UserError, match="data_hash"):
-        evaluate(params, Folders(), load)
+        evaluate(params, load)
 
 
 def test_helm_that_answers_otherwise_than_the_stored_features_is_refused(
@@ -193,7 +190,7 @@ def test_helm_that_answers_otherwise_than_the_stored_features_is_refused(
 ):
     Path("models/export/model.json").write_text('{"red": "crimson"}')
     with pytest.raises(UserError, match="of HELM's answers.*extract-features"):
-        evaluate(params, Folders(), load)
+        evaluate(params, load)
     assert not Path("reports/evaluation.json").exists()
 
 
@@ -216,7 +213,7 @@ def test_with_helm_itself_twice_the_same_bytes(project, records, features, param
     """The real HELM over ten instances, and again; its web view has the BLEU column and shows its images."""
 
     def run():
-        _, files = evaluate(with_evaluation(params, helm_instances=10), Folders(), load)
+        _, files = evaluate(with_evaluation(params, helm_instances=10), load)
         return {str(path): path.read_bytes() for path in files}
 
     first = run()
@@ -229,7 +226,7 @@ def test_with_helm_itself_twice_the_same_bytes(project, records, features, param
     assert [row["question_id"] for row in rows] == [ids[at] for at in pick_instances(16, 10)]
     assert all(set(SCORES) < set(row) and row["bleu_1"] == 1.0 for row in rows)
 
-    suite = HelmFolders().suite
+    suite = RESULTS
     table = json.loads((suite / "groups" / "vqa_base.json").read_text())[0]
     assert [cell["value"] for cell in table["header"]][:2] == ["Model", "BLEU-1"]
     assert table["rows"][0][1]["value"] == pytest.approx(report["helm"]["bleu_1"])

@@ -10,6 +10,7 @@ from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.gallery import _choose, _verdict, draw_gallery
 from vlm_vqa.evaluation.helm.files import write_table
+from vlm_vqa.training.answers_picture import PAGE
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_same_seed_same_bytes_and_another_seed_another_picture(records, predicti
     )
     assert first.read_bytes() == again.read_bytes()
     assert first.read_bytes() != other.read_bytes()
-    assert Image.open(first).width == 1100
+    assert Image.open(first).width == PAGE
 
 
 @pytest.mark.parametrize("text", ["$", "$5 or $6?", r"$\frac{$", r"a $\undefined$ b", r"\$1 $_$"])

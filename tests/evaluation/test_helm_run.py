@@ -17,7 +17,7 @@ from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.bleu import prepare_punkt
 from vlm_vqa.evaluation.helm.files import write_scenario
-from vlm_vqa.evaluation.helm.run import ANSWERED, SUITE, HelmFolders, _run_child, run_helm
+from vlm_vqa.evaluation.helm.run import ANSWERED, RESULTS, SCENARIO, SUITE, _run_child, run_helm
 from vlm_vqa.params import Punkt
 
 ROOT = Path(__file__).parents[2]
@@ -26,11 +26,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_what_the_client_refuses_is_the_one_message(project, records):
     (project / "models" / "export" / "model.json").write_text('{"instruction": "Say something."}')
-    folders = HelmFolders()
     questions = load_questions(records, "val").to_list()
-    write_scenario(folders.scenario, questions, records)
+    write_scenario(SCENARIO, questions, records)
     with pytest.raises(UserError, match="HELM asks with .* trained with 'Say something.'.*helm-run.log"):
-        run_helm(folders, len(questions), threads=4, environment=prepare_punkt(Punkt.BUNDLED))
+        run_helm(len(questions), threads=4, environment=prepare_punkt(Punkt.BUNDLED))
 
 
 def test_a_child_that_fails_is_shown_by_the_end_of_its_log(tmp_path, monkeypatch):
@@ -139,4 +138,4 @@ def test_committed_files_are_what_helm_reads_and_name_this_projects_client():
     assert deployment["client_spec"]["class_name"] == "vlm_vqa.evaluation.helm.client.VlmVqaClient"
     assert f"vqa:model={model['name']}" in (config / "run_entries.conf").read_text()
     assert not (config / "__init__.py").exists()  # it would shadow the package `helm`
-    assert SUITE in str(HelmFolders().suite)
+    assert SUITE in str(RESULTS)

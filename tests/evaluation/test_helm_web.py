@@ -9,26 +9,24 @@ import pytest
 
 from vlm_vqa.cli import main
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.helm.run import HelmFolders
+from vlm_vqa.evaluation.helm.run import RESULTS, SCENARIO
 from vlm_vqa.evaluation.helm.web import _Handler, _Server, serve, write_page
 
 RUN = "vqa:model=a_b,groups=vqa_base"
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
+def finished(tmp_path, monkeypatch):
     """What a finished evaluation leaves, but for the contents."""
     monkeypatch.chdir(tmp_path)
-    folders = HelmFolders()
-    for file in (folders.suite / RUN / "scenario_state.json", folders.suite / "costs.json",
-                 folders.scenario / "valid" / "images" / "COCO_val2014_000000000001.jpg"):  # fmt: skip
+    for file in (RESULTS / RUN / "scenario_state.json", RESULTS / "costs.json",
+                 SCENARIO / "valid" / "images" / "COCO_val2014_000000000001.jpg"):  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
-    return folders
 
 
-def test_the_copy_has_the_pictures_and_replaces_an_earlier_one(folders, tmp_path):
-    assert write_page(folders) == "#/runs/vqa%3Amodel%3Da_b%2Cgroups%3Dvqa_base"
+def test_the_copy_has_the_pictures_and_replaces_an_earlier_one(finished, tmp_path):
+    assert write_page() == "#/runs/vqa%3Amodel%3Da_b%2Cgroups%3Dvqa_base"
     page = tmp_path / "helm-web"
     assert (page / "benchmark_output/scenarios/vqa/valid/images/COCO_val2014_000000000001.jpg").is_file()
     assert (page / "benchmark_output/runs/vlm-vqa" / RUN / "scenario_state.json").is_file()
@@ -36,13 +34,13 @@ def test_the_copy_has_the_pictures_and_replaces_an_earlier_one(folders, tmp_path
     # What an interrupted call leaves.
     (tmp_path / "helm-web.new").mkdir()
     (tmp_path / "helm-web.new" / "half").touch()
-    write_page(folders)
+    write_page()
     assert not (page / "of-yesterday").exists() and not (page / "half").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark_output", "helm-web"]
 
 
-def test_the_copy_names_no_other_machine_to_fetch_from(folders, tmp_path):
-    write_page(folders)
+def test_the_copy_names_no_other_machine_to_fetch_from(finished, tmp_path):
+    write_page()
     index = (tmp_path / "helm-web" / "index.html").read_text()
     assert index.index("Content-Security-Policy") < index.index("<script")
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', index)
@@ -51,8 +49,8 @@ def test_the_copy_names_no_other_machine_to_fetch_from(folders, tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["costs.json", f"{RUN}/scenario_state.json", "../../scenarios/vqa"])
-def test_without_a_finished_evaluation_it_says_what_to_do(folders, lost, capsys):
-    (folders.suite / lost).rename("lost")
+def test_without_a_finished_evaluation_it_says_what_to_do(finished, lost, capsys):
+    (RESULTS / lost).rename("lost")
     assert main(["helm-web", "--no-serve"]) == 2
     error = capsys.readouterr().err
     assert "no finished HELM evaluation" in error and "`dvc repro --single-item --force helm-eval`" in error
@@ -70,13 +68,13 @@ def test_the_server_is_heard_on_this_machine_alone_and_keeps_nothing_in_caches(t
             urllib.request.urlopen(f"{address}/absent.jpg")
         assert '"GET /absent.jpg HTTP/1.1" 404' in capsys.readouterr().err
         with pytest.raises(UserError, match=f"port {server.server_port} cannot be used .*--port"):
-            serve(tmp_path, "", server.server_port)
+            serve("", server.server_port)
         server.shutdown()
     with pytest.raises(UserError, match="port 70000 cannot be used"):
-        serve(tmp_path, "", 70000)
+        serve("", 70000)
 
 
-def test_serve_listens_on_loopback(tmp_path, monkeypatch):
+def test_serve_listens_on_loopback(monkeypatch):
     bound = []
 
     def refuse(address, handler):
@@ -85,5 +83,5 @@ def test_serve_listens_on_loopback(tmp_path, monkeypatch):
 
     monkeypatch.setattr("vlm_vqa.evaluation.helm.web._Server", refuse)
     with pytest.raises(UserError, match="enough seen"):
-        serve(tmp_path, "", 8000)
+        serve("", 8000)
     assert bound == [("127.0.0.1", 8000)]

@@ -1,13 +1,13 @@
 """A disk that is full or read-only: one clear message that names it, exit code 2, and earlier results intact."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from proofs.project import Project
+from tests.conftest import write_vqav2
 
 pytestmark = pytest.mark.slow
 
@@ -29,11 +29,14 @@ def mounted(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.fixture
-def project(tmp_path, vqav2_folder):
-    folder = tmp_path / "project"
-    folder.mkdir()
-    return Project(folder, {"data.directory": str(vqav2_folder(size=(320, 240)))})
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project whose first two stages have run; what is mounted over their outputs hides them for a test's time."""
+    folder = tmp_path_factory.mktemp("disks")
+    project = Project(folder / "project", {"data.directory": str(write_vqav2(folder / "vqav2", size=(320, 240)))})
+    for name in ("fetch-vqav2", "extract-features"):
+        assert project.stage(name).returncode == 0
+    return project
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -41,7 +44,6 @@ def project(tmp_path, vqav2_folder):
     ("options", "words"), [("size=16k", "the disk is full"), ("ro", "the file system is read-only")]
 )
 def test_fetch_and_extract_say_what_to_do(project, mounted, options, words):
-    assert project.stage("fetch-vqav2").returncode == 0
     mounted(project.folder / "data/features", options)
     done = project.stage("extract-features")
     # accelerate's launcher turns the stage's 2 into 1.
@@ -49,7 +51,6 @@ def test_fetch_and_extract_say_what_to_do(project, mounted, options, words):
     assert words in done.stderr and "dvc repro" in done.stderr and "Traceback" not in done.stderr
     assert (project.folder / "data/records/manifest.json").is_file()
 
-    shutil.rmtree(project.folder / "data/records")
     mounted(project.folder / "data/records", options)
     done = project.stage("fetch-vqav2")
     assert done.returncode == 2, done.stderr
@@ -58,8 +59,6 @@ def test_fetch_and_extract_say_what_to_do(project, mounted, options, words):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_full_disk_while_a_checkpoint_is_written(project, mounted):
-    for name in ("fetch-vqav2", "extract-features"):
-        assert project.stage(name).returncode == 0
     mounted(project.folder / "checkpoints", "size=400k")
     done = project.stage("train")
     assert done.returncode != 0

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from proofs.project import Project, sample_params
 from tests import golden
 from vlm_vqa.sealed import SWITCH
 from vlm_vqa.training.watchdog import DEAD_SECONDS, TICK_SECONDS
@@ -20,16 +19,6 @@ pytestmark = pytest.mark.slow
 
 BOUND = DEAD_SECONDS + 8 * TICK_SECONDS + 8
 """Seconds from a rank's death to the end of all, as the watchdog's docstring states it."""
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, shared_data):
-    """A project on the real sample whose first two stages have run."""
-    project = Project(tmp_path_factory.mktemp("distributed"), sample_params(shared_data))
-    for name in ("fetch-vqav2", "extract-features"):
-        done = project.stage(name)
-        assert done.returncode == 0, done.stderr
-    return project
 
 
 def trained(project):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PaliGemmaForConditionalGeneration
 
-from proofs.project import Project, clear, outcome, sample_params
+from proofs.project import clear, outcome
 from tests.training_run import Training, step_of
 from vlm_vqa.cli import main
 from vlm_vqa.model.adapters import merge_adapter
@@ -21,16 +21,6 @@ from vlm_vqa.sealed import read_sealed, write_sealed
 from vlm_vqa.training.prepare import prepare
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, shared_data):
-    """A project on the tiny official layout whose first two stages have run."""
-    project = Project(tmp_path_factory.mktemp("train"), sample_params(shared_data))
-    for name in ("fetch-vqav2", "extract-features"):
-        done = project.stage(name)
-        assert done.returncode == 0, done.stderr
-    return project
 
 
 def train(project):

@@ -45,7 +45,7 @@ def start(params, **hashes) -> str:
 
 def score(params, bleu: float, accuracy: float | None = None) -> None:
     report = {"helm": {"bleu_1": bleu}} | ({"vqa_accuracy": {"overall": accuracy}} if accuracy is not None else {})
-    tracking.log_evaluation(params, weights_hash=weights(params), report=report)
+    tracking.log_results(params, weights_hash=weights(params), report=report)
 
 
 def run_all(params, bleu: float, accuracy: float | None = None, **hashes) -> str:
@@ -96,12 +96,11 @@ def test_children_evaluated_in_any_order_have_a_mean_and_a_deviation(checkout, p
     assert parent.info.run_name == "seeds of a1b2c3d: 3 runs, vqa_accuracy 0.7000 ± 0.2000, bleu_1 0.7000 ± 0.2646"
     own = {key for key in params.flat() if key != "seed" and not key.startswith("tracking.")}
     assert set(parent.data.params) == own | set(HASHES) and parent.data.params["train.learning_rate"] == "0.001"
-    assert artifacts(checkout, parent)["summary.md"].splitlines() == [
-        "| seeds | vqa_accuracy_mean | vqa_accuracy_sd | vqa_accuracy_min | vqa_accuracy_max"
-        " | bleu_1_mean | bleu_1_sd | bleu_1_min | bleu_1_max |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| 3 | 0.7 | 0.2 | 0.5 | 0.9 | 0.7 | 0.264575 | 0.4 | 0.9 |",
-    ]
+    header, row = artifacts(checkout, parent)["summary.csv"].splitlines()
+    assert header == "seeds," + ",".join(
+        f"{score}_{figure}" for score in ("vqa_accuracy", "bleu_1") for figure in ("mean", "sd", "min", "max")
+    )
+    assert [round(float(text), 6) for text in row.split(",")] == [3, 0.7, 0.2, 0.5, 0.9, 0.7, 0.264575, 0.4, 0.9]
     assert not warnings(caplog)
 
 

@@ -159,8 +159,8 @@ def test_evaluation_goes_to_the_newest_run_of_the_same_weights_and_params(checko
         made.append(run.run_id)
         time.sleep(0.01)  # start times are in milliseconds
     (checkout / "README.md").write_text("card")
-    tracking.log_export(params, weights_hash="w" * 64, files=["README.md"])
-    tracking.log_evaluation(params, weights_hash="w" * 64, report=EVALUATION)
+    tracking.log_results(params, weights_hash="w" * 64, files=["README.md"])
+    tracking.log_results(params, weights_hash="w" * 64, report=EVALUATION)
     scored = [run for run in runs(checkout) if "bleu_1" in run.data.metrics]
     assert [run.info.run_id for run in scored] == [made[1]]
     assert scored[0].data.metrics["score_vqa_accuracy_per_answer_type_yes_no"] == 0.85
@@ -237,53 +237,6 @@ def test_a_copy_made_by_dvc_belongs_to_the_checkout_it_was_made_from(checkout):
 def test_the_store_does_not_depend_on_the_copy(monkeypatch, variable, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
     assert tracking.tracking_uri(Path("/repo")) == uri
-
-
-@pytest.mark.slow
-def test_queued_and_temporary_experiments_log_to_the_checkout(checkout):
-    """Real DVC: its copies are deleted afterwards, so whatever is logged there must not be in them."""
-    dvc = [sys.executable, "-m", "dvc"]
-    script = (
-        "from vlm_vqa import tracking; from vlm_vqa.params import load_params\n"
-        "with tracking.training_run(load_params(), key='k', tags={}) as run: run.log_artifact('params.yaml')\n"
-        "open('out.txt', 'w').write('done')\n"
-    )
-    (checkout / "stage.py").write_text(script)
-    stage = {
-        "cmd": f"{sys.executable} stage.py",
-        "deps": ["stage.py"],
-        "params": ["train.learning_rate"],
-        "outs": ["out.txt"],
-    }
-    (checkout / "dvc.yaml").write_text(json.dumps({"stages": {"train": stage}}))
-    (checkout / ".gitignore").write_text("/mlflow.db\n/mlartifacts/\n/out.txt\n")
-    environment = os.environ | {
-        "PYTHONPATH": str(REPO / "src"),
-        "DVC_NO_ANALYTICS": "1",
-        "GIT_CONFIG_GLOBAL": os.devnull,
-    }
-    # The queue's worker starts `dvc` by name.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    environment |= {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-
-    def run(*command: str) -> str:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run("git", "init", "-q")
-    run(*dvc, "init", "-q")
-    run("git", "add", ".")
-    run("git", "commit", "-qm", "start")
-    run(*dvc, "exp", "run", "--temp", "-n", "aside", "-S", "train.learning_rate=0.002")
-    run(*dvc, "exp", "run", "--queue", "-n", "queued", "-S", "train.learning_rate=0.003")
-    run(*dvc, "exp", "run", "--run-all")
-    found = {run.data.tags["dvc_experiment"]: run for run in runs(checkout) if "dvc_experiment" in run.data.tags}
-    assert {name: run.data.params["train.learning_rate"] for name, run in found.items()} == {
-        "aside": "0.002",
-        "queued": "0.003",
-    }
-    assert all("params.yaml" in artifacts(checkout, run) for run in found.values())
 
 
 # --- a local store is whole, or not there -----------------------------------------------------------------------------
@@ -508,7 +461,7 @@ def train(params) -> None:
         for step in range(3):
             run.log_metrics({"loss": 1.0}, step)
         run.log_weights("params.yaml", "w" * 64)
-    tracking.log_evaluation(params, weights_hash="w" * 64, report=EVALUATION)
+    tracking.log_results(params, weights_hash="w" * 64, report=EVALUATION)
 
 
 def test_an_unreachable_server_costs_one_warning_a_stage_and_little_time(checkout, params, monkeypatch, caplog):
@@ -628,7 +581,7 @@ def test_track_makes_the_run_once(outputs):
 
 
 def test_evaluation_of_weights_without_a_run_makes_one(outputs, params):
-    tracking.log_evaluation(params, weights_hash="w" * 64, report=EVALUATION, files=["reports/evaluation.json"])
+    tracking.log_results(params, weights_hash="w" * 64, report=EVALUATION, files=["reports/evaluation.json"])
     (run,) = runs(outputs)
     assert run.data.tags["recreated"] == "true" and run.data.metrics["bleu_1"] == 0.9
     assert history(outputs, run, "loss") == [(10, 2.0), (20, 1.0)]

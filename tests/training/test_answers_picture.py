@@ -57,7 +57,7 @@ def png(page):
 def texts(drawn, log):
     """Return the lines of the first question's cell."""
     said = {entry["step"]: entry[ANSWERS][0] for entry in log if ANSWERS in entry}
-    return [line.text for line in drawn._cell(drawn.questions[0], said)[0]]
+    return [line.text for line in drawn._cell(drawn.questions[0], said).lines]
 
 
 def test_same_history_same_bytes_also_after_a_resume_and_another_history_other_bytes():
@@ -113,8 +113,8 @@ def test_wild_texts_warn_nobody_and_stay_in_their_cells(capfd, monkeypatch):
     assert capfd.readouterr() == ("", "")
     assert page.width == PAGE and (gaps(page, titled) == 255).all()
     # The test sees a text that is not broken.
-    whole = lambda self, text, *_, bold=False, **__: [answers_picture.Line(text.split("\n")[0], "black", bold)]  # noqa: E731
-    monkeypatch.setattr(AnswersPicture, "_fold", whole)
+    whole = lambda text, *_, bold=False, **__: [answers_picture.Line(text.split("\n")[0], "black", bold)]  # noqa: E731
+    monkeypatch.setattr(answers_picture, "fold", whole)
     assert (gaps(picture(questions=WILD).draw(log), titled) < 255).any()
 
 

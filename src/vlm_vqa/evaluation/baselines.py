@@ -23,11 +23,7 @@ class QuestionOnlyBaseline:
     """
 
     def __init__(self, training_questions: Iterable[Mapping[str, Any]]):
-        """Count answers; rows need `question`, `question_type` and `answers`.
-
-        Raises:
-            UserError: there is no training question.
-        """
+        """Count answers; rows need `question`, `question_type` and `answers`. UserError if there is none."""
         by_question: dict[str, Counter[str]] = defaultdict(Counter)
         by_type: dict[str, Counter[str]] = defaultdict(Counter)
         overall: Counter[str] = Counter()
@@ -54,12 +50,8 @@ class QuestionOnlyBaseline:
 def shuffled_images(image_ids: Iterable[int], seed: int) -> dict[int, int]:
     """Give every image another one, never itself; all questions of an image get the same one.
 
-    Args:
-        image_ids: images in any order, repeats allowed.
-        seed: the same seed and the same set of images give the same assignment.
-
-    Raises:
-        UserError: there are fewer than two images.
+    The images come in any order, repeats allowed; the same seed and the same set of them give the same assignment.
+    UserError if there are fewer than two.
     """
     distinct = np.unique(np.fromiter(image_ids, dtype=np.int64))
     if len(distinct) < 2:

@@ -29,11 +29,8 @@ _SECONDS = 15.0
 def prepare_punkt(mode: Punkt, bundled: Path = BUNDLED_PUNKT) -> dict[str, str]:
     """Make `punkt_tab` available here; call it before any inference, HELM would miss it only afterwards.
 
-    Returns:
-        What to add to the environment of a child process so that it uses the same data.
-
-    Raises:
-        UserError: the bundled folder is missing, or nltk's own data is neither installed nor to be had.
+    Returns what to add to the environment of a child process so that it uses the same data. UserError if the bundled folder
+    is missing, or nltk's own data is neither installed nor to be had.
     """
     if mode is Punkt.BUNDLED:
         if not (bundled / "tokenizers" / "punkt_tab" / "english").is_dir():

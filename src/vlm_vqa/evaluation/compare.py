@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,8 @@ class Comparison:
         """One sentence."""
         if self.rows[0][1] is None:
             return f"Passed without a comparison: the base has no {REPORT}."
-        word = "dropped" if self.drop > 0 else "rose" if self.drop < 0 else "did not change"
-        by = f" by {abs(self.drop):.4f}" if self.drop else ""
-        return (
-            f"{'Passed' if self.passed else 'FAILED'}: {GATE} {word}{by} (a drop of {self.tolerance:g} is tolerated)."
-        )
+        passed = "Passed" if self.passed else "FAILED"
+        return f"{passed}: {GATE} changed by {-self.drop:+.4f} (a drop of {self.tolerance:g} is tolerated)."
 
 
 def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tolerance: float = TOLERANCE) -> Comparison:
@@ -121,45 +119,41 @@ def _score(report: Mapping[str, Any], name: str, whose: str) -> float:
     return value
 
 
-def report_here(folder: Path = Path(".")) -> dict[str, Any]:
+def report_here() -> dict[str, Any]:
     """The report of the working tree."""
     try:
-        text = (folder / REPORT).read_text(encoding="utf-8")
+        return _parse(REPORT.read_text(encoding="utf-8"), str(REPORT))
     except OSError as error:
-        raise UserError(f"{folder / REPORT} cannot be read ({error.strerror}): `make repro` makes it") from error
-    return _parse(text, str(folder / REPORT))
+        raise UserError(f"{REPORT} cannot be read ({error.strerror}): `make repro` makes it") from error
 
 
-def report_at(revision: str, folder: Path = Path(".")) -> dict[str, Any] | None:
+def report_at(revision: str) -> dict[str, Any] | None:
     """The report that git holds at `revision`, or None where it has none. An unknown revision is a UserError."""
-    known = _git(folder, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    known = _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     if known.returncode != 0:
         raise UserError(f"git knows no revision {revision!r} here: `git fetch` it, or name another by --base")
     commit = known.stdout.strip()
-    listed = _git(folder, "ls-tree", "--name-only", commit, REPORT.as_posix())
+    listed = _git("ls-tree", "--name-only", commit, REPORT.as_posix())
     if not listed.stdout.strip():
         return None
-    return _parse(_git(folder, "show", f"{commit}:./{REPORT.as_posix()}").stdout, f"{revision}:{REPORT}")
+    return _parse(_git("show", f"{commit}:./{REPORT.as_posix()}").stdout, f"{revision}:{REPORT}")
 
 
 def _parse(text: str, name: str) -> dict[str, Any]:
-    try:
-        report = json.loads(text)
-    except ValueError:
-        report = None
-    if not isinstance(report, dict):
-        raise UserError(f"{name} is no JSON object: `vlm-vqa repair helm-eval` brings it back")
-    return report
+    with suppress(ValueError):
+        if isinstance(report := json.loads(text), dict):
+            return report
+    raise UserError(f"{name} is no JSON object: `vlm-vqa repair helm-eval` brings it back")
 
 
-def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
 
 
-def metrics_diff(revision: str, folder: Path = Path(".")) -> str:
+def metrics_diff(revision: str) -> str:
     """What `dvc metrics diff REVISION --md` prints."""
     command = [sys.executable, "-m", "dvc", "metrics", "diff", revision, "--md"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return f"`dvc metrics diff {revision} --md` failed:\n\n```\n{done.stderr.strip()}\n```"
     return done.stdout.strip() or "No metric changed."

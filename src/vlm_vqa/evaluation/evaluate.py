@@ -3,7 +3,6 @@
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ from vlm_vqa.evaluation.helm.files import (
     write_scenario,
     write_table,
 )
-from vlm_vqa.evaluation.helm.run import HelmFolders, run_helm
+from vlm_vqa.evaluation.helm.run import CONFIG, RESULTS, SCENARIO, run_helm
 from vlm_vqa.evaluation.vqa_accuracy import METRICS, Accuracy, accuracy
 from vlm_vqa.hashing import write_json
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.params import EvaluationParams, Params
 
+RECORDS, FEATURES, EXPORT, REPORTS = map(Path, ("data/records", "data/features", "models/export", "reports"))
 LEAST_AGREEMENT = 0.99
 """HELM sees pixels, accuracy is counted from stored features: fewer equal answers, but for one, are no rounding."""
 
@@ -41,43 +41,31 @@ log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Folders:
-    """Where the evaluation reads and writes, relative to the project's root."""
-
-    records: Path = Path("data/records")
-    features: Path = Path("data/features")
-    export: Path = Path("models/export")
-    reports: Path = Path("reports")
-    helm: HelmFolders = HelmFolders()
-
-
 def evaluate(
-    params: Params, folders: Folders, load_predictor: Callable[..., Predictor] = Predictor.from_export
+    params: Params, load_predictor: Callable[..., Predictor] = Predictor.from_export
 ) -> tuple[dict[str, Any], list[Path]]:
     """Evaluate the exported model; return the report, and the files written into the reports: `evaluation.json`,
     `metrics.json` (a few of its figures, for DVC), `predictions.parquet`, `helm/` and `helm_predictions.parquet`.
 
     Args:
         params: `evaluation`, `prompt.instruction` and `seed` count.
-        folders: see `Folders`.
         load_predictor: (folder, max_new_tokens=) -> the model that answers from features; HELM's client loads its own.
 
     Raises:
         UserError: something is missing or does not fit; as far as it can be known, before any inference.
     """
-    environment = prepare_punkt(params.evaluation.punkt_tab, folders.helm.config / "nltk_data")
-    validation = load_questions(folders.records, "val").to_list()
+    environment = prepare_punkt(params.evaluation.punkt_tab, CONFIG / "nltk_data")
+    validation = load_questions(RECORDS, "val").to_list()
     questions, at_helm = _choose(validation, params.evaluation)
     counted = ["question", "question_type", "answers"]
-    prior = QuestionOnlyBaseline(load_questions(folders.records, "train").select_columns(counted))
+    prior = QuestionOnlyBaseline(load_questions(RECORDS, "train").select_columns(counted))
     others = shuffled_images((row["image_id"] for row in questions), params.seed)
-    manifest = read_manifest(folders.records)
+    manifest = read_manifest(RECORDS)
     metric = metric_of(manifest)
-    store = FeatureStore(folders.features, {"data_hash": manifest["data_hash"]})
+    store = FeatureStore(FEATURES, {"data_hash": manifest["data_hash"]})
 
-    helm = _ask_helm([questions[at] for at in at_helm], params.evaluation, folders, environment)
-    predictor = load_predictor(folders.export, max_new_tokens=params.evaluation.max_new_tokens)
+    helm = _ask_helm([questions[at] for at in at_helm], params.evaluation, environment)
+    predictor = load_predictor(EXPORT, max_new_tokens=params.evaluation.max_new_tokens)
     size = params.evaluation.batch_size
     answers = answer_questions(predictor, store, questions, size, "questions")
     blind = {
@@ -105,8 +93,8 @@ def evaluate(
         "prediction_shuffled": blind["shuffled_images"],
         "prediction_prior": blind["prior"],
     }
-    files = _write(folders.reports, metric, report, pa.table(table))
-    files += write_extract(folders.reports / "helm", helm, [questions[at] for at in at_helm])
+    files = _write(metric, report, pa.table(table))
+    files += write_extract(REPORTS / "helm", helm, [questions[at] for at in at_helm])
     return report, files
 
 
@@ -159,14 +147,12 @@ def _choose(validation: Sequence[Row], evaluation: EvaluationParams) -> tuple[li
     return [validation[position] for position in chosen], [place[position] for position in picked]
 
 
-def _ask_helm(
-    questions: Sequence[Row], evaluation: EvaluationParams, folders: Folders, environment: Mapping[str, str]
-) -> HelmResults:
-    for folder in (folders.helm.scenario, folders.helm.suite):
+def _ask_helm(questions: Sequence[Row], evaluation: EvaluationParams, environment: Mapping[str, str]) -> HelmResults:
+    for folder in (SCENARIO, RESULTS):
         shutil.rmtree(folder, ignore_errors=True)
-    write_scenario(folders.helm.scenario, questions, folders.records)
-    run_helm(folders.helm, len(questions), evaluation.helm_threads, environment)
-    results = read_results(folders.helm.suite, questions)
+    write_scenario(SCENARIO, questions, RECORDS)
+    run_helm(len(questions), evaluation.helm_threads, environment)
+    results = read_results(RESULTS, questions)
     # The baselines' BLEU is ours: it must be HELM's measure.
     ours = mean_bleu_1(results.predictions, [row["answers"] for row in questions])
     if abs(ours - results.scores["bleu_1"]) > 1e-6:
@@ -207,8 +193,8 @@ def _score_baseline(
     }
 
 
-def _write(folder: Path, metric: str, report: Mapping[str, Any], predictions: pa.Table) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(metric: str, report: Mapping[str, Any], predictions: pa.Table) -> list[Path]:
+    REPORTS.mkdir(exist_ok=True)
     # What DVC prints: few and short.
     name = metric.removeprefix("vqa_")
     metrics = {
@@ -217,7 +203,7 @@ def _write(folder: Path, metric: str, report: Mapping[str, Any], predictions: pa
         f"{name}_shuffled": report["baselines"]["shuffled_images"][metric],
         "bleu_1": report["helm"]["bleu_1"],
     }
-    files = [folder / name for name in ("evaluation.json", "metrics.json", "predictions.parquet")]
+    files = [REPORTS / name for name in ("evaluation.json", "metrics.json", "predictions.parquet")]
     write_json(files[0], report)
     write_json(files[1], metrics)
     write_table(predictions, files[2])

@@ -64,14 +64,6 @@ class Accuracy:
     per_answer_type: dict[str, float]
     per_question: dict[int, float]
 
-    def official(self) -> dict[str, Any]:
-        """Return the figures as the official evaluator prints them: percent, two decimals, its own key names."""
-        return {
-            "overall": round(100 * self.overall, 2),
-            "perQuestionType": {name: round(100 * value, 2) for name, value in self.per_question_type.items()},
-            "perAnswerType": {name: round(100 * value, 2) for name, value in self.per_answer_type.items()},
-        }
-
 
 def score_answer(prediction: str, answers: Sequence[str]) -> float:
     """Return one answer's official score in 0..1 against the ten human answers of its question."""
@@ -106,29 +98,21 @@ def accuracy(
     """Score one answer per question.
 
     Args:
-        predictions: answer by question id.
+        predictions: answer by question id; UserError if they are not for exactly the questions, or there is none.
         questions: the annotated questions, with `question_id`, `answers`, `question_type`, `answer_type`.
         score_of: one of `METRICS`.
-
-    Raises:
-        UserError: the predictions are not for exactly the annotated questions, or there is no question.
     """
     questions = list(questions)
     _check_same_questions(predictions, [row["question_id"] for row in questions])
-    by_question_type: dict[str, list[float]] = defaultdict(list)
-    by_answer_type: dict[str, list[float]] = defaultdict(list)
-    per_question: dict[int, float] = {}
-    for row in questions:
-        score = score_of(predictions[row["question_id"]], row["answers"])
-        per_question[row["question_id"]] = score
-        by_question_type[row["question_type"]].append(score)
-        by_answer_type[row["answer_type"]].append(score)
-    return Accuracy(
-        overall=_mean(list(per_question.values())),
-        per_question_type={name: _mean(scores) for name, scores in sorted(by_question_type.items())},
-        per_answer_type={name: _mean(scores) for name, scores in sorted(by_answer_type.items())},
-        per_question=per_question,
-    )
+    scores = {row["question_id"]: score_of(predictions[row["question_id"]], row["answers"]) for row in questions}
+
+    def means(kind: str) -> dict[str, float]:
+        found: dict[str, list[float]] = defaultdict(list)
+        for row in questions:
+            found[row[kind]].append(scores[row["question_id"]])
+        return {name: _mean(found[name]) for name in sorted(found)}
+
+    return Accuracy(_mean([*scores.values()]), means("question_type"), means("answer_type"), scores)
 
 
 @cache

@@ -12,15 +12,15 @@ import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import file_digest, md5
+from hashlib import md5
 from pathlib import Path
 
 from dvc.exceptions import DvcException
 from dvc.output import Output
 from dvc.repo import Repo
-from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.hash import file_md5
 from dvc_data.hashfile.tree import Tree
 from tqdm import tqdm
 
@@ -46,11 +46,9 @@ class Fault:
 
 
 def _md5(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return file_digest(file, lambda: md5(usedforsecurity=False)).hexdigest()
-    except OSError:
-        return None
+    with suppress(OSError):
+        return file_md5(str(path))
+    return None
 
 
 @contextmanager
@@ -131,9 +129,7 @@ def _md5_of(content: bytes) -> str:
 
 
 def _tree(hashes: Mapping[str, str | None]) -> Tree:
-    tree = Tree()
-    for name, value in hashes.items():
-        tree.add(tuple(name.split("/")), None, HashInfo("md5", value))
+    tree = Tree.from_list([{"relpath": name, "md5": value} for name, value in hashes.items()])
     tree.digest()
     return tree
 

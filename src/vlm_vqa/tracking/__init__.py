@@ -6,7 +6,7 @@ stored in any output. Neither the model nor the data import this room.
 """
 
 from vlm_vqa.tracking.recreate import recreate_run
-from vlm_vqa.tracking.run import log_evaluation, log_export, training_run
+from vlm_vqa.tracking.run import log_results, training_run
 from vlm_vqa.tracking.store import checkout_root, tracking_uri
 
-__all__ = ["checkout_root", "log_evaluation", "log_export", "recreate_run", "tracking_uri", "training_run"]
+__all__ = ["checkout_root", "log_results", "recreate_run", "tracking_uri", "training_run"]

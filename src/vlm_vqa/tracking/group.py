@@ -128,13 +128,11 @@ def _write(store: Store, baseline: str, parent: str, scores: Scores) -> None:
     """The parent's table, parameters and name, and its metrics where the runs differ in nothing but the seed."""
     differing = sorted({key for recipe in scores for key, _ in recipe - frozenset.intersection(*scores)})
     rows = [{key: dict(recipe).get(key, "") for key in differing} | _figures(scores[recipe]) for recipe in scores]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = [columns, *([row.get(name, "") for name in columns] for row in rows)]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table)
-    lines = [" | ".join(map(_cell, line)) for line in (columns, ["---"] * len(columns), *table[1:])]
+    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
     store.client.log_text(parent, text.getvalue(), "summary.csv")
-    store.client.log_text(parent, "".join(f"| {line} |\n" for line in lines), "summary.md")
     store.put_params(parent, known={}, values=dict(_shared(scores)))
     runs = sum(map(len, scores.values()))
     name = f"{baseline[:7]}: {runs} run{'s' if runs > 1 else ''}"
@@ -145,8 +143,3 @@ def _write(store: Store, baseline: str, parent: str, scores: Scores) -> None:
         means = {score: metrics[f"{score}_mean"] for score in SCORES if metrics.get(f"{score}_sd", "") != ""}
         name += "".join(f", {score} {value:.4f} ± {metrics[f'{score}_sd']:.4f}" for score, value in means.items())
     store.client.update_run(parent, status="FINISHED", name=name)
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,8 @@ def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
         run_id = run.info.run_id if run else recreate(store, training["weights_hash"], folder)
         lacks_scores = scores is not None and not (run and "evaluated" in run.data.tags)
         if lacks_scores:
-            store.put_metrics(run_id, numbers(evaluation_metrics(scores), 0))
             store.put_files(run_id, folder / REPORTS, REPORTS.name)
-            store.put_tags(run_id, {"evaluated": "true"})
-            group.update(store, run_id)
+            put_scores(store, run_id, scores)
         return run_id, run is None or lacks_scores
     except UserError:
         raise
@@ -55,6 +54,13 @@ def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
             f"MLflow at {without_secrets(uri)} does not take the run ({reason(error)}): make the store"
             " reachable and writable, or name another by MLFLOW_TRACKING_URI, then run `vlm-vqa track` again"
         ) from error
+
+
+def put_scores(store: Store, run_id: str, report: Mapping[str, Any]) -> None:
+    """Adds an evaluation's scores to a run, and to the figures of its parent, if it has one."""
+    store.put_metrics(run_id, numbers(evaluation_metrics(report), 0))
+    store.put_tags(run_id, {"evaluated": "true"})
+    group.update(store, run_id)
 
 
 def recreate(store: Store, weights_hash: str, folder: Path) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from vlm_vqa.params import Params
 from vlm_vqa.secrets import without_secrets
 from vlm_vqa.tracking import group
-from vlm_vqa.tracking.describe import evaluation_metrics, identity, numbers, reason, surroundings
-from vlm_vqa.tracking.recreate import recreate
+from vlm_vqa.tracking.describe import identity, numbers, reason, surroundings
+from vlm_vqa.tracking.recreate import put_scores, recreate
 from vlm_vqa.tracking.store import Store, checkout_root, tracking_uri, view_url
 
 log = logging.getLogger(__name__)
@@ -129,38 +129,25 @@ def training_run(params: Params, *, key: str, tags: Mapping[str, str], source: s
         return TrainingRun()
 
 
-def log_export(params: Params, *, weights_hash: str, files: Iterable[str | Path] = ()) -> None:
-    """Adds the exported model's files (`export/`) to the run that trained it. Never raises."""
-    _add(params, weights_hash, {}, "exported", files, "export")
-
-
-def log_evaluation(
-    params: Params, *, weights_hash: str, report: Mapping[str, Any], files: Iterable[str | Path] = ()
+def log_results(
+    params: Params, *, weights_hash: str, files: Iterable[str | Path] = (), report: Mapping[str, Any] | None = None
 ) -> None:
-    """Adds the scores of `report` (see `evaluation_metrics`) and `files` (under their own folders) to the run that
-    trained the model. Never raises."""
-    _add(params, weights_hash, report, "evaluated", files)
+    """Adds what a later stage made of the weights to the run that trained them. Never raises.
 
-
-def _add(
-    params: Params,
-    weights_hash: str,
-    report: Mapping[str, Any],
-    done: str,
-    files: Iterable[str | Path],
-    folder: str = "",
-) -> None:
+    The scores of an evaluation's `report` (see `evaluation_metrics`), and its `files` under their own folders; without
+    one, an exported model's files, under `export/`.
+    """
     root = checkout_root()
     try:
         store = Store(params, root)
         run = store.find(weights_hash, params.hash())
         run_id = run.info.run_id if run else recreate(store, weights_hash, Path("."))
-        store.put_metrics(run_id, numbers(evaluation_metrics(report), 0))
-        store.put_tags(run_id, {done: "true"})
         for path in files:
-            store.put_files(run_id, path, folder or os.path.relpath(Path(path).parent))
+            store.put_files(run_id, path, os.path.relpath(Path(path).parent) if report else "export")
         if report:
-            group.update(store, run_id)
+            put_scores(store, run_id, report)
+        else:
+            store.put_tags(run_id, {"exported": "true"})
         url = view_url(store.uri, store.experiment_id)
         log.info("recorded in MLflow; compare runs (`mlflow ui`; MLFLOW_PORT names another port) at %s", url)
     except Exception as error:  # noqa: BLE001

@@ -1,5 +1,6 @@
 """A picture of what was said to a few validation questions at each validation: learning at a glance.
 
+Its page serves the gallery, too.
 Drawn with Pillow, which takes all text literally, measures it in pixels, and draws a box for what the font has no glyph of.
 The same history makes the same bytes.
 """
@@ -7,6 +8,7 @@ The same history makes the same bytes.
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ GRID = 4
 PAGE = GRID * (WIDTH + GAP) + GAP
 ANSWERS_SHOWN, SCORES_SHOWN, QUESTION_LINES, TRUTH_LINES = 7, 7, 3, 2
 BLACK, GREY, RIGHT, WRONG = "black", "#57606a", "#1a7f37", "#b42318"
-# Right from here on, as in the gallery; VQA's scores go in steps of 0.3.
+# Right from here on; VQA's scores go in steps of 0.3.
 ENOUGH = 0.5
 
 Score = Callable[[str, Sequence[str]], float]
@@ -37,6 +39,14 @@ class Line(NamedTuple):
     bold: bool
 
 
+class Cell(NamedTuple):
+    """A picture, a strip of green and red blocks below it, for what is right and wrong, and lines of text below that."""
+
+    picture: Image.Image
+    lines: list[Line]
+    right: list[bool]
+
+
 class AnswersPicture:
     """The questions that are shown and their pictures, drawn with the answers whenever asked."""
 
@@ -47,14 +57,10 @@ class AnswersPicture:
             questions: rows of the records, in the order of the answers.
             score: of an answer, 0 to 1, given those of people.
             what: the scores are, for the title.
-            images: each that a question is about.
-
-        Raises:
-            UserError: one of them cannot be decoded.
+            images: each that a question is about; UserError if one cannot be decoded.
         """
         self.questions, self.score, self.what = questions, score, what
-        self.pictures = {image.image_id: _small(image) for image in images}
-        self.fonts = [_font("DejaVuSans.ttf"), _font("DejaVuSans-Bold.ttf")]
+        self.pictures = {image.image_id: small(image) for image in images}
 
     def draw(self, history: Sequence[Mapping[str, Any]]) -> Image.Image:
         """Return the picture of all validations in the Trainer's log, RGB."""
@@ -63,23 +69,7 @@ class AnswersPicture:
             self._cell(row, {entry["step"]: entry[ANSWERS][at] for entry in said})
             for at, row in enumerate(self.questions)
         ]
-        title = self._title(validations(history))
-        rows = [cells[at : at + GRID] for at in range(0, len(cells), GRID)]
-        heights = [PICTURE + STRIP + LINE * max(len(lines) for lines, _ in row) + 2 * GAP for row in rows]
-        tops = list(itertools.accumulate(heights, initial=2 * GAP + LINE * len(title)))
-        page = Image.new("RGB", (PAGE, tops[-1]), "white")
-        pen = ImageDraw.Draw(page)
-        self._write(pen, GAP, GAP, title)
-        for at, (lines, right) in enumerate(cells):
-            left, top = GAP + at % GRID * (WIDTH + GAP), tops[at // GRID]
-            picture = self.pictures[self.questions[at]["image_id"]]
-            page.paste(picture, (left, top + (PICTURE - picture.height) // 2))
-            for number, good in enumerate(right):
-                start, end = (left + place * WIDTH // len(right) for place in (number, number + 1))
-                block = (start, top + PICTURE + 3, max(end - 2, start), top + PICTURE + STRIP)
-                pen.rectangle(block, fill=RIGHT if good else WRONG)
-            self._write(pen, left, top + PICTURE + STRIP + 3, lines)
-        return page
+        return draw_page(self._title(validations(history)), cells)
 
     def _title(self, measured: Sequence[Mapping[str, Any]]) -> list[Line]:
         about = f"What is said to {len(self.questions)} fixed questions after so many steps: green right, red wrong"
@@ -87,46 +77,62 @@ class AnswersPicture:
         shown = _some(measured, SCORES_SHOWN)
         scores = " · ".join(f"{entry['step']}: {entry[SCORE]:.3f} ({entry[COLUMNS[2]]:.3f})" for entry in shown)
         wide = PAGE - 2 * GAP
-        return (
-            self._fold(about, 1, bold=True, width=wide)
-            + self._fold(of, 1, width=wide)
-            + self._fold(scores, 1, width=wide)
-        )
+        return fold(about, 1, bold=True, width=wide) + fold(of, 1, width=wide) + fold(scores, 1, width=wide)
 
-    def _cell(self, row: Mapping[str, Any], said: Mapping[int, str]) -> tuple[list[Line], list[bool]]:
-        """Return the lines below a picture, and whether each answer is right."""
+    def _cell(self, row: Mapping[str, Any], said: Mapping[int, str]) -> Cell:
         right = {answer: self.score(answer, row["answers"]) >= ENOUGH for answer in said.values()}
-        lines = self._fold(row["question"], QUESTION_LINES, bold=True)
-        lines += self._fold(f"truth: {row['multiple_choice_answer']}", TRUTH_LINES)
+        lines = fold(row["question"], QUESTION_LINES, bold=True)
+        lines += fold(f"truth: {row['multiple_choice_answer']}", TRUTH_LINES)
         runs = [(answer, list(steps)) for answer, steps in itertools.groupby(said, said.__getitem__)]
         for answer, steps in _some(runs, ANSWERS_SHOWN):
             when = f"{steps[0]}-{steps[-1]}" if len(steps) > 1 else f"{steps[0]}"
             mark, colour = ("✓", RIGHT) if right[answer] else ("✗", WRONG)
-            lines += self._fold(f"{mark} {when}: {answer.strip() or '(nothing)'}", 1, colour)
+            lines += fold(f"{mark} {when}: {answer.strip() or '(nothing)'}", 1, colour)
         if (more := len(runs) - ANSWERS_SHOWN) > 0:
-            lines += self._fold(f"answers left out: {more}", 1, GREY)
-        return lines, [right[answer] for answer in said.values()]
+            lines += fold(f"answers left out: {more}", 1, GREY)
+        return Cell(self.pictures[row["image_id"]], lines, [right[answer] for answer in said.values()])
 
-    def _fold(self, text: str, most: int, colour: str = BLACK, bold: bool = False, width: int = WIDTH) -> list[Line]:
-        """Break a text into at most so many lines, between words where that is possible; cut what is over."""
-        rest, lines, length = " ".join(text[:1000].split()), [], self.fonts[bold].getlength
 
-        def fitting(room: float) -> int:
-            return bisect_right(range(len(rest) + 1), room, key=lambda count: length(rest[:count])) - 1
+def draw_page(title: Sequence[Line], cells: Sequence[Cell]) -> Image.Image:
+    """Return a page of cells, `GRID` in a row, RGB."""
+    rows = [cells[at : at + GRID] for at in range(0, len(cells), GRID)]
+    heights = [PICTURE + STRIP + LINE * max(len(cell.lines) for cell in row) + 2 * GAP for row in rows]
+    tops = list(itertools.accumulate(heights, initial=2 * GAP + LINE * len(title)))
+    page = Image.new("RGB", (PAGE, tops[-1]), "white")
+    pen = ImageDraw.Draw(page)
+    _write(pen, GAP, GAP, title)
+    for at, (picture, lines, right) in enumerate(cells):
+        left, top = GAP + at % GRID * (WIDTH + GAP), tops[at // GRID]
+        page.paste(picture, (left, top + (PICTURE - picture.height) // 2))
+        for number, good in enumerate(right):
+            start, end = (left + place * WIDTH // len(right) for place in (number, number + 1))
+            block = (start, top + PICTURE + 3, max(end - 2, start), top + PICTURE + STRIP)
+            pen.rectangle(block, fill=RIGHT if good else WRONG)
+        _write(pen, left, top + PICTURE + STRIP + 3, lines)
+    return page
 
-        while rest:
-            fits = fitting(width)
-            if fits < len(rest) and len(lines) == most - 1:
-                return [*lines, Line(rest[: fitting(width - length("…"))] + "…", colour, bold)]
-            space = rest.rfind(" ", 0, fits + 1)
-            fits = space if fits < len(rest) and space > 0 else fits
-            lines.append(Line(rest[:fits], colour, bold))
-            rest = rest[fits:].lstrip()
-        return lines
 
-    def _write(self, pen: ImageDraw.ImageDraw, left: int, top: int, lines: Sequence[Line]) -> None:
-        for at, (text, colour, bold) in enumerate(lines):
-            pen.text((left, top + LINE * at), text, fill=colour, font=self.fonts[bold])
+def fold(text: str, most: int, colour: str = BLACK, bold: bool = False, width: int = WIDTH) -> list[Line]:
+    """Break a text into at most so many lines, between words where that is possible; cut what is over."""
+    rest, lines, length = " ".join(text[:1000].split()), [], _font(bold).getlength
+
+    def fitting(room: float) -> int:
+        return bisect_right(range(len(rest) + 1), room, key=lambda count: length(rest[:count])) - 1
+
+    while rest:
+        fits = fitting(width)
+        if fits < len(rest) and len(lines) == most - 1:
+            return [*lines, Line(rest[: fitting(width - length("…"))] + "…", colour, bold)]
+        space = rest.rfind(" ", 0, fits + 1)
+        fits = space if fits < len(rest) and space > 0 else fits
+        lines.append(Line(rest[:fits], colour, bold))
+        rest = rest[fits:].lstrip()
+    return lines
+
+
+def _write(pen: ImageDraw.ImageDraw, left: int, top: int, lines: Sequence[Line]) -> None:
+    for at, (text, colour, bold) in enumerate(lines):
+        pen.text((left, top + LINE * at), text, fill=colour, font=_font(bold))
 
 
 def _some(items: Sequence[Any], most: int) -> Sequence[Any]:
@@ -136,7 +142,8 @@ def _some(items: Sequence[Any], most: int) -> Sequence[Any]:
     return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
 
 
-def _small(record: ImageRecord) -> Image.Image:
+def small(record: ImageRecord) -> Image.Image:
+    """Return a record's picture as it is drawn; UserError if it cannot be decoded."""
     # It was opened within data.max_image_pixels when its features were made.
     image = open_image(record.data, record.file_name, max_pixels=2**62)
     scale = min(WIDTH / image.width, PICTURE / image.height)
@@ -144,10 +151,11 @@ def _small(record: ImageRecord) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
-def _font(name: str) -> ImageFont.FreeTypeFont:
+@cache
+def _font(bold: bool) -> ImageFont.FreeTypeFont:
     """Return a font that comes with matplotlib, whose import would take longer than all pictures of a training."""
     found = find_spec("matplotlib")
     assert found is not None and found.origin is not None, "it is among the requirements"
+    path = Path(found.origin).parent / "mpl-data/fonts/ttf" / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")
     # The other layout depends on what else is installed.
-    path = Path(found.origin).parent / "mpl-data/fonts/ttf" / name
     return ImageFont.truetype(path, 13, layout_engine=ImageFont.Layout.BASIC)

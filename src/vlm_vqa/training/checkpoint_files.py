@@ -127,8 +127,7 @@ def remove_all(folder: Path) -> None:
 def claim(folder: Path) -> IO[str]:
     """Make `folder` one training's own until the process ends; the caller keeps what is returned.
 
-    Raises:
-        UserError: another one, perhaps forgotten by its launcher, is at work there.
+    UserError if another one, perhaps forgotten by its launcher, is at work there.
     """
     return files.claim(
         folder / "lock",
@@ -138,21 +137,13 @@ def claim(folder: Path) -> IO[str]:
 
 
 def read_seal(checkpoint: Path, rank: int, world: int) -> dict[str, Any]:
-    """Return the facts that process `rank` of `world` has written.
-
-    Raises:
-        UserError: its seal is damaged or missing.
-    """
+    """Return the facts that process `rank` of `world` has written; UserError if its seal is damaged or missing."""
     path = checkpoint / seal_file(rank, world)
     return read_sealed(path, _KIND, _remedy(path))["facts"]
 
 
 def verify(checkpoint: Path, rank: int, world: int) -> None:
-    """Compare the files that process `rank` of `world` has written with their hashes.
-
-    Raises:
-        UserError: one is damaged or missing.
-    """
+    """Compare the files of process `rank` of `world` with their hashes; UserError if one is damaged or missing."""
     path = checkpoint / seal_file(rank, world)
     read_folder(path, _KIND, _remedy(path))
 
@@ -217,16 +208,13 @@ class Writer:
         texts: Mapping[str, str],
         others: Iterable[str] = (),
     ) -> None:
-        """Begin to write the checkpoint after `step`; waits for the one before it.
+        """Begin to write the checkpoint after `step`; waits for the one before it. UserError if that could not be written.
 
         Args:
             tensors: on the CPU, not changed by anyone any more.
             facts: what else has to be known to go on; JSON.
             texts: further files by name.
             others: names of files that are there already and belong to this process's part.
-
-        Raises:
-            UserError: the checkpoint before could not be written.
         """
         self.wait()
         checkpoint = folder_of(self.folder, step)
@@ -261,11 +249,7 @@ class Writer:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the checkpoint that was begun is written.
-
-        Raises:
-            UserError: it could not be.
-        """
+        """Wait until the checkpoint that was begun is written; UserError if it could not be."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()

@@ -142,22 +142,20 @@ class Checkpoint:
             states = {
                 parameter: dict(self._states(optimizer, name, parameter)) for name, parameter in parameters.items()
             }
+            optimizer.state.update({parameter: state for parameter, state in states.items() if state})
         except Unfit as error:
-            self._restart(error, restart)
-        else:
-            for parameter, state in states.items():
-                if state:
-                    optimizer.state[parameter] = state
+            if not restart:
+                raise UserError(
+                    f"{self.folder}: {error}. Go on with {self.world} processes as before; or set train.restart_optimizer: "
+                    "true to go on from the weights with fresh optimizer states; or delete the folder to start again."
+                ) from error
+            log.warning("%s: %s; going on from its weights with fresh optimizer states", self.folder, error)
         for group, stored in zip(optimizer.param_groups, self.facts[0]["groups"], strict=True):
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
         scheduler.load_state_dict(self.facts[0]["scheduler"])
 
     def load_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Put the weights back, and return the parameters by name.
-
-        Raises:
-            UserError: the checkpoint is of another model.
-        """
+        """Put the weights back, and return the parameters by name; UserError if the checkpoint is of another model."""
         parameters = named_parameters(model)
         self._check_parameters(parameters)
         with torch.no_grad():
@@ -192,14 +190,6 @@ class Checkpoint:
                 f"the folder {self.folder}."
             )
 
-    def _restart(self, error: Unfit, allowed: bool) -> None:
-        if not allowed:
-            raise UserError(
-                f"{self.folder}: {error}. Go on with {self.world} processes as before; or set train.restart_optimizer: true "
-                "to go on from the weights with fresh optimizer states; or delete the folder to start again."
-            )
-        log.warning("%s: %s; going on from its weights with fresh optimizer states", self.folder, error)
-
     def _states(self, optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> Iterator[tuple[str, Any]]:
         """Yield the states of the rows of `parameter` that this process holds."""
         rows = rows_held(parameter)
@@ -209,7 +199,7 @@ class Checkpoint:
             if state in WHOLE_STATES or state == "step":
                 value = next(file for file in self._files if key in file.keys()).get_tensor(key)
             elif state in BLOCK_STATES:
-                value = self._read_blocks(key, name, parameter, rows)
+                value = self._read(key, name, rows, self._width(name, parameter))
             else:
                 value = self._read(key, name, rows)
             # torch keeps its step on the CPU.
@@ -220,22 +210,22 @@ class Checkpoint:
             for state, kind in (("qmap1", "dynamic"), ("qmap2", "udynamic")):
                 yield state, optimizer.name2qmap[kind].to(local(parameter).device)  # ty: ignore[missing-attribute] - bitsandbytes'
 
-    def _read(self, key: str, name: str, rows: Rows) -> Tensor:
-        """Read `rows` of a tensor from the processes that hold them."""
+    def _read(self, key: str, name: str, rows: Rows, width: int | None = None) -> Tensor:
+        """Read what is held of `rows`, or of the blocks of their `width` values each, from the processes that hold it."""
         parts = []
         for file, held in self._holders(name):
-            start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
-            if start < stop or (rows.start == rows.stop and not parts):
-                value = (
-                    file.get_tensor(key)
-                    if rows == held
-                    else file.get_slice(key)[start - held.start : stop - held.start]
-                )
-                parts.append(value)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+            if rows == held:
+                return file.get_tensor(key)
+            start, stop = max(rows.start, held.start) - held.start, min(rows.stop, held.stop) - held.start
+            if start < stop:
+                # Where a block goes over the last row, it belongs to it; other borders run between blocks.
+                first, last = (start, stop) if width is None else (-(-row * width // BLOCK) for row in (start, stop))
+                parts.append(file.get_slice(key)[first:last])
+        # A process may hold no rows.
+        return torch.cat(parts) if parts else file.get_slice(key)[:0]
 
-    def _read_blocks(self, key: str, name: str, parameter: Tensor, rows: Rows) -> Tensor:
-        """Read what belongs to the blocks of `rows`.
+    def _width(self, name: str, parameter: Tensor) -> int:
+        """Return the values of a row of a parameter whose states have blocks.
 
         Raises:
             Unfit: a border runs through a block. All processes find the same: some with old states, some with fresh ones
@@ -249,14 +239,7 @@ class Checkpoint:
                 f"the 8-bit optimizer states of {name} were divided among {self.world} processes in blocks of {BLOCK} "
                 "values that run across the new borders"
             )
-        parts = []
-        for file, held in self._holders(name):
-            start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
-            if start < stop:
-                first, last = (start - held.start) * width // BLOCK, -(-(stop - held.start) * width // BLOCK)
-                parts.append(file.get_slice(key)[first:last])
-        # A process may hold no rows.
-        return torch.cat(parts) if parts else file.get_slice(key)[:0]
+        return width
 
     def _holders(self, name: str) -> Iterator[tuple[Any, Rows]]:
         for file, facts in zip(self._files, self.facts, strict=True):

@@ -67,8 +67,7 @@ class Part:
     def __init__(self, records: Records, layout: TokenLayout, too_long: TooLong, score_of: Score, shape: Shape):
         """Tokenise the questions with all their answers, each of which `score_of` scores beside those of its question.
 
-        Raises:
-            UserError: a main answer does not fit, with `TooLong.ERROR`.
+        UserError if a main answer does not fit, with `TooLong.ERROR`.
         """
         self.questions, self.score_of, self.shape, self.left_out = records.to_list(), score_of, shape, 0
         self.branches: list[Branch] = []

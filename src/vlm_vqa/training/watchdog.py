@@ -325,10 +325,7 @@ def connect(world_size: int, seconds: float = 60.0) -> dist.Store | None:
     """Open a connection of one's own to the store of the launch; None when there is one rank only.
 
     Under torchrun the launcher keeps the store. Where rank 0 does (`TORCHELASTIC_USE_AGENT_STORE` is not True), it exists
-    once the process group has been initialized: call this afterwards.
-
-    Raises:
-        UserError: this process was not started by a launcher.
+    once the process group has been initialized: call this afterwards. UserError if no launcher has started this process.
     """
     if world_size == 1:
         return None

@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from helm.clients.client import Client
@@ -22,16 +23,11 @@ from vlm_vqa.evaluation.helm.batching import Asked, BatchWorker
 from vlm_vqa.evaluation.helm.run import ANSWERED, FAILED
 from vlm_vqa.params import Params, load_params
 
+_LOADING = threading.Lock()
+
 
 class LoadedModel:
-    """The one model of this process and the worker that owns it.
-
-    HELM builds clients from its threads without a lock and so may build several; the model is loaded by the first and
-    shared by all (`shared`).
-    """
-
-    _loaded: dict[tuple[str, str, str], "LoadedModel | Exception"] = {}
-    _lock = threading.Lock()
+    """The one model of this process (`shared_model`) and the worker that owns it."""
 
     def __init__(self, export: str, params: Params, predictor: str):
         self.predictor = pkgutil.resolve_name(predictor)(export, max_new_tokens=params.evaluation.max_new_tokens)
@@ -39,47 +35,39 @@ class LoadedModel:
         self._answered = 0
         # As many as HELM has threads, so that batches are full; the model gets them in pieces that fit it.
         self._piece = params.evaluation.batch_size
-        self._worker = BatchWorker(self._answer, batch_size=params.evaluation.helm_threads)
-
-    @classmethod
-    def shared(cls, export: str, params: str, predictor: str) -> "LoadedModel":
-        """Return this process's model for these arguments, loading it on the first call.
-
-        What failed to load fails for all: HELM waits for every thread, and each would load it again.
-        """
-        key = (export, params, predictor)
-        with cls._lock:
-            if key not in cls._loaded:
-                try:
-                    cls._loaded[key] = cls(export, load_params(params), predictor)
-                except Exception as error:  # noqa: BLE001 - raised below
-                    cls._loaded[key] = error
-            loaded = cls._loaded[key]
-        if isinstance(loaded, Exception):
-            raise loaded
-        return loaded
-
-    def ask(self, question: str, image_key: str, image: Image.Image) -> str:
-        """Answer one question; blocks until its batch is done."""
-        return self._worker.ask(Asked(image_key, question), image)
+        self.worker = BatchWorker(self._answer, batch_size=params.evaluation.helm_threads)
 
     def _answer(self, asked: Sequence[Asked], images: Sequence[Image.Image]) -> list[str]:
         answers: list[str] = []
         for start in range(0, len(asked), self._piece):
-            piece = slice(start, start + self._piece)
-            answers += self._answer_piece(asked[piece], images[piece])
+            piece = asked[start : start + self._piece]
+            # Each image is encoded once, however many questions there are about it.
+            distinct = dict(zip((one.image_key for one in piece), images[start:], strict=False))
+            row_of = {key: row for row, key in enumerate(distinct)}
+            features = self.predictor.encode(list(distinct.values()))
+            rows = [row_of[one.image_key] for one in piece]
+            answers += self.predictor.answer_features([one.question for one in piece], features, rows)
         self._answered += len(answers)
         hlog(f"{ANSWERED} {self._answered}")
         return answers
 
-    def _answer_piece(self, asked: Sequence[Asked], images: Sequence[Image.Image]) -> list[str]:
-        """Encode each image once, however many questions there are about it."""
-        distinct = {one.image_key: image for one, image in zip(asked, images, strict=True)}
-        row_of = {key: row for row, key in enumerate(distinct)}
-        features = self.predictor.encode(list(distinct.values()))
-        return self.predictor.answer_features(
-            [one.question for one in asked], features, [row_of[one.image_key] for one in asked]
-        )
+
+@cache
+def load(export: str, params: str, predictor: str) -> LoadedModel | Exception:
+    """Load a model, once: what failed to load fails for all, for HELM waits for every thread, and each would try again."""
+    try:
+        return LoadedModel(export, load_params(params), predictor)
+    except Exception as error:  # noqa: BLE001 - raised by all
+        return error
+
+
+def shared_model(export: str, params: str, predictor: str) -> LoadedModel:
+    """Return this process's model: HELM builds clients from its threads without a lock and so may build several."""
+    with _LOADING:
+        loaded = load(export, params, predictor)
+    if isinstance(loaded, Exception):
+        raise loaded
+    return loaded
 
 
 class VlmVqaClient(Client):
@@ -120,7 +108,7 @@ class VlmVqaClient(Client):
             )
 
     def _answer(self, request: Request) -> RequestResult:
-        model = LoadedModel.shared(*self._source)
+        model = shared_model(*self._source)
         instruction, image_path, question = _read_prompt(request)
         if instruction != model.predictor.instruction:
             raise UserError(
@@ -129,7 +117,7 @@ class VlmVqaClient(Client):
             )
         image = open_image(_read_image(image_path), image_path, model.max_image_pixels)
         begun = time.time()
-        answer = model.ask(question, image_path, image)
+        answer = model.worker.ask(Asked(image_path, question), image)
         return RequestResult(
             success=True,
             cached=False,

@@ -50,10 +50,8 @@ def write_scenario(folder: Path, questions: Sequence[Mapping[str, Any]], records
     """Write VQAv2's layout as HELM's `vqa` scenario expects it below `folder`, which must not exist.
 
     Given no more questions than it may take, HELM takes them all and keeps their order. Images are the bytes of the
-    records under the name that HELM asks for, so a PNG may be called .jpg; readers look at the content.
-
-    Raises:
-        UserError: an image of a question is not among the records.
+    records under the name that HELM asks for, so a PNG may be called .jpg; readers look at the content. UserError if an
+    image of a question is not among the records.
     """
     # Existing files keep HELM from downloading.
     for split, rows in (("train", []), (_VALID, questions)):
@@ -68,8 +66,7 @@ def write_scenario(folder: Path, questions: Sequence[Mapping[str, Any]], records
 def read_results(suite: Path, questions: Sequence[Mapping[str, Any]]) -> HelmResults:
     """Read what HELM wrote about the questions of `write_scenario` into `suite`, its folder runs/SUITE.
 
-    Raises:
-        UserError: results are missing, or not about these questions.
+    UserError if results are missing, or not about these questions.
     """
     found = sorted(suite.glob("*/scenario_state.json"))
     if len(found) != 1:
@@ -94,14 +91,7 @@ def write_extract(folder: Path, results: HelmResults, questions: Sequence[Mappin
     `<folder>_predictions.parquet`, a row an instance: question, answers, prediction and a column for each score."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        {
-            "question_id": row["question_id"],
-            "image_id": row["image_id"],
-            "question": row["question"],
-            "answers": list(row["answers"]),
-            "prediction": prediction,
-            **scores,
-        }
+        _question(row) | {"answers": list(row["answers"]), "prediction": prediction} | scores
         for row, prediction, scores in zip(questions, results.predictions, results.per_instance, strict=True)
     ]
     predictions = folder.with_name(f"{folder.name}_predictions.parquet")
@@ -120,11 +110,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read what `write_table` wrote.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Read what `write_table` wrote; UserError if it is missing or damaged."""
     try:
         table = pq.read_table(path)
         intact = table.schema.metadata[SEAL.encode()].decode() == hash_json(table.to_pydict())

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,37 +21,23 @@ from vlm_vqa.pipeline import orphans
 ANSWERED = "vlm-vqa client answered"
 FAILED = "vlm-vqa client failed:"
 
+# Relative, as the pictures of HELM's page must be, which it shows only from a folder of this name.
+OUTPUT = Path("benchmark_output")
+SCENARIO = OUTPUT / "scenarios" / "vqa"
+"""Filled by `write_scenario`."""
 SUITE = "vlm-vqa"
+RESULTS = OUTPUT / "runs" / SUITE
+CONFIG = Path("evaluation/helm")
+"""Deployments, metadata, run entries and schema."""
 _GRACE_SECONDS = 10
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class HelmFolders:
-    """Where HELM reads and writes. Relative, as the images of its web view must be."""
-
-    config: Path = Path("evaluation/helm")
-    """Deployments, metadata, run entries and schema."""
-    output: Path = Path("benchmark_output")
-    """HELM's own output; the web view shows images only from a folder of this name."""
-
-    @property
-    def scenario(self) -> Path:
-        """The scenario's folder, filled by `write_scenario`."""
-        return self.output / "scenarios" / "vqa"
-
-    @property
-    def suite(self) -> Path:
-        """Where a run's results end up."""
-        return self.output / "runs" / SUITE
-
-
-def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Mapping[str, str]) -> None:
-    """Run HELM's `vqa` over the scenario folder and summarise it for the web view.
+def run_helm(instances: int, threads: int, environment: Mapping[str, str]) -> None:
+    """Run HELM's `vqa` over the scenario folder and summarise it for the web view; earlier results must be gone.
 
     Args:
-        folders: results of an earlier run must be gone.
         instances: number of questions in the scenario folder.
         environment: added to this process's environment.
 
@@ -60,14 +45,14 @@ def run_helm(folders: HelmFolders, instances: int, threads: int, environment: Ma
         UserError: the client refused, for instance an unreadable image or another instruction than the model's.
         RuntimeError: HELM failed in another way.
     """
-    common = ["--suite", SUITE, "--output-path", str(folders.output), "--local-path", str(folders.config)]
-    run = ["helm.benchmark.run", *common, "--conf-paths", str(folders.config / "run_entries.conf")]
+    common = ["--suite", SUITE, "--output-path", str(OUTPUT), "--local-path", str(CONFIG)]
+    run = ["helm.benchmark.run", *common, "--conf-paths", str(CONFIG / "run_entries.conf")]
     run += ["-m", str(instances), "-n", str(threads), "--exit-on-error", "--disable-cache"]
-    summarise = ["helm.benchmark.presentation.summarize", *common, "--schema-path", str(folders.config / "schema.yaml")]
+    summarise = ["helm.benchmark.presentation.summarize", *common, "--schema-path", str(CONFIG / "schema.yaml")]
     with tqdm(total=instances, desc="HELM: questions", unit="question", mininterval=1) as bar:
-        _run_child(run, folders.output / "helm-run.log", environment, bar)
+        _run_child(run, OUTPUT / "helm-run.log", environment, bar)
     log.info("HELM has scored %d answers; now its web view", instances)
-    _run_child(summarise, folders.output / "helm-summarize.log", environment)
+    _run_child(summarise, OUTPUT / "helm-summarize.log", environment)
     log.info("look at HELM's page, pictures included, with: make helm-web")
 
 

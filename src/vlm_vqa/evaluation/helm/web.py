@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.helm.run import SUITE, HelmFolders
+from vlm_vqa.evaluation.helm.run import OUTPUT, RESULTS, SCENARIO, SUITE
 
 PAGE = Path("helm-web")
 
@@ -24,46 +24,44 @@ _ELSEWHERE = {
 _POLICY = "default-src 'self'; connect-src 'self' data:; img-src 'self' data:; style-src 'self' 'unsafe-inline'"
 
 
-def write_page(folders: HelmFolders, page: Path = PAGE) -> str:
-    """Copy HELM's page, its results and their pictures to `page`, in the place of an earlier copy.
+def write_page() -> str:
+    """Copy HELM's page, its results and their pictures to `PAGE`, in the place of an earlier copy.
 
-    `helm-server --export-path` leaves the pictures out. Any web server can show the copy, and it asks nobody else.
+    `helm-server --export-path` leaves the pictures out. Any web server can show the copy, and it asks nobody else. UserError
+    if there is no finished evaluation.
 
     Returns:
         The page of the run's questions and answers, relative to the copy's address.
-
-    Raises:
-        UserError: there is no finished evaluation.
     """
-    runs = sorted(folders.suite.glob("*/scenario_state.json"))
+    runs = sorted(RESULTS.glob("*/scenario_state.json"))
     # The last that helm-summarize writes.
-    if len(runs) != 1 or not (folders.suite / "costs.json").is_file() or not folders.scenario.is_dir():
+    if len(runs) != 1 or not (RESULTS / "costs.json").is_file() or not SCENARIO.is_dir():
         raise UserError(
-            f"{folders.suite}: no finished HELM evaluation here. Run `dvc repro` in the project's folder; where it finds "
+            f"{RESULTS}: no finished HELM evaluation here. Run `dvc repro` in the project's folder; where it finds "
             "nothing to do (after `dvc pull`, or HELM's output was removed): `dvc repro --single-item --force helm-eval`."
         )
-    new = page.with_name(f"{page.name}.new")
+    new = PAGE.with_name(f"{PAGE.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(Path(str(resources.files("helm.benchmark.static_build") / "index.html")).parent, new)
-    for part in (folders.suite, folders.scenario):
-        shutil.copytree(part, new / "benchmark_output" / part.relative_to(folders.output))
+    for part in (RESULTS, SCENARIO):
+        shutil.copytree(part, new / "benchmark_output" / part.relative_to(OUTPUT))
     settings = {"BENCHMARK_OUTPUT_BASE_URL": "benchmark_output", "SUITE": SUITE, "PROJECT_ID": "lite"}
     lines = [f"window.{name} = {json.dumps(value)};\n" for name, value in settings.items()]
     (new / "config.js").write_text("".join(lines), encoding="utf-8")
     for path in (new / "index.html", *new.glob("assets/*.js")):
         _keep_home(path)
-    shutil.rmtree(page, ignore_errors=True)
-    new.rename(page)
+    shutil.rmtree(PAGE, ignore_errors=True)
+    new.rename(PAGE)
     return f"#/runs/{quote(runs[0].parent.name)}"
 
 
-def serve(page: Path, first: str, port: int) -> None:
-    """Show `page` on this machine alone until Ctrl-C, and print the address of its part `first`.
+def serve(first: str, port: int) -> None:
+    """Show `PAGE` on this machine alone until Ctrl-C, and print the address of its part `first`.
 
     UserError where the port is taken, or not for us; 0 is any free one.
     """
     try:
-        server = _Server(("127.0.0.1", port), functools.partial(_Handler, directory=page))
+        server = _Server(("127.0.0.1", port), functools.partial(_Handler, directory=PAGE))
     except (OSError, OverflowError) as error:
         raise UserError(f"port {port} cannot be used ({error}): name another one by --port") from error
     with server:
