@@ -13,7 +13,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Source
 from vlm_vqa.fetch.sources import download
 from vlm_vqa.fetch.sources.download import Download
-from vlm_vqa.fetch.sources.official_layout import official_paths, official_split
+from vlm_vqa.fetch.sources.official_layout import OFFICIAL, official_split
 from vlm_vqa.params import OfficialParams
 
 log = logging.getLogger(__name__)
@@ -62,12 +62,10 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         log.info("downloading %s", ", ".join(one.path.name for one in missing))
         download.fetch_all(missing, params.downloads)
     splits = []
-    for paths in official_paths(folder):
-        questions, annotations = (
-            folder / f"v2_{kind}_{paths.split.capitalize()}_mscoco.zip" for kind in ("Questions", "Annotations")
-        )
-        images = [folder / f"{paths.split}2014.zip"]
-        splits.append(official_split(replace(paths, questions=questions, annotations=annotations, images=images)))
+    for split, files in OFFICIAL.items():
+        questions, annotations = (f"v2_{kind}_{split.capitalize()}_mscoco.zip" for kind in ("Questions", "Annotations"))
+        files = replace(files, questions=questions, annotations=annotations, images=f"{split}2014.zip")
+        splits.append(official_split(folder, split, files))
     origin = {"archives": {name: checksum for name, (checksum, _) in ARCHIVES.items()}, "checksums": "official"}
     return Source("official", origin, tuple(splits))
 

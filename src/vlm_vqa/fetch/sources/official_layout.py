@@ -22,7 +22,7 @@ from vlm_vqa.fetch.recognise import refusal, shown
 from vlm_vqa.fetch.sources.image_files import DAMAGE, ENCRYPTED
 from vlm_vqa.fetch.sources.zip_archive import files, open_zip
 from vlm_vqa.files import MOST_BYTES, check_regular
-from vlm_vqa.params import DataParams
+from vlm_vqa.params import DataParams, SplitFiles
 
 log = logging.getLogger(__name__)
 
@@ -34,29 +34,23 @@ READ_ERRORS = (OSError, RecursionError, *DAMAGE)
 """What reading a file of texts raises: JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError."""
 
 
-@dataclass(frozen=True)
-class SplitPaths:
-    """The files of one split in official layout."""
-
-    split: str
-    questions: Path
-    annotations: Path
-    images: list[Path]
-    """Folders of images, or zip archives of them."""
-    image_name: str
-    others: Sequence[Path] = ()
-    """Those of the other split, looked through where an entry says that its image is of that part of COCO."""
+OFFICIAL = {
+    split: SplitFiles(
+        f"v2_OpenEnded_mscoco_{split}2014_questions.json",
+        f"v2_mscoco_{split}2014_annotations.json",
+        f"{split}2014",
+        f"COCO_{split}2014_{{image_id:012d}}.jpg",
+    )
+    for split in SPLITS
+}
+"""VQAv2's own file names."""
 
 
 def directory_source(data: DataParams) -> Source:
     """Return the files that `data.directory`, `data.train` and `data.val` name, or raise `UserError` as `folder_of`."""
-    folder, splits = folder_of(data), []
-    for split in SPLITS:
-        files = getattr(data, split)
-        texts = (folder / files.questions, folder / files.annotations)
-        images, others = (places(folder, one.images) for one in (files, data.val if split == "train" else data.train))
-        splits.append(official_split(SplitPaths(split, *texts, images, files.image_name, others)))
-    return Source("directory", {}, tuple(splits))
+    folder = folder_of(data)
+    train = official_split(folder, "train", data.train, data.val.images)
+    return Source("directory", {}, (train, official_split(folder, "val", data.val, data.train.images)))
 
 
 def folder_of(data: DataParams) -> Path:
@@ -72,45 +66,38 @@ def places(folder: Path, names: str | Sequence[str]) -> list[Path]:
     return [folder / name for name in ([names] if isinstance(names, str) else names)]
 
 
-def official_split(paths: SplitPaths) -> Split:
-    """Return a split that is read from its questions and annotations files."""
-    inputs = {"questions": paths.questions, "annotations": paths.annotations}
-    return Split(paths.split, str(paths.questions), paths.images, functools.partial(_rows, paths), inputs)
+def official_split(folder: Path, split: str, files: SplitFiles, others: str | Sequence[str] = ()) -> Split:
+    """Return a split that is read from its questions and annotations files.
+
+    `others` are the images of the other split, looked through where an entry says that its image is of that part of COCO.
+    """
+    inputs = {"questions": folder / files.questions, "annotations": folder / files.annotations}
+    images, more = places(folder, files.images), places(folder, others)
+    rows = functools.partial(_rows, *inputs.values(), files.image_name, images, more)
+    return Split(split, str(inputs["questions"]), images, rows, inputs)
 
 
-def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
+def _rows(
+    asked: Path, answered: Path, pattern: str, images: list[Path], others: list[Path], violations: Violations
+) -> Iterator[Row]:
     """Yield the pairs of question and annotation whose image has a file name."""
-    questions = _read_entries(paths.questions, "questions", violations)
-    annotations = _read_entries(paths.annotations, "annotations", violations)
+    questions = _read_entries(asked, "questions", violations)
+    annotations = _read_entries(answered, "annotations", violations)
     if questions is None or annotations is None:
         return
     for (question_id, image_id, (question, part)), answers in _pair(questions, annotations, violations):
-        where = f"{paths.questions}: question_id {question_id}"
+        where = f"{asked}: question_id {question_id}"
         try:
-            own = name = contract.image_name(paths.image_name, image_id)
+            own = name = contract.image_name(pattern, image_id)
             if name is None:
-                long = f"image_id {image_id} is too long for {paths.image_name}"
+                long = f"image_id {image_id} is too long for {pattern}"
                 raise MalformedRecord(ViolationKind.IMAGE_ID, long)
             if part and (name := re.sub("|".join(_COCO), part, name)) != own:
-                paths.images.extend(place for place in paths.others if place not in paths.images)
+                images.extend(place for place in others if place not in images)
             record = {"question_id": question_id, "image_id": image_id, "question": question}
             yield Row(where, name, record | contract.answered(question, *answers))
         except MalformedRecord as error:
             violations.add(error.kind, f"{where}: {error}")
-
-
-def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
-    """Return VQAv2's own file names below `folder`, for both splits."""
-    return tuple(
-        SplitPaths(
-            split,
-            folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json",
-            folder / f"v2_mscoco_{split}2014_annotations.json",
-            [folder / f"{split}2014"],
-            f"COCO_{split}2014_{{image_id:012d}}.jpg",
-        )
-        for split in SPLITS
-    )
 
 
 class _Entry(NamedTuple):
