@@ -203,8 +203,8 @@ def answered(question: str, given: Any, kinds: Sequence[str], main: str) -> dict
     # Equal counts stay in the order of the answers.
     taught = main if main.strip() else Counter(filter(str.strip, answers)).most_common(1)[0][0]
     return {
-        "question_type": sys.intern(kinds[0] or question_type(question)),
-        "answer_type": sys.intern(kinds[1] or answer_type(taught)),
+        "question_type": sys.intern(kinds[0] if kinds[0].strip() else question_type(question)),
+        "answer_type": sys.intern(kinds[1] if kinds[1].strip() else answer_type(taught)),
         "multiple_choice_answer": taught,
         "answers": answers,
         "answer_confidences": confidences,

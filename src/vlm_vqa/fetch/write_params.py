@@ -78,7 +78,7 @@ def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) ->
         kept["validation.questions"] = params.validation.questions
         unsure |= dict.fromkeys(kept, "the repository was not read")
         return kept
-    questions, others = (text.statistics.questions for text in seen.texts)
+    questions, others = (text.questions for text in seen.texts.values())
     processes = read_launch(train.launch).processes
     step = train.batch_size * train.gradient_accumulation_steps * processes
     # Small data are divided into eight steps an epoch, but for steps of less than eight questions.
@@ -94,7 +94,7 @@ def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) ->
     if not random and changed["num_train_epochs"] > train.num_train_epochs:
         unsure["train.num_train_epochs"] = f"{_STEPS[random]} steps were not tried with this model"
     # Every tokenizer here falls back to bytes, so a text has no more tokens than bytes. Rows are as long as their tokens.
-    most = len(params.prompt.instruction.encode()) + max(text.statistics.longest for text in seen.texts) + 4
+    most = len(params.prompt.instruction.encode()) + max(text.longest for text in seen.texts.values()) + 4
     steps = changed["num_train_epochs"] * math.ceil(max(questions, 1) / step)
     return (
         {f"train.{key}": value for key, value in changed.items()}
@@ -126,8 +126,8 @@ def _said(path: Path, found: Found, directory: str, seen: Inspection | None) -> 
     lines += [f"unsure: {key}: {why}. Look at it in params.yaml." for key, why in found.unsure.items()]
     if seen is not None:
         counts = [
-            f"{text.statistics.questions} questions on {len(text.images)} images for {text.paths.split}"
-            for text in seen.texts
+            f"{text.questions} questions on {len(text.images)} images for {text.paths.split}"
+            for text in seen.texts.values()
         ]
         lines.append(f"{' and '.join(counts)}; of the images, up to {_IMAGES} were looked at.")
         if not Path(directory).is_absolute():
