@@ -63,10 +63,6 @@ class _Transient(Exception):
     seconds = 0.0
 
 
-class _Slow(_Transient):
-    """What has come is kept, but is no progress."""
-
-
 _PASSING = (_Transient, HTTPError, requests.ConnectionError, requests.Timeout)
 
 
@@ -165,7 +161,7 @@ def _receive(response: requests.Response, part: "_Part", stop: threading.Event) 
                 raise _wrong(part.download, f"sends more than {part.download.bytes:,} bytes: another file")
             if (seconds := time.monotonic() - begun) > _WINDOW:
                 if part.size - before < _LEAST_RATE * seconds:
-                    raise _Slow(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
+                    raise _Transient(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
                 begun, before = time.monotonic(), part.size
 
 
@@ -175,7 +171,7 @@ class _Part:
     def __init__(self, download: Download, bar: tqdm):
         self.download, self.path, self._bar = download, download.beside(PART), bar
         self.size = self.furthest = bytes_here(download)
-        """How many there are, and most that there ever were: only more than that is progress."""
+        """How many there are, and most that there ever were."""
         if self.size:
             log.info("%s: going on at byte %d", download.path.name, self.size)
 
@@ -193,7 +189,7 @@ class _Part:
 
 
 def _complete(part: "_Part", stop: threading.Event) -> None:
-    """Attempt until the file is whole; what comes further than all attempts before is no failure."""
+    """Attempt until the file is whole; what comes further than all before, and is more than too slow, is no failure."""
     # Not as requests' adapter would use it: its waits could not be stopped, and it knows nothing of progress.
     download, retry, reached = part.download, _RETRY, part.furthest
     while True:
@@ -202,7 +198,7 @@ def _complete(part: "_Part", stop: threading.Event) -> None:
         except (_Transient, HTTPError, requests.RequestException) as error:
             if not isinstance(error, _PASSING) or isinstance(error, requests.exceptions.SSLError):
                 raise _wrong(download, f"cannot be fetched ({error})") from error
-            if part.furthest > reached and not isinstance(error, _Slow):
+            if part.furthest > reached + _LEAST_RATE * _WINDOW:
                 retry = _RETRY
             reached = part.furthest
             # urllib3 repeats itself in its second argument.
