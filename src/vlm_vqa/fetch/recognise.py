@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -290,14 +290,14 @@ def _images(
         with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(folder / archive) as file:
             inside += [(PurePath(member), str(archive)) for member in file.namelist()[:_MOST_FILES]]
     wanted = {_stem(value) for value in values}
-    by_pattern: dict[str, list[tuple[str, str, str]]] = {}
-    for name, place in ((name, place) for name, place in inside if name.suffix.lower() in PICTURES):
+    by_pattern: defaultdict[str, list[tuple[str, str, str]]] = defaultdict(list)
+    for name, place in inside:
         stem, pattern = _stem(name), ""
         if stem not in wanted and (parts := re.fullmatch(r"(.*[/\\])?([^{}]*?)0*(\d+)", str(name.with_suffix("")))):
             digits, stem = len(_stem(name)) - len(parts[2]), parts[3]
             pattern = f"{parts[2]}{{image_id{f':0{digits}d' if digits > len(stem) else ''}}}"
-        if stem in wanted:
-            by_pattern.setdefault(pattern, []).append((place, stem, name.suffix))
+        if stem in wanted and name.suffix.lower() in PICTURES:
+            by_pattern[pattern].append((place, stem, name.suffix))
     of_split = Counter(name for name, hits in by_pattern.items() for hit in hits if _split(PurePath(hit[0])) == split)
     pattern = max(by_pattern, key=lambda one: (one == "", len(by_pattern[one]), of_split[one]), default="")
     hits = by_pattern.get(pattern, [])
@@ -338,7 +338,7 @@ def refusal(path: Path) -> str | None:
 
 def block(data: Mapping[str, Any], unsure: Mapping[str, str]) -> str:
     """Return the text of a `data` section, with what is unsure marked."""
-    return "\n".join(_lines({"data": data}, "", unsure))
+    return "data:\n" + "\n".join(_lines(data, "data.", unsure))
 
 
 def _lines(values: Mapping[str, Any], prefix: str, unsure: Mapping[str, str]) -> Iterator[str]:

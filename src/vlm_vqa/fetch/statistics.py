@@ -100,7 +100,7 @@ class Images:
         self.sizes = Counter[tuple[int, int]]()
         """Images by (width, height)."""
         self.changes = Counter[str]()
-        """Images by what was changed beside decoding, as `decoding.open_with_changes` says it."""
+        """Images by what was changed beside decoding, as `decoding.open_image` says it."""
         self.alike: list[tuple[int, int]] = []
         """Ids of pictures that look alike, of the first split and the second."""
         self.bad: dict[int, tuple[Any, str]] = {}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
-from vlm_vqa.data.decoding import open_with_changes
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import ReadAgain, Row, Source, Split, ViolationKind, Violations
 from vlm_vqa.fetch.data_report import ALIKE_SHOWN, render_report
@@ -226,7 +226,7 @@ def _check_texts(texts: list[Texts], data: DataParams, violations: Violations) -
 _Place = tuple[ImageFiles, str]
 """Where an image is: among which files, and by which name."""
 _Problems = list[tuple[ViolationKind, str]]
-_Seen = tuple[dict[str, Any], tuple[str, ...], Look]
+_Seen = tuple[dict[str, Any], list[str], Look]
 """An image's row of `IMAGE_FEATURES`, what was changed to see it, and how it looks."""
 
 
@@ -361,7 +361,7 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Seen | _Pr
     for files, given in places:
         try:
             data, found = files.read(given, _most_bytes(max_pixels)), files.find(given)
-            image, changes = open_with_changes(data, found.where, max_pixels)
+            image = open_image(data, found.where, max_pixels)
         except MissingImage as error:
             where, hint = error.args
             problems.append((ViolationKind.MISSING_IMAGE, f"{where} (image_id {image_id}){hint}"))
@@ -371,7 +371,7 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Seen | _Pr
             name, (width, height) = found.path.rpartition("/")[2], image.size
             row = {"image_id": image_id, "file_name": name, "width": width, "height": height}
             more = {"sha256": sha256_bytes(data), "image": {"bytes": data, "path": name}}
-            seen.append((row | more, changes, look(image)))
+            seen.append((row | more, image.info["changes"], look(image)))
     if len({row["sha256"] for row, _, _ in seen}) > 1:
         named = " and ".join(files.find(given).where for files, given in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))

@@ -18,7 +18,6 @@ import sys
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -111,26 +110,24 @@ def spill_parquet(spill: Spill, file: str, columns: Columns, part: Path, where: 
         raise UserError(f"{where}: {file} is no intact Parquet file ({error}).") from error
 
 
-@dataclass
 class Tables:
     """Both splits of a table, and what is known of all their rows."""
 
-    files: Mapping[str, Path]
-    """By split; one for both where a share of train's images is val."""
-    called: Mapping[str, str]
-    """What messages call them."""
-    table: TableParams
-    places: Sequence[Path] = ()
-    """Where the pictures are of which a share becomes val."""
-    _whole: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_FIRST, True))
-    """Whether all ids are whole numbers as they stand."""
-    _val_images: set[str] | None = None
-    _few: str = ""
-    """What is wrong where there are too few images for a share."""
-    _questions: dict[int, str] = field(default_factory=dict)
-    """The split of each question id."""
-    _places: dict[int, tuple[str, str]] = field(default_factory=dict)
-    """The first split and the picture of each image id."""
+    def __init__(
+        self, files: Mapping[str, Path], called: Mapping[str, str], table: TableParams, places: Sequence[Path] = ()
+    ):
+        """Take the files by split, one for both where a share of train's images is val; what messages call them; and where
+        the pictures are of which a share becomes val."""
+        self.files, self.called, self.table, self.places = files, called, table, places
+        self._whole = dict.fromkeys(_FIRST, True)
+        """Whether all ids are whole numbers as they stand."""
+        self._val_images: set[str] | None = None
+        self._few = ""
+        """What is wrong where there are too few images for a share."""
+        self._questions: dict[int, str] = {}
+        """The split of each question id."""
+        self._places: dict[int, tuple[str, str]] = {}
+        """The first split and the picture of each image id."""
 
     def rows(self, split: str, violations: Violations) -> Iterator[Row]:
         """Yield a split's questions, train's before val's; raise `ReadAgain` at the first id that is no whole number."""
