@@ -82,7 +82,13 @@ def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_i
 
 def _as_seen(image: Image.Image, name: str) -> Image.Image:
     if image.format == "TIFF":
-        _check_tiff(image, name)
+        if (codec := image.info.get("compression")) not in _TIFF_CODECS:
+            raise UserError(f"{name}: a TIFF compressed as {codec}, which is not read. Save it as PNG.")
+        # NewSubfileType: the first picture is a small copy of another.
+        if image.tag_v2.get(254, 0) & 1:  # ty: ignore[missing-attribute] - TIFFs have it
+            raise UserError(
+                f"{name}: a camera's raw file, or one that begins with a small copy. Save it as JPEG or PNG."
+            )
     several, turn = False, None
     # A GIF's second frame is looked for here, and a PNG's EXIF behind the pixels: a damaged one costs no picture.
     with suppress(Exception):
@@ -111,14 +117,6 @@ def _as_seen(image: Image.Image, name: str) -> Image.Image:
     rgb = seen if seen.mode == "RGB" else seen.convert("RGB")
     rgb.info["changes"] = [change for change, made in changes.items() if made]
     return rgb
-
-
-def _check_tiff(image: Image.Image, name: str) -> None:
-    if (codec := image.info.get("compression")) not in _TIFF_CODECS:
-        raise UserError(f"{name}: a TIFF compressed as {codec}, which is not read. Save it as PNG.")
-    # NewSubfileType: the first picture is a small copy of another.
-    if image.tag_v2.get(254, 0) & 1:  # ty: ignore[missing-attribute] - TIFFs have it
-        raise UserError(f"{name}: a camera's raw file, or one that begins with a small copy. Save it as JPEG or PNG.")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

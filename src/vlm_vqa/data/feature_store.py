@@ -108,7 +108,18 @@ class FeatureStore:
             UserError: it is missing, unfinished, damaged, or not what is expected; the message names what differs.
         """
         self._folder, self._expected = Path(folder), expected
-        self.manifest = _read_manifest(self._folder, expected or {})
+        path = self._folder / MANIFEST
+        self.manifest = read_sealed(path, "a manifest of features", _REMAKE)
+        if (version := self.manifest["schema_version"]) != SCHEMA_VERSION:
+            raise UserError(f"{path}: features of version {version}; this code reads {SCHEMA_VERSION}. {_REMAKE}")
+        found = [
+            f"{EXPECTABLE[key]} differs: {key} is {self.manifest.get(key)!r}, expected {value!r}. "
+            for key, value in (expected or {}).items()
+            if self.manifest.get(key) != value
+        ]
+        if found:
+            what = "these features do not belong to this run"
+            raise UserError(f"{folder}: {what}. {''.join(found)}Run `dvc repro extract-features`.")
         self.num_tokens: int = self.manifest["num_tokens"]
         self.width: int = self.manifest["width"]
         self.layout = Layout(self.manifest["images"], self.num_tokens, self.width, StoreDtype(self.manifest["dtype"]))
@@ -193,20 +204,3 @@ class FeatureStore:
 def as_array(tensor: Tensor) -> np.ndarray:
     """View a tensor as numpy does; bfloat16, which numpy does not know, as its bits."""
     return tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
-
-
-def _read_manifest(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    path = folder / MANIFEST
-    manifest = read_sealed(path, "a manifest of features", _REMAKE)
-    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
-        raise UserError(f"{path}: features of version {version}; this code reads version {SCHEMA_VERSION}. {_REMAKE}")
-    differing = [
-        f"{EXPECTABLE[key]} differs: {key} is {manifest.get(key)!r}, expected {value!r}"
-        for key, value in expected.items()
-        if manifest.get(key) != value
-    ]
-    if differing:
-        raise UserError(
-            f"{folder}: these features do not belong to this run. {'; '.join(differing)}. Run `dvc repro extract-features`."
-        )
-    return manifest

@@ -235,10 +235,21 @@ def _wanted_images(texts: list[Texts], stack: ExitStack, violations: Violations)
     opened: dict[tuple[Path, ...], ImageFiles | None] = {}
     places: dict[int, list[_Place]] = {}
     for text in texts:
-        paths = tuple(text.paths.images)
-        if paths not in opened:
-            opened[paths] = _open_images(paths, stack, violations)
-        if (files := opened[paths]) is not None:
+        files = opened.get(paths := tuple(text.paths.images))
+        try:
+            if paths not in opened:
+                files = stack.enter_context(ImageFiles(paths))
+        except FileNotFoundError as error:
+            violations.add(
+                ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images"
+            )
+        except UserError as error:
+            violations.add(ViolationKind.OTHER_ARCHIVE, str(error))
+        except (OSError, zipfile.BadZipFile) as error:
+            named = " or ".join(map(str, paths))
+            violations.add(ViolationKind.BROKEN_FILE, f"{named}: not a usable zip archive ({error})")
+        opened[paths] = files
+        if files is not None:
             text.files_without_questions = files.count - len(text.images)
         for image_id, name in text.images.items():
             found = places.setdefault(image_id, [])
@@ -248,18 +259,6 @@ def _wanted_images(texts: list[Texts], stack: ExitStack, violations: Violations)
     for files in there:
         files.others = [other for other in there if other is not files]
     return dict(sorted(places.items()))
-
-
-def _open_images(paths: tuple[Path, ...], stack: ExitStack, violations: Violations) -> ImageFiles | None:
-    try:
-        return stack.enter_context(ImageFiles(paths))
-    except FileNotFoundError as error:
-        violations.add(ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images")
-    except UserError as error:
-        violations.add(ViolationKind.OTHER_ARCHIVE, str(error))
-    except (OSError, zipfile.BadZipFile) as error:
-        violations.add(ViolationKind.BROKEN_FILE, f"{' or '.join(map(str, paths))}: not a usable zip archive ({error})")
-    return None
 
 
 def _store_images(

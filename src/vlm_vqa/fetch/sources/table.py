@@ -58,31 +58,24 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
     images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
-    read = files if table.images else _spilled(files, table.columns or Columns(), spilled)
-    if read is not files:
+    read, parts = files, {file: parts_of(file) for file in files.values()}
+    if not table.images and all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
         images = dict.fromkeys(SPLITS, [spilled / "images"])
+        # One file may be for both splits.
+        read = {split: spilled / str([*parts].index(file)) for split, file in files.items()}
+        with tqdm(desc="pictures in the table", unit="question") as progress:
+            spill = Spill(spilled, progress)
+            for number, paths in enumerate(parts.values()):
+                for index, path in enumerate(paths):
+                    part = spilled / str(number) / f"part-{index:05d}"
+                    spill_parquet(spill, str(path), table.columns or Columns(), part, str(path))
     reader = Tables(read, {split: str(file) for split, file in files.items()}, table, images["train"])
     splits = []
     for split, file in files.items():
-        inputs = {path.name if file.is_dir() else "table": path for path in parts_of(file) if path.is_file()}
+        inputs = {path.name if file.is_dir() else "table": path for path in parts[file] if path.is_file()}
         splits.append(Split(split, str(file), images[split], functools.partial(reader.rows, split), inputs))
     origin = {} if table.val_share is None else {"val_share": table.val_share, "val_seed": table.val_seed}
     return Source("table", origin, tuple(splits))
-
-
-def _spilled(files: dict[str, Path], columns: Columns, folder: Path) -> dict[str, Path]:
-    """Return tables without the bytes of pictures that stand in them, or the tables as they are if there are none."""
-    parts = {file: parts_of(file) for file in files.values()}
-    if not all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
-        return files
-    # One file may be for both splits.
-    places = {file: folder / str(number) for number, file in enumerate(parts)}
-    with tqdm(desc="pictures in the table", unit="question") as progress:
-        spill = Spill(folder, progress)
-        for file, paths in parts.items():
-            for index, path in enumerate(paths):
-                spill_parquet(spill, str(path), columns, places[file] / f"part-{index:05d}", str(path))
-    return {split: places[file] for split, file in files.items()}
 
 
 def _holds_pictures(path: Path) -> bool:
