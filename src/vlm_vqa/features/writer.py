@@ -154,16 +154,9 @@ class FeatureStoreWriter:
                 (self._folder / name).hardlink_to(self._parts / name)
             except OSError:  # where links are not supported
                 shutil.copyfile(self._parts / name, self._folder / name)
-        manifest = {
-            **self._made_by,
-            "schema_version": SCHEMA_VERSION,
-            "images": self.layout.images,
-            "num_tokens": self.layout.num_tokens,
-            "width": self.layout.width,
-            "dtype": self.layout.dtype.value,
-            "shards": shards,
-        }
-        write_sealed(self._folder / MANIFEST, manifest)
+        described = asdict(self.layout) | {"dtype": self.layout.dtype.value, "shards": shards}
+        del described["shard_bytes"]
+        write_sealed(self._folder / MANIFEST, {**self._made_by, "schema_version": SCHEMA_VERSION, **described})
         shutil.rmtree(self._root)
 
     def _seal(self, number: int) -> dict[str, Any]:

@@ -163,10 +163,10 @@ def recognise(path: Path) -> Found:
     heads = {name: head(folder / name) for name in files if name.suffix.lower() in TABLES}
     official = {name: one for name, one in heads.items() if _role(one) in ("questions", "annotations")}
     tables = {name: one for name, one in heads.items() if _role(one) == "table"}
-    for place in {name.parent for name in tables if re.search(r"-\d{5}-of-\d{5}$", name.stem)}:
+    # A folder as `datasets` writes it, one split in many files.
+    for place in {name.parent for name in tables if path.is_dir() and re.search(r"-\d{5}-of-\d{5}$", name.stem)}:
         parts = [name for name in tables if name.parent == place]
-        # A folder as `datasets` writes it, one split in many files.
-        if path.is_dir() and len({_split(name) for name in parts}) == 1:
+        if len({*map(_split, parts)}) == 1:
             tables[place] = [tables.pop(name) for name in parts][0]
     if path.is_file():
         mine, official = PurePath(path.name), {}
@@ -178,12 +178,10 @@ def recognise(path: Path) -> Found:
         return _official(folder, files, official)
     pictures = [name.name for name in files if name.suffix.lower() in PICTURES]
     example = f"image,question,answer\n{[*pictures, 'a.jpg'][0]},What is it?,cup"
-    other = next(
-        (f" {name} has the columns {', '.join(_names(one))}." for name, one in heads.items() if _names(one)), ""
-    )
+    others = (f" {name} has the columns {', '.join(_names(one))}." for name, one in heads.items() if _names(one))
     raise UserError(
-        f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{other} Unpack archives, "
-        f"and write a table beside the pictures, such as questions.csv:\n{example}"
+        f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{next(others, '')} Unpack "
+        f"archives, and write a table beside the pictures, such as questions.csv:\n{example}"
     )
 
 

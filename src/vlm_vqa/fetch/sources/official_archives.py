@@ -47,10 +47,8 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         downloads.append(Download(url, folder / name, checksum, size, f"data.official.{option}"))
     missing = [one for one in downloads if not download.is_verified(one)]
     # The records take as much again: they hold the images as they are in the archives, and compressed texts.
-    rest, total = (
-        sum(max(0, one.bytes - download.bytes_here(one)) for one in missing),
-        sum(one.bytes for one in downloads),
-    )
+    rest = sum(max(0, one.bytes - download.bytes_here(one)) for one in missing)
+    total = sum(one.bytes for one in downloads)
     records.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(records.parent).free
     if rest + total > free:

@@ -97,7 +97,6 @@ def spill_parquet(spill: Spill, file: str, columns: Columns, part: Path, where: 
         rows = read_parquet(file)
         found = find_columns(where, list(rows.features or {}), columns, violations)
         violations.raise_if_any()
-        assert found is not None, "or else there is a violation"
         spill.write(rows, found["image"], part, where)
     except pa.ArrowInvalid as error:
         raise UserError(f"{where}: {file} is no intact Parquet file ({error}).") from error
@@ -128,10 +127,7 @@ class Tables:
             self._draw(self.table.val_share)
         if self._few and split == "train":
             violations.add(ViolationKind.FEW_IMAGES, self._few)
-        found = self._open(split, violations)
-        if found is None:
-            return
-        columns, rows = found
+        columns, rows = self._open(split, violations)
         for number, row in enumerate(rows, 1):
             where = f"{self.called[split]}: row {number}"
             try:
@@ -144,24 +140,23 @@ class Tables:
                 if isinstance(row, dict) or self._val_images is None or split == "train":
                     violations.add(error.kind, f"{where}: {error}")
 
-    def _open(self, split: str, violations: Violations) -> tuple[dict[str, str], Iterator[_Raw]] | None:
-        """Return a table's columns by what they hold, and its rows; None, and a violation, where it is no table."""
+    def _open(self, split: str, violations: Violations) -> tuple[dict[str, str], Iterable[_Raw]]:
+        """Return a table's columns by what they hold, and its rows; none, and a violation, where it is no table."""
         before, file, called = len(violations), self.files[split], self.called[split]
         rows = read_rows(file, violations)
         first = list(islice(rows, _LOOK))
-        there = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row)
+        there, columns = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row), {}
         if first and not there:
             violations.add(ViolationKind.FOREIGN_FILE, f"{called}: {refusal(file) or f'row 1: {first[0]}'}")
         elif there:
             columns = find_columns(called, list(there), self.table.columns or Columns(), violations)
-            return None if columns is None else (columns, chain(first, rows))
         elif len(violations) == before:
             violations.add(ViolationKind.EMPTY_FILE, f"{called}: no rows")
-        return None
+        return columns, chain(first, rows) if columns else ()
 
     def _draw(self, share: float) -> None:
         """Draw val's pictures: equal files go to one split, under whatever names. What is wrong is said on reading them."""
-        columns, rows = self._open("train", Violations()) or ({}, ())
+        columns, rows = self._open("train", Violations())
         images = {
             self._image(row, columns): self._image(row, {"image": columns["image"]})
             for row in rows
@@ -315,10 +310,8 @@ def _turns(talk: Any) -> Iterator[tuple[str, str]]:
 # --- columns ------------------------------------------------------------------------------------------------------------
 
 
-def find_columns(
-    file: Path | str, there: Sequence[str], wanted: Columns, violations: Violations
-) -> dict[str, str] | None:
-    """Return a table's columns by what they hold; None, and a violation, where one cannot be told."""
+def find_columns(file: str, there: Sequence[str], wanted: Columns, violations: Violations) -> dict[str, str]:
+    """Return a table's columns by what they hold; none, and a violation, where one cannot be told."""
     found: dict[str, str] = {role: name for role, name in dataclasses.asdict(wanted).items() if name is not None}
     wrong = [f"data.table.columns.{role} is {name!r}" for role, name in found.items() if name not in there]
     named = {name.strip().lower(): name for name in there if name not in found.values()}
@@ -338,8 +331,7 @@ def find_columns(
             wrong.append(f"no column for the {role}")
     if wrong:
         violations.add(ViolationKind.COLUMNS, f"{file}: {'; '.join(wrong)}; it has {', '.join(there):.300}")
-        return None
-    return found
+    return {} if wrong else found
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------------
@@ -391,7 +383,11 @@ def _read_text(path: Path, kind: str, violations: Violations) -> Iterator[_Raw]:
             raise UnicodeDecodeError("utf-8", first.encode()[:100], 0, 1, "it has zeros")
         rest, written = chain([first, second], lines), written_as(f".{kind}", first, second)
         if written == "lines":
-            yield from map(_json_row, filter(str.strip, rest))
+            for line in filter(str.strip, rest):
+                try:
+                    yield _object(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    yield MalformedRecord(ViolationKind.BAD_ROW, f"not JSON ({error})")
         elif written != "whole":
             yield from _read_csv(rest, written)
     if written == "whole":
@@ -407,13 +403,6 @@ def _read_csv(lines: Iterable[str], delimiter: str) -> Iterator[_Raw]:
         elif cells:
             found = f"line {reader.line_num}: {len(cells)} cells, but {len(header)} columns"
             yield MalformedRecord(ViolationKind.BAD_ROW, found)
-
-
-def _json_row(line: str) -> _Raw:
-    try:
-        return _object(json.loads(line))
-    except (ValueError, RecursionError) as error:
-        return MalformedRecord(ViolationKind.BAD_ROW, f"not JSON ({error})")
 
 
 def _object(row: Any) -> _Raw:
