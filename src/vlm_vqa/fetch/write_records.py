@@ -266,30 +266,27 @@ def _store_images(
 ) -> None:
     """Check every image, count it and store it once, if anywhere."""
     workers = usable_cores().count
+
+    def good(checked: Iterable[_Seen | _Problems]) -> Iterator[dict[str, Any]]:
+        """Yield rows up to the first violation, and go on checking."""
+        for image_id, found in zip(images, checked, strict=True):
+            if isinstance(found, tuple):
+                seen.add(*found)
+                if not violations:
+                    yield found[0]
+            elif violations.drops and found and all(kind.of_record for kind, _ in found):
+                seen.bad[image_id] = found[0]
+            else:
+                for kind, text in found:
+                    violations.add(kind, text)
+                    if kind is ViolationKind.IMAGE_CONFLICT:
+                        seen.conflicts.add(image_id)
+
     with ThreadPoolExecutor(workers) as pool:
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
         checked = ordered_map(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
-            good = _good_images(zip(images, progress, strict=True), seen, violations)
-            deque(good, maxlen=0) if part is None else _write_shards(good, part)
-
-
-def _good_images(
-    images: Iterable[tuple[int, _Seen | _Problems]], seen: Images, violations: Violations
-) -> Iterator[dict[str, Any]]:
-    """Yield rows up to the first violation, and go on checking."""
-    for image_id, found in images:
-        if isinstance(found, tuple):
-            seen.add(*found)
-            if not violations:
-                yield found[0]
-        elif violations.drops and found and all(kind.of_record for kind, _ in found):
-            seen.bad[image_id] = found[0]
-        else:
-            for kind, text in found:
-                violations.add(kind, text)
-                if kind is ViolationKind.IMAGE_CONFLICT:
-                    seen.conflicts.add(image_id)
+            deque(good(progress), maxlen=0) if part is None else _write_shards(good(progress), part)
 
 
 def _check_alike(images: dict[int, list[_Place]], data: DataParams, seen: Images, violations: Violations) -> None:
