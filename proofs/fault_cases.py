@@ -227,7 +227,7 @@ def faulty_mirror(place: Path, rng: random.Random) -> Outcome:
         for name in rng.sample(sorted(files), rng.randint(1, 3))
     }
     always = {name: rng.choice(list(SERVER_FAULTS)) for name in rng.sample(sorted(files), 1) if rng.random() < 0.2}
-    switches = {name: rng.random() < 0.8 for name in ("ranges", "if_range")}
+    switches = {"ranges": rng.random() < 0.8}
     what, said = child.in_child(lambda: _from_mirror(place, files, faults, always, switches), PATIENCE)
     return f"{faults} {always} {switches}", "silent" if what == "done" and said != right[1] else what, said
 

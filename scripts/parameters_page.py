@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from scripts.schema import schema_of
-from vlm_vqa.params import DataParams, Params
+from vlm_vqa.params import Params
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/parameters.md"
@@ -41,7 +41,9 @@ first line of every parameter file names `params.schema.json`, which lies beside
 def resolved(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
     """Return a key's schema, what it refers to in its place; `nullable` says whether it may be null, too."""
     options = [one for one in node.get("anyOf", [node]) if one.get("type") != "null"]
-    found = {**options[0], **{key: value for key, value in node.items() if key != "anyOf"}}
+    # Of a union all keys stand in its first.
+    first = options[0].get("oneOf", options)[0]
+    found = {**first, **{key: value for key, value in node.items() if key != "anyOf"}}
     if "$ref" in found:
         found = definitions[found["$ref"].rpartition("/")[2]] | found
     return found | {"nullable": any(one.get("type") == "null" for one in node.get("anyOf", []))}
@@ -97,10 +99,8 @@ def plain(values: Any, value: Any) -> str:
 def page() -> str:
     """Return the whole page."""
     values = yaml.safe_load((ROOT / "presets/small.yaml").read_text(encoding="utf-8"))
-    whole, data = schema_of(Params), schema_of(DataParams)
-    definitions = whole["$defs"] | data["$defs"]
-    # One table for all kinds of data.
-    sections = whole["properties"] | {"data": {key: value for key, value in data.items() if key != "$defs"}}
+    whole = schema_of(Params)
+    sections, definitions = whole["properties"], whole["$defs"]
     groups = {name: resolved(node, definitions) for name, node in sections.items()}
     groups = {name: node for name, node in groups.items() if "properties" in node}
     alone = {"properties": {name: node for name, node in sections.items() if name not in groups}}

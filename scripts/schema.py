@@ -34,11 +34,7 @@ def schema_of(kind: type) -> dict[str, Any]:
 
 def schema() -> dict[str, Any]:
     """Return the schema of parameter files."""
-    made, data = schema_of(params.Params), schema_of(params.DataParams)["properties"]
-    for one in (params.LocalData, params.TableData, params.OfficialData, params.HubData):
-        # pydantic reads the docstrings of a class, not of those that it inherits from.
-        for name, about in made["$defs"][one.__name__]["properties"].items():
-            about["description"] = data[name]["description"]
+    made = schema_of(params.Params)
     # DVC needs every section of a file, where Python has a default for the one that came later.
     made["properties"]["validation"].pop("default")
     made["required"] = [*made["properties"]]

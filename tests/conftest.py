@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.tiny_model import tiny  # noqa: F401 - a fixture for all areas
-from vlm_vqa.params import DataParams, Source, SplitFiles
+from vlm_vqa.fetch.sources.official_layout import OFFICIAL
+from vlm_vqa.params import DataParams, Source
 
 REPO = Path(__file__).parents[1]
 # A user's own server, store or launcher must neither hear of the tests nor change what they see.
@@ -87,19 +88,9 @@ def directory_params() -> Callable[..., DataParams]:
     """Return a function that gives the parameters to fetch a folder, with fields changed by name."""
 
     def params(folder: str | Path, **changes) -> DataParams:
-        train, val = (
-            SplitFiles(
-                f"v2_OpenEnded_mscoco_{split}2014_questions.json",
-                f"v2_mscoco_{split}2014_annotations.json",
-                f"{split}2014",
-                f"COCO_{split}2014_{{image_id:012d}}.jpg",
-            )
-            for split in ("train", "val")
-        )
         fields = {
+            **OFFICIAL,
             "source": Source.DIRECTORY,
-            "train": train,
-            "val": val,
             "allow_split_overlap": False,
             "official": None,
             "hub": None,

@@ -20,7 +20,7 @@ import huggingface_hub
 import pytest
 
 from vlm_vqa.fetch.contract import image_name
-from vlm_vqa.fetch.sources.official_layout import official_paths
+from vlm_vqa.fetch.sources.official_layout import OFFICIAL
 
 TOKEN = "secret-hf_0123456789abcdefTOKEN"
 """The one token that may read gated and private repositories."""
@@ -269,13 +269,13 @@ configs:
 def rows_of(folder):
     """{split: rows} of a folder in official layout."""
     rows = {}
-    for paths in official_paths(folder):
-        questions = json.loads(paths.questions.read_text())["questions"]
-        annotations = json.loads(paths.annotations.read_text())["annotations"]
-        rows[paths.split] = [
+    for split, files in OFFICIAL.items():
+        questions = json.loads((folder / files.questions).read_text())["questions"]
+        annotations = json.loads((folder / files.annotations).read_text())["annotations"]
+        rows[split] = [
             {**annotation, **question, "image": {"bytes": file.read_bytes(), "path": file.name}}
             for question, annotation in zip(questions, annotations, strict=True)
-            for file in [paths.images[0] / image_name(paths.image_name, question["image_id"])]
+            for file in [folder / files.images / image_name(files.image_name, question["image_id"])]
         ]
     return rows
 

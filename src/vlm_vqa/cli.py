@@ -129,8 +129,8 @@ def _check(params: Path, write: bool, params_only: bool) -> None:
 
         found = inspect_data(values.data)
         found.violations.raise_if_any()
-        check_enough(values, *(np.array([*text.statistics.of_image.elements()]) for text in found.texts))
-        counts = " and ".join(f"{text.statistics.questions} questions for {text.paths.split}" for text in found.texts)
+        check_enough(values, *(np.array([*text.of_image.elements()]) for text in found.texts.values()))
+        counts = " and ".join(f"{text.questions} questions for {text.paths.split}" for text in found.texts.values())
         print(f"{values.data.directory}: {counts}, which keep the data contract")
 
 

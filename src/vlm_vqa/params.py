@@ -17,7 +17,7 @@ import os
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -269,6 +269,16 @@ class TableParams(Section):
         return None
 
 
+def _kind_of_table(table: Any) -> str:
+    return "hub" if isinstance(table, Mapping) and table.keys() <= {"columns"} else "table"
+
+
+_Table = Annotated[
+    Annotated[TableParams, pydantic.Tag("table")] | Annotated[HubTable, pydantic.Tag("hub")],
+    pydantic.Discriminator(_kind_of_table),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataParams(Section):
     """What `fetch-vqav2` reads."""
@@ -288,7 +298,7 @@ class DataParams(Section):
     """For source `official`; null otherwise."""
     hub: HubParams | None = None
     """For source `hub`; null otherwise."""
-    table: TableParams | HubTable | None = None
+    table: _Table | None = None
     """For source `table`; for `hub` its columns alone, or null; null otherwise."""
     max_image_pixels: Count
     """Images with more pixels are refused before they are decoded."""
@@ -299,45 +309,17 @@ class DataParams(Section):
     doubtful: Doubtful = Doubtful.COUNT
     """Main answers that nobody gave, and nearly equal pictures in both splits: counted in the report, or refused."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class LocalData(DataParams):
-    """Data of a package or in a folder."""
-
-    source: Literal[Source.EASY_VQA, Source.DIRECTORY]
-    official: None = None
-    hub: None = None
-    table: None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableData(DataParams):
-    """A table in a folder."""
-
-    source: Literal[Source.TABLE]
-    official: None = None
-    hub: None = None
-    table: TableParams = field()
-
-
-@dataclass(frozen=True, kw_only=True)
-class OfficialData(DataParams):
-    """VQAv2's own archives."""
-
-    source: Literal[Source.OFFICIAL]
-    official: OfficialParams = field()
-    hub: None = None
-    table: None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubData(DataParams):
-    """A repository on the hub."""
-
-    source: Literal[Source.HUB]
-    official: None = None
-    hub: HubParams = field()
-    table: HubTable | None = None
+    @pydantic.field_validator("official", "hub", "table", mode="before")
+    @classmethod
+    def _of_its_source(cls, value: Any, info: ValidationInfo) -> Any:
+        name, source = str(info.field_name), info.data.get("source")
+        if value is not None and source not in (None, name) and (name, source) != ("table", Source.HUB):
+            raise ValueError(f"must be null, as data.source is not {name}.")
+        if value is None and source == name:
+            raise ValueError(f"must be given, as a mapping of {', '.join(keys_of(['data', name]))}.")
+        if name == "table" and isinstance(value, Mapping) and source not in (None, _kind_of_table(value)):
+            raise ValueError("has columns alone for data.source hub, and for table must have train, too.")
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -719,7 +701,7 @@ class Params(Section):
 
     seed: Seed
     """What all random numbers of a run come from: first weights, orders, dropout."""
-    data: Annotated[LocalData | TableData | OfficialData | HubData, pydantic.Discriminator("source")]
+    data: DataParams
     model: ModelParams = ModelParams()
     vision: VisionParams
     language: LanguageParams
@@ -829,25 +811,22 @@ def parse_params(values: Any, name: str = "params.yaml") -> Params:
 def _mistake(error: Mapping[str, Any]) -> str:
     """Return pydantic's error as a line of ours."""
     value, path = error["input"], [str(part) for part in error["loc"]]
-    if path[:1] == ["data"]:
-        del path[1:2]  # The union's member.
+    if path[:2] == ["data", "table"]:
+        del path[2:3]  # The union's member.
     key = ".".join(path)
     match error["type"]:
         case "value_error":
             return f"{key} {error['ctx']['error']}"
-        case "missing" | "union_tag_not_found" as kind:
-            return f"missing key {key}{'.source' * (kind != 'missing')}. Compare with presets/small.yaml."
+        case "missing":
+            return f"missing key {key}. Compare with presets/small.yaml."
         case "unexpected_keyword_argument" | "invalid_key":
             return f"unknown key {shown(key)[1:-1]}. Known here: {', '.join(keys_of(path[:-1]))}."
         case "dataclass_type" | "model_attributes_type" if value is None and path:
             return f"{key} must be given, as a mapping of {', '.join(keys_of(path))}."
         case "dataclass_type" | "model_attributes_type":
             return f"{key or 'the file'} must be a mapping, not {shown(value)}. Compare with presets/small.yaml."
-        case "none_required":
-            return f"{key} must be null, as data.source is not {path[-1]}."
-        case "enum" | "literal_error" | "union_tag_invalid" as kind:
-            key, value = (f"{key}.source", value["source"]) if kind == "union_tag_invalid" else (key, value)
-            allowed = re.findall("'(.*?)'", error["ctx"].get("expected") or error["ctx"]["expected_tags"])
+        case "enum" | "literal_error":
+            allowed = re.findall("'(.*?)'", error["ctx"]["expected"])
             return f"{key} is {shown(value)}; it must be one of {', '.join(allowed)}."
         case "tuple_type" | "too_short":
             return f"{key} is {shown(value)}; it must be a list of one name or more."
@@ -858,7 +837,7 @@ def keys_of(path: list[str]) -> list[str]:
     """Return the names of the keys in the group at `path`."""
     group: Any = Params
     for name in path:
-        hint = DataParams if name == "data" else typing.get_type_hints(group)[name]
+        hint = typing.get_type_hints(group)[name]
         group = next(filter(is_dataclass, typing.get_args(hint)), hint)
     return [one.name.rstrip("_") for one in fields(group)]
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 
 import vlm_vqa
-from vlm_vqa.data.decoding import open_image, open_with_changes
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
 
 PIXELS = 1_000_000
@@ -133,9 +133,9 @@ KINDS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO")
 @pytest.mark.parametrize("orientation", range(10))
 def test_pictures_stand_upright_as_everywhere(kind, orientation):
     data = encode(DRAWING, kind, exif=exif(orientation))
-    image, changes = open_with_changes(data, "x", PIXELS)
+    image = open_image(data, "x", PIXELS)
     assert np.array_equal(image, ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB"))
-    assert changes == (("turned upright, as its EXIF says",) if 2 <= orientation <= 8 else ())
+    assert image.info["changes"] == (["turned upright, as its EXIF says"] if 2 <= orientation <= 8 else [])
     assert image.size == ((40, 60) if 5 <= orientation <= 8 else (60, 40))
 
 
@@ -175,16 +175,16 @@ FEW = DRAWING.quantize(4)
     ],
 )
 def test_what_is_transparent_lies_over_white(data):
-    image, changes = open_with_changes(data, "x", PIXELS)
-    assert changes == ("transparent, laid over white",)
+    image = open_image(data, "x", PIXELS)
+    assert image.info["changes"] == ["transparent, laid over white"]
     assert np.asarray(image)[:10, :10].min() >= 254
 
 
 def test_half_transparent_is_half_white_and_opaque_alpha_is_no_change():
     half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
     assert open_image(encode(half, "PNG"), "x", PIXELS).getpixel((0, 0)) == (127, 127, 127)
-    image, changes = open_with_changes(encode(DRAWING.convert("RGBA"), "PNG"), "x", PIXELS)
-    assert changes == () and np.array_equal(image, DRAWING)
+    image = open_image(encode(DRAWING.convert("RGBA"), "PNG"), "x", PIXELS)
+    assert image.info["changes"] == [] and np.array_equal(image, DRAWING)
 
 
 GREYS = np.linspace(0, 65535, 2400).reshape(40, 60)
@@ -195,31 +195,31 @@ GREYS = np.linspace(0, 65535, 2400).reshape(40, 60)
 )
 def test_16_bits_of_grey_become_8(order, mode, kind):
     grey = Image.frombytes(mode, (60, 40), GREYS.astype(order).tobytes())
-    image, changes = open_with_changes(encode(grey, kind), "x", PIXELS)
-    assert changes == ("16 bits of grey to 8",)
+    image = open_image(encode(grey, kind), "x", PIXELS)
+    assert image.info["changes"] == ["16 bits of grey to 8"]
     assert np.abs(np.asarray(image)[..., 0] - GREYS / 257).max() <= 1
 
 
 def test_16_bits_of_grey_turn_and_lie_over_white_too():
     grey = Image.fromarray(GREYS.astype(np.uint16))
-    image, changes = open_with_changes(encode(grey, "PNG", exif=exif(3), transparency=0), "x", PIXELS)
-    assert len(changes) == 3 and image.getpixel((59, 39)) == (255,) * 3 == image.getpixel((0, 0))
+    image = open_image(encode(grey, "PNG", exif=exif(3), transparency=0), "x", PIXELS)
+    assert len(image.info["changes"]) == 3 and image.getpixel((59, 39)) == (255,) * 3 == image.getpixel((0, 0))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk_has_its_colours(kind):
     data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), kind)
     for variant in (data, data.replace(b"Adobe\0d", b"Bdobe\0d")):
-        image, changes = open_with_changes(variant, "x", PIXELS)
-        assert changes == ("CMYK to RGB",)
+        image = open_image(variant, "x", PIXELS)
+        assert image.info["changes"] == ["CMYK to RGB"]
     assert np.abs(np.asarray(open_image(data, "x", PIXELS), int) - (255, 0, 0)).max() < 6
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
 def test_of_several_frames_the_first_is_seen(kind):
     data = encode(DRAWING, kind, save_all=True, append_images=[Image.new("RGB", (60, 40), "green")], lossless=True)
-    image, changes = open_with_changes(data, "x", PIXELS)
-    assert changes == ("the first of several frames",)
+    image = open_image(data, "x", PIXELS)
+    assert image.info["changes"] == ["the first of several frames"]
     assert np.abs(np.asarray(image, int) - np.asarray(DRAWING)).mean() < 4
 
 

@@ -42,7 +42,7 @@ def writer(folder, dtype=StoreDtype.FLOAT32, **computed_by):
 
 
 def shard(number, features, dtype=StoreDtype.FLOAT32):
-    made, places = Shard.of(layout(dtype), number), layout(dtype).places(number)
+    made, places = Shard(layout(dtype), number), layout(dtype).places(number)
     for place in places:
         made.add([IDS[place]], features[place : place + 1])
     return made
@@ -122,7 +122,7 @@ def test_bytes_are_a_function_of_the_features(tmp_path, dtype):
     assert first.begin() == [0, 1, 2]
     second.write(shard(2, features, dtype))
     first.write(shard(1, features, dtype))
-    together = Shard.of(layout(dtype), 0)
+    together = Shard(layout(dtype), 0)
     together.add(IDS[:3], features[:3])
     second.write(together)
     first.publish()
@@ -263,14 +263,14 @@ def test_an_unknown_image_is_named(folder):
 
 
 def test_an_image_that_comes_twice_is_named(folder):
-    made = Shard.of(layout(), 0)
+    made = Shard(layout(), 0)
     made.add([3, 7], features_of(2))
     with pytest.raises(UserError, match="image 7 follows image 7.*fetch-vqav2"):
         made.add([7], features_of(1))
     store = writer(folder)
     store.begin()
     for number, image_ids in enumerate([[3, 7, 8], [8, 9, 10], [11]]):
-        made = Shard.of(layout(), number)
+        made = Shard(layout(), number)
         made.add(image_ids, features_of(len(image_ids)))
         store.write(made)
     store.publish()
@@ -281,7 +281,7 @@ def test_an_image_that_comes_twice_is_named(folder):
 def test_a_shard_of_too_few_images_is_not_written(folder):
     store = writer(folder)
     store.begin()
-    made = Shard.of(layout(), 1)
+    made = Shard(layout(), 1)
     made.add(IDS[3:5], features_of(2))
     with pytest.raises(UserError, match="shard 1: 2 images came where the records count 3"):
         store.write(made)
@@ -300,7 +300,7 @@ def test_features_that_do_not_fit_the_dtype_are_named(dtype, value):
     features = features_of(2)
     features[1, 2, 3] = value
     with pytest.raises(UserError, match=f"image 7: .*not finite as {dtype.value}.*vision.store_dtype"):
-        Shard.of(layout(dtype), 0).add([3, 7], features)
+        Shard(layout(dtype), 0).add([3, 7], features)
 
 
 def test_a_cut_shard_is_refused_before_it_is_mapped(folder):
@@ -386,7 +386,7 @@ def test_a_flipped_bit_is_named_when_its_image_is_read(folder, dtype, monkeypatc
         broken = bytearray(whole)
         broken[place] ^= 1 << place % 8
         path.write_bytes(broken)
-        with pytest.raises(UserError, match="damaged at byte|no features of image|in the store twice") as error:
+        with pytest.raises(UserError, match="damaged: the features|no features of image|in the store twice") as error:
             FeatureStore(folder).batch(ids)
         assert str(folder) in str(error.value) and "vlm-vqa repair extract-features" in str(error.value)
         if "twice" not in str(error.value):
@@ -396,7 +396,7 @@ def test_a_flipped_bit_is_named_when_its_image_is_read(folder, dtype, monkeypatc
     FeatureStore(folder).batch(ids)
 
 
-def test_the_offset_is_that_of_the_image(folder):
+def test_the_damaged_image_is_named(folder):
     write(folder)
     path = folder / NAMES[1]
     bits = bytearray(path.read_bytes())
@@ -405,5 +405,5 @@ def test_the_offset_is_that_of_the_image(folder):
     row = FeatureStore(folder).layout.image_bytes
     bits[start + row] ^= 1
     path.write_bytes(bits)
-    with pytest.raises(UserError, match=f"{path.name}: damaged at byte {start + row:,} "):
+    with pytest.raises(UserError, match=f"{path.name}: damaged: the features of image {IDS[4]} are"):
         FeatureStore(folder).batch(IDS[3:6])

@@ -149,7 +149,7 @@ def features(records) -> Path:
     layout = Layout(images=12, num_tokens=1, width=3, dtype=StoreDtype.FLOAT32)
     writer = FeatureStoreWriter(folder, layout, {"encoder_hash": "e", "data_hash": "d"})
     assert writer.begin() == [0]
-    shard = Shard.of(layout, 0)
+    shard = Shard(layout, 0)
     for record in iter_images(records):
         pixels = np.asarray(open_image(record.data, record.file_name, 10_000), dtype=np.float32)
         shard.add([record.image_id], torch.tensor(pixels.mean((0, 1)))[None, None])

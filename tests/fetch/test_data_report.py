@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vlm_vqa.data import records
-from vlm_vqa.fetch.statistics import QuestionStatistics, mean
+from vlm_vqa.fetch.statistics import Texts, mean
 from vlm_vqa.fetch.write_records import fetch
 
 QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
@@ -176,13 +176,13 @@ def row(number, kind):
 
 
 def test_examples_are_of_all_types_and_of_different_images():
-    counted = QuestionStatistics()
+    counted = Texts(None)
     for number in range(1000):
         counted.add(row(number, ("yes/no", "number", "other")[number % 3 if number < 30 else 0]))
     examples = counted.examples()
     assert len({one["image_id"] for one in examples}) == len(examples) == 6
     assert Counter(one["answer_type"] for one in examples) == {"yes/no": 2, "number": 2, "other": 2}
-    reordered = QuestionStatistics()
+    reordered = Texts(None)
     for number in reversed(range(1000)):
         reordered.add(row(number, ("yes/no", "number", "other")[number % 3 if number < 30 else 0]))
     assert sorted(one["question_id"] for one in reordered.examples()) == sorted(one["question_id"] for one in examples)

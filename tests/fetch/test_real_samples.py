@@ -10,10 +10,10 @@ import pytest
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Violations
-from vlm_vqa.fetch.sources.official_layout import SplitPaths, official_split
+from vlm_vqa.fetch.sources.official_layout import official_split
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import train_tokenizer
-from vlm_vqa.params import load_params
+from vlm_vqa.params import SplitFiles, load_params
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ from vlm_vqa.params import load_params
 )
 def test_questions_and_all_ten_answers(shared_data, folder, suffix, count):
     violations = Violations()
-    files = [shared_data / folder / f"{kind}{suffix}" for kind in ("questions", "annotations")]
-    split = official_split(SplitPaths("train", *files, [], "{image_id}.jpg"))
+    files = SplitFiles(f"questions{suffix}", f"annotations{suffix}", ".", "{image_id}.jpg")
+    split = official_split(shared_data / folder, "train", files)
     rows = [row.record for row in split.rows(violations)]
     violations.raise_if_any()
     assert len(rows) == count

@@ -12,20 +12,20 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Violations, image_name
 from vlm_vqa.fetch.question_types import answer_type, question_type
 from vlm_vqa.fetch.sources import easy_vqa, open_source
-from vlm_vqa.fetch.sources.official_layout import official_paths, official_split
+from vlm_vqa.fetch.sources.official_layout import OFFICIAL, official_split
 
 PACKAGE_SPLITS = {"train": ("train", 0), "val": ("test", 4000)}
 
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory):
-    """{split: (its paths, its records)} of all of easy-VQA."""
+    """{split: (the folder, its records)} of all of easy-VQA."""
     folder = tmp_path_factory.mktemp("easy-vqa")
     easy_vqa.write_official_layout(folder)
     violations = Violations()
     read = {}
-    for paths in official_paths(folder):
-        read[paths.split] = paths, [row.record for row in official_split(paths).rows(violations)]
+    for split, files in OFFICIAL.items():
+        read[split] = folder, [row.record for row in official_split(folder, split, files).rows(violations)]
     violations.raise_if_any()
     return read
 
@@ -98,11 +98,11 @@ def test_question_types(question, kind):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_images_are_jpegs_of_the_same_pictures(layout, split):
-    paths, _ = layout[split]
+    images = layout[split][0] / OFFICIAL[split].images
     name, offset = PACKAGE_SPLITS[split]
-    assert len(list(paths.images[0].iterdir())) == (4_000 if split == "train" else 1_000)
+    assert len(list(images.iterdir())) == (4_000 if split == "train" else 1_000)
     for image_id in (0, 7, 999):
-        with Image.open(paths.images[0] / image_name(paths.image_name, image_id + offset)) as image:
+        with Image.open(images / image_name(OFFICIAL[split].image_name, image_id + offset)) as image:
             assert image.format == "JPEG" and image.size == (64, 64)
             assert JpegImagePlugin.get_sampling(image) == 0  # 4:4:4: colour at every pixel
             ours = np.asarray(image.convert("RGB"), dtype=int)

@@ -53,7 +53,7 @@ def project(tmp_path_factory):
     made_by = {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"], "compute_dtype": "float32"}
     writer = FeatureStoreWriter(root / "data/features", layout, made_by)
     (number,) = writer.begin()
-    shard = Shard.of(layout, number)
+    shard = Shard(layout, number)
     shard.add(ids, torch.randn(len(ids), 3, 4))
     writer.write(shard)
     writer.publish()

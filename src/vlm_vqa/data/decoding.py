@@ -44,7 +44,8 @@ _OTHERS = {
 
 
 def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels") -> Image.Image:
-    """Decode an image file completely, as people see it: RGB with 8 bits a channel, upright, opaque.
+    """Decode an image file completely, as people see it: RGB with 8 bits a channel, upright, opaque. `info["changes"]` says
+    in words what was changed beside decoding.
 
     The EXIF orientation is applied, what is transparent lies over white, 16 bits of grey become 8; greyscale, palette and
     CMYK become RGB; colour profiles are not applied. `transformers.image_utils.load_image` and `datasets` see the same, but
@@ -59,13 +60,6 @@ def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_i
     Raises:
         UserError: not an image of these formats, larger than `max_pixels`, cut short or damaged.
     """
-    return open_with_changes(data, name, max_pixels, bound)[0]
-
-
-def open_with_changes(
-    data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels"
-) -> tuple[Image.Image, tuple[str, ...]]:
-    """Do as `open_image`, and say in words what was changed beside decoding."""
     try:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
@@ -78,7 +72,7 @@ def open_with_changes(
     # On damaged bytes Pillow raises OSError, SyntaxError, struct.error and more.
     except Exception as error:
         if "MAX_TEXT" in str(error) and (smaller := _without_texts(data)) != data:
-            return open_with_changes(smaller, name, max_pixels, bound)
+            return open_image(smaller, name, max_pixels, bound)
         raise UserError(f"{name}: not a readable image: it is {_what_it_is(data)}. {_WANTED}") from error
     raise UserError(
         f"{name}: {width} x {height} is more than {bound} ({max_pixels}). Make the image smaller, or raise the bound if "
@@ -86,9 +80,15 @@ def open_with_changes(
     )
 
 
-def _as_seen(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
+def _as_seen(image: Image.Image, name: str) -> Image.Image:
     if image.format == "TIFF":
-        _check_tiff(image, name)
+        if (codec := image.info.get("compression")) not in _TIFF_CODECS:
+            raise UserError(f"{name}: a TIFF compressed as {codec}, which is not read. Save it as PNG.")
+        # NewSubfileType: the first picture is a small copy of another.
+        if image.tag_v2.get(254, 0) & 1:  # ty: ignore[missing-attribute] - TIFFs have it
+            raise UserError(
+                f"{name}: a camera's raw file, or one that begins with a small copy. Save it as JPEG or PNG."
+            )
     several, turn = False, None
     # A GIF's second frame is looked for here, and a PNG's EXIF behind the pixels: a damaged one costs no picture.
     with suppress(Exception):
@@ -115,15 +115,8 @@ def _as_seen(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...
         changes["transparent, laid over white"] = seen.getchannel("A").getextrema() != (255, 255)
         seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
     rgb = seen if seen.mode == "RGB" else seen.convert("RGB")
-    return rgb, tuple(change for change, made in changes.items() if made)
-
-
-def _check_tiff(image: Image.Image, name: str) -> None:
-    if (codec := image.info.get("compression")) not in _TIFF_CODECS:
-        raise UserError(f"{name}: a TIFF compressed as {codec}, which is not read. Save it as PNG.")
-    # NewSubfileType: the first picture is a small copy of another.
-    if image.tag_v2.get(254, 0) & 1:  # ty: ignore[missing-attribute] - TIFFs have it
-        raise UserError(f"{name}: a camera's raw file, or one that begins with a small copy. Save it as JPEG or PNG.")
+    rgb.info["changes"] = [change for change, made in changes.items() if made]
+    return rgb
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -9,7 +9,6 @@ was not finished does not open.
 Legend of shape suffixes: N images, T tokens an image, D width.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.params import StoreDtype
-from vlm_vqa.sealed import checks_blocks, checksum, damaged, read_sealed
+from vlm_vqa.sealed import checks_blocks, checksum, read_sealed
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -109,7 +108,18 @@ class FeatureStore:
             UserError: it is missing, unfinished, damaged, or not what is expected; the message names what differs.
         """
         self._folder, self._expected = Path(folder), expected
-        self.manifest = _read_manifest(self._folder, expected or {})
+        path = self._folder / MANIFEST
+        self.manifest = read_sealed(path, "a manifest of features", _REMAKE)
+        if (version := self.manifest["schema_version"]) != SCHEMA_VERSION:
+            raise UserError(f"{path}: features of version {version}; this code reads {SCHEMA_VERSION}. {_REMAKE}")
+        found = [
+            f"{EXPECTABLE[key]} differs: {key} is {self.manifest.get(key)!r}, expected {value!r}. "
+            for key, value in (expected or {}).items()
+            if self.manifest.get(key) != value
+        ]
+        if found:
+            what = "these features do not belong to this run"
+            raise UserError(f"{folder}: {what}. {''.join(found)}Run `dvc repro extract-features`.")
         self.num_tokens: int = self.manifest["num_tokens"]
         self.width: int = self.manifest["width"]
         self.layout = Layout(self.manifest["images"], self.num_tokens, self.width, StoreDtype(self.manifest["dtype"]))
@@ -158,7 +168,8 @@ class FeatureStore:
                 raise UserError(f"{self._folder}: has no features of image {image_id}. {_REMAKE}") from None
             tensors, checksums = self._shards[shard]
             if self._checked and checksum_of(tensors, row, int(image_id)) != int(checksums[row]) % 2**64:
-                raise self._damaged(shard, row)
+                path = self._folder / self.manifest["shards"][shard]["file"]
+                raise UserError(f"{path}: damaged: the features of image {image_id} are not those written. {_REMAKE}")
             target_TD[:] = tensors["features"][row]
             if "scales" in tensors:
                 target_TD *= tensors["scales"][row][:, None]
@@ -189,31 +200,7 @@ class FeatureStore:
             self._places[image_id] = (len(self._shards), row)
         self._shards.append(({name: as_array(tensor) for name, tensor in tensors.items()}, checksums.numpy()))
 
-    def _damaged(self, shard: int, row: int) -> UserError:
-        path = self._folder / self.manifest["shards"][shard]["file"]
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            start = json.loads(file.read(header))["features"]["data_offsets"][0]
-        return damaged(path, 8 + header + start + row * self._shards[shard][0]["features"][row].nbytes, _REMAKE)
-
 
 def as_array(tensor: Tensor) -> np.ndarray:
     """View a tensor as numpy does; bfloat16, which numpy does not know, as its bits."""
     return tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
-
-
-def _read_manifest(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    path = folder / MANIFEST
-    manifest = read_sealed(path, "a manifest of features", _REMAKE)
-    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
-        raise UserError(f"{path}: features of version {version}; this code reads version {SCHEMA_VERSION}. {_REMAKE}")
-    differing = [
-        f"{EXPECTABLE[key]} differs: {key} is {manifest.get(key)!r}, expected {value!r}"
-        for key, value in expected.items()
-        if manifest.get(key) != value
-    ]
-    if differing:
-        raise UserError(
-            f"{folder}: these features do not belong to this run. {'; '.join(differing)}. Run `dvc repro extract-features`."
-        )
-    return manifest

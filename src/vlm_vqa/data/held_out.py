@@ -39,13 +39,10 @@ def validation_questions(params: Params, folder: Any) -> tuple[Records, Records]
     settings, trained = params.validation, load_questions(folder, "train")
     if settings.from_ is ValidateOn.VAL:
         held = load_questions(folder, "val")
-        held = held.select(_take(held["image_id"], settings.questions, params.seed, "validation.questions", "val"))
+        held = held.select(_take(held["image_id"], params, "questions", "val"))
     else:
         trained, held = divide(trained, params, folder)
-    measured = _take(
-        trained["image_id"], settings.train_questions, params.seed, "validation.train_questions", "trained"
-    )
-    return held, trained.select(measured)
+    return held, trained.select(_take(trained["image_id"], params, "train_questions", "trained"))
 
 
 def check_enough(params: Params, train: np.ndarray, val: np.ndarray) -> None:
@@ -59,10 +56,10 @@ def check_enough(params: Params, train: np.ndarray, val: np.ndarray) -> None:
     """
     settings = params.validation
     if settings.from_ is ValidateOn.VAL:
-        _take(val, settings.questions, params.seed, "validation.questions", "val")
+        _take(val, params, "questions", "val")
     elif settings.questions:
         train = train[~_dev_part(train, params)]
-    _take(train, settings.train_questions, params.seed, "validation.train_questions", "trained")
+    _take(train, params, "train_questions", "trained")
 
 
 def _dev_part(pictures: np.ndarray, params: Params) -> np.ndarray:
@@ -76,12 +73,12 @@ def _dev_part(pictures: np.ndarray, params: Params) -> np.ndarray:
     return chosen
 
 
-def _take(image_ids: Sequence[int] | np.ndarray, count: int, seed: int, key: str, what: str) -> np.ndarray:
+def _take(image_ids: Sequence[int] | np.ndarray, params: Params, key: str, what: str) -> np.ndarray:
+    count = getattr(params.validation, key)
     if count > len(image_ids):
-        raise UserError(f"{key} is {count}, but there are {len(image_ids)} {what} questions. Lower it.")
-    if not count:
-        return np.arange(0)
-    return np.flatnonzero(_of_some_images(np.asarray(image_ids, dtype=np.int64), count, seed))
+        raise UserError(f"validation.{key} is {count}, but there are {len(image_ids)} {what} questions. Lower it.")
+    chosen = _of_some_images(np.asarray(image_ids, dtype=np.int64), count, params.seed)
+    return np.flatnonzero(chosen if count else [])
 
 
 def _of_some_images(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:

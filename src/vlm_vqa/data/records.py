@@ -7,10 +7,11 @@ written last. Every block of a Parquet file is compared with its checksum in the
 each file carries its `datasets.Features`, so `datasets.load_dataset("parquet", data_files=...)` reads them as they are.
 """
 
+import functools
 import logging
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,24 +91,31 @@ def iter_images(folder: str | Path, start: int = 0, stop: int = sys.maxsize) -> 
     Raises:
         UserError: a shard is missing, damaged or of another schema.
     """
-    first, files = 0, read_manifest(folder)["files"]
-    for path in _image_shards(folder, files):
+    first = 0
+    for group, read in _row_groups(folder):
+        rows = group.num_rows
+        if wanted := range(max(start - first, 0), min(stop - first, rows)):
+            yield from read(wanted)
+        first += rows
         if first >= stop:
             return
-        with _open_parquet(path, IMAGE_FEATURES, files) as file:
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                wanted = range(max(start - first, 0), min(stop - first, rows))
-                first += rows
-                if wanted:
-                    yield from _read_group(file, path, group, wanted)
 
 
-def _image_shards(folder: str | Path, files: Mapping[str, Any]) -> list[Path]:
+def _shards(folder: str | Path) -> Iterator[tuple[Path, pq.ParquetFile]]:
+    files = read_manifest(folder)["files"]
     paths = [Path(folder) / name for name in sorted(files) if name.startswith("images-")]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise UserError(f"{folder}: the image files are not complete ({', '.join(missing)} missing). {_REMAKE}")
-    return paths
+    for path in paths:
+        with _open_parquet(path, IMAGE_FEATURES, files) as file:
+            yield path, file
+
+
+def _row_groups(folder: str | Path) -> Iterator[tuple[pq.RowGroupMetaData, Callable[[range], Iterator[ImageRecord]]]]:
+    """Yield what is noted of each row group of images, and what reads some of its rows."""
+    for path, file in _shards(folder):
+        for group in range(file.num_row_groups):
+            yield file.metadata.row_group(group), functools.partial(_read_group, file, path, group)
 
 
 def picture_ids(folder: str | Path, split: str, image_ids: Sequence[int]) -> np.ndarray:
@@ -120,15 +128,13 @@ def picture_ids(folder: str | Path, split: str, image_ids: Sequence[int]) -> np.
         UserError: a shard is missing, damaged or of another schema.
     """
     found = np.asarray(image_ids, dtype=np.int64)
-    manifest = read_manifest(folder)
-    if not manifest["pictures"]["twins"][split]:
+    if not read_manifest(folder)["pictures"]["twins"][split]:
         return found
     first: dict[str, int] = {}
     same = {}
-    for path in _image_shards(folder, manifest["files"]):
-        with _open_parquet(path, IMAGE_FEATURES, manifest["files"]) as file:
-            for image_id, digest in zip(*file.read(["image_id", "sha256"]).to_pydict().values(), strict=True):
-                same[image_id] = first.setdefault(digest, image_id)
+    for _, file in _shards(folder):
+        for image_id, digest in zip(*file.read(["image_id", "sha256"]).to_pydict().values(), strict=True):
+            same[image_id] = first.setdefault(digest, image_id)
     return np.array([same[image_id] for image_id in found.tolist()], dtype=np.int64)
 
 
@@ -208,19 +214,16 @@ def images_of(folder: str | Path, image_ids: Iterable[int]) -> Iterator[ImageRec
     Raises:
         UserError: there is no such image, or a shard is missing, damaged or of another schema.
     """
-    wanted, files = sorted(set(image_ids)), read_manifest(folder)["files"]
+    wanted = sorted(set(image_ids))
     missing = set(wanted)
-    for path in _image_shards(folder, files):
-        with _open_parquet(path, IMAGE_FEATURES, files) as file:
-            for group in range(file.num_row_groups):
-                metadata = file.metadata.row_group(group)
-                ids = metadata.column(0).statistics
-                if bisect_left(wanted, ids.min) == bisect_right(wanted, ids.max):
-                    continue
-                for image in _read_group(file, path, group, range(metadata.num_rows)):
-                    if image.image_id in missing:
-                        missing.discard(image.image_id)
-                        yield image
+    for group, read in _row_groups(folder):
+        ids = group.column(0).statistics
+        if bisect_left(wanted, ids.min) == bisect_right(wanted, ids.max):
+            continue
+        for image in read(range(group.num_rows)):
+            if image.image_id in missing:
+                missing.discard(image.image_id)
+                yield image
     if missing:
         raise UserError(
             f"{folder}: no image {min(missing)} ({len(missing)} missing), which a question is about. {_REMAKE}"

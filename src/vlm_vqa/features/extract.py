@@ -56,7 +56,7 @@ def extract(
 
     def shards(prepared: Iterable[Prepared]) -> Iterator[Shard]:
         for number, parts in itertools.groupby(prepared, operator.itemgetter(0)):
-            shard = Shard.of(writer.layout, number)
+            shard = Shard(writer.layout, number)
             for _, image_ids, pixels_NCHW in parts:
                 shard.add(image_ids, encoder.encode_pixels(pixels_NCHW))
                 on_images(len(image_ids))

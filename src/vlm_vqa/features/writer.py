@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,14 @@ _RECORDS = make_again("fetch-vqav2")
 logger = logging.getLogger(__name__)
 
 
-@dataclass
 class Shard:
-    """A shard in memory, filled from its first image to its last."""
+    """A shard of a store in memory, filled from its first image to its last."""
 
-    number: int
-    dtype: StoreDtype
-    tensors: dict[str, Tensor]
-    """What its file will hold, by name."""
-    image_ids: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, layout: Layout, number: int) -> "Shard":
-        """Return a shard of a store, to be filled."""
-        count = len(layout.places(number))
-        tensors = {name: torch.empty(count, *shape, dtype=dtype) for name, (dtype, shape) in layout.tensors.items()}
-        return cls(number, layout.dtype, tensors)
+    def __init__(self, layout: Layout, number: int):
+        self.number, self.dtype, count = number, layout.dtype, len(layout.places(number))
+        self.image_ids: list[int] = []
+        self.tensors = {name: torch.empty(count, *shape, dtype=kind) for name, (kind, shape) in layout.tensors.items()}
+        """What its file will hold, by name."""
 
     def add(self, image_ids: Sequence[int], features_NTD: Tensor) -> None:
         """Add features [N, T, D] of any floating type and device, rounded to the store's type.
@@ -162,16 +154,9 @@ class FeatureStoreWriter:
                 (self._folder / name).hardlink_to(self._parts / name)
             except OSError:  # where links are not supported
                 shutil.copyfile(self._parts / name, self._folder / name)
-        manifest = {
-            **self._made_by,
-            "schema_version": SCHEMA_VERSION,
-            "images": self.layout.images,
-            "num_tokens": self.layout.num_tokens,
-            "width": self.layout.width,
-            "dtype": self.layout.dtype.value,
-            "shards": shards,
-        }
-        write_sealed(self._folder / MANIFEST, manifest)
+        described = asdict(self.layout) | {"dtype": self.layout.dtype.value, "shards": shards}
+        del described["shard_bytes"]
+        write_sealed(self._folder / MANIFEST, {**self._made_by, "schema_version": SCHEMA_VERSION, **described})
         shutil.rmtree(self._root)
 
     def _seal(self, number: int) -> dict[str, Any]:

@@ -31,13 +31,12 @@ class ViolationKind(Enum):
 
     MISSING_FILE = (
         "missing file",
-        "put the file there, or correct data.directory and the names under data.train, data.val or data.table",
+        "put it there, or correct data.directory and the names in data.train, .val or .table",
     )
     BROKEN_FILE = ("unreadable file", "download or unpack the file again; it is cut short or damaged")
     FOREIGN_FILE = (
         "file of another layout",
-        "name one that data.source reads: questions and annotations of VQAv2's layout under data.train and data.val "
-        "(source: directory), or csv, tsv, JSON lines, JSON or Parquet under data.table (source: table)",
+        "name VQAv2's questions and annotations (source: directory), or csv, tsv, JSON or Parquet (source: table)",
     )
     CLOSED_FILE = ("file that cannot be opened", "put a file there that may be read, of at most 2 GiB")
     BAD_SYNTAX = ("file that is not valid JSON", "mend the place it names, or write the file again")
@@ -47,17 +46,9 @@ class ViolationKind(Enum):
     BAD_ROW = ("malformed row", "mend it; a text with commas or line breaks stands in quotes", True)
     OTHER_ARCHIVE = ("archive that is not read", "unpack it and name the folder, or make a zip archive of it")
     BAD_QUESTION = ("malformed question", "write it out; in VQAv2's layout its question_id and image_id, too", True)
-    BAD_ANNOTATION = (
-        "malformed annotation",
-        "compare with VQAv2's layout: question_id, image_id, answers, and, where they are given, question_type, "
-        "answer_type, multiple_choice_answer",
-        True,
-    )
+    BAD_ANNOTATION = ("malformed annotation", "give question_id, image_id and answers as in VQAv2's layout", True)
     NO_ANSWER = ("question without any answer", "give an answer that says something, or leave the question out", True)
-    UNSAID_ANSWER = (
-        "main answer that nobody gave",
-        "use the annotations that belong to the questions, or set data.doubtful: count",
-    )
+    UNSAID_ANSWER = ("main answer that nobody gave", "use the questions' own annotations, or set data.doubtful: count")
     DUPLICATE_QUESTION = ("duplicate question id", "remove or renumber one of them", True)
     DUPLICATE_ANNOTATION = ("duplicate annotation", "remove all but one annotation of the question")
     NO_ANNOTATION = ("question without annotation", "use the annotations file that belongs to the questions file", True)
@@ -65,10 +56,7 @@ class ViolationKind(Enum):
     IMAGE_MISMATCH = ("image id differs", "make question and annotation name the same image", True)
     IMAGE_ID = ("image id does not fit the name pattern", "correct the id, or image_name in params.yaml", True)
     TOO_MANY_DROPPED = ("too many bad records", "mend them, or raise data.most_dropped")
-    FEW_VALIDATION = (
-        "validation on fewer than two images",
-        "give val questions about at least two images: the evaluation shows each question another one, too",
-    )
+    FEW_VALIDATION = ("validation on fewer than two images", "give val two: each question is shown another one, too")
     FEW_IMAGES = ("too few images to share out", "give at least three images, or name a table in data.table.val")
     QUESTION_OVERLAP = ("question id in both splits", "renumber one split")
     IMAGE_OVERLAP = ("image in both splits", "keep it in one split, or set data.allow_split_overlap: true")
@@ -78,7 +66,7 @@ class ViolationKind(Enum):
     MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name in params.yaml", True)
     BROKEN_IMAGE = (
         "unreadable image",
-        "replace the file by an intact one of a kind that is read, or raise data.max_image_pixels if it is too large",
+        "give an intact one of a kind that is read, or raise data.max_image_pixels",
         True,
     )
 
@@ -203,8 +191,8 @@ def answered(question: str, given: Any, kinds: Sequence[str], main: str) -> dict
     # Equal counts stay in the order of the answers.
     taught = main if main.strip() else Counter(filter(str.strip, answers)).most_common(1)[0][0]
     return {
-        "question_type": sys.intern(kinds[0] or question_type(question)),
-        "answer_type": sys.intern(kinds[1] or answer_type(taught)),
+        "question_type": sys.intern(kinds[0] if kinds[0].strip() else question_type(question)),
+        "answer_type": sys.intern(kinds[1] if kinds[1].strip() else answer_type(taught)),
         "multiple_choice_answer": taught,
         "answers": answers,
         "answer_confidences": confidences,

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics, mean, total
+from vlm_vqa.fetch.statistics import Images, Texts, mean, total
 from vlm_vqa.params import flatten
 
 ALIKE_SHOWN = 12
@@ -27,9 +27,7 @@ _COLOURS = ("#3b6fb6", "#e08a3c")
 """Of the two splits, in all charts."""
 
 
-def render_report(
-    manifest: Mapping[str, Any], splits: Mapping[str, QuestionStatistics], images: ImageStatistics, max_pixels: int
-) -> str:
+def render_report(manifest: Mapping[str, Any], splits: Mapping[str, Texts], images: Images, max_pixels: int) -> str:
     """Return the page as HTML: of the records' manifest, of what was counted by split, and of the images of both splits,
     with the pictures of all examples; `max_pixels` is as for `decoding.open_image`."""
     folder = FileSystemLoader(Path(__file__).parent)
@@ -72,7 +70,7 @@ def _shares(counts: Sequence[Counter[Any]], last: int | None = None) -> dict[str
     return {"rows": rows, "most": max((max(shares) for _, shares in rows), default=0), "more": len(names) - len(rows)}
 
 
-def _images(images: ImageStatistics, pictures: Mapping[str, Any]) -> dict[str, str]:
+def _images(images: Images, pictures: Mapping[str, Any]) -> dict[str, str]:
     """Return what there is to say of the images of both splits: what they are, were changed to, and have twins of."""
     sizes = sorted(images.sizes, key=lambda size: (size[0] * size[1], size))
     pixels = Counter[int]()
@@ -87,12 +85,12 @@ def _images(images: ImageStatistics, pictures: Mapping[str, Any]) -> dict[str, s
     counts = {f"changed: {change}": count for change, count in pictures["changed"].items()} | twins
     counts |= {f"the same picture under two ids {where}": pictures[key] for where, key in across.items()}
     return {
-        "images of both splits": f"{images.images:,}",
-        "bytes": f"{images.bytes / 1e6:,.1f} MB, {images.bytes / images.images / 1e3:.1f} kB an image",
+        "images of both splits": f"{images.count:,}",
+        "bytes": f"{images.bytes / 1e6:,.1f} MB, {images.bytes / images.count / 1e3:.1f} kB an image",
         "smallest and largest": "{} x {}, {} x {}".format(*sizes[0], *sizes[-1]),
         "median": f"{median_low(pixels.elements()) / 1e6:.3g} megapixels",
-        "most common sizes": "; ".join(f"{w} x {h}: {_some(images.sizes[w, h], images.images)}" for w, h in common),
-    } | {name: _some(count, images.images) for name, count in counts.items()}
+        "most common sizes": "; ".join(f"{w} x {h}: {_some(images.sizes[w, h], images.count)}" for w, h in common),
+    } | {name: _some(count, images.count) for name, count in counts.items()}
 
 
 def _thumbnail(data: bytes, name: str, max_pixels: int) -> str:

@@ -5,7 +5,6 @@ Looks are compared by `imagehash.phash` and, since it knows no colours, by the m
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import imagehash
@@ -35,17 +34,17 @@ def look(image: Image.Image) -> Look:
     return Look(np.packbits(imagehash.phash(small).hash).tobytes(), fields.tobytes())
 
 
-@dataclass
 class Lookalikes:
     """Compares the pictures of two splits; 0.3 kB a picture."""
 
-    splits: Sequence[Collection[int]]
-    """Ids of the images of each."""
-    twins: list[int] = field(default_factory=lambda: [0, 0])
-    """Images of each split whose bytes are those of an earlier one of it, under another id."""
-    _first: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
-    """Of each split the id of the first image by the hash of its bytes."""
-    _looks: list[tuple[int, Look]] = field(default_factory=list)
+    def __init__(self, splits: Sequence[Collection[int]]):
+        """Take the ids of the images of each."""
+        self.splits = splits
+        self.twins = [0, 0]
+        """Images of each split whose bytes are those of an earlier one of it, under another id."""
+        self._first: tuple[dict[str, int], dict[str, int]] = {}, {}
+        """Of each split the id of the first image by the hash of its bytes."""
+        self._looks: list[tuple[int, Look]] = []
 
     def add(self, image_id: int, sha256: str, look: Look) -> None:
         """Take one picture; each comes once."""

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -163,10 +163,10 @@ def recognise(path: Path) -> Found:
     heads = {name: head(folder / name) for name in files if name.suffix.lower() in TABLES}
     official = {name: one for name, one in heads.items() if _role(one) in ("questions", "annotations")}
     tables = {name: one for name, one in heads.items() if _role(one) == "table"}
-    for place in {name.parent for name in tables if re.search(r"-\d{5}-of-\d{5}$", name.stem)}:
+    # A folder as `datasets` writes it, one split in many files.
+    for place in {name.parent for name in tables if path.is_dir() and re.search(r"-\d{5}-of-\d{5}$", name.stem)}:
         parts = [name for name in tables if name.parent == place]
-        # A folder as `datasets` writes it, one split in many files.
-        if path.is_dir() and len({_split(name) for name in parts}) == 1:
+        if len({*map(_split, parts)}) == 1:
             tables[place] = [tables.pop(name) for name in parts][0]
     if path.is_file():
         mine, official = PurePath(path.name), {}
@@ -178,12 +178,10 @@ def recognise(path: Path) -> Found:
         return _official(folder, files, official)
     pictures = [name.name for name in files if name.suffix.lower() in PICTURES]
     example = f"image,question,answer\n{[*pictures, 'a.jpg'][0]},What is it?,cup"
-    other = next(
-        (f" {name} has the columns {', '.join(_names(one))}." for name, one in heads.items() if _names(one)), ""
-    )
+    others = (f" {name} has the columns {', '.join(_names(one))}." for name, one in heads.items() if _names(one))
     raise UserError(
-        f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{other} Unpack archives, "
-        f"and write a table beside the pictures, such as questions.csv:\n{example}"
+        f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{next(others, '')} Unpack "
+        f"archives, and write a table beside the pictures, such as questions.csv:\n{example}"
     )
 
 
@@ -290,14 +288,14 @@ def _images(
         with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(folder / archive) as file:
             inside += [(PurePath(member), str(archive)) for member in file.namelist()[:_MOST_FILES]]
     wanted = {_stem(value) for value in values}
-    by_pattern: dict[str, list[tuple[str, str, str]]] = {}
-    for name, place in ((name, place) for name, place in inside if name.suffix.lower() in PICTURES):
+    by_pattern: defaultdict[str, list[tuple[str, str, str]]] = defaultdict(list)
+    for name, place in inside:
         stem, pattern = _stem(name), ""
         if stem not in wanted and (parts := re.fullmatch(r"(.*[/\\])?([^{}]*?)0*(\d+)", str(name.with_suffix("")))):
             digits, stem = len(_stem(name)) - len(parts[2]), parts[3]
             pattern = f"{parts[2]}{{image_id{f':0{digits}d' if digits > len(stem) else ''}}}"
-        if stem in wanted:
-            by_pattern.setdefault(pattern, []).append((place, stem, name.suffix))
+        if stem in wanted and name.suffix.lower() in PICTURES:
+            by_pattern[pattern].append((place, stem, name.suffix))
     of_split = Counter(name for name, hits in by_pattern.items() for hit in hits if _split(PurePath(hit[0])) == split)
     pattern = max(by_pattern, key=lambda one: (one == "", len(by_pattern[one]), of_split[one]), default="")
     hits = by_pattern.get(pattern, [])
@@ -338,7 +336,7 @@ def refusal(path: Path) -> str | None:
 
 def block(data: Mapping[str, Any], unsure: Mapping[str, str]) -> str:
     """Return the text of a `data` section, with what is unsure marked."""
-    return "\n".join(_lines({"data": data}, "", unsure))
+    return "data:\n" + "\n".join(_lines(data, "data.", unsure))
 
 
 def _lines(values: Mapping[str, Any], prefix: str, unsure: Mapping[str, str]) -> Iterator[str]:

@@ -1,57 +1,53 @@
-"""What the report on the data counts: one pass over questions and images, a few MB whatever their number."""
+"""What is kept of questions and images that have been stored: one pass over them, a few MB whatever their number."""
 
+import hashlib
+import json
 import zlib
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
+from vlm_vqa.fetch.contract import Split
 from vlm_vqa.fetch.lookalikes import Look, Lookalikes
 
 _EXAMPLES = 6
 _Row = dict[str, Any]
-_Files = dict[int, bytes]  # said here, for a class with a field `bytes` means that by `bytes`
 
 
-@dataclass
-class QuestionStatistics:
-    """Counts over one split's questions; every counter maps a value to the number of questions that have it."""
+class Texts:
+    """One split's questions. Every counter maps a value to the number of questions that have it."""
 
-    questions: int = 0
-    answer_types: Counter[str] = field(default_factory=Counter)
-    question_types: Counter[str] = field(default_factory=Counter)
-    question_words: Counter[int] = field(default_factory=Counter)
-    main_answers: Counter[str] = field(default_factory=Counter)
-    answer_words: Counter[int] = field(default_factory=Counter)
-    """Words of the main answer."""
-    agreement: Counter[int] = field(default_factory=Counter)
-    """How many of the humans gave the answer that most of them gave."""
-    humans: Counter[int] = field(default_factory=Counter)
-    """Questions by the number of their answers."""
-    distinct_answers: Counter[int] = field(default_factory=Counter)
-    confidences: Counter[str] = field(default_factory=Counter)
-    """Counts the humans' answers."""
-    of_image: Counter[int] = field(default_factory=Counter)
-    """Questions by image id."""
-    unsaid_answers: list[str] = field(default_factory=list)
-    """Where main answers stand that none of the humans gave."""
-    blank_humans: int = 0
-    """Humans' answers that are blank."""
-    asked_again: int = 0
-    """Questions in the words of an earlier one about the same image."""
-    asked_in_both: int = 0
-    """Questions in the words of one in the other split about the same image."""
-    longest: int = 0
-    """Bytes of the longest question with the longest of its answers."""
-    files_without_questions: int = 0
-    asked: set[int] = field(default_factory=set)
-    """Hashes of image and question, which need a tenth of the memory."""
-    _examples: dict[str, list[tuple[int, _Row]]] = field(default_factory=dict)
+    def __init__(self, paths: Split):
+        self.paths = paths
+        self.digest = hashlib.sha256()
+        self.images: dict[int, str] = {}
+        """File name by image id."""
+        self.question_ids: set[int] = set()
+        self.answer_types, self.question_types, self.main_answers, self.confidences = (Counter[str]() for _ in range(4))
+        """The last counts the humans' answers."""
+        self.question_words, self.answer_words, self.humans, self.distinct_answers, self.agreement, self.of_image = (
+            Counter[int]() for _ in range(6)
+        )
+        """Words of question and main answer; answers; how many humans gave the most common one; the image's id."""
+        self.unsaid_answers: list[str] = []
+        """Where main answers stand that none of the humans gave."""
+        self.questions = self.blank_humans = self.asked_again = self.asked_in_both = self.files_without_questions = 0
+        """Of the others: humans' answers that are blank; questions in the words of an earlier one about the same image,
+        and of one in the other split."""
+        self.longest = 0
+        """Bytes of the longest question with the longest of its answers."""
+        self.asked: set[int] = set()
+        """Hashes of image and question, which need a tenth of the memory."""
+        self._examples: dict[str, list[tuple[int, _Row]]] = {}
 
     def add(self, row: _Row, where: str = "") -> None:
         """Count one row of `records.QUESTION_FEATURES`; `where` it stands, for messages."""
+        # A column that came later counts only where it says something: the hash of data that lack it is as ever.
+        said = {key: value for key, value in row.items() if value is not None}
+        self.digest.update(json.dumps(said, sort_keys=True).encode() + b"\n")
+        self.question_ids.add(row["question_id"])
         self.questions += 1
         self.answer_types[row["answer_type"]] += 1
         self.question_types[row["question_type"]] += 1
@@ -92,31 +88,30 @@ class QuestionStatistics:
         return list(chosen.values())[:_EXAMPLES]
 
 
-@dataclass
-class ImageStatistics:
-    """Counts over the images of all splits."""
+class Images:
+    """The images of both splits."""
 
-    lookalikes: Lookalikes
-    wanted: set[int]
-    """Ids of the images that the report shows."""
-    images: int = 0
-    bytes: int = 0
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """Images by (width, height)."""
-    changes: Counter[str] = field(default_factory=Counter)
-    """Images by what was changed beside decoding, as `decoding.open_with_changes` says it."""
-    alike: list[tuple[int, int]] = field(default_factory=list)
-    """Ids of pictures that look alike, of the first split and the second."""
-    bad: dict[int, tuple[Any, str]] = field(default_factory=dict)
-    """Images that are dropped with their questions: the kind of violation, and its words, by id."""
-    conflicts: set[int] = field(default_factory=set)
-    """Ids that stand for different images."""
-    pictures: _Files = field(default_factory=dict)
-    """Files of the images that the report shows, by id."""
+    def __init__(self, lookalikes: Lookalikes, wanted: set[int]):
+        self.lookalikes = lookalikes
+        self.wanted, self.pictures = wanted, dict[int, bytes]()
+        """Ids of the images that the report shows, and their files by id."""
+        self.digest = hashlib.sha256()
+        self.count = self.bytes = 0
+        self.sizes = Counter[tuple[int, int]]()
+        """Images by (width, height)."""
+        self.changes = Counter[str]()
+        """Images by what was changed beside decoding, as `decoding.open_image` says it."""
+        self.alike: list[tuple[int, int]] = []
+        """Ids of pictures that look alike, of the first split and the second."""
+        self.bad: dict[int, tuple[Any, str]] = {}
+        """Images that are dropped with their questions: the kind of violation, and its words, by id."""
+        self.conflicts: set[int] = set()
+        """Ids that stand for different images."""
 
     def add(self, row: _Row, changes: Iterable[str], look: Look) -> None:
         """Count one row of `records.IMAGE_FEATURES`."""
-        self.images += 1
+        self.digest.update(f"{row['image_id']} {row['sha256']}\n".encode())
+        self.count += 1
         self.bytes += len(row["image"]["bytes"])
         self.sizes[row["width"], row["height"]] += 1
         self.changes.update(changes)

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.recognise import Found, block, recognise
 from vlm_vqa.fetch.sources.hf_dataset import newest
@@ -60,13 +61,10 @@ def _repository(name: str) -> Found:
     train = "train" if "train" in splits else splits[0]
     others = (split for split in ("validation", "val", "dev", "test", *splits) if split in splits and split != train)
     if (val := next(others, None)) is None:
-        raise UserError(
-            f"{name} has one split, {train}. Download its files and name their folder: a share becomes val."
-        )
+        raise UserError(f"{name} has one split, {train}. Download it and name its folder: a share becomes val.")
     unsure = {} if val.startswith("val") else {"data.hub.val.split": f"it has {', '.join(splits)}"}
-    hub = {
-        key: {"repository": name, "revision": commit, "split": split} for key, split in (("train", train), ("val", val))
-    }
+    pair = zip(SPLITS, (train, val), strict=True)
+    hub = {key: {"repository": name, "revision": commit, "split": there} for key, there in pair}
     return Found("a datasets repository", {"source": "hub", "hub": hub}, unsure)
 
 
@@ -78,33 +76,27 @@ def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) ->
         kept["validation.questions"] = params.validation.questions
         unsure |= dict.fromkeys(kept, "the repository was not read")
         return kept
-    questions, others = (text.statistics.questions for text in seen.texts)
+    questions, others = (text.questions for text in seen.texts.values())
     processes = read_launch(train.launch).processes
     step = train.batch_size * train.gradient_accumulation_steps * processes
     # Small data are divided into eight steps an epoch, but for steps of less than eight questions.
     wanted = max(8, 2 ** int(math.log2(max(questions, 8) / 8)), processes)
-    changed = {}
+    changed: dict[str, int | str] = {}
     if wanted < step:
         rows = min(train.batch_size, wanted // processes)
-        changed = {"batch_size": rows, "gradient_accumulation_steps": wanted // (rows * processes)}
-        step = changed["gradient_accumulation_steps"] * rows * processes
-    changed["num_train_epochs"] = max(
-        train.num_train_epochs, math.ceil(_STEPS[random] / math.ceil(max(questions, 1) / step))
-    )
-    if not random and changed["num_train_epochs"] > train.num_train_epochs:
+        step = wanted // (rows * processes) * rows * processes
+        changed = {"train.batch_size": rows, "train.gradient_accumulation_steps": wanted // (rows * processes)}
+    steps = math.ceil(max(questions, 1) / step)
+    epochs = max(train.num_train_epochs, math.ceil(_STEPS[random] / steps))
+    if not random and epochs > train.num_train_epochs:
         unsure["train.num_train_epochs"] = f"{_STEPS[random]} steps were not tried with this model"
     # Every tokenizer here falls back to bytes, so a text has no more tokens than bytes. Rows are as long as their tokens.
-    most = len(params.prompt.instruction.encode()) + max(text.statistics.longest for text in seen.texts) + 4
-    steps = changed["num_train_epochs"] * math.ceil(max(questions, 1) / step)
-    return (
-        {f"train.{key}": value for key, value in changed.items()}
-        | _validation(params, questions, steps)
-        | {
-            "prompt.text_length": max(params.prompt.text_length, 32 * math.ceil(most / 32)),
-            "evaluation.max_new_tokens": HELM_MAX_TOKENS,
-            "evaluation.helm_instances": min(params.evaluation.helm_instances, others or 1),
-        }
-    )
+    most = len(params.prompt.instruction.encode()) + max(text.longest for text in seen.texts.values()) + 4
+    changed["train.num_train_epochs"] = epochs
+    changed["prompt.text_length"] = max(params.prompt.text_length, 32 * math.ceil(most / 32))
+    changed["evaluation.max_new_tokens"] = HELM_MAX_TOKENS
+    changed["evaluation.helm_instances"] = min(params.evaluation.helm_instances, others or 1)
+    return changed | _validation(params, questions, epochs * steps)
 
 
 def _validation(params: Params, questions: int, steps: int) -> dict[str, int | str]:
@@ -125,10 +117,8 @@ def _said(path: Path, found: Found, directory: str, seen: Inspection | None) -> 
     lines = [f"{path} is {found.what}; params.yaml reads it as data.source: {found.data['source']}."]
     lines += [f"unsure: {key}: {why}. Look at it in params.yaml." for key, why in found.unsure.items()]
     if seen is not None:
-        counts = [
-            f"{text.statistics.questions} questions on {len(text.images)} images for {text.paths.split}"
-            for text in seen.texts
-        ]
+        texts = seen.texts.items()
+        counts = [f"{text.questions} questions on {len(text.images)} images for {split}" for split, text in texts]
         lines.append(f"{' and '.join(counts)}; of the images, up to {_IMAGES} were looked at.")
         if not Path(directory).is_absolute():
             add = f"dvc add {directory} && git add {directory}.dvc .gitignore"

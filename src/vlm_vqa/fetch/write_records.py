@@ -5,8 +5,6 @@ row group's images and the few that are being decoded are in memory. From the fi
 but all is still checked.
 """
 
-import hashlib
-import json
 import logging
 import tempfile
 import zipfile
@@ -14,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -26,14 +24,14 @@ from tqdm import tqdm
 
 from vlm_vqa.cores import usable_cores
 from vlm_vqa.data import records
-from vlm_vqa.data.decoding import open_with_changes
+from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import ReadAgain, Row, Source, Split, ViolationKind, Violations
 from vlm_vqa.fetch.data_report import ALIKE_SHOWN, render_report
 from vlm_vqa.fetch.lookalikes import Look, Lookalikes, look
 from vlm_vqa.fetch.sources import open_source
 from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
-from vlm_vqa.fetch.statistics import ImageStatistics, QuestionStatistics
+from vlm_vqa.fetch.statistics import Images, Texts
 from vlm_vqa.files import claim
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
 from vlm_vqa.params import DataParams, Doubtful
@@ -84,79 +82,52 @@ def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
 
 def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
     """Write all Parquet files and the report into `part` and return the manifest."""
-    violations, texts, seen, images, images_digest = _read(source, data, part)
+    violations, texts, images = _read(source, data, part)
     violations.raise_if_any()
-    content = {text.paths.split: text.digest.hexdigest() for text in texts}
+    content = {split: text.digest.hexdigest() for split, text in texts.items()}
     manifest = {
         "schema_version": records.SCHEMA_VERSION,
         "source": source.name,
         "origin": source.origin,
         "notes": list(source.notes),
         "allow_split_overlap": data.allow_split_overlap,
-        "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images_digest, **content}),
-        "images": images - len(seen.bad),
+        "data_hash": hash_json({"schema_version": _HASHED_VERSION, "images": images.digest.hexdigest(), **content}),
+        "images": images.count,
         "pictures": {
-            "changed": dict(sorted(seen.changes.items())),
-            "twins": dict(zip(content, seen.lookalikes.twins, strict=True)),
-            "twins_across": len(seen.lookalikes.equal()),
-            "alike_across": len(seen.alike),
+            "changed": dict(sorted(images.changes.items())),
+            "twins": dict(zip(texts, images.lookalikes.twins, strict=True)),
+            "twins_across": len(images.lookalikes.equal()),
+            "alike_across": len(images.alike),
         },
-        "splits": {text.paths.split: text.summary(violations) for text in texts},
+        "splits": {split: _summary(text, violations.dropped_records(split)) for split, text in texts.items()},
         "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
     }
-    page = render_report(manifest, {text.paths.split: text.statistics for text in texts}, seen, data.max_image_pixels)
+    page = render_report(manifest, texts, images, data.max_image_pixels)
     (part / records.REPORT).write_text(page, encoding="utf-8")
     return manifest
 
 
-@dataclass
-class _Texts:
-    """What the text files of one split hold, as far as it is needed after they have been stored."""
-
-    paths: Split
-    question_ids: set[int] = field(default_factory=set)
-    images: dict[int, str] = field(default_factory=dict)
-    """File name by image id."""
-    statistics: QuestionStatistics = field(default_factory=QuestionStatistics)
-    digest: Any = field(default_factory=hashlib.sha256)
-
-    def add(self, found: Row) -> dict[str, Any]:
-        """Take notice of a question, and return its record."""
-        row = found.record
-        self.images[row["image_id"]] = found.image_name
-        self.question_ids.add(row["question_id"])
-        self.statistics.add(row, found.where)
-        # A column that came later counts only where it says something: the hash of data that lack it is as ever.
-        said = {key: value for key, value in row.items() if value is not None}
-        self.digest.update(json.dumps(said, sort_keys=True).encode() + b"\n")
-        return row
-
-    def summary(self, violations: Violations) -> dict[str, Any]:
-        """Return the split's entry in the manifest."""
-        counted, dropped = self.statistics, violations.dropped_records(self.paths.split)
-        return {
-            "questions": counted.questions,
-            "images": len(self.images),
-            "answer_types": dict(counted.answer_types),
-            "answers_per_question": {str(count): number for count, number in sorted(counted.humans.items())},
-            "unsaid_answers": len(counted.unsaid_answers),
-            "asked_in_both": counted.asked_in_both,
-            "dropped": len(dropped),
-            "dropped_records": dropped,
-            "inputs": {
-                key: {"name": path.name, "sha256": sha256_file(path)} for key, path in self.paths.inputs.items()
-            },
-        }
+def _summary(text: Texts, dropped: list[str]) -> dict[str, Any]:
+    """Return a split's entry in the manifest."""
+    return {
+        "questions": text.questions,
+        "images": len(text.images),
+        "answer_types": dict(text.answer_types),
+        "answers_per_question": {str(count): number for count, number in sorted(text.humans.items())},
+        "unsaid_answers": len(text.unsaid_answers),
+        "asked_in_both": text.asked_in_both,
+        "dropped": len(dropped),
+        "dropped_records": dropped,
+        "inputs": {key: {"name": path.name, "sha256": sha256_file(path)} for key, path in text.paths.inputs.items()},
+    }
 
 
 class Inspection(NamedTuple):
-    """What was read, and all that is wrong with it."""
+    """All that is wrong with the data, and what was read, by split."""
 
     violations: Violations
-    texts: list[_Texts]
-    seen: ImageStatistics
-    images: int
-    images_digest: str
+    texts: dict[str, Texts]
+    images: Images
 
 
 def inspect_data(data: DataParams, most_images: int | None = None) -> Inspection:
@@ -169,46 +140,49 @@ def _read(
     source: Source, data: DataParams, part: Path, most_images: int | None = None, keep: bool = True
 ) -> Inspection:
     """Check everything, and write it into `part`, images only where they are to be kept."""
-    texts: list[_Texts] = []
+    texts: list[Texts] = []
     while not texts:
         violations = Violations(data)
         with suppress(ReadAgain):
             texts = [_store_questions(split, part, violations) for split in source.splits]
-    wanted = {row["image_id"] for text in texts for row in text.statistics.examples()}
-    seen = ImageStatistics(Lookalikes([text.images for text in texts]), wanted)
+    wanted = {row["image_id"] for text in texts for row in text.examples()}
+    images = Images(Lookalikes([text.images for text in texts]), wanted)
     with ExitStack() as stack:
-        images = dict(islice(_wanted_images(texts, stack, violations).items(), most_images))
-        images_digest = _store_images(images, data.max_image_pixels, part if keep else None, seen, violations)
-        _check_alike(images, data, seen, violations)
-    texts = [_without_bad_images(text, seen, part, violations) for text in texts]
+        places = dict(islice(_wanted_images(texts, stack, violations).items(), most_images))
+        _store_images(places, data.max_image_pixels, part if keep else None, images, violations)
+        _check_alike(places, data, images, violations)
+    train, val = texts = [_without_bad_images(text, images, part, violations) for text in texts]
     _check_texts(texts, data, violations)
-    train, val = texts
     if not data.allow_split_overlap:
         names = f"{train.paths.name} and {val.paths.name}"
-        for image_id in sorted((train.images.keys() & val.images.keys()) - seen.conflicts):
+        for image_id in sorted((train.images.keys() & val.images.keys()) - images.conflicts):
             violations.add(ViolationKind.IMAGE_OVERLAP, f"{names}: image_id {image_id}")
         for question_id in sorted(train.question_ids & val.question_ids):
             violations.add(ViolationKind.QUESTION_OVERLAP, f"{names}: question_id {question_id}")
-    return Inspection(violations, texts, seen, len(images), images_digest)
+    return Inspection(violations, {text.paths.split: text for text in texts}, images)
 
 
-def _store_questions(split: Split, part: Path, violations: Violations) -> _Texts:
+def _store_questions(split: Split, part: Path, violations: Violations) -> Texts:
     """Write a split's questions, in their file's order, and return what they are about."""
-    texts, violations.split = _Texts(split), split.split
+    texts, violations.split = Texts(split), split.split
     schema = records.QUESTION_FEATURES.arrow_schema
-    with (
-        tqdm(map(texts.add, split.rows(violations)), f"{split.split} questions", unit="question") as progress,
-        pq.ParquetWriter(part / records.questions_file(split.split), schema, compression="zstd") as writer,
-    ):
-        for group in _groups(progress, _QUESTIONS_PER_GROUP):
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for where, image_name, row in tqdm(split.rows(violations), f"{split.split} questions", unit="question"):
+            texts.images[row["image_id"]] = image_name
+            texts.add(row, where)
+            yield row
+
+    with pq.ParquetWriter(part / records.questions_file(split.split), schema, compression="zstd") as writer:
+        for group in _groups(counted(), _QUESTIONS_PER_GROUP):
             writer.write_table(pa.Table.from_pylist(group, schema))
-    violations.settle(split.split, texts.statistics.questions)
+    violations.settle(split.split, texts.questions)
     return texts
 
 
-def _without_bad_images(text: _Texts, seen: ImageStatistics, part: Path, violations: Violations) -> _Texts:
+def _without_bad_images(text: Texts, images: Images, part: Path, violations: Violations) -> Texts:
     """Return a split without the questions about dropped images, written anew if there are any."""
-    if violations or not (bad := seen.bad.keys() & text.images.keys()):
+    if violations or not (bad := images.bad.keys() & text.images.keys()):
         return text
     earlier = part / "with bad images"
     (part / records.questions_file(text.paths.split)).rename(earlier)
@@ -218,29 +192,29 @@ def _without_bad_images(text: _Texts, seen: ImageStatistics, part: Path, violati
             for record in (record for batch in file.iter_batches() for record in batch.to_pylist()):
                 where, image_id = f"{text.paths.name}: question_id {record['question_id']}", record["image_id"]
                 if image_id in bad:
-                    kind, problem = seen.bad[image_id]
+                    kind, problem = images.bad[image_id]
                     violations.add(kind, f"{where}: {problem}")
                 else:
                     yield Row(where, text.images[image_id], record)
 
     left = _store_questions(replace(text.paths, rows=rows), part, violations)
-    left.statistics.files_without_questions = text.statistics.files_without_questions
+    left.files_without_questions = text.files_without_questions
     earlier.unlink()
     return left
 
 
-def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) -> None:
+def _check_texts(texts: list[Texts], data: DataParams, violations: Violations) -> None:
     """Note what a later stage would refuse, and count or refuse what is doubtful."""
     train, val = texts
-    both = len(train.statistics.asked & val.statistics.asked)
+    both = len(train.asked & val.asked)
     if both:
         log.warning("%d questions stand in both splits, about the same picture", both)
     if not violations and len(val.images) < 2:
-        about = f"{val.paths.name}: {val.statistics.questions} questions about {len(val.images)} image"
+        about = f"{val.paths.name}: {val.questions} questions about {len(val.images)} image"
         violations.add(ViolationKind.FEW_VALIDATION, about)
     for text in texts:
-        text.statistics.asked_in_both = both
-        unsaid = text.statistics.unsaid_answers
+        text.asked_in_both = both
+        unsaid = text.unsaid_answers
         for where in unsaid if data.doubtful is Doubtful.REFUSE else ():
             violations.add(ViolationKind.UNSAID_ANSWER, where)
         if unsaid:
@@ -252,20 +226,31 @@ def _check_texts(texts: list[_Texts], data: DataParams, violations: Violations) 
 _Place = tuple[ImageFiles, str]
 """Where an image is: among which files, and by which name."""
 _Problems = list[tuple[ViolationKind, str]]
-_Seen = tuple[dict[str, Any], tuple[str, ...], Look]
+_Seen = tuple[dict[str, Any], list[str], Look]
 """An image's row of `IMAGE_FEATURES`, what was changed to see it, and how it looks."""
 
 
-def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
+def _wanted_images(texts: list[Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
     """Return the places of every image by ascending id: one, or one a split; archives are closed with `stack`."""
     opened: dict[tuple[Path, ...], ImageFiles | None] = {}
     places: dict[int, list[_Place]] = {}
     for text in texts:
-        paths = tuple(text.paths.images)
-        if paths not in opened:
-            opened[paths] = _open_images(paths, stack, violations)
-        if (files := opened[paths]) is not None:
-            text.statistics.files_without_questions = files.count - len(text.images)
+        files = opened.get(paths := tuple(text.paths.images))
+        try:
+            if paths not in opened:
+                files = stack.enter_context(ImageFiles(paths))
+        except FileNotFoundError as error:
+            violations.add(
+                ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images"
+            )
+        except UserError as error:
+            violations.add(ViolationKind.OTHER_ARCHIVE, str(error))
+        except (OSError, zipfile.BadZipFile) as error:
+            named = " or ".join(map(str, paths))
+            violations.add(ViolationKind.BROKEN_FILE, f"{named}: not a usable zip archive ({error})")
+        opened[paths] = files
+        if files is not None:
+            text.files_without_questions = files.count - len(text.images)
         for image_id, name in text.images.items():
             found = places.setdefault(image_id, [])
             if files is not None and (place := (files, name)) not in found:
@@ -276,55 +261,35 @@ def _wanted_images(texts: list[_Texts], stack: ExitStack, violations: Violations
     return dict(sorted(places.items()))
 
 
-def _open_images(paths: tuple[Path, ...], stack: ExitStack, violations: Violations) -> ImageFiles | None:
-    try:
-        return stack.enter_context(ImageFiles(paths))
-    except FileNotFoundError as error:
-        violations.add(ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images")
-    except UserError as error:
-        violations.add(ViolationKind.OTHER_ARCHIVE, str(error))
-    except (OSError, zipfile.BadZipFile) as error:
-        violations.add(ViolationKind.BROKEN_FILE, f"{' or '.join(map(str, paths))}: not a usable zip archive ({error})")
-    return None
-
-
 def _store_images(
-    images: dict[int, list[_Place]], max_pixels: int, part: Path | None, seen: ImageStatistics, violations: Violations
-) -> str:
-    """Check every image, count it and store it once, if anywhere; return a hash over ids and contents."""
-    digest = hashlib.sha256()
+    images: dict[int, list[_Place]], max_pixels: int, part: Path | None, seen: Images, violations: Violations
+) -> None:
+    """Check every image, count it and store it once, if anywhere."""
     workers = usable_cores().count
+
+    def good(checked: Iterable[_Seen | _Problems]) -> Iterator[dict[str, Any]]:
+        """Yield rows up to the first violation, and go on checking."""
+        for image_id, found in zip(images, checked, strict=True):
+            if isinstance(found, tuple):
+                seen.add(*found)
+                if not violations:
+                    yield found[0]
+            elif violations.drops and found and all(kind.of_record for kind, _ in found):
+                seen.bad[image_id] = found[0]
+            else:
+                for kind, text in found:
+                    violations.add(kind, text)
+                    if kind is ViolationKind.IMAGE_CONFLICT:
+                        seen.conflicts.add(image_id)
+
     with ThreadPoolExecutor(workers) as pool:
         # Pillow decodes without holding the interpreter's lock, so threads are enough.
         checked = ordered_map(pool, partial(_check_image, max_pixels=max_pixels), images.items(), window=4 * workers)
         with tqdm(checked, "images", len(images), unit="image") as progress:
-            good = _good_images(zip(images, progress, strict=True), digest, seen, violations)
-            deque(good, maxlen=0) if part is None else _write_shards(good, part)
-    return digest.hexdigest()
+            deque(good(progress), maxlen=0) if part is None else _write_shards(good(progress), part)
 
 
-def _good_images(
-    images: Iterable[tuple[int, _Seen | _Problems]], digest: Any, seen: ImageStatistics, violations: Violations
-) -> Iterator[dict[str, Any]]:
-    """Yield rows up to the first violation, and go on checking."""
-    for image_id, found in images:
-        if isinstance(found, tuple):
-            seen.add(*found)
-            if not violations:
-                digest.update(f"{image_id} {found[0]['sha256']}\n".encode())
-                yield found[0]
-        elif violations.drops and found and all(kind.of_record for kind, _ in found):
-            seen.bad[image_id] = found[0]
-        else:
-            for kind, text in found:
-                violations.add(kind, text)
-                if kind is ViolationKind.IMAGE_CONFLICT:
-                    seen.conflicts.add(image_id)
-
-
-def _check_alike(
-    images: dict[int, list[_Place]], data: DataParams, seen: ImageStatistics, violations: Violations
-) -> None:
+def _check_alike(images: dict[int, list[_Place]], data: DataParams, seen: Images, violations: Violations) -> None:
     """Note pictures that both splits have under two ids, and those that only look alike; keep some for the report."""
 
     def named(image_id: int) -> str:
@@ -392,7 +357,7 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Seen | _Pr
     for files, given in places:
         try:
             data, found = files.read(given, _most_bytes(max_pixels)), files.find(given)
-            image, changes = open_with_changes(data, found.where, max_pixels)
+            image = open_image(data, found.where, max_pixels)
         except MissingImage as error:
             where, hint = error.args
             problems.append((ViolationKind.MISSING_IMAGE, f"{where} (image_id {image_id}){hint}"))
@@ -402,7 +367,7 @@ def _check_image(item: tuple[int, list[_Place]], max_pixels: int) -> _Seen | _Pr
             name, (width, height) = found.path.rpartition("/")[2], image.size
             row = {"image_id": image_id, "file_name": name, "width": width, "height": height}
             more = {"sha256": sha256_bytes(data), "image": {"bytes": data, "path": name}}
-            seen.append((row | more, changes, look(image)))
+            seen.append((row | more, image.info["changes"], look(image)))
     if len({row["sha256"] for row, _, _ in seen}) > 1:
         named = " and ".join(files.find(given).where for files, given in places)
         problems.append((ViolationKind.IMAGE_CONFLICT, f"{named} differ (image_id {image_id})"))

@@ -1,12 +1,12 @@
 """Large files over HTTP: resumed where they stopped, retried, and in place only when their checksum is right.
 
-Beside a file NAME lie `NAME.part` (its first bytes), `NAME.part.json` (which of the server's files these are of) and
-`NAME.verified.json` (the checksum that it had, and its size and time then). Each of them can be deleted at any time.
+Beside a file NAME lie `NAME.part` (its first bytes) and `NAME.verified.json` (the checksum that it had, and its size and
+time then). Each of them can be deleted at any time. A part is gone on with whichever server it is from: the checksum tells
+whether all bytes are of one file, and if not, all are fetched anew.
 """
 
 import hashlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -63,10 +63,6 @@ class _Transient(Exception):
     seconds = 0.0
 
 
-class _Slow(_Transient):
-    """What has come is kept, but is no progress."""
-
-
 _PASSING = (_Transient, HTTPError, requests.ConnectionError, requests.Timeout)
 
 
@@ -120,7 +116,6 @@ def _fetch(download: Download, bar: tqdm, stop: threading.Event) -> None:
         if (found := _checksum(download, part.path)) == download.checksum:
             publish(part.path, download.path)
             write_sealed(download.beside(".verified.json"), _metadata(download))
-            download.beside(f"{PART}.json").unlink()
             log.info("%s: complete, %s", download.path.name, found)
             return
         log.warning("%s: thrown away, its checksum is %s and not %s", part.path, found, download.checksum)
@@ -135,14 +130,16 @@ def _attempt(part: "_Part", stop: threading.Event) -> None:
         return
     if stop.is_set():
         raise CancelledError
-    with requests.get(part.download.url, headers=part.headers(), stream=True, timeout=_TIMEOUT) as response:
-        if response.status_code == 416 or (response.status_code == 206 and not part.continues_with(response)):
+    ask = {"Range": f"bytes={part.size}-"} if part.size else {}
+    with requests.get(part.download.url, headers=_AS_IT_IS | ask, stream=True, timeout=_TIMEOUT) as response:
+        status, begins = response.status_code, f"bytes {part.size}-"
+        if status == 416 or status == 206 and not response.headers.get("Content-Range", "").startswith(begins):
             part.restart()
             raise _Transient("the file has changed on the server; starting again")
         _check_status(response, part.download)
-        if response.status_code != 206:
-            # The server sends the whole file: it knows no ranges, or the file has changed, or this is the start.
-            part.restart(response)
+        if status == 200:
+            # The server sends the whole file: it knows no ranges, or this is the start.
+            part.restart()
         _receive(response, part, stop)
     if part.size != part.download.bytes:
         raise _Transient(f"the answer ended after {part.size} bytes")
@@ -164,45 +161,24 @@ def _receive(response: requests.Response, part: "_Part", stop: threading.Event) 
                 raise _wrong(part.download, f"sends more than {part.download.bytes:,} bytes: another file")
             if (seconds := time.monotonic() - begun) > _WINDOW:
                 if part.size - before < _LEAST_RATE * seconds:
-                    raise _Slow(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
+                    raise _Transient(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
                 begun, before = time.monotonic(), part.size
 
 
 class _Part:
-    """The first bytes of a file, and what the server said about the file when they came."""
+    """The first bytes of a file."""
 
     def __init__(self, download: Download, bar: tqdm):
         self.download, self.path, self._bar = download, download.beside(PART), bar
-        server = find_sealed(download.beside(f"{PART}.json")) or {}
-        same = server.get("url") == without_secrets(download.url)
-        self.server: dict[str, Any] = server if same else {}
-        self.size = bytes_here(download) if same else 0
+        self.size = self.furthest = bytes_here(download)
+        """How many there are, and most that there ever were."""
         if self.size:
             log.info("%s: going on at byte %d", download.path.name, self.size)
-        self.furthest = self.size
-        """Most bytes there ever were: only more than that is progress."""
 
-    def headers(self) -> Any:
-        """Return what asks for the rest of the same file, and for the whole of another one (RFC 9110, 13.1.5)."""
-        etag, modified = self.server.get("etag"), self.server.get("last_modified")
-        # Weak tags (W/) do not stand for equal bytes.
-        same = etag if etag and not etag.startswith("W/") else modified
-        # requests leaves out what is None.
-        return _AS_IT_IS | ({"Range": f"bytes={self.size}-", "If-Range": same} if self.size else {})
-
-    def continues_with(self, response: requests.Response) -> bool:
-        """Tell whether a partial answer begins where this ends, and is of the same file."""
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if found is None or (int(found[1]), int(found[2])) != (self.size, self.download.bytes):
-            return False
-        return all(value is None or self.server.get(key) in (None, value) for key, value in _markers(response).items())
-
-    def restart(self, response: requests.Response | None = None) -> None:
-        """Throw everything away, to begin with the whole answer in `response` or with the next one."""
+    def restart(self) -> None:
+        """Throw everything away."""
         self.path.unlink(missing_ok=True)
         self.grow(-self.size)
-        self.server = {"url": without_secrets(self.download.url), **_markers(response)} if response is not None else {}
-        write_sealed(self.download.beside(f"{PART}.json"), self.server)
 
     def grow(self, count: int) -> None:
         """Count bytes that have come, below 0 those that were thrown away."""
@@ -213,7 +189,7 @@ class _Part:
 
 
 def _complete(part: "_Part", stop: threading.Event) -> None:
-    """Attempt until the file is whole; what comes further than all attempts before is no failure."""
+    """Attempt until the file is whole; what comes further than all before, and is more than too slow, is no failure."""
     # Not as requests' adapter would use it: its waits could not be stopped, and it knows nothing of progress.
     download, retry, reached = part.download, _RETRY, part.furthest
     while True:
@@ -222,7 +198,7 @@ def _complete(part: "_Part", stop: threading.Event) -> None:
         except (_Transient, HTTPError, requests.RequestException) as error:
             if not isinstance(error, _PASSING) or isinstance(error, requests.exceptions.SSLError):
                 raise _wrong(download, f"cannot be fetched ({error})") from error
-            if part.furthest > reached and not isinstance(error, _Slow):
+            if part.furthest > reached + _LEAST_RATE * _WINDOW:
                 retry = _RETRY
             reached = part.furthest
             # urllib3 repeats itself in its second argument.
@@ -257,11 +233,6 @@ def _check_status(response: requests.Response, download: Download) -> None:
 def _wrong(download: Download, what: str) -> UserError:
     mend = f"Correct {download.option}, or put an intact {download.path.name} into {download.path.parent}."
     return UserError(f"{download.url}: {what}. {mend}")
-
-
-def _markers(response: requests.Response) -> dict[str, str | None]:
-    """Return by what the server tells versions of a file apart."""
-    return {"etag": response.headers.get("ETag"), "last_modified": response.headers.get("Last-Modified")}
 
 
 def _checksum(download: Download, path: Path) -> str:

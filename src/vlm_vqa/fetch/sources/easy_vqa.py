@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Source
 from vlm_vqa.fetch.question_types import answer_type, question_type
-from vlm_vqa.fetch.sources.official_layout import SplitPaths, official_paths, official_split
+from vlm_vqa.fetch.sources.official_layout import OFFICIAL, official_split
 from vlm_vqa.hashing import hash_files
 
 PACKAGE = "easy-vqa"
@@ -39,7 +39,8 @@ def easy_vqa_source(folder: Path) -> Source:
     """Write easy-VQA into `folder` and return it as a source; raises as `write_official_layout` does."""
     write_official_layout(folder)
     origin = {"package": PACKAGE, "version": VERSION, "data_hash": DATA_HASH}
-    return Source("easy-vqa", origin, tuple(map(official_split, official_paths(folder))), NOTES)
+    splits = (official_split(folder, split, files) for split, files in OFFICIAL.items())
+    return Source("easy-vqa", origin, tuple(splits), NOTES)
 
 
 def write_official_layout(folder: str | Path) -> None:
@@ -49,14 +50,17 @@ def write_official_layout(folder: str | Path) -> None:
     """
     folder = Path(folder)
     data = _package_data()
-    for paths, (_, package_split, offset) in zip(official_paths(folder), _SPLITS, strict=True):
-        paths.images[0].mkdir(parents=True, exist_ok=True)
+    for split, package_split, offset in _SPLITS:
+        files, images = OFFICIAL[split], folder / f"{split}2014"
+        images.mkdir(parents=True, exist_ok=True)
         entries = json.loads((data / package_split / "questions.json").read_text(encoding="utf-8"))
-        _write_texts(paths, entries, offset)
+        head = {"info": {"description": "easy-VQA 1.0 in VQAv2's layout"}, "data_subtype": images.name}
+        for kind, found in _texts(entries, offset).items():
+            (folder / getattr(files, kind)).write_text(json.dumps({**head, kind: found}), encoding="utf-8")
         image_ids = sorted({image_id for _, _, image_id in entries})
-        for image_id in tqdm(image_ids, desc=f"easy-VQA {paths.split}", unit="image"):
+        for image_id in tqdm(image_ids, desc=f"easy-VQA {split}", unit="image"):
             with Image.open(data / package_split / "images" / f"{image_id}.png") as image:
-                target = paths.images[0] / paths.image_name.format(image_id=image_id + offset)
+                target = images / files.image_name.format(image_id=image_id + offset)
                 image.convert("RGB").save(target, "JPEG", quality=95, subsampling=0)
 
 
@@ -78,8 +82,7 @@ def _package_data() -> Path:
     return data
 
 
-def _write_texts(paths: SplitPaths, entries: list[list[Any]], offset: int) -> None:
-    envelope = {"info": {"description": "easy-VQA 1.0 in VQAv2's layout"}, "data_subtype": f"{paths.split}2014"}
+def _texts(entries: list[list[Any]], offset: int) -> dict[str, list[dict[str, Any]]]:
     questions, annotations, places = [], [], Counter[int]()
     for question, answer, package_image_id in entries:
         image_id = package_image_id + offset
@@ -89,5 +92,4 @@ def _write_texts(paths: SplitPaths, entries: list[list[Any]], offset: int) -> No
         ten = [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)]
         questions.append(ids | {"question": question})
         annotations.append(ids | kinds | {"multiple_choice_answer": answer, "answers": ten})
-    paths.questions.write_text(json.dumps({**envelope, "questions": questions}), encoding="utf-8")
-    paths.annotations.write_text(json.dumps({**envelope, "annotations": annotations}), encoding="utf-8")
+    return {"questions": questions, "annotations": annotations}

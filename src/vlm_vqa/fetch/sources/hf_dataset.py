@@ -41,15 +41,13 @@ def hub_source(hub: HubParams, table: HubTable | None, folder: Path) -> Generato
     Raises:
         UserError: a repository cannot be read, has a loading script, or lacks the split or columns; it names what to do.
     """
-    repositories: dict[str, Repository] = {}
-    found: dict[str, list[str]] = {}
+    repositories, found = {}, {}
     for split in SPLITS:
         one, key = getattr(hub, split), f"data.hub.{split}"
         repository = Repository(f"{key}.repository", one.repository, f"{key}.revision", one.revision, "dataset")
         with translate_errors(repository):
-            found[split] = _persistently(
-                repository.name, functools.partial(_find_files, repository, one.split, f"{key}.split")
-            )
+            find = functools.partial(_find_files, repository, one.split, f"{key}.split")
+            found[split] = _persistently(repository.name, find)
         repositories[split] = repository
     columns = table.columns if table and table.columns else Columns()
     # So parts of two data sets, or commits, never meet.

@@ -13,7 +13,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Source
 from vlm_vqa.fetch.sources import download
 from vlm_vqa.fetch.sources.download import Download
-from vlm_vqa.fetch.sources.official_layout import official_paths, official_split
+from vlm_vqa.fetch.sources.official_layout import OFFICIAL, official_split
 from vlm_vqa.params import OfficialParams
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,8 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         downloads.append(Download(url, folder / name, checksum, size, f"data.official.{option}"))
     missing = [one for one in downloads if not download.is_verified(one)]
     # The records take as much again: they hold the images as they are in the archives, and compressed texts.
-    rest, total = (
-        sum(max(0, one.bytes - download.bytes_here(one)) for one in missing),
-        sum(one.bytes for one in downloads),
-    )
+    rest = sum(max(0, one.bytes - download.bytes_here(one)) for one in missing)
+    total = sum(one.bytes for one in downloads)
     records.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(records.parent).free
     if rest + total > free:
@@ -62,12 +60,10 @@ def official_source(params: OfficialParams, records: Path) -> Source:
         log.info("downloading %s", ", ".join(one.path.name for one in missing))
         download.fetch_all(missing, params.downloads)
     splits = []
-    for paths in official_paths(folder):
-        questions, annotations = (
-            folder / f"v2_{kind}_{paths.split.capitalize()}_mscoco.zip" for kind in ("Questions", "Annotations")
-        )
-        images = [folder / f"{paths.split}2014.zip"]
-        splits.append(official_split(replace(paths, questions=questions, annotations=annotations, images=images)))
+    for split, files in OFFICIAL.items():
+        questions, annotations = (f"v2_{kind}_{split.capitalize()}_mscoco.zip" for kind in ("Questions", "Annotations"))
+        files = replace(files, questions=questions, annotations=annotations, images=f"{split}2014.zip")
+        splits.append(official_split(folder, split, files))
     origin = {"archives": {name: checksum for name, (checksum, _) in ARCHIVES.items()}, "checksums": "official"}
     return Source("official", origin, tuple(splits))
 

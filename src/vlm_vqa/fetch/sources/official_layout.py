@@ -10,7 +10,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,7 +21,7 @@ from vlm_vqa.fetch.recognise import refusal, shown
 from vlm_vqa.fetch.sources.image_files import DAMAGE, ENCRYPTED
 from vlm_vqa.fetch.sources.zip_archive import files, open_zip
 from vlm_vqa.files import MOST_BYTES, check_regular
-from vlm_vqa.params import DataParams
+from vlm_vqa.params import DataParams, SplitFiles
 
 log = logging.getLogger(__name__)
 
@@ -34,29 +33,23 @@ READ_ERRORS = (OSError, RecursionError, *DAMAGE)
 """What reading a file of texts raises: JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError."""
 
 
-@dataclass(frozen=True)
-class SplitPaths:
-    """The files of one split in official layout."""
-
-    split: str
-    questions: Path
-    annotations: Path
-    images: list[Path]
-    """Folders of images, or zip archives of them."""
-    image_name: str
-    others: Sequence[Path] = ()
-    """Those of the other split, looked through where an entry says that its image is of that part of COCO."""
+OFFICIAL = {
+    split: SplitFiles(
+        f"v2_OpenEnded_mscoco_{split}2014_questions.json",
+        f"v2_mscoco_{split}2014_annotations.json",
+        f"{split}2014",
+        f"COCO_{split}2014_{{image_id:012d}}.jpg",
+    )
+    for split in SPLITS
+}
+"""VQAv2's own file names."""
 
 
 def directory_source(data: DataParams) -> Source:
     """Return the files that `data.directory`, `data.train` and `data.val` name, or raise `UserError` as `folder_of`."""
-    folder, splits = folder_of(data), []
-    for split in SPLITS:
-        files = getattr(data, split)
-        texts = (folder / files.questions, folder / files.annotations)
-        images, others = (places(folder, one.images) for one in (files, data.val if split == "train" else data.train))
-        splits.append(official_split(SplitPaths(split, *texts, images, files.image_name, others)))
-    return Source("directory", {}, tuple(splits))
+    folder = folder_of(data)
+    train = official_split(folder, "train", data.train, data.val.images)
+    return Source("directory", {}, (train, official_split(folder, "val", data.val, data.train.images)))
 
 
 def folder_of(data: DataParams) -> Path:
@@ -72,45 +65,38 @@ def places(folder: Path, names: str | Sequence[str]) -> list[Path]:
     return [folder / name for name in ([names] if isinstance(names, str) else names)]
 
 
-def official_split(paths: SplitPaths) -> Split:
-    """Return a split that is read from its questions and annotations files."""
-    inputs = {"questions": paths.questions, "annotations": paths.annotations}
-    return Split(paths.split, str(paths.questions), paths.images, functools.partial(_rows, paths), inputs)
+def official_split(folder: Path, split: str, files: SplitFiles, others: str | Sequence[str] = ()) -> Split:
+    """Return a split that is read from its questions and annotations files.
+
+    `others` are the images of the other split, looked through where an entry says that its image is of that part of COCO.
+    """
+    inputs = {"questions": folder / files.questions, "annotations": folder / files.annotations}
+    images, more = places(folder, files.images), places(folder, others)
+    rows = functools.partial(_rows, *inputs.values(), files.image_name, images, more)
+    return Split(split, str(inputs["questions"]), images, rows, inputs)
 
 
-def _rows(paths: SplitPaths, violations: Violations) -> Iterator[Row]:
+def _rows(
+    asked: Path, answered: Path, pattern: str, images: list[Path], others: list[Path], violations: Violations
+) -> Iterator[Row]:
     """Yield the pairs of question and annotation whose image has a file name."""
-    questions = _read_entries(paths.questions, "questions", violations)
-    annotations = _read_entries(paths.annotations, "annotations", violations)
+    questions = _read_entries(asked, "questions", violations)
+    annotations = _read_entries(answered, "annotations", violations)
     if questions is None or annotations is None:
         return
     for (question_id, image_id, (question, part)), answers in _pair(questions, annotations, violations):
-        where = f"{paths.questions}: question_id {question_id}"
+        where = f"{asked}: question_id {question_id}"
         try:
-            own = name = contract.image_name(paths.image_name, image_id)
+            own = name = contract.image_name(pattern, image_id)
             if name is None:
-                long = f"image_id {image_id} is too long for {paths.image_name}"
+                long = f"image_id {image_id} is too long for {pattern}"
                 raise MalformedRecord(ViolationKind.IMAGE_ID, long)
             if part and (name := re.sub("|".join(_COCO), part, name)) != own:
-                paths.images.extend(place for place in paths.others if place not in paths.images)
+                images.extend(place for place in others if place not in images)
             record = {"question_id": question_id, "image_id": image_id, "question": question}
             yield Row(where, name, record | contract.answered(question, *answers))
         except MalformedRecord as error:
             violations.add(error.kind, f"{where}: {error}")
-
-
-def official_paths(folder: Path) -> tuple[SplitPaths, ...]:
-    """Return VQAv2's own file names below `folder`, for both splits."""
-    return tuple(
-        SplitPaths(
-            split,
-            folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json",
-            folder / f"v2_mscoco_{split}2014_annotations.json",
-            [folder / f"{split}2014"],
-            f"COCO_{split}2014_{{image_id:012d}}.jpg",
-        )
-        for split in SPLITS
-    )
 
 
 class _Entry(NamedTuple):
@@ -122,18 +108,14 @@ class _Entry(NamedTuple):
     """Of a question: its text, and VQA-CP's part of COCO that has the image. Of an annotation: what `answered` takes."""
 
 
-@dataclass
-class _Entries:
-    """What a questions or annotations file holds."""
+class _Entries(NamedTuple):
+    """What a questions or annotations file holds, in file order."""
 
     name: str
     """The file's name, for messages."""
-    good: list[_Entry] = field(default_factory=list)
-    """In file order."""
-    reported: set[int] = field(default_factory=set)
-    """Question ids of malformed entries: they are violations already, and their counterparts are no further ones."""
-    unnamed: int = 0
-    """Malformed entries whose question id is not known: as many counterparts are no further violations."""
+    good: list[_Entry]
+    bad: list[int | None]
+    """Question ids of malformed entries, which are violations already: their counterparts are no further ones."""
 
 
 def _read_entries(path: Path, key: str, violations: Violations) -> _Entries | None:
@@ -159,16 +141,13 @@ def _read_entries(path: Path, key: str, violations: Violations) -> _Entries | No
     if not entries:
         violations.add(ViolationKind.EMPTY_FILE, f"{path}: the list {key!r} is empty")
         return None
-    found = _Entries(str(path))
+    found = _Entries(str(path), [], [])
     for row, entry in enumerate(entries):
         try:
             found.good.append(entry if isinstance(entry, _Entry) else _parse(entry, key))
         except MalformedRecord as error:
             question_id = str(entry.get("question_id") if isinstance(entry, dict) else None)
-            if question_id.isdecimal() and len(question_id) < 20:
-                found.reported.add(int(question_id))
-            else:
-                found.unnamed += 1
+            found.bad.append(int(question_id) if question_id.isdecimal() and len(question_id) < 20 else None)
             violations.add(error.kind, f"{path}: entry {row} (question_id {question_id:.60}): {error}")
     return found
 
@@ -181,21 +160,20 @@ def _parse(entry: Any, key: str) -> _Entry:
     wanted = ("question_id", "image_id", "question") if asked else ("question_id", "image_id")
     if missing := [name for name in wanted if name not in entry]:
         raise MalformedRecord(kind, f"without {', '.join(missing)}")
-    for name in wanted[:2]:
+    ids = [entry[name] for name in wanted[:2]]
+    for name, value in zip(wanted, ids, strict=False):
         # bool is a subclass of int.
-        if type(entry[name]) is not int or not 0 <= entry[name] <= contract.LARGEST_ID:
-            raise MalformedRecord(kind, f"{name} is {entry[name]!r:.60}, not a whole number from 0 up")
+        if type(value) is not int or not 0 <= value <= contract.LARGEST_ID:
+            raise MalformedRecord(kind, f"{name} is {value!r:.60}, not a whole number from 0 up")
+    if not asked:
+        return _Entry(*ids, _answers(entry))
     part = entry.get("coco_split")
-    content = (
-        (contract.as_question(entry["question"]), sys.intern(part) if part in _COCO else "")
-        if asked
-        else _answers(entry)
-    )
-    return _Entry(entry["question_id"], entry["image_id"], content)
+    return _Entry(*ids, (contract.as_question(entry["question"]), sys.intern(part) if part in _COCO else ""))
 
 
 def _answers(entry: dict[str, Any]) -> tuple[Any, ...]:
-    *kinds, main = (_optional(entry, key) for key in ("question_type", "answer_type", "multiple_choice_answer"))
+    more = ("question_type", "answer_type", "multiple_choice_answer")
+    *kinds, main = (sys.intern(_text(entry.get(key), key)) for key in more)
     key = "answers" if "answers" in entry or "answer" not in entry else "answer"
     # One answer may stand alone, under either name.
     items = [entry[key]] if isinstance(entry.get(key), str) else entry.get(key)
@@ -206,17 +184,11 @@ def _answers(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _text(value: Any, what: str) -> str:
-    if value is None and what == "answer_confidence":
+    if value is None and what != "an answer":
         return ""
     if not contract.is_text(value):
         raise MalformedRecord(ViolationKind.BAD_ANNOTATION, f"{what} is {value!r:.60}, not text")
     return value
-
-
-def _optional(entry: dict[str, Any], key: str) -> str:
-    """Return a text that need not be given; blank is as good as none."""
-    value = entry.get(key)
-    return "" if value is None or not _text(value, key).strip() else sys.intern(value)
 
 
 def _pair(questions: _Entries, annotations: _Entries, violations: Violations) -> Iterator[tuple[_Entry, Any]]:
@@ -226,8 +198,7 @@ def _pair(questions: _Entries, annotations: _Entries, violations: Violations) ->
         if by_question.setdefault(annotation.question_id, annotation) is not annotation:
             twice = f"{annotations.name}: question_id {annotation.question_id}"
             violations.add(ViolationKind.DUPLICATE_ANNOTATION, twice)
-    # A dict, for it keeps the order.
-    seen: dict[int, None] = {}
+    seen: dict[int, None] = {}  # a dict, for it keeps the order
     for question in questions.good:
         where = f"{questions.name}: question_id {question.question_id}"
         annotation = by_question.get(question.question_id)
@@ -243,7 +214,8 @@ def _pair(questions: _Entries, annotations: _Entries, violations: Violations) ->
         (ViolationKind.NO_ANNOTATION, (one for one in seen if one not in by_question), questions, annotations),
         (ViolationKind.NO_QUESTION, (one for one in by_question if one not in seen), annotations, questions),
     ):
-        for question_id in [one for one in ids if one not in there.reported][there.unnamed :]:
+        reported = {*there.bad}
+        for question_id in [one for one in ids if one not in reported][there.bad.count(None) :]:
             violations.add(kind, f"{here.name}: question_id {question_id} is not in {there.name}")
 
 

@@ -18,7 +18,6 @@ import sys
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -59,31 +58,24 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
     images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
-    read = files if table.images else _spilled(files, table.columns or Columns(), spilled)
-    if read is not files:
+    read, parts = files, {file: parts_of(file) for file in files.values()}
+    if not table.images and all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
         images = dict.fromkeys(SPLITS, [spilled / "images"])
+        # One file may be for both splits.
+        read = {split: spilled / str([*parts].index(file)) for split, file in files.items()}
+        with tqdm(desc="pictures in the table", unit="question") as progress:
+            spill = Spill(spilled, progress)
+            for number, paths in enumerate(parts.values()):
+                for index, path in enumerate(paths):
+                    part = spilled / str(number) / f"part-{index:05d}"
+                    spill_parquet(spill, str(path), table.columns or Columns(), part, str(path))
     reader = Tables(read, {split: str(file) for split, file in files.items()}, table, images["train"])
     splits = []
     for split, file in files.items():
-        inputs = {path.name if file.is_dir() else "table": path for path in parts_of(file) if path.is_file()}
+        inputs = {path.name if file.is_dir() else "table": path for path in parts[file] if path.is_file()}
         splits.append(Split(split, str(file), images[split], functools.partial(reader.rows, split), inputs))
     origin = {} if table.val_share is None else {"val_share": table.val_share, "val_seed": table.val_seed}
     return Source("table", origin, tuple(splits))
-
-
-def _spilled(files: dict[str, Path], columns: Columns, folder: Path) -> dict[str, Path]:
-    """Return tables without the bytes of pictures that stand in them, or the tables as they are if there are none."""
-    parts = {file: parts_of(file) for file in files.values()}
-    if not all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
-        return files
-    # One file may be for both splits.
-    places = {file: folder / str(number) for number, file in enumerate(parts)}
-    with tqdm(desc="pictures in the table", unit="question") as progress:
-        spill = Spill(folder, progress)
-        for file, paths in parts.items():
-            for index, path in enumerate(paths):
-                spill_parquet(spill, str(path), columns, places[file] / f"part-{index:05d}", str(path))
-    return {split: places[file] for split, file in files.items()}
 
 
 def _holds_pictures(path: Path) -> bool:
@@ -105,32 +97,29 @@ def spill_parquet(spill: Spill, file: str, columns: Columns, part: Path, where: 
         rows = read_parquet(file)
         found = find_columns(where, list(rows.features or {}), columns, violations)
         violations.raise_if_any()
-        assert found is not None, "or else there is a violation"
         spill.write(rows, found["image"], part, where)
     except pa.ArrowInvalid as error:
         raise UserError(f"{where}: {file} is no intact Parquet file ({error}).") from error
 
 
-@dataclass
 class Tables:
     """Both splits of a table, and what is known of all their rows."""
 
-    files: Mapping[str, Path]
-    """By split; one for both where a share of train's images is val."""
-    called: Mapping[str, str]
-    """What messages call them."""
-    table: TableParams
-    places: Sequence[Path] = ()
-    """Where the pictures are of which a share becomes val."""
-    _whole: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(_FIRST, True))
-    """Whether all ids are whole numbers as they stand."""
-    _val_images: set[str] | None = None
-    _few: str = ""
-    """What is wrong where there are too few images for a share."""
-    _questions: dict[int, str] = field(default_factory=dict)
-    """The split of each question id."""
-    _places: dict[int, tuple[str, str]] = field(default_factory=dict)
-    """The first split and the picture of each image id."""
+    def __init__(
+        self, files: Mapping[str, Path], called: Mapping[str, str], table: TableParams, places: Sequence[Path] = ()
+    ):
+        """Take the files by split, one for both where a share of train's images is val; what messages call them; and where
+        the pictures are of which a share becomes val."""
+        self.files, self.called, self.table, self.places = files, called, table, places
+        self._whole = dict.fromkeys(_FIRST, True)
+        """Whether all ids are whole numbers as they stand."""
+        self._val_images: set[str] | None = None
+        self._few = ""
+        """What is wrong where there are too few images for a share."""
+        self._questions: dict[int, str] = {}
+        """The split of each question id."""
+        self._places: dict[int, tuple[str, str]] = {}
+        """The first split and the picture of each image id."""
 
     def rows(self, split: str, violations: Violations) -> Iterator[Row]:
         """Yield a split's questions, train's before val's; raise `ReadAgain` at the first id that is no whole number."""
@@ -138,10 +127,7 @@ class Tables:
             self._draw(self.table.val_share)
         if self._few and split == "train":
             violations.add(ViolationKind.FEW_IMAGES, self._few)
-        found = self._open(split, violations)
-        if found is None:
-            return
-        columns, rows = found
+        columns, rows = self._open(split, violations)
         for number, row in enumerate(rows, 1):
             where = f"{self.called[split]}: row {number}"
             try:
@@ -154,24 +140,23 @@ class Tables:
                 if isinstance(row, dict) or self._val_images is None or split == "train":
                     violations.add(error.kind, f"{where}: {error}")
 
-    def _open(self, split: str, violations: Violations) -> tuple[dict[str, str], Iterator[_Raw]] | None:
-        """Return a table's columns by what they hold, and its rows; None, and a violation, where it is no table."""
+    def _open(self, split: str, violations: Violations) -> tuple[dict[str, str], Iterable[_Raw]]:
+        """Return a table's columns by what they hold, and its rows; none, and a violation, where it is no table."""
         before, file, called = len(violations), self.files[split], self.called[split]
         rows = read_rows(file, violations)
         first = list(islice(rows, _LOOK))
-        there = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row)
+        there, columns = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row), {}
         if first and not there:
             violations.add(ViolationKind.FOREIGN_FILE, f"{called}: {refusal(file) or f'row 1: {first[0]}'}")
         elif there:
             columns = find_columns(called, list(there), self.table.columns or Columns(), violations)
-            return None if columns is None else (columns, chain(first, rows))
         elif len(violations) == before:
             violations.add(ViolationKind.EMPTY_FILE, f"{called}: no rows")
-        return None
+        return columns, chain(first, rows) if columns else ()
 
     def _draw(self, share: float) -> None:
         """Draw val's pictures: equal files go to one split, under whatever names. What is wrong is said on reading them."""
-        columns, rows = self._open("train", Violations()) or ({}, ())
+        columns, rows = self._open("train", Violations())
         images = {
             self._image(row, columns): self._image(row, {"image": columns["image"]})
             for row in rows
@@ -325,10 +310,8 @@ def _turns(talk: Any) -> Iterator[tuple[str, str]]:
 # --- columns ------------------------------------------------------------------------------------------------------------
 
 
-def find_columns(
-    file: Path | str, there: Sequence[str], wanted: Columns, violations: Violations
-) -> dict[str, str] | None:
-    """Return a table's columns by what they hold; None, and a violation, where one cannot be told."""
+def find_columns(file: str, there: Sequence[str], wanted: Columns, violations: Violations) -> dict[str, str]:
+    """Return a table's columns by what they hold; none, and a violation, where one cannot be told."""
     found: dict[str, str] = {role: name for role, name in dataclasses.asdict(wanted).items() if name is not None}
     wrong = [f"data.table.columns.{role} is {name!r}" for role, name in found.items() if name not in there]
     named = {name.strip().lower(): name for name in there if name not in found.values()}
@@ -348,8 +331,7 @@ def find_columns(
             wrong.append(f"no column for the {role}")
     if wrong:
         violations.add(ViolationKind.COLUMNS, f"{file}: {'; '.join(wrong)}; it has {', '.join(there):.300}")
-        return None
-    return found
+    return {} if wrong else found
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------------
@@ -401,7 +383,11 @@ def _read_text(path: Path, kind: str, violations: Violations) -> Iterator[_Raw]:
             raise UnicodeDecodeError("utf-8", first.encode()[:100], 0, 1, "it has zeros")
         rest, written = chain([first, second], lines), written_as(f".{kind}", first, second)
         if written == "lines":
-            yield from map(_json_row, filter(str.strip, rest))
+            for line in filter(str.strip, rest):
+                try:
+                    yield _object(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    yield MalformedRecord(ViolationKind.BAD_ROW, f"not JSON ({error})")
         elif written != "whole":
             yield from _read_csv(rest, written)
     if written == "whole":
@@ -417,13 +403,6 @@ def _read_csv(lines: Iterable[str], delimiter: str) -> Iterator[_Raw]:
         elif cells:
             found = f"line {reader.line_num}: {len(cells)} cells, but {len(header)} columns"
             yield MalformedRecord(ViolationKind.BAD_ROW, found)
-
-
-def _json_row(line: str) -> _Raw:
-    try:
-        return _object(json.loads(line))
-    except (ValueError, RecursionError) as error:
-        return MalformedRecord(ViolationKind.BAD_ROW, f"not JSON ({error})")
 
 
 def _object(row: Any) -> _Raw:

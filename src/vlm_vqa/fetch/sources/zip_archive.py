@@ -5,6 +5,7 @@ import stat
 import sys
 import zipfile
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from vlm_vqa.fetch.recognise import shown
@@ -47,12 +48,18 @@ def parts(name: str) -> list[str]:
 def _check(entries: list[zipfile.ZipInfo]) -> None:
     names = Counter("/".join(parts(info.filename)) for info in entries)
     kinds = {info.filename: stat.S_IFMT(info.external_attr >> 16) for info in entries}
+    by_place = sorted(entries, key=lambda info: info.header_offset)
     faults = {
         "would leave the archive's folder": [info.orig_filename for info in entries if _leaves(info)],
         # By the Unix mode, where the archive has one.
         "are links or devices": [name for name, kind in kinds.items() if kind not in (0, stat.S_IFREG, stat.S_IFDIR)],
         "stand there more than once": [name for name, count in names.items() if count > 1],
-        "share their bytes with others": _overlapping(entries),
+        # They begin before the one before them has ended, whose own header has as many bytes.
+        "share their bytes with others": [
+            info.filename
+            for before, info in pairwise(by_place)
+            if info.header_offset < before.header_offset + 30 + before.compress_size
+        ],
     }
     for fault, found in faults.items():
         if found:
@@ -63,13 +70,3 @@ def _leaves(info: zipfile.ZipInfo) -> bool:
     """Tell whether a name is absolute, has a drive, climbs, or has a byte that ends names."""
     name = info.orig_filename
     return name.startswith(("/", "\\")) or "\0" in name or bool(re.match("[A-Za-z]:", name)) or ".." in parts(name)
-
-
-def _overlapping(entries: list[zipfile.ZipInfo]) -> list[str]:
-    """Return the names of entries that begin before the one before them has ended."""
-    found, end = [], 0
-    for info in sorted(entries, key=lambda info: info.header_offset):
-        if info.header_offset < end:
-            found.append(info.filename)
-        end = info.header_offset + 30 + info.compress_size  # its own header has as many bytes
-    return found
