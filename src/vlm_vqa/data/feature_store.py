@@ -9,6 +9,7 @@ was not finished does not open.
 Legend of shape suffixes: N images, T tokens an image, D width.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.params import StoreDtype
-from vlm_vqa.sealed import checks_blocks, checksum, read_sealed
+from vlm_vqa.sealed import checks_blocks, checksum, damaged, read_sealed
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -168,8 +169,7 @@ class FeatureStore:
                 raise UserError(f"{self._folder}: has no features of image {image_id}. {_REMAKE}") from None
             tensors, checksums = self._shards[shard]
             if self._checked and checksum_of(tensors, row, int(image_id)) != int(checksums[row]) % 2**64:
-                path = self._folder / self.manifest["shards"][shard]["file"]
-                raise UserError(f"{path}: damaged: the features of image {image_id} are not those written. {_REMAKE}")
+                raise self._damaged(shard, row, int(image_id))
             target_TD[:] = tensors["features"][row]
             if "scales" in tensors:
                 target_TD *= tensors["scales"][row][:, None]
@@ -199,6 +199,14 @@ class FeatureStore:
                 raise UserError(f"{path}: image {image_id} is in the store twice. {_REMAKE}")
             self._places[image_id] = (len(self._shards), row)
         self._shards.append(({name: as_array(tensor) for name, tensor in tensors.items()}, checksums.numpy()))
+
+    def _damaged(self, shard: int, row: int, image_id: int) -> UserError:
+        path = self._folder / self.manifest["shards"][shard]["file"]
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            start = json.loads(file.read(header))["features"]["data_offsets"][0]
+        offset = 8 + header + start + row * self._shards[shard][0]["features"][row].nbytes
+        return damaged(path, offset, f"It is in the features of image {image_id}. {_REMAKE}")
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
