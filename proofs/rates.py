@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.parse(measure.parser("rates", __doc__, "proofs", seeds=3), arguments)
     if not (TRAINED / WEIGHTS_FILE).is_file():
         raise UserError(f"{TRAINED}: no {WEIGHTS_FILE} there. {make_again('train')}")
-    seeds = range(options.seeds)
+    # Its own seed would draw the very projector from which the trained Gemma 2 was taught.
+    seeds = range(params.seed + 1, params.seed + 1 + options.seeds)
     trainings = {}
     for seed, (way, changes) in itertools.product(seeds, WAYS.items()):
         recipe = changed(params, {"seed": seed, "train.learning_rate": RATE, **changes})
