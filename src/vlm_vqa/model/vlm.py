@@ -44,6 +44,8 @@ TRAINING_FILE = "training.json"
 """Seals a folder of trained weights and says what they were made of."""
 VISION_PREFIX = "model.vision_tower."
 """Names of the tower's weights in the stock model begin so."""
+PROJECTOR = "model.multi_modal_projector."
+"""Names of the projector's."""
 
 
 def language_of(config: PaliGemmaConfig) -> Gemma2Config:
@@ -278,7 +280,7 @@ def add_adapters(model: VlmForTraining, lora: LoraParams) -> None:
     )
     inject_adapter_in_model(config, model.model.language_model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or name.startswith("model.multi_modal_projector."))
+        parameter.requires_grad_("lora_" in name or name.startswith(PROJECTOR))
 
 
 def merge_adapters(weights: Mapping[str, Tensor], lora: LoraParams) -> dict[str, Tensor]:
