@@ -21,8 +21,11 @@ LAUNCHES = {
     "cpu-fsdp2": {**EIGHT_BIT, "train.batch_size": 4},
 }
 # Whatever a resumed run could lose shows in its weights: dropout draws random numbers, epochs draw other answers, the logged
-# loss is a mean that begins before a checkpoint and ends after it.
+# loss is a mean that begins before a checkpoint and ends after it, the projector's phase ends between two checkpoints.
 SETTINGS = {
+    "train.projector_learning_rate": 9e-3,
+    "train.embedding_learning_rate": 5e-4,
+    "train.projector_steps": 3,
     "train.answers": "drawn",
     "train.dropout": 0.1,
     "train.logging_steps": 3,

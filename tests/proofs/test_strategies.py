@@ -10,11 +10,13 @@ import pytest
 from proofs.project import ROOT, Project, sample_params
 from proofs.strategies import CASES, claims, table
 
+# With rates and a phase, which end in training all alike: what the cases without them show is among it.
+PHASED = "rates and projector phase"
 CHOSEN = [
     "shared rows",
-    "shared rows, 4 passes",
-    "shared rows, 8 bits",
-    "shared rows, 8 bits, clipped",
+    f"{PHASED}, 4 passes",
+    f"{PHASED}, 8 bits",
+    f"{PHASED}, 8 bits, clipped",
     "shared rows, adapters",
     "one process misled",
 ]
@@ -42,7 +44,7 @@ def test_every_launch_trains_as_one_process_does(tmp_path, shared_data):
         assert done.returncode == 0, done.stderr
     results = tmp_path / "results"
     done = subprocess.run(
-        [sys.executable, "-m", "proofs.strategies", "--steps", "30", "--results", str(results), "--cases", *CHOSEN],
+        [sys.executable, "-m", "proofs.strategies", "--steps", "20", "--results", str(results), "--cases", *CHOSEN],
         cwd=project.folder, capture_output=True, text=True, timeout=800,
         env=project.environment(PYTHONPATH=os.pathsep.join([str(ROOT / "src"), str(ROOT)])),
     )  # fmt: skip
@@ -50,12 +52,12 @@ def test_every_launch_trains_as_one_process_does(tmp_path, shared_data):
     result = json.loads((results / "strategies.json").read_text())
     # Among them: one process that reads other images is far off.
     assert len(result["claims"]) == len(CHOSEN) + 1 and all(claim["met"] for claim in result["claims"]), done.stdout
-    assert set(result["details"]["distances"]["shared rows"]) == {
+    assert set(result["details"]["distances"][CHOSEN[1]]) == {
         "cpu-ddp", "cpu-fsdp2", "cpu-fsdp2-uneven", "cpu-zero2", "cpu-zero3",
     }  # fmt: skip
-    assert result["details"]["losses"] >= 30
+    assert result["details"]["losses"] >= 20
     states = result["details"]["states"]
-    assert all("uint8" in kinds for name, kinds in states["shared rows, 8 bits"].items()), states
+    assert all("uint8" in kinds for name, kinds in states[CHOSEN[2]].items()), states
     learning_trains_on_it(project)
 
 

@@ -80,7 +80,7 @@ def test_a_rank_killed_in_mid_run_ends_all_and_costs_nothing(project):
         "train.launch": "cpu-fsdp2", "train.batch_size": 4, "train.optimizer": "adamw_bnb_8bit",
         "train.percentile_clipping": 95, "train.dropout": 0.1, "train.logging_steps": 3, "train.save_steps": 5,
         "validation.questions": 20, "validation.train_questions": 10, "validation.every_steps": 3, "validation.keep": "best",
-        "train.num_train_epochs": 3,
+        "train.num_train_epochs": 3, "train.projector_steps": 11, "train.projector_learning_rate": 9e-3,
     })  # fmt: skip
     train(project)
     undisturbed = outcome(project)

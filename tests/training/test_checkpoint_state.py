@@ -25,7 +25,8 @@ from vlm_vqa.training.trainer import VqaTrainer
 # Rows that no world here divides evenly, or that leave some of its processes without any.
 FLOAT_STATES = {"matrix": (7, 40), "norm": (5,), "two": (2, 3)}
 # Of 4,096 elements and more, in rows of whole blocks: their 8-bit states can be divided anew.
-ALIGNED = FLOAT_STATES | {"eight": (6, 768), "few": (2, 2304)}
+# "late" is first trained in step 3, after the checkpoint.
+ALIGNED = FLOAT_STATES | {"eight": (6, 768), "few": (2, 2304), "late": (6, 768)}
 # In rows that begin within a block: theirs cannot.
 CROSSING = ALIGNED | {"crossing": (103, 40)}
 OPTIMIZERS = {"adamw_torch": torch.optim.AdamW, "adamw_bnb_8bit": ClippedAdamW8bit}
@@ -61,7 +62,7 @@ class Training:
     def train(self, *steps):
         """Take steps whose gradients depend on their numbers alone."""
         for step in steps:
-            for number, parameter in enumerate(self.model.parameters()):
+            for number, (name, parameter) in enumerate(self.model.named_parameters()):
                 whole = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + number))
                 rows = whole[slice(*checkpoint_state.rows_held(parameter))]
                 if isinstance(parameter, DTensor):
@@ -69,7 +70,7 @@ class Training:
                         rows, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
                         stride=parameter.stride(),
                     )  # fmt: skip
-                parameter.grad = rows
+                parameter.grad = rows if name != "late" or step > 2 else None
             self.optimizer.step()
             self.scheduler.step()
         return self

@@ -9,10 +9,13 @@ from vlm_vqa.params import Dtype, Optimizer, Rounding, load_params
 from vlm_vqa.training.optimizer import (
     HISTORY,
     ClippedAdamW8bit,
+    StochasticAdamW,
     build_optimizer,
     clipping_factor,
+    has_8bit_work,
     round_stochastically,
     rounding_generator,
+    state_types,
 )
 
 
@@ -61,6 +64,17 @@ def test_states_are_8_bit_and_clipping_changes_the_result():
     train(off, plain, gradients(120))
     assert "gnorm_vec" not in off.state[plain]
     assert not torch.equal(clipped, plain)
+
+
+def test_8_bits_are_missed_of_no_parameter_that_waits():
+    small, large = torch.nn.Parameter(torch.zeros(8)), torch.nn.Parameter(torch.zeros(80, 64))
+    optimizer = ClippedAdamW8bit([{"params": [small, large], "optim_bits": 8}], lr=0.01)
+    small.grad = torch.ones(8)
+    optimizer.step()
+    assert not has_8bit_work(optimizer) and state_types(optimizer) == ["float32"]
+    large.grad = torch.ones(80, 64)
+    optimizer.step()
+    assert has_8bit_work(optimizer) and state_types(optimizer) == ["float32", "uint8"]
 
 
 def test_the_history_survives_a_checkpoint():
@@ -135,11 +149,52 @@ def test_rounding_repeats_itself_and_differs_by_step_and_parameter():
     assert len({tuple(draw(*key)) for key in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3)]}) == 4
 
 
-def test_groups_are_by_decay_and_bits():
-    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4))
-    train = dataclasses.replace(
-        load_params("presets/small.yaml").train, optimizer=Optimizer.ADAMW_BNB_8BIT, weight_decay=0.3
-    )
-    optimizer = build_optimizer(train, model, {"0.weight", "1.weight"}, seed=0)
-    groups = [(g["weight_decay"], g["optim_bits"], len(g["params"])) for g in optimizer.param_groups]
-    assert groups == [(0.3, 8, 1), (0.3, 32, 1), (0.0, 8, 1)]
+def test_a_parameter_rounds_the_same_whoever_else_has_a_gradient():
+    ends = []
+    for waits in (False, True):
+        both = [torch.nn.Parameter(torch.full((64,), 0.02, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = StochasticAdamW([{"params": both, "optim_bits": 32}], lr=1e-5, seed=0)
+        for parameter in both[waits:]:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        ends.append(both[1].detach())
+        assert (not optimizer.state.get(both[0])) == waits
+    assert torch.equal(*ends)
+
+
+class Parts(torch.nn.Module):
+    """A projector, an embedding, a layer, by the names that a model has."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.multi_modal_projector = torch.nn.Linear(3, 4)
+        self.embedding, self.layer = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["layers+projector 1 8 0.3 1", "embedding 1 32 0.3 1", "layers+projector 1 8 0 1"]),
+        (
+            {"optimizer": Optimizer.ADAMW_TORCH, "percentile_clipping": 100},
+            ["layers+projector 1 32 0.3 1", "embedding 1 32 0.3 1", "layers+projector 1 32 0 1"],
+        ),
+        (
+            {"projector_learning_rate": 5.0, "embedding_learning_rate": 2.0},
+            ["layers 1 8 0.3 1", "layers 1 8 0 1", "embedding 2 32 0.3 1", "projector 5 8 0.3 1", "projector 5 8 0 1"],
+        ),
+        (
+            {"projector_steps": 7},
+            ["layers 1 8 0.3 8", "embedding 1 32 0.3 8", "layers 1 8 0 8", "projector 1 8 0.3 1", "projector 1 8 0 1"],
+        ),
+    ],
+)
+def test_groups_are_by_part_decay_and_bits(changes, expected):
+    base = {"optimizer": Optimizer.ADAMW_BNB_8BIT, "weight_decay": 0.3, "learning_rate": 1.0}
+    train = dataclasses.replace(load_params("presets/small.yaml").train, **base | changes)
+    decayed = {"model.multi_modal_projector.weight", "embedding.weight", "layer.weight"}
+    groups = build_optimizer(train, Parts(), decayed, seed=0).param_groups
+    keys = ("lr", "optim_bits", "weight_decay", "from_step")
+    assert [" ".join([group["name"], *(f"{group[key]:g}" for key in keys)]) for group in groups] == expected
+    assert [group["elements"] for group in groups] == [sum(map(torch.numel, group["params"])) for group in groups]

@@ -11,6 +11,10 @@ from vlm_vqa.training.trainer import VqaTrainer
 # The parent's arguments, and which of its methods call it: private ones have no other promise than this.
 OVERRIDDEN = {
     "create_optimizer": ("self, model=None", {"create_optimizer_and_scheduler", "_prepare_for_training"}),
+    "create_scheduler": (
+        "self, num_training_steps, optimizer=None",
+        {"create_optimizer_and_scheduler", "_prepare_for_training"},
+    ),
     "get_train_dataloader": ("self", {"_inner_training_loop"}),
     "get_batch_samples": ("self, epoch_iterator, num_batches, device", {"_run_epoch"}),
     "training_step": ("self, model, inputs, num_items_in_batch=None", {"_run_epoch"}),

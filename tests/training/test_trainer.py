@@ -14,7 +14,17 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.model.adapters import add_adapters, merge_adapter, merge_adapters, projector_of, save_adapter
 from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
-from vlm_vqa.params import Attention, Dtype, LoraParams, Mask, Optimizer, Rounding, TooLong, load_params
+from vlm_vqa.params import (
+    Attention,
+    Dtype,
+    LoraParams,
+    Mask,
+    Optimizer,
+    Rounding,
+    Scheduler,
+    TooLong,
+    load_params,
+)
 from vlm_vqa.training import checkpoint_files, launch
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.prepare import base_model
@@ -103,22 +113,33 @@ def test_a_run_repeats_itself_and_another_seed_does_not(make):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-# Also in the second epoch, whose order is another one; with and without accumulation and workers.
+# Also in the second epoch, whose order is another one; with and without accumulation and workers; before the last step of
+# the projector's phase, at it and after it.
 @pytest.mark.parametrize(
     ("stop", "options"),
     [
-        (3, {"optimizer": Optimizer.ADAMW_TORCH}),
+        (3, {"optimizer": Optimizer.ADAMW_TORCH, "projector_steps": 3}),
         (
             5,
             {
                 "optimizer": Optimizer.ADAMW_TORCH,
+                "projector_steps": 4,
+                "embedding_learning_rate": 2e-3,
                 "batch_size": 2,
                 "gradient_accumulation_steps": 4,
                 "dataloader_workers": 1,
             },
         ),
-        (3, {"optimizer": Optimizer.ADAMW_BNB_8BIT, "percentile_clipping": 50}),
-        (5, {"optimizer": Optimizer.ADAMW_BNB_8BIT, "batch_size": 4, "gradient_accumulation_steps": 2}),
+        (3, {"optimizer": Optimizer.ADAMW_BNB_8BIT, "percentile_clipping": 50, "projector_steps": 1}),
+        (
+            5,
+            {
+                "optimizer": Optimizer.ADAMW_BNB_8BIT,
+                "batch_size": 4,
+                "gradient_accumulation_steps": 2,
+                "projector_steps": 5,
+            },
+        ),
         (5, {"optimizer": Optimizer.ADAMW_TORCH, "questions_per_row": 1, "dropout": 0.1}),
     ],
 )
@@ -234,6 +255,87 @@ def test_schedule_and_weight_decay_are_as_asked(make):
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.3}
 
 
+class Watch(TrainerCallback):
+    """Keeps the weights after every step, by part, and what of them has gradients before it, and their norm."""
+
+    def __init__(self):
+        self.weights, self.graded, self.norms = [], [], []
+
+    def parts(self, trainer):
+        found = {"projector": [], "embed": [], "layers": []}
+        for name, parameter in trainer.model.named_parameters():
+            found[next((part for part in found if part in name), "layers")].append(parameter)
+        return found
+
+    def note(self):
+        self.weights.append(
+            {name: torch.cat([p.detach().flatten() for p in part]) for name, part in self.parts(self.trainer).items()}
+        )
+
+    def on_train_begin(self, args, state, control, **_):
+        self.note()
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        graded = {name: [p.grad for p in part if p.grad is not None] for name, part in self.parts(self.trainer).items()}
+        self.graded.append({name for name, gradients in graded.items() if gradients})
+        self.norms.append(torch.cat([one.flatten() for part in graded.values() for one in part]).norm().item())
+
+    def on_step_end(self, args, state, control, **_):
+        self.note()
+
+    def moves(self, part):
+        """Return how far the part's weight that moved most moved in each step."""
+        return [(after[part] - before[part]).abs().max().item() for before, after in itertools.pairwise(self.weights)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": Optimizer.ADAMW_TORCH, "batch_size": 4, "gradient_accumulation_steps": 2},
+        {"optimizer": Optimizer.ADAMW_BNB_8BIT, "embedding_learning_rate": 2e-3},
+        {"lora": LoraParams(rank=2, alpha=4.0, dropout=0.0, targets=("q_proj",)), "freeze_embeddings": True},
+    ],
+    ids=["torch", "8 bits", "lora"],
+)
+def test_the_projector_moves_first_and_every_part_at_its_own_rate(make, options):
+    """AdamW's first step of a weight is as long as its rate, so that rates, and first steps, can be read off weights."""
+    watch = Watch()
+    trainer = make(
+        callbacks=[watch], projector_steps=2, projector_learning_rate=3e-2, weight_decay=0.0, warmup_ratio=0.0,
+        lr_scheduler_type=Scheduler.CONSTANT_WITH_WARMUP, max_grad_norm=1e-2, **options,
+    )  # fmt: skip
+    trainer.train()
+    frozen = options.get("freeze_embeddings", False)
+    first = {"layers": 1e-2, "embed": 0.0 if frozen else options.get("embedding_learning_rate", 1e-2)}
+    assert watch.moves("projector")[0] == pytest.approx(3e-2, rel=1e-3) and min(watch.moves("projector")) > 0
+    for part, rate in first.items():
+        assert watch.moves(part)[:3] == [0.0, 0.0, pytest.approx(rate, rel=1e-3)]
+    # What waits does not count in the norm that is clipped.
+    everything = {"projector", "layers"} | ({"embed"} if not frozen else set())
+    assert watch.graded == [{"projector"}] * 2 + [everything] * 4
+    assert watch.norms == pytest.approx([1e-2] * 6, rel=1e-3)
+    steps = {int(state["step"]) for state in trainer.inner_optimizer.state.values()}
+    assert steps == {4, 6}
+
+
+def test_what_waits_has_a_schedule_of_its_own_and_its_rate_is_logged(make):
+    def logged(trainer):
+        trainer.train()
+        return [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = make("whole", warmup_ratio=0.4)
+    settings = {"warmup_ratio": 0.4, "projector_learning_rate": 1.0}
+    phased = make("phased", num_train_epochs=4, projector_steps=6, **settings)
+    assert logged(phased) == [0.0] * 6 + logged(whole)
+    *_, projector = phased.lr_scheduler.lr_lambdas
+    assert [projector(step) for step in (0, 5, 12)] == [0.0, 1.0, 0.0] and phased.lr_scheduler.base_lrs[-1] == 1.0
+    # The projector alone: nothing else is trained at all.
+    watch = Watch()
+    alone = make("alone", projector_steps=6, callbacks=[watch], **settings)
+    assert logged(alone) == [0.0] * 6
+    assert max(watch.moves("layers") + watch.moves("embed")) == 0 < max(watch.moves("projector"))
+
+
 def test_dropout_acts_on_attention_probabilities_alone(make, tiny):
     model = make(dropout=0.5).model
     layout = tiny.layout("image-prefix")
@@ -319,14 +421,23 @@ def test_a_busy_machine_is_said_once_by_the_main_process(make, monkeypatch, capl
     assert said == ["WARNING"] * times
 
 
-def test_what_is_logged(make, tmp_path):
+def test_what_is_logged(make, tmp_path, caplog):
+    caplog.set_level("INFO")
     run = Log()
-    trainer = make(callbacks=[ProgressCallback(run)])
+    kind = Optimizer.ADAMW_BNB_8BIT
+    trainer = make(callbacks=[ProgressCallback(run)], projector_steps=4, optimizer=kind, embedding_learning_rate=2e-3)
     trainer.train()
     assert [step for step, _ in run.metrics] == list(range(1, 7))
     assert {"loss", "grad_norm", "learning_rate"} <= run.metrics[-1][1].keys()
     assert run.tags["launch_threads"] == str(trainer.launch.threads)
-    assert run.tags["launch_strategy"] == "one process" and run.tags["launch_optimizer"] == "AdamW"
+    assert run.tags["launch_strategy"] == "one process" and run.tags["launch_optimizer"] == "ClippedAdamW8bit"
+    groups = run.tags["optimizer_groups"].split("; ")
+    assert len(groups) == 5 and set(groups) <= set(caplog.messages)
+    assert groups[2].startswith("embedding: ") and groups[2].endswith(
+        " elements at rate 0.002, weight decay 0.0001, 32 bits, from step 5"
+    )
+    # The projector's, and those of all; this model is too small for 8 bits.
+    assert caplog.messages.count("optimizer states: float32") == 2
     write_curve(trainer.state.log_history, tmp_path / "curve.csv", "loss", CURVE_COLUMNS)
     lines = (tmp_path / "curve.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,loss,grad_norm,learning_rate" and len(lines) == 7

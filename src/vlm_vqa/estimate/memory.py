@@ -59,7 +59,7 @@ class Step:
         return {"weights": held * self.kept, "masters": 4 * self.held(self.updated()) * self.strategy.deepspeed}
 
     def states(self) -> Parts:
-        """The optimizer's, as they are after the first step; 8 bits but for small parameters and the embedding."""
+        """The optimizer's, when all have begun (projector_steps); 8 bits but for small parameters and the embedding."""
         parts = self.updated()
         held = wide = self.held(parts)
         if self.train.optimizer is Optimizer.ADAMW_BNB_8BIT:

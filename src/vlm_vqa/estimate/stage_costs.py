@@ -112,6 +112,8 @@ def _train(
     facts: dict[str, Any] = {"strategy": launch.strategy.value, "processes": launch.processes, "steps": batches.steps}
     facts |= {"questions_a_step": batches.questions_a_step, "questions_a_row": round(batches.questions_a_row, 2)}
     facts |= {"parameters": model.all, "trained": model.trained, "tokens": work.tokens}
+    if train.projector_steps:
+        facts["steps_of_the_projector_alone"] = min(train.projector_steps, batches.steps)
     facts |= {"flop": flops, "flop_recomputed": again}
     facts |= {} if hours is None else {"step_seconds": hours * 3600 / batches.steps}
     validations = -(-batches.steps // validation.every_steps) + 1 if validation.questions else 0

@@ -44,6 +44,8 @@ TRAINING_FILE = "training.json"
 """Seals a folder of trained weights and says what they were made of."""
 VISION_PREFIX = "model.vision_tower."
 """Names of the tower's weights in the stock model begin so."""
+PROJECTOR = "model.multi_modal_projector."
+"""Names of the projector's."""
 
 
 def language_of(config: PaliGemmaConfig) -> Gemma2Config:

@@ -4,7 +4,8 @@ Under FSDP2 a parameter is a `DTensor` of which each process holds some rows. Th
 alone and are plain tensors: bitsandbytes has no sharded operations, and needs none.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 import bitsandbytes
@@ -14,6 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from vlm_vqa.hashing import hash_json
+from vlm_vqa.model.vlm import PROJECTOR
 from vlm_vqa.params import Dtype, Optimizer, TrainParams
 
 HISTORY = 100
@@ -56,15 +58,16 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
             (group, gindex, pindex, parameter)
             for gindex, group in enumerate(self.param_groups)
             for pindex, parameter in enumerate(group["params"])
-            if parameter.grad is not None
         ]
-        for group, gindex, pindex, parameter in work:
+        # Numbered before some are left out: rounding draws the same, whoever else has a gradient.
+        work = [(number, *one) for number, one in enumerate(work) if one[-1].grad is not None]
+        for _, group, gindex, pindex, parameter in work:
             if not self.state[parameter]:
                 self._start(group, parameter, gindex, pindex)
             self.state[parameter]["step"] += 1
         if self.percentile:
             self._clip([parameter for *_, parameter in work])
-        for number, (group, gindex, pindex, parameter) in enumerate(work):
+        for number, group, gindex, pindex, parameter in work:
             self._update(number, self.get_config(gindex, pindex, group), parameter)
 
     def _start(self, group: dict[str, Any], parameter: Tensor, gindex: int, pindex: int) -> None:
@@ -183,9 +186,10 @@ def state_types(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def has_8bit_work(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a parameter is large enough for 8-bit states."""
+    """Whether a parameter that has been updated is large enough for 8-bit states."""
     groups = [group for group in optimizer.param_groups if group.get("optim_bits") == 8]
-    return any(parameter.numel() >= LEAST_8BIT for group in groups for parameter in group["params"])
+    updated = [p for group in groups for p in group["params"] if optimizer.state.get(p)]
+    return any(parameter.numel() >= LEAST_8BIT for parameter in updated)
 
 
 def build_optimizer(train: TrainParams, model: nn.Module, decayed: set[str], seed: int) -> torch.optim.Optimizer:
@@ -206,19 +210,37 @@ def build_optimizer(train: TrainParams, model: nn.Module, decayed: set[str], see
 
 
 def _groups(train: TrainParams, model: nn.Module, decayed: set[str]) -> Iterator[dict[str, Any]]:
-    """Yield parameters that are treated alike.
+    """Yield parameters that are treated alike, and how; first those of no rate or phase of their own, whose rate is logged.
 
     With 8-bit AdamW the embedding keeps 32-bit states, as the Trainer itself arranges for bitsandbytes: its gradients are
     sparse, and quantised blocks would mix rare words with frequent ones. It is a group of its own, since DeepSpeed joins the
     parameters of a group.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for decay in (True, False):
-        for bits in (8, 32):
-            parameters = [
-                p for name, p in trained if (name in decayed) == decay and (id(p) in embeddings) == (bits == 32)
-            ]
-            if parameters:
-                held = bits if train.optimizer is Optimizer.ADAMW_BNB_8BIT else 32
-                yield {"params": parameters, "weight_decay": train.weight_decay if decay else 0.0, "optim_bits": held}
+    rates = {"projector": train.projector_learning_rate, "embedding": train.embedding_learning_rate}
+    apart = {kind for kind, rate in rates.items() if rate or (kind == "projector" and train.projector_steps)}
+    groups: dict[tuple[str, bool, int], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "projector" if name.startswith(PROJECTOR) else "layers"
+            kind = "embedding" if id(parameter) in embeddings else kind
+            part, bits = kind if kind in apart else "", 32 if kind == "embedding" else 8
+            groups[part, name not in decayed, bits].append((kind, parameter))
+    for (part, undecayed, bits), members in sorted(groups.items(), key=lambda item: item[0]):
+        yield {
+            "params": [parameter for _, parameter in members],
+            "lr": rates.get(part) or train.learning_rate,
+            "weight_decay": 0.0 if undecayed else train.weight_decay,
+            "optim_bits": bits if train.optimizer is Optimizer.ADAMW_BNB_8BIT else 32,
+            "name": "+".join(sorted({kind for kind, _ in members})),
+            "elements": sum(parameter.numel() for _, parameter in members),
+            "from_step": 1 if part == "projector" else 1 + train.projector_steps,
+        }
+
+
+def describe_group(group: Mapping[str, Any], steps: int) -> str:
+    """Say what one of `build_optimizer`'s groups is, in a training of so many steps, whatever the launch made of it."""
+    first = group["from_step"]
+    when = f"from step {first}" if first <= steps else f"never: train.projector_steps is {first - 1}, of {steps} steps"
+    how = f"weight decay {group['weight_decay']:g}, {group['optim_bits']} bits"
+    return f"{group['name']}: {group['elements']:,} elements at rate {group['initial_lr']:g}, {how}, {when}"

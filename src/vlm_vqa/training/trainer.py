@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback as ProgressBar
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import SaveStrategy
 
@@ -29,7 +30,7 @@ from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
-from vlm_vqa.training.optimizer import build_optimizer, has_8bit_work, state_types
+from vlm_vqa.training.optimizer import build_optimizer, describe_group, has_8bit_work, state_types
 from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
 from vlm_vqa.training.validation import (
@@ -178,7 +179,43 @@ class VqaTrainer(Trainer):
             model = model or self.model
             decayed = set(self.get_decay_parameter_names(model))
             self.optimizer = build_optimizer(self.train_settings, model, decayed, self.args.seed)
+            if self.train_settings.projector_steps and self.launch.strategy.deepspeed:
+                self._hold_back_under_deepspeed(self.optimizer)
         return self.optimizer
+
+    def _hold_back_under_deepspeed(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep what waits out of DeepSpeed's steps, which happen within its backward pass, on pieces of its own."""
+
+        def nothing(first: int) -> Callable[[Tensor], Tensor | None]:
+            return lambda gradient: torch.zeros_like(gradient) if self.state.global_step + 1 < first else None
+
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.register_hook(nothing(group["from_step"]))
+        # A gradient of zeros would count a step of AdamW's all the same.
+        optimizer.register_step_pre_hook(lambda *_: self._drop_gradients())
+
+    def _drop_gradients(self) -> None:
+        """Drop the gradients of what waits until the projector has been trained: no norm knows them, no state begins."""
+        for group in self.inner_optimizer.param_groups:
+            if self.state.global_step + 1 < group["from_step"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Let what waits for the projector follow the same schedule, warm-up included, over the steps that are left."""
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+        if wait := self.train_settings.projector_steps:
+            left, stand_in = max(0, num_training_steps - wait), torch.optim.SGD([torch.zeros(1)])
+            kind, warmup = self.args.lr_scheduler_type, self.args.get_warmup_steps(left)
+            (at_once, *_), (late,) = scheduler.lr_lambdas, get_scheduler(kind, stand_in, warmup, left).lr_lambdas
+
+            def after(step: int) -> float:
+                return 0.0 if step < wait else late(step - wait)
+
+            firsts = [group["from_step"] for group in self.inner_optimizer.param_groups]
+            self.lr_scheduler = LambdaLR(scheduler.optimizer, [at_once if first == 1 else after for first in firsts])
+        return self.lr_scheduler
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
@@ -255,6 +292,8 @@ class VqaTrainer(Trainer):
         self.heartbeat(Phase.COMPUTING)
         self.meter.batch(inputs.pop(COUNTS))
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.launch.strategy.deepspeed:
+            self._drop_gradients()
         self.pass_losses.append(loss)
         return loss
 
@@ -531,10 +570,14 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         trainer = self.trainer
+        groups = [describe_group(group, state.max_steps) for group in trainer.inner_optimizer.param_groups]
         if trainer.launch.main:
             facts = ", ".join(f"{name} {value}" for name, value in trainer.facts.items())
             log.info("launch %s: %s; %d questions", trainer.launch.name, facts, len(trainer.train_dataset))
+            for group in groups:
+                log.info("%s", group)
         self.run.set_tags({f"launch_{name}": value for name, value in trainer.facts.items()})
+        self.run.set_tags({"optimizer_groups": "; ".join(groups)})
         self.crowd = Crowd(trainer.launch.threads)
         self._look_around()
 
@@ -542,7 +585,8 @@ class ProgressCallback(TrainerCallback):
         trainer = self.trainer
         trainer.writer.check()
         self._look_around()
-        if "optimizer_states" not in trainer.facts:
+        # Once more when the first states of what waited for the projector are there.
+        if "optimizer_states" not in trainer.facts or state.global_step == trainer.train_settings.projector_steps + 1:
             trainer.note_states()
             self.run.set_tags({"launch_optimizer_states": trainer.facts["optimizer_states"]})
             if trainer.launch.main:
