@@ -5,7 +5,14 @@ import json
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model, Gemma2Config, PaliGemmaConfig
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Gemma2Config,
+    PaliGemmaConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.estimate.shapes import VISION, Model, VisionShape, model_of, vision_of
@@ -56,19 +63,23 @@ def test_the_processor_adds_as_many_tokens_as_the_shapes_say(tiny):
 
 
 @pytest.mark.parametrize("shape", [*VISION.values(), VisionShape(24, 2, 2, mlp_ratio=2, image_size=28)], ids=str)
-def test_the_encoders_parameters_are_those_of_dinov2(shape):
+def test_the_encoders_parameters_are_those_of_the_real_one(shape):
     with torch.device("meta"):
-        real = Dinov2Model(Dinov2Config(**shape._asdict()))
+        if isinstance(shape, VisionShape):
+            real = Dinov2Model(Dinov2Config(**shape._asdict()))
+        else:
+            real = SiglipVisionModel(SiglipVisionConfig(**shape._asdict(), vision_use_head=False))
+    assert real.config.model_type == shape.model_type
     assert shape.parameters == sum(one.numel() for one in real.parameters())
 
 
 def test_the_small_encoders_shape_is_its_configs_and_checked(preset):
     params = preset("small")
-    shape = vision_of(params.vision)
+    shape = vision_of(params)
     config = json.loads((SMALL_ENCODER / "config.json").read_text())
     assert shape._asdict() == {key: config[key] for key in shape._fields}
     with pytest.raises(UserError, match="visual_embed_dim is 768.*128 wide"):
-        vision_of(dataclasses.replace(params.vision, visual_embed_dim=768))
+        vision_of(dataclasses.replace(params, vision=dataclasses.replace(params.vision, visual_embed_dim=768)))
 
 
 def test_a_local_folder_is_read(tmp_path, preset):

@@ -237,8 +237,8 @@ def damage_lacking_weights(folder: Path) -> None:
         (damage_processor_type, "'ViTImageProcessor'"),
         (damage_processor_size, "multiples of the patch size 8"),
         (damage_missing_processor, "preprocessor_config.json cannot be read"),
-        (damage_truncated_weights, "model.safetensors cannot be read"),
-        (damage_pickled_weights, "model.safetensors cannot be read"),
+        (damage_truncated_weights, "safetensors cannot be read"),
+        (damage_pickled_weights, "safetensors cannot be read"),
         (damage_lacking_weights, "lacks the weights .*layer"),
     ],
 )

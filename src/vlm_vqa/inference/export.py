@@ -14,11 +14,11 @@ from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.predictor import FACTS_FILE
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_trained, special_tokens, trained_state
-from vlm_vqa.params import Mask, Params
+from vlm_vqa.params import Mask, Params, Start
 from vlm_vqa.sealed import read_folder, write_folder
 
 CARD = "README.md"
-TRAINED_BY = ("seed", "vision.", "language.", "prompt.", "train.", "validation.")
+TRAINED_BY = ("seed", "model.", "vision.", "language.", "prompt.", "train.", "validation.")
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "pillow")
 """What the card's code needs; the card names their versions, which are the same on every machine (constraints.txt)."""
 RETRAIN = make_again("train")
@@ -95,11 +95,14 @@ def write_export(
         "selected_on": params.validation.selected_on,
         "weights_hash": training["weights_hash"],
     }
-    (folder / CARD).write_text(card(params, training, results, data), encoding="utf-8")
+    vision: Any = model.config.vision_config
+    (folder / CARD).write_text(card(params, training, results, data, vision.model_type), encoding="utf-8")
     write_folder(folder / FACTS_FILE, facts)
 
 
-def card(params: Params, training: dict[str, str], results: dict[str, Any], data: dict[str, Any]) -> str:
+def card(
+    params: Params, training: dict[str, str], results: dict[str, Any], data: dict[str, Any], tower_type: str = "dinov2"
+) -> str:
     """Return the model card; evaluation comes later and is in `reports/` and MLflow."""
     template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
     splits = "\n".join(
@@ -109,21 +112,11 @@ def card(params: Params, training: dict[str, str], results: dict[str, Any], data
     )
     # A wheel's own suffix, such as +cpu, tells machines apart and cannot be installed by that name.
     pins = " ".join(f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES)
-    tower = f"`{params.vision.model}` as its authors pretrained it"
-    if params.vision.model == "small":
-        tower = (
-            "the project's small one, pretrained on drawn pictures with labels for shape and colour: those that easy-VQA "
-            "asks about"
-        )
     return template.substitute(
         python="{}.{}".format(*sys.version_info),
         packages=pins,
-        tower=tower,
-        language_start="random weights too" if params.language.model == "random" else "its authors' weights",
-        vision=params.vision.model,
-        vision_revision=params.vision.revision or "none: local",
-        language=params.language.model,
-        language_revision=params.language.revision or "none: local",
+        kind="SigLIP" if tower_type.startswith("siglip") else "DINOv2",
+        **_starts(params),
         source=data["source"],
         splits=splits,
         notes="\n".join(f"- {note}" for note in data["notes"]),
@@ -134,3 +127,25 @@ def card(params: Params, training: dict[str, str], results: dict[str, Any], data
         results="\n".join(f"- {name}: {value}" for name, value in sorted(results.items())),
         params="\n".join(f"{name}: {value}" for name, value in params.flat().items() if name.startswith(TRAINED_BY)),
     )
+
+
+def _starts(params: Params) -> dict[str, str]:
+    """Return what the card says of where the weights come from."""
+    if params.model.start is Start.CHECKPOINT:
+        whole = f"`{params.model.checkpoint}`, revision {params.model.revision or 'none: local'}"
+        own, names = "that of the checkpoint", {"vision": f"of {whole}", "language": "of the same checkpoint"}
+        return names | {
+            "projector_start": "the checkpoint's weights",
+            "language_start": "the checkpoint's too",
+            "tower": own,
+        }
+    parts = {"vision": params.vision, "language": params.language}
+    names = {key: f"`{one.model}`, revision {one.revision or 'none: local'}" for key, one in parts.items()}
+    tower = f"`{params.vision.model}` as its authors pretrained it"
+    if params.vision.model == "small":
+        tower = (
+            "the project's small one, pretrained on drawn pictures with labels for shape and colour: those that easy-VQA "
+            "asks about"
+        )
+    language = "random weights too" if params.language.model == "random" else "its authors' weights"
+    return names | {"projector_start": "random weights", "language_start": language, "tower": tower}

@@ -1,4 +1,4 @@
-"""The model: stock `PaliGemmaForConditionalGeneration` with a DINOv2 tower and a Gemma 2 language model.
+"""The model: stock `PaliGemmaForConditionalGeneration` with a DINOv2 or SigLIP tower and a Gemma 2 language model.
 
 Training reads stored image features, so its model is the stock class without the tower and with a forward of its own:
 `VlmForTraining`. Everything below the forward is the stock modules, which makes parity with Hugging Face hold by
@@ -35,9 +35,10 @@ from transformers import (
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hf_hub import SETTINGS, WANTED, download_snapshot
+from vlm_vqa.model import checkpoint
 from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
 from vlm_vqa.model.layout import additive_mask
-from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, LoraParams
+from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, LoraParams, ModelParams
 
 WEIGHTS_FILE = "model.safetensors"
 TRAINING_FILE = "training.json"
@@ -56,6 +57,7 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
     # Our loss divides by the step's supervised tokens itself. Left unstated, Trainer would guess from the signature and
     # might divide by the accumulation steps a second time.
     accepts_loss_kwargs = True
+    _keys_to_ignore_on_load_unexpected = ["vision_tower"]
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__(config)
@@ -202,10 +204,48 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
         dtype="float32",
         **special_tokens(tokenizer),
     )
-    # Where the towers were read from is a path of this machine; it would make equal runs differ.
-    vision: Any = config.vision_config
-    language_of(config)._name_or_path = vision._name_or_path = ""
+    without_paths(config)
     return _assemble(config, lm)
+
+
+def checkpoint_model(start: ModelParams, encoder_config, processor: PaliGemmaProcessor) -> VlmForTraining:
+    """Load the model that training starts from where that is a whole checkpoint: its projector and Gemma 2.
+
+    Args:
+        encoder_config: of its tower, as `load_encoder` read it.
+        processor: of its tokenizer, as `build_processor` gives it.
+
+    Returns:
+        float32 weights, whatever their type in the files, in training mode.
+
+    Raises:
+        UserError: as `checkpoint.read_config`, `check_weights` and `check_tokens`.
+    """
+    folder = checkpoint.folder_of(start)
+    found = checkpoint.read_config(start, folder)
+    checkpoint.check_weights(start, folder, found)
+    checkpoint.check_tokens(start, found, processor)
+    config = PaliGemmaConfig.from_dict(
+        {**found.to_dict(), "vision_config": encoder_config.to_dict(), "dtype": "float32"}
+    )
+    with checkpoint.reading(start, "its *.safetensors"):
+        model: VlmForTraining = VlmForTraining.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    without_paths(model.config)
+    set_attention(model, Attention.EAGER)
+    return model.train()
+
+
+def without_paths(config: PaliGemmaConfig) -> None:
+    """Leave out where the parts were read from: a path of this machine, which would make equal runs differ."""
+    vision: Any = config.vision_config
+    config._name_or_path = language_of(config)._name_or_path = vision._name_or_path = ""
 
 
 def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
@@ -337,7 +377,7 @@ def _from_pretrained(kind, language: LanguageParams, **options):
     folder = language.model
     if language.revision is not None:
         wanted = WANTED if kind is Gemma2ForCausalLM else SETTINGS
-        folder = download_snapshot("language", language.model, language.revision, wanted)
+        folder = download_snapshot("language.model", language.model, language.revision, wanted)
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -6,19 +6,22 @@ from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
 from vlm_vqa.data.held_out import divide
 from vlm_vqa.data.records import load_questions
+from vlm_vqa.hf_hub import SETTINGS
+from vlm_vqa.model import checkpoint
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import (
     VlmForTraining,
     add_adapters,
     build_processor,
+    checkpoint_model,
     freeze_embeddings,
     initial_model,
     load_tokenizer,
     set_attention,
     set_dropout,
 )
-from vlm_vqa.params import Answers, Params
+from vlm_vqa.params import Answers, Params, Start
 from vlm_vqa.training.dataset import QuestionDataset
 
 RECORDS, FEATURES = Path("data/records"), Path("data/features")
@@ -40,10 +43,13 @@ def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, P
         UserError: as `QuestionDataset`, or as `divide`.
     """
     records = load_questions(folder, "train")
-    taught = records["multiple_choice_answer"]
-    if params.train.answers is Answers.DRAWN:
-        taught = [answer for answers in records["answers"] for answer in answers]
-    tokenizer = load_tokenizer(params.language, [params.prompt.instruction, *records["question"], *taught])
+    if params.model.start is Start.CHECKPOINT:
+        tokenizer = checkpoint.load_tokenizer(params.model, checkpoint.folder_of(params.model, SETTINGS))
+    else:
+        taught = records["multiple_choice_answer"]
+        if params.train.answers is Answers.DRAWN:
+            taught = [answer for answers in records["answers"] for answer in answers]
+        tokenizer = load_tokenizer(params.language, [params.prompt.instruction, *records["question"], *taught])
     layout = TokenLayout(
         tokenizer,
         mask=params.prompt.mask,
@@ -58,7 +64,10 @@ def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, P
 
 def model_to_train(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:
     """Return the model that the parameters describe: weights before the first step, and what of it is trained."""
-    model = initial_model(params.language, encoder.model.config, processor, params.seed)
+    if params.model.start is Start.CHECKPOINT:
+        model = checkpoint_model(params.model, encoder.model.config, processor)
+    else:
+        model = initial_model(params.language, encoder.model.config, processor, params.seed)
     set_dropout(model, params.train.dropout)
     set_attention(model, params.train.attention)
     if params.train.freeze_embeddings:
