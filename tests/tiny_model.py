@@ -51,11 +51,11 @@ def tiny():
     )  # fmt: skip
 
 
-def save_paligemma(folder, texts=TEXTS):
+def save_paligemma(folder, texts=TEXTS, vocabulary=300):
     """Write a tiny PaliGemma 2 (SigLIP, Gemma 2) with stock code alone, as the hub has it: bfloat16, in several files."""
     images = SiglipImageProcessor(size={"height": 28, "width": 28})
     images.image_seq_length = 4
-    processor = PaliGemmaProcessor(images, train_tokenizer(list(texts), 300))
+    processor = PaliGemmaProcessor(images, train_tokenizer(list(texts), vocabulary))
     gemma = {
         "model_type": "gemma2", "vocab_size": len(processor.tokenizer) + 63, "hidden_size": 32, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

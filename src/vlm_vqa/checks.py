@@ -76,7 +76,7 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
 
 
 def check_start(params: Params) -> None:
-    """Refuse, by UserError, a checkpoint that training cannot start from; of one on the hub, settings are read, no weights."""
+    """Refuse, by UserError, a checkpoint that training cannot start from; of one on the hub, settings alone are read."""
     # transformers is only loaded where it is asked for.
     from vlm_vqa.hf_hub import SETTINGS
     from vlm_vqa.model import checkpoint

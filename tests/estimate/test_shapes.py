@@ -14,8 +14,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from tests.tiny_model import save_paligemma
 from vlm_vqa.errors import UserError
-from vlm_vqa.estimate.shapes import VISION, Model, VisionShape, model_of, vision_of
+from vlm_vqa.estimate.shapes import VISION, Model, SiglipShape, VisionShape, model_of, vision_of
 from vlm_vqa.model.encoder import SMALL_ENCODER
 from vlm_vqa.model.vlm import VlmForTraining, add_adapters, freeze_embeddings
 from vlm_vqa.params import LoraParams
@@ -90,6 +91,24 @@ def test_a_local_folder_is_read(tmp_path, preset):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="'llama'; language.model must be a gemma2"):
         model_of(params)
+
+
+def test_a_local_checkpoint_is_read_with_the_defaults_of_what_it_leaves_out(tmp_path, preset):
+    folder = save_paligemma(tmp_path / "paligemma")
+    config = json.loads((folder / "config.json").read_text())
+    # As google/paligemma2-3b-pt-224's own file, which says nothing of these.
+    del config["text_config"]["head_dim"], config["vision_config"]["image_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    changes = {"model.checkpoint": str(folder), "model.revision": None, "vision.visual_embed_dim": 24}
+    params = preset("paligemma2-vqav2", **changes)
+    assert vision_of(params) == SiglipShape(24, 1, 2, 40, image_size=224, patch_size=14)
+    model = model_of(params)
+    assert (model.language.hidden_size, model.language.head_dim) == (32, 256)
+    assert model.vocabulary == config["text_config"]["vocab_size"], "the processor's tokens are among them"
+    with pytest.raises(
+        UserError, match="model.checkpoint 'google/paligemma-3b-pt-224': preflight knows.*paligemma2-3b"
+    ):
+        model_of(preset("paligemma2-vqav2", **{"model.checkpoint": "google/paligemma-3b-pt-224"}))
 
 
 def test_an_unknown_hub_id_is_named(preset):

@@ -12,16 +12,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
-    PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
 )
 
+from tests.fake_hub import Hosted, lead_to, serve
 from tests.tiny_model import INSTRUCTION, save_paligemma
 from vlm_vqa.checks import check_start
+from vlm_vqa.data.feature_store import FeatureStore, Layout
 from vlm_vqa.errors import UserError
+from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.model import checkpoint
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.layout import Row, TokenLayout, visible
@@ -147,6 +149,39 @@ def test_a_siglip_alone_is_a_tower_with_or_without_its_texts_and_head(tmp_path):
     assert len(hashes) == 1
 
 
+def test_features_of_another_kind_of_tower_are_refused(paligemma, tmp_path):
+    small = dataclasses.replace(VISION, model="small", num_patches=65, visual_embed_dim=128)
+    layout = Layout(images=1, num_tokens=65, width=128, dtype=StoreDtype.FLOAT32)
+    encoder = load_encoder(small, "cpu")
+    writer = FeatureStoreWriter(tmp_path / "features", layout, {"encoder_hash": encoder.hash, "data_hash": "d"})
+    writer.begin()
+    shard = Shard.of(layout, 0)
+    shard.add([1], encoder.encode([picture()]))
+    writer.write(shard)
+    writer.publish()
+    FeatureStore(tmp_path / "features", {"encoder_hash": encoder.hash})
+    with pytest.raises(UserError, match="another encoder|encoder_hash"):
+        FeatureStore(tmp_path / "features", {"encoder_hash": load_encoder(VISION, "cpu", start(paligemma)).hash})
+
+
+def test_of_a_hub_repository_the_check_reads_settings_and_its_name_stands_in_messages(paligemma, tmp_path, monkeypatch):
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    remote = dataclasses.replace(start("google/paligemma2-tiny"), revision=revision)
+    with serve() as hub:
+        lead_to(hub, tmp_path / "home", monkeypatch)
+        hosted = hub.hosted[f"models/{remote.checkpoint}"] = Hosted(paligemma, revision)
+        check_start(SimpleNamespace(model=remote, vision=VISION))
+        assert hub.asked_for("/config.json") and not hub.asked_for("/model-0000")
+        assert load_encoder(VISION, "cpu", remote).hash == load_encoder(VISION, "cpu", start(paligemma)).hash
+        assert hub.asked_for("/model-00003-of-00003.safetensors")
+        hosted.gated = True
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+        with pytest.raises(
+            UserError, match=f"^model.checkpoint '{remote.checkpoint}': this model is gated.*Accept its"
+        ):
+            checkpoint.folder_of(remote)
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +241,7 @@ def images(**settings):
         (lambda folder: change_config(folder, model_type="llava"), "is a 'llava' model; only the class PaliGemma"),
         (lambda folder: change_config(folder, vision_config=None), "has the vision tower None"),
         (of(vision={"model_type": "clip_vision_model"}), "has the vision tower 'clip_vision_model'"),
-        (of(text={"model_type": "gemma"}), "has the language model 'gemma' .*only gemma2"),
+        (of(text={"model_type": "gemma"}), "has the language model 'gemma' .*this reads gemma2"),
         (lambda folder: change_config(folder, tie_word_embeddings=False), "has an output head of its own"),
         (without("multi_modal_projector"), "lacks 2 weights of its multi_modal_projector"),
         (without("vision_tower"), "lacks 21 weights of its vision_tower"),
@@ -215,7 +250,7 @@ def images(**settings):
         (lambda folder: change_config(folder, image_token_index=7), "has 7 for an image's token .*its tokenizer 300"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
         (images(size={"height": 56, "width": 56}), "images to 56 x 56 pixels, but a SigLIP sees one size, 28"),
-        (images(image_processor_type="BitImageProcessor"), "image processor 'BitImageProcessor'; a siglip_vision_model needs"),
+        (images(image_processor_type="BitImageProcessor"), "processor 'BitImageProcessor'; a siglip_vision_model needs"),
         (lambda folder: (folder / "processor_config.json").unlink(), "preprocessor_config.json cannot be read"),
         (lambda folder: (folder / "model-00002-of-00003.safetensors").write_bytes(b"x" * 99), "safetensors cannot be read"),
     ],

@@ -65,6 +65,7 @@ class SiglipShape(NamedTuple):
         return embeddings + self.num_hidden_layers * (attention + mlp + 4 * width) + 2 * width
 
 
+Tower = VisionShape | SiglipShape
 # As published in their config.json on the hub, which no test here can fetch; Gemma 2's also in arXiv 2408.00118, table 1:
 GEMMA_2_2B = LanguageConfig(2304, 9216, 26, 8, 4, 256)  # width, MLP, layers, heads, heads of keys, head width
 GEMMA_VOCABULARY = 256_000
@@ -143,7 +144,7 @@ def model_of(params: Params) -> Model:
     return Model(shape, vocabulary + ADDED_TOKENS, width, train.freeze_embeddings, train.lora)
 
 
-def vision_of(params: Params) -> VisionShape | SiglipShape:
+def vision_of(params: Params) -> Tower:
     """Return the shape of the vision tower; UserError if it is not known, or not as wide as params.yaml says."""
     name, start = params.vision.model, params.model.checkpoint
     if start is not None:
@@ -155,7 +156,7 @@ def vision_of(params: Params) -> VisionShape | SiglipShape:
     return shape
 
 
-def _checkpoint(name: str) -> tuple[LanguageConfig, int, VisionShape | SiglipShape]:
+def _checkpoint(name: str) -> tuple[LanguageConfig, int, Tower]:
     """Return the shapes of a whole model, and the rows of its embedding."""
     if name in CHECKPOINTS:
         return CHECKPOINTS[name]
@@ -171,7 +172,7 @@ def _gemma(values: dict[str, Any]) -> tuple[LanguageConfig, int]:
     ), config.vocab_size
 
 
-def _tower(values: dict[str, Any]) -> VisionShape | SiglipShape:
+def _tower(values: dict[str, Any]) -> Tower:
     """Return the shape of a tower, or of the one for images where there is one for texts beside it."""
     values = values.get("vision_config", values)
     kind = VisionShape if values.get("model_type") == "dinov2" else SiglipShape

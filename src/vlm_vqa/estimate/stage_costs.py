@@ -8,7 +8,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.estimate.devices import GIB, Device
 from vlm_vqa.estimate.memory import Moments, Parts, Step, copies, total
 from vlm_vqa.estimate.questions import DatasetSize, plan_batches, validation_work
-from vlm_vqa.estimate.shapes import Model, SiglipShape, VisionShape, model_of, vision_of
+from vlm_vqa.estimate.shapes import Model, Tower, model_of, vision_of
 from vlm_vqa.launch_file import LaunchFile, check_params, read_launch
 from vlm_vqa.model.flops import Work, class_tokens, cost, lora_token_cost, vision_flops, vision_linear_maps
 from vlm_vqa.params import CHECKPOINT, Dtype, Keep, Mask, Optimizer, Params, StoreDtype, ValidateOn
@@ -71,9 +71,7 @@ def _fetch(params: Params, size: DatasetSize, machine: Machine) -> Stage:
     return Stage("fetch-vqav2", disk, {"all": BASE}, {}, size.download / machine.bandwidth / 3600, facts)
 
 
-def _extract(
-    params: Params, size: DatasetSize, machine: Machine, shape: VisionShape | SiglipShape, launch: LaunchFile
-) -> Stage:
+def _extract(params: Params, size: DatasetSize, machine: Machine, shape: Tower, launch: LaunchFile) -> Stage:
     vision, images = params.vision, size.images
     each = 4 if vision.compute_dtype is Dtype.FLOAT32 else 2
     tokens, pixels = images * vision.num_patches, (vision.num_patches - class_tokens(shape)) * shape.patch_size**2
@@ -153,16 +151,14 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
     return found | {"last checkpoint": last, "whole weights": end}
 
 
-def _export(model: Model, vision: VisionShape | SiglipShape) -> Stage:
+def _export(model: Model, vision: Tower) -> Stage:
     whole = 4 * (model.saved + vision.parameters)
     join = BASE | {"model": whole, "encoder": 4 * vision.parameters}
     host = {"join": join, "check": join | {"the exported model": whole}}
     return Stage("export", {"models/export": whole}, host, {}, None, {})
 
 
-def _evaluate(
-    params: Params, size: DatasetSize, machine: Machine, model: Model, vision: VisionShape | SiglipShape
-) -> Stage:
+def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model, vision: Tower) -> Stage:
     shape, evaluation = model.language, params.evaluation
     questions = min(evaluation.vqa_questions or size.val, size.val)
     # Questions are answered in batches of images, as training reads them in passes of one step each.

@@ -133,12 +133,8 @@ def _starts(params: Params) -> dict[str, str]:
     """Return what the card says of where the weights come from."""
     if params.model.start is Start.CHECKPOINT:
         whole = f"`{params.model.checkpoint}`, revision {params.model.revision or 'none: local'}"
-        own, names = "that of the checkpoint", {"vision": f"of {whole}", "language": "of the same checkpoint"}
-        return names | {
-            "projector_start": "the checkpoint's weights",
-            "language_start": "the checkpoint's too",
-            "tower": own,
-        }
+        names = {"vision": f"of {whole}", "language": "of the same checkpoint", "tower": "the checkpoint's, as it was"}
+        return names | {"projector_start": "the checkpoint's weights", "language_start": "the checkpoint's too"}
     parts = {"vision": params.vision, "language": params.language}
     names = {key: f"`{one.model}`, revision {one.revision or 'none: local'}" for key, one in parts.items()}
     tower = f"`{params.vision.model}` as its authors pretrained it"

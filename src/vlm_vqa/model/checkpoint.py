@@ -1,8 +1,8 @@
 """A whole model to start from: a folder or hub repository of the class `PaliGemmaForConditionalGeneration`.
 
-Its tower is a SigLIP (PaliGemma 2's) or a DINOv2 (an export's of this project), its language model a Gemma 2. The encoder reads
-the tower, training the rest. What does not fit is refused from config.json, the tokenizer and the headers of the weights'
-files: left to itself, transformers fills gaps with random numbers and a warning.
+Its tower is a SigLIP (PaliGemma 2's) or a DINOv2 (that of an export of this project), its language model a Gemma 2. The
+encoder reads the tower, training the rest. What does not fit is refused from config.json, the tokenizer and the headers of
+the weights' files: left to itself, transformers fills gaps with random numbers and a warning.
 """
 
 from collections.abc import Generator
@@ -41,8 +41,8 @@ def folder_of(start: ModelParams, wanted: list[str] = WANTED) -> Path:
     if folder.resolve().is_relative_to(OUTPUTS.resolve()):
         copy = f"`mkdir -p starts && cp -rL {start.checkpoint} starts/first`"
         raise UserError(
-            f"model.checkpoint is {start.checkpoint!r}, but the stages remove what is in {OUTPUTS}/ and write it anew. Copy it "
-            f"({copy}), and set model.checkpoint to starts/first."
+            f"model.checkpoint is {start.checkpoint!r}, but the stages remove what is in {OUTPUTS}/ and write it anew. "
+            f"Copy it ({copy}), and set model.checkpoint to starts/first."
         )
     return folder
 
@@ -56,7 +56,7 @@ def read_config(start: ModelParams, folder: Path) -> PaliGemmaConfig:
     # What it lacks transformers takes for PaliGemma's first version.
     for key, name, known in (("vision_config", "vision tower", TOWERS), ("text_config", "language model", ("gemma2",))):
         if (found := (values.get(key) or {}).get("model_type")) not in known:
-            _refuse(start, f"has the {name} {found!r} ({key} in its config.json); only {' and '.join(known)} are read")
+            _refuse(start, f"has the {name} {found!r} ({key} in its config.json); this reads {' and '.join(known)}")
     with reading(start, "config.json"):
         config = PaliGemmaConfig.from_dict(values)
     if not config.tie_word_embeddings:

@@ -133,9 +133,9 @@ def load_encoder(
 ) -> Encoder:
     """Load the vision tower that `params.yaml` names.
 
-    `vision.model` is `small` (the encoder in this package), a local folder, a hub id with `vision.revision`, or `checkpoint`:
-    the tower of the whole model that `start` names. Weights come from safetensors only and no remote code is run; they are
-    read as float32 and then cast to `vision.compute_dtype`. `device` None is the first GPU, or the CPU where there is none.
+    `vision.model` is `small` (the encoder in this package), a local folder, a hub id with `vision.revision`, or
+    `checkpoint`: the tower of the whole model that `start` names. Weights come from safetensors only and no remote code is
+    run; they are read as float32 and then cast to `vision.compute_dtype`. `device` None is the first GPU, or the CPU.
 
     Raises:
         UserError: as `read_settings`, or it cannot be found or lacks weights.
@@ -214,8 +214,8 @@ def _load_config(name: str, folder: Path, start: ModelParams | None) -> Config:
     # A config of another class would load with a warning and give an encoder of defaults.
     if values.get("model_type") not in TOWERS:
         raise UserError(
-            f"{name} is a {values.get('model_type')!r} model; only 'dinov2' (such as facebook/dinov2-base) and 'siglip' (such "
-            "as google/siglip-so400m-patch14-224) are supported."
+            f"{name} is a {values.get('model_type')!r} model; only 'dinov2' (such as facebook/dinov2-base) and 'siglip' "
+            "(such as google/siglip-so400m-patch14-224) are supported."
         )
     with _reading(name, "config.json"):
         config = TOWERS[values["model_type"]].config.from_dict(values)
@@ -278,7 +278,8 @@ def _reading(name: str, file: str) -> Generator[None]:
 
 def _count_tokens(name: str, config: Config, processor: Processor) -> int:
     """One token a patch, at the size to which the processor brings every image, and a DINOv2's CLS."""
-    size: Any = processor.crop_size if processor.do_center_crop else processor.size
+    cuts = isinstance(processor, BitImageProcessor) and processor.do_center_crop
+    size: Any = processor.crop_size if cuts else processor.size
     height, width = size.height, size.width
     patch: Any = config.patch_size
     if not height or not width or height % patch or width % patch:
