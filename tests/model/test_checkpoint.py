@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
+    PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     SiglipConfig,
     SiglipImageProcessor,
@@ -121,6 +122,22 @@ def test_names_of_older_releases_are_read(paligemma, copy):
     change_weights(copy, older)
     check(copy)
     assert load_encoder(VISION, "cpu", start(copy)).hash == load_encoder(VISION, "cpu", start(paligemma)).hash
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["with its head", "without the head that its config.json has"])
+def test_the_pooling_head_that_no_paligemma_reads_is_left_out(paligemma, copy, stored):
+    if stored:
+        config = PaliGemmaConfig.from_pretrained(paligemma)
+        config.vision_config.vision_use_head = True
+        whole = PaliGemmaForConditionalGeneration.from_pretrained(paligemma, config=config)
+        assert any("head" in name for name in whole.model.vision_tower.state_dict())
+        shutil.rmtree(copy)
+        whole.save_pretrained(copy)
+        AutoProcessor.from_pretrained(paligemma).save_pretrained(copy)
+    else:
+        of(vision={"vision_use_head": True})(copy)
+    check(copy)
+    assert load(copy)[0].hash == load(paligemma)[0].hash
 
 
 def test_a_siglip_alone_is_a_tower_with_or_without_its_texts_and_head(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+from transformers.utils import logging
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_files
@@ -63,12 +64,19 @@ def read_config(start: ModelParams, folder: Path) -> PaliGemmaConfig:
         _refuse(
             start, "has an output head of its own (tie_word_embeddings); only Gemma's, its token embedding, is read"
         )
+    without_head(config.vision_config)
     return config
+
+
+def without_head(tower: Any) -> None:
+    """Leave out a SigLIP's pooling head: it makes one vector of a picture, which no PaliGemma reads; most do not have it."""
+    if tower.model_type == "siglip_vision_model":
+        tower.vision_use_head = False
 
 
 def check_weights(start: ModelParams, folder: Path, config: PaliGemmaConfig) -> None:
     """Refuse, by UserError, a folder without all weights that `config` describes; their files' headers are read alone."""
-    with reading(start, "its *.safetensors"):
+    with reading(start, "its *.safetensors"), quiet():
         _, found = PaliGemmaForConditionalGeneration.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
             folder,
             config=config,
@@ -115,6 +123,17 @@ def _refuse(start: ModelParams, what: str) -> None:
     raise UserError(
         f"model.checkpoint {start.checkpoint!r} {what}. Name another checkpoint, or get a whole copy of it."
     )
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Let transformers not list what else there is in a file, or is not: who asks for its report reads that."""
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(said)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-from transformers.utils import logging
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
@@ -219,9 +218,7 @@ def _load_config(name: str, folder: Path, start: ModelParams | None) -> Config:
         )
     with _reading(name, "config.json"):
         config = TOWERS[values["model_type"]].config.from_dict(values)
-    if isinstance(config, SiglipVisionConfig):
-        # Its pooling head is for a vector a picture; no PaliGemma reads it, and most do not have it.
-        config.vision_use_head = False
+    checkpoint.without_head(config)
     return config
 
 
@@ -239,22 +236,16 @@ def _load_processor(name: str, folder: Path, config: Config) -> Processor:
 
 
 def _load_model(name: str, folder: Path, config: Config, names: dict[str, str] | None) -> Model:
-    said = logging.get_verbosity()
-    # It would list what else there is: the weights of a whole model, or a head.
-    logging.set_verbosity_error()
-    try:
-        with _reading(name, "its *.safetensors"):
-            model, found = TOWERS[config.model_type].model.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
-                folder,
-                config=config,
-                key_mapping=names,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
-    finally:
-        logging.set_verbosity(said)
+    with _reading(name, "its *.safetensors"), checkpoint.quiet():
+        model, found = TOWERS[config.model_type].model.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
+            folder,
+            config=config,
+            key_mapping=names,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     # transformers fills gaps with random numbers and a warning.
     lacking = sorted(found["missing_keys"])
     if lacking:
