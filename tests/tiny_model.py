@@ -51,16 +51,16 @@ def tiny():
     )  # fmt: skip
 
 
-def save_paligemma(folder, texts=TEXTS, vocabulary=300):
-    """Write a tiny PaliGemma 2 (SigLIP, Gemma 2) with stock code alone, as the hub has it: bfloat16, in several files."""
+def save_paligemma(folder, texts=TEXTS, vocabulary=300, kind="gemma2"):
+    """Write a tiny PaliGemma 2 (or 1: `gemma`) with stock code alone, as the hub has it: bfloat16, in several files."""
     images = SiglipImageProcessor(size={"height": 28, "width": 28})
     images.image_seq_length = 4
     processor = PaliGemmaProcessor(images, train_tokenizer(list(texts), vocabulary))
     gemma = {
-        "model_type": "gemma2", "vocab_size": len(processor.tokenizer) + 63, "hidden_size": 32, "intermediate_size": 64,
+        "model_type": kind, "vocab_size": len(processor.tokenizer) + 63, "hidden_size": 32, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "query_pre_attn_scalar": 8, "initializer_range": 0.1,
-    }  # fmt: skip
+        "initializer_range": 0.1,
+    } | ({"query_pre_attn_scalar": 8} if kind == "gemma2" else {})  # fmt: skip
     siglip = {
         "model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1,
         "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,

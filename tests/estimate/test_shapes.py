@@ -106,9 +106,9 @@ def test_a_local_checkpoint_is_read_with_the_defaults_of_what_it_leaves_out(tmp_
     assert (model.language.hidden_size, model.language.head_dim) == (32, 256)
     assert model.vocabulary == config["text_config"]["vocab_size"], "the processor's tokens are among them"
     with pytest.raises(
-        UserError, match="model.checkpoint 'google/paligemma-3b-pt-224': preflight knows.*paligemma2-3b"
+        UserError, match="model.checkpoint 'google/paligemma-3b-pt-896': preflight knows.*paligemma2-3b"
     ):
-        model_of(preset("paligemma2-vqav2", **{"model.checkpoint": "google/paligemma-3b-pt-224"}))
+        model_of(preset("paligemma2-vqav2", **{"model.checkpoint": "google/paligemma-3b-pt-896"}))
 
 
 def test_an_unknown_hub_id_is_named(preset):

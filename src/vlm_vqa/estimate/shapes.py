@@ -77,8 +77,11 @@ VISION = {
     "google/siglip-so400m-patch14-224": (SO400M := SiglipShape(1152, 27, 16, 4304, patch_size=14)),
     "small": VisionShape(128, 4, 4, mlp_ratio=2, image_size=64, patch_size=8),
 }
-CHECKPOINTS = {"google/paligemma2-3b-pt-224": (GEMMA_2_2B, 257_216, SO400M)}
-"""Gemma 2, rows of its embedding (the processor's tokens among them), tower."""
+CHECKPOINTS = {
+    "google/paligemma2-3b-pt-224": (GEMMA_2_2B, 257_216, SO400M),
+    "google/paligemma-3b-pt-224": (LanguageConfig(2048, 16384, 18, 8, 1, 256), 257_216, SO400M),
+}
+"""Gemma (the first has half of the norms that are counted), rows of its embedding, the processor's tokens too, tower."""
 
 
 class Parameter(NamedTuple):

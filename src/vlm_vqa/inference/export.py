@@ -19,6 +19,8 @@ from vlm_vqa.sealed import read_folder, write_folder
 
 CARD = "README.md"
 TRAINED_BY = ("seed", "model.", "vision.", "language.", "prompt.", "train.", "validation.")
+KINDS = {"dinov2": "DINOv2", "siglip_vision_model": "SigLIP", "gemma2": "Gemma 2", "gemma": "Gemma"}
+"""How people call what configurations call otherwise."""
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "pillow")
 """What the card's code needs; the card names their versions, which are the same on every machine (constraints.txt)."""
 RETRAIN = make_again("train")
@@ -95,13 +97,18 @@ def write_export(
         "selected_on": params.validation.selected_on,
         "weights_hash": training["weights_hash"],
     }
-    vision: Any = model.config.vision_config
-    (folder / CARD).write_text(card(params, training, results, data, vision.model_type), encoding="utf-8")
+    parts: Any = (model.config.vision_config, model.config.text_config)
+    kinds = tuple(KINDS[part.model_type] for part in parts)
+    (folder / CARD).write_text(card(params, training, results, data, kinds), encoding="utf-8")
     write_folder(folder / FACTS_FILE, facts)
 
 
 def card(
-    params: Params, training: dict[str, str], results: dict[str, Any], data: dict[str, Any], tower_type: str = "dinov2"
+    params: Params,
+    training: dict[str, str],
+    results: dict[str, Any],
+    data: dict[str, Any],
+    kinds: tuple[str, ...] = ("DINOv2", "Gemma 2"),
 ) -> str:
     """Return the model card; evaluation comes later and is in `reports/` and MLflow."""
     template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
@@ -115,7 +122,8 @@ def card(
     return template.substitute(
         python="{}.{}".format(*sys.version_info),
         packages=pins,
-        kind="SigLIP" if tower_type.startswith("siglip") else "DINOv2",
+        tower_kind=kinds[0],
+        gemma=kinds[1],
         **_starts(params),
         source=data["source"],
         splits=splits,

@@ -1,8 +1,8 @@
 """A whole model to start from: a folder or hub repository of the class `PaliGemmaForConditionalGeneration`.
 
-Its tower is a SigLIP (PaliGemma 2's) or a DINOv2 (that of an export of this project), its language model a Gemma 2. The
-encoder reads the tower, training the rest. What does not fit is refused from config.json, the tokenizer and the headers of
-the weights' files: left to itself, transformers fills gaps with random numbers and a warning.
+Its tower is a SigLIP (PaliGemma's) or a DINOv2 (that of an export of this project), its language model a Gemma 2 or a Gemma.
+The encoder reads the tower, training the rest. What does not fit is refused from config.json, the tokenizer and the headers
+of the weights' files: left to itself, transformers fills gaps with random numbers and a warning.
 """
 
 from collections.abc import Generator
@@ -21,6 +21,7 @@ from vlm_vqa.params import ModelParams
 OUTPUTS = Path("models")
 """Where the stages write, and remove what stands there before."""
 TOWERS = ("dinov2", "siglip_vision_model")
+LANGUAGES = ("gemma2", "gemma")
 HEAD = "lm_head.weight"
 """Tied to the token embedding, it need not stand in a file."""
 
@@ -55,7 +56,7 @@ def read_config(start: ModelParams, folder: Path) -> PaliGemmaConfig:
     if (kind := values.get("model_type")) != "paligemma":
         _refuse(start, f"is a {kind!r} model; only the class {PaliGemmaForConditionalGeneration.__name__} is read here")
     # What it lacks transformers takes for PaliGemma's first version.
-    for key, name, known in (("vision_config", "vision tower", TOWERS), ("text_config", "language model", ("gemma2",))):
+    for key, name, known in (("vision_config", "vision tower", TOWERS), ("text_config", "language model", LANGUAGES)):
         if (found := (values.get(key) or {}).get("model_type")) not in known:
             _refuse(start, f"has the {name} {found!r} ({key} in its config.json); this reads {' and '.join(known)}")
     with reading(start, "config.json"):

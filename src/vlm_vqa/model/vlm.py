@@ -48,6 +48,7 @@ VISION_PREFIX = "model.vision_tower."
 
 
 def language_of(config: PaliGemmaConfig) -> Gemma2Config:
+    """Return the language model's part; of PaliGemma's first version it is a `GemmaConfig`, without window and soft caps."""
     return config.text_config  # ty: ignore[invalid-explicit-return] - transformers leaves a PaliGemma's parts open
 
 
@@ -136,8 +137,8 @@ def text_hidden(
 
 def _check_window(model: PaliGemmaForConditionalGeneration, keys: int) -> None:
     # Beyond it, its layers would need a second mask.
-    window = language_of(model.config).sliding_window
-    if keys > window:  # ty: ignore[unsupported-operator] - a Gemma 2 has one
+    window = getattr(language_of(model.config), "sliding_window", None)
+    if window is not None and keys > window:
         raise UserError(
             f"a row has {keys} tokens, but Gemma 2's sliding window holds {window}. Lower prompt.text_length, "
             "train.questions_per_row or evaluation.batch_size: so many questions of one image share a row."
@@ -158,9 +159,13 @@ def _run_layers(
     cache: Cache | None = None,
 ) -> Tensor:
     """Run Gemma 2 on embeddings [B, S, D] and return its last hidden states, alike."""
+    masks: dict[str, Any] = {"attention_mask": {"full_attention": mask, "sliding_attention": mask}}
+    if language_of(model.config).model_type == "gemma":
+        # It hands on what transformers knows as a mask, and any other argument.
+        masks = {"rows": mask} if isinstance(mask, PackedRows) else {"attention_mask": mask}
     return model.model.language_model(
         inputs_embeds=embeds,
-        attention_mask={"full_attention": mask, "sliding_attention": mask},
+        **masks,
         position_ids=position_ids,
         past_key_values=cache,
         use_cache=cache is not None,
@@ -170,7 +175,7 @@ def _run_layers(
 def text_logits(model: PaliGemmaForConditionalGeneration, hidden: Tensor) -> Tensor:
     """Return the soft-capped logits [..., V] of hidden states [..., D]."""
     logits = model.lm_head(hidden)
-    cap = language_of(model.config).final_logit_softcapping
+    cap = getattr(language_of(model.config), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
