@@ -26,6 +26,11 @@ HEAD = "lm_head.weight"
 """Tied to the token embedding, it need not stand in a file."""
 
 
+def name_of(start: ModelParams) -> str:
+    """Return the checkpoint's name for messages."""
+    return f"model.checkpoint {start.checkpoint!r}"
+
+
 def folder_of(start: ModelParams, wanted: list[str] = WANTED) -> Path:
     """Return where the checkpoint lies; from the hub, what is `wanted` of it is downloaded first.
 
@@ -51,7 +56,7 @@ def folder_of(start: ModelParams, wanted: list[str] = WANTED) -> Path:
 
 def read_config(start: ModelParams, folder: Path) -> PaliGemmaConfig:
     """Return the checkpoint's configuration; UserError if it is of another class or of parts that are not read."""
-    with reading(start, "config.json"):
+    with reading(name_of(start), "config.json"):
         values, _ = PaliGemmaConfig.get_config_dict(folder)
     if (kind := values.get("model_type")) != "paligemma":
         _refuse(start, f"is a {kind!r} model; only the class {PaliGemmaForConditionalGeneration.__name__} is read here")
@@ -59,7 +64,7 @@ def read_config(start: ModelParams, folder: Path) -> PaliGemmaConfig:
     for key, name, known in (("vision_config", "vision tower", TOWERS), ("text_config", "language model", LANGUAGES)):
         if (found := (values.get(key) or {}).get("model_type")) not in known:
             _refuse(start, f"has the {name} {found!r} ({key} in its config.json); this reads {' and '.join(known)}")
-    with reading(start, "config.json"):
+    with reading(name_of(start), "config.json"):
         config = PaliGemmaConfig.from_dict(values)
     if not config.tie_word_embeddings:
         _refuse(
@@ -77,7 +82,7 @@ def without_head(tower: Any) -> None:
 
 def check_weights(start: ModelParams, folder: Path, config: PaliGemmaConfig) -> None:
     """Refuse, by UserError, a folder without all weights that `config` describes; their files' headers are read alone."""
-    with reading(start, "its *.safetensors"), quiet():
+    with reading(name_of(start), "its *.safetensors"), quiet():
         _, found = PaliGemmaForConditionalGeneration.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
             folder,
             config=config,
@@ -110,7 +115,7 @@ def check_tokens(start: ModelParams, config: PaliGemmaConfig, processor: PaliGem
 
 def load_tokenizer(start: ModelParams, folder: Path):
     """Return the checkpoint's own tokenizer."""
-    with reading(start, "its tokenizer"):
+    with reading(name_of(start), "its tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -138,14 +143,14 @@ def quiet() -> Generator[None]:
 
 
 @contextmanager
-def reading(start: ModelParams, file: str) -> Generator[None]:
-    """Say which file of the checkpoint it is that cannot be read."""
+def reading(name: str, file: str) -> Generator[None]:
+    """Say which file of a model it is that cannot be read; `name`: which parameter names it, and how."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # damaged files raise safetensors' own and several built-in errors
+    except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
         raise UserError(
-            f"model.checkpoint {start.checkpoint!r}: {file} cannot be read ({str(error).strip()}). It must be a folder in "
-            "Hugging Face's format with config.json, *.safetensors, a tokenizer and an image processor."
+            f"{name}: {file} cannot be read ({str(error).strip()}). The folder or commit must hold intact config.json, "
+            "*.safetensors and preprocessor_config.json, and for a whole model its tokenizer."
         ) from error

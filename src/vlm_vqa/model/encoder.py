@@ -6,8 +6,7 @@ H and W pixels.
 
 import hashlib
 import json
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.hf_hub import download_snapshot
 from vlm_vqa.model import checkpoint
+from vlm_vqa.model.checkpoint import name_of, quiet, reading
 from vlm_vqa.params import CHECKPOINT, ModelParams, VisionParams, is_local
 
 SMALL_ENCODER = Path(__file__).parent / "small_encoder"
@@ -179,10 +179,7 @@ def read_settings(vision: VisionParams, start: ModelParams, folder: Path) -> tup
 
 def _name(vision: VisionParams, start: ModelParams) -> str:
     """Return which key names the tower, and what it says, for messages."""
-    key, value = (
-        ("model.checkpoint", start.checkpoint) if vision.model == CHECKPOINT else ("vision.model", vision.model)
-    )
-    return f"{key} {value!r}"
+    return name_of(start) if vision.model == CHECKPOINT else f"vision.model {vision.model!r}"
 
 
 def _folder(vision: VisionParams, start: ModelParams) -> Path:
@@ -202,7 +199,7 @@ def _folder(vision: VisionParams, start: ModelParams) -> Path:
 
 def _load_config(name: str, folder: Path, start: ModelParams | None) -> Config:
     """Read the tower's own part of config.json; `start` if it is one of a whole model."""
-    with _reading(name, "config.json"):
+    with reading(name, "config.json"):
         values, _ = Dinov2Config.get_config_dict(folder)
         if start is not None:
             checkpoint.read_config(start, folder)
@@ -216,7 +213,7 @@ def _load_config(name: str, folder: Path, start: ModelParams | None) -> Config:
             f"{name} is a {values.get('model_type')!r} model; only 'dinov2' (such as facebook/dinov2-base) and 'siglip' "
             "(such as google/siglip-so400m-patch14-224) are supported."
         )
-    with _reading(name, "config.json"):
+    with reading(name, "config.json"):
         config = TOWERS[values["model_type"]].config.from_dict(values)
     checkpoint.without_head(config)
     return config
@@ -224,7 +221,7 @@ def _load_config(name: str, folder: Path, start: ModelParams | None) -> Config:
 
 def _load_processor(name: str, folder: Path, config: Config) -> Processor:
     kind = TOWERS[config.model_type].processor
-    with _reading(name, "preprocessor_config.json"):
+    with reading(name, "preprocessor_config.json"):
         values, _ = kind.get_image_processor_dict(folder)
         found = values.get("image_processor_type") or values.get("feature_extractor_type")
         if found not in (kind.__name__, f"{kind.__name__}Fast"):
@@ -236,7 +233,7 @@ def _load_processor(name: str, folder: Path, config: Config) -> Processor:
 
 
 def _load_model(name: str, folder: Path, config: Config, names: dict[str, str] | None) -> Model:
-    with _reading(name, "its *.safetensors"), checkpoint.quiet():
+    with reading(name, "its *.safetensors"), quiet():
         model, found = TOWERS[config.model_type].model.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
             folder,
             config=config,
@@ -251,20 +248,6 @@ def _load_model(name: str, folder: Path, config: Config, names: dict[str, str] |
     if lacking:
         raise UserError(f"{name} lacks the weights {lacking[:5]}. Get a whole copy of it.")
     return model
-
-
-@contextmanager
-def _reading(name: str, file: str) -> Generator[None]:
-    """Say which file of the tower it is that cannot be read."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
-        raise UserError(
-            f"{name}: {file} cannot be read ({str(error).strip()}). "
-            "The folder or commit must hold intact config.json, *.safetensors, preprocessor_config.json."
-        ) from error
 
 
 def _count_tokens(name: str, config: Config, processor: Processor) -> int:

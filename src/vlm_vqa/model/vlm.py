@@ -233,7 +233,7 @@ def checkpoint_model(start: ModelParams, encoder_config, processor: PaliGemmaPro
     config = PaliGemmaConfig.from_dict(
         {**found.to_dict(), "vision_config": encoder_config.to_dict(), "dtype": "float32"}
     )
-    with checkpoint.reading(start, "its *.safetensors"):
+    with checkpoint.reading(checkpoint.name_of(start), "its *.safetensors"):
         model: VlmForTraining = VlmForTraining.from_pretrained(
             folder,
             config=config,
