@@ -34,7 +34,7 @@ CHECKED_IMAGES = 8
 def main() -> None:
     params = load_params("params.yaml")
     torch.set_num_threads(cores.threads().count)
-    encoder = load_encoder(params.vision, device="cpu")
+    encoder = load_encoder(params.vision, "cpu", params.model)
     training = read_training(TRAINED)
     manifest = records.read_manifest(RECORDS)
     results = json.loads(Path("reports/train.json").read_text(encoding="utf-8"))

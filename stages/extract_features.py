@@ -1,4 +1,4 @@
-"""Stage 2: encode every image once with the frozen DINOv2 and store its features.
+"""Stage 2: encode every image once with the frozen vision tower and store its features.
 
 Reads data/records; writes data/features, and before that data/features.parts, from where a run that was ended goes on.
 Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/extract_features.py`.
@@ -40,7 +40,7 @@ def main() -> None:
     # The first process may tokenise for minutes: after they have met, the others wait for it without end.
     check_here(params, run=True)
     manifest = records.read_manifest(RECORDS)
-    loaded = load_encoder(vision, running.device)
+    loaded = load_encoder(vision, running.device, params.model)
     layout = Layout(manifest["images"], loaded.num_tokens, loaded.width, vision.store_dtype)
     made_by = {
         "encoder_hash": loaded.hash,
@@ -51,7 +51,7 @@ def main() -> None:
     writer = FeatureStoreWriter(FEATURES, layout, made_by, computed_by(vision, running))
     if running.main:
         where = f"{running.size} x {running.device.type}, threads {running.threads}"
-        logger.info("%d images with %s on %s", layout.images, vision.model, where)
+        logger.info("%d images with %s on %s", layout.images, params.model.checkpoint or vision.model, where)
         running.broadcast("missing", writer.begin())
     make(running.wait_for("missing"), running, loaded, writer, params)
     if running.main:

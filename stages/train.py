@@ -22,9 +22,10 @@ from vlm_vqa.evaluation.baselines import shuffled_images
 from vlm_vqa.evaluation.vqa_accuracy import METRICS
 from vlm_vqa.hashing import code_hash, hash_json, write_json
 from vlm_vqa.model.adapters import ADAPTER, merge_adapters, projector_of, save_adapter
+from vlm_vqa.model.checkpoint import start_hash
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, save_trained
-from vlm_vqa.params import Params, load_params
+from vlm_vqa.params import Params, Start, load_params
 from vlm_vqa.pipeline import entrypoint
 from vlm_vqa.training import checkpoint_files, launch
 from vlm_vqa.training.answers_picture import AnswersPicture
@@ -50,7 +51,7 @@ def main() -> None:
 def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
     """Train on this process; rank 0 writes the shared outputs."""
     manifest = read_manifest(RECORDS)
-    encoder = load_encoder(params.vision, device="cpu")
+    encoder = load_encoder(params.vision, "cpu", params.model)
     features = FeatureStore(FEATURES, {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"]})
     processes = running.processes
     made_of = {
@@ -59,6 +60,8 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         "encoder_hash": encoder.hash,
         "code_hash": code_hash(__file__),
     }
+    if params.model.start is Start.CHECKPOINT:
+        made_of["start_hash"] = start_hash(params.model)
     key = hash_json(made_of | {"training_params_hash": params.recipe_hash(processes)})[:16]
     folder = checkpoint_files.ROOT / key
 

@@ -17,7 +17,7 @@ from vlm_vqa.cli import main
 from vlm_vqa.data.held_out import validation_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.write_records import fetch
-from vlm_vqa.params import Params, Punkt, TooLong, load_params, parse_params
+from vlm_vqa.params import Params, Punkt, Start, TooLong, load_params, parse_params
 
 ROOT = Path(__file__).parents[1]
 SMALL = yaml.safe_load((ROOT / "presets/small.yaml").read_text())
@@ -69,6 +69,10 @@ def test_random_files_through_the_parser(tmp_path):
         ),
         ({"vision": {"launch": "cpu-fsdp2"}}, "vision.launch is 'cpu-fsdp2', which divides a model"),
         ({"vision": {"model": "./none"}}, "vision.model is './none', but no model's config.json is there"),
+        (
+            {"model": {"start": Start.CHECKPOINT, "checkpoint": "./none"}},
+            "model.checkpoint is './none', but no model's config.json is there",
+        ),
         ({"language": {"model": "/dev"}}, "language.model is '/dev', but no model's config.json is there"),
         (
             {"evaluation": {"punkt_tab": Punkt.INSTALLED}},

@@ -242,7 +242,7 @@ def test_what_validation_costs_is_what_preflight_says():
     for share, preset in found:
         golden = (ROOT / f"tests/estimate/golden/{preset}.txt").read_text()
         assert f"validation adds {share}% to training's FLOPs" in golden, preset
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 def test_the_small_run_is_what_was_measured():

@@ -10,7 +10,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from vlm_vqa.estimate.predict import Asked, predict
-from vlm_vqa.estimate.shapes import GEMMA_VOCABULARY, LANGUAGE, VISION
+from vlm_vqa.estimate.shapes import model_of, vision_of
+from vlm_vqa.model.flops import class_tokens
 from vlm_vqa.params import PROJECTIONS, ValidationParams, load_params
 from vlm_vqa.training.launch import read_launch
 
@@ -27,6 +28,10 @@ def test_valid_and_its_launch_is_one_that_accelerate_reads(path):
 
 
 HASHES = {
+    "paligemma2-vqav2": ("8374dcba37b72939c650d3ffa44f2d646e4fa35ae67cf9faef80d028dbd2e865",
+                         "8a0db0d659ddb87c5ca39d945ad5c4c3bc6315a0bf642ff60976992f4127aaef",
+                         "2f47612efd3b0a37df6a138bde1e5961a4b93aea11df882ea05c5b2a77b8e5d2",
+                         "821fbf23e022c1c9a310e9f3933f8ec7311dd9349b2208488e2b737af586d548"),
     "small": ("8787817303e8f1ac85717c6f02b8bfbed106a9d64c88ca0108687493d2f46f2c",
               "d7f3972c226ed1515934d81efa0d9a1db307e62fb9f2669f7b87dff8dd3f1844",
               "217c03bce8b1d677d02e3ad230f5db2e3d8a9561a4bf7b805291c6c37fb46a20",
@@ -50,6 +55,10 @@ HASHES = {
 }  # fmt: skip
 """Without validation, as all were before there was any."""
 VALIDATING = {
+    "paligemma2-vqav2": ("632a6636f2271bac97b639a153c31ecefaaffdc23448b4d750ba5c81f8b30b46",
+                         "1335f82245ab87dfa187c2d59a5ca126a2004b9628f096a8b0f159db9d26efa1",
+                         "d8477779ef768fe9d5a4181e54f3caa55b450f97d0cd502278d2d6c1af3a6c97",
+                         "22caad96c4cf29f15df53873281caa4f60622f06477b365fe6e2a7a23932fe78"),
     "small": ("30e4d077a2fd516e3c90b427dee73f558be46bc61fa2f0b2f2e68b3f6c2de024",
               "da3241561e64d682ef8a3d9808089c41e94f561bfdc367b3da795a1ac2f9ff17",
               "fc66261dcc0ffea505453ca23f7f9dcb69f9fad2028209b85be1765f34558647",
@@ -80,18 +89,18 @@ def test_its_hashes_are_those_under_which_runs_are_stored(path):
     assert (params == before) == (path.stem == "vqav2-reference")
 
 
-FULL = [path for path in PRESETS if path.stem.startswith("vqav2")]
+FULL = [path for path in PRESETS if path.stem != "small"]
 
 
 @pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
 def test_its_towers_are_the_real_ones(path):
     params = load_params(path)
-    vision, (language, vocabulary) = VISION[params.vision.model], (LANGUAGE[params.language.model], GEMMA_VOCABULARY)
-    # 224 pixels in patches of 14, and the class token.
-    assert params.vision.num_patches == (224 // vision.patch_size) ** 2 + 1
+    vision, model = vision_of(params), model_of(params)
+    # 224 pixels in patches of 14, and a DINOv2's class token.
+    assert params.vision.num_patches == (224 // vision.patch_size) ** 2 + class_tokens(vision)
     assert params.vision.visual_embed_dim == vision.hidden_size
     with torch.device("meta"):
-        gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=vocabulary, **dataclasses.asdict(language)))
+        gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=model.vocabulary, **dataclasses.asdict(model.language)))
         layer = next(iter(gemma.model.layers))
     assert {type(layer).__name__} == {"Gemma2DecoderLayer"}
     linear = {name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}

@@ -5,7 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, PaliGemmaForConditionalGeneration
+from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    SiglipImageProcessor,
+)
 
 from vlm_vqa.model.adapters import add_adapters, merge_adapters, projector_of, save_adapter
 from vlm_vqa.model.layout import TokenLayout
@@ -63,3 +71,27 @@ def write_adapter(tiny, params, folder, seed=0):
     merged = merge_adapters(weights, params.train.lora)
     save_adapter(folder, weights, projector, params, hash_weights(merged))
     return merged
+
+
+def save_paligemma(folder, texts=TEXTS, vocabulary=300, kind="gemma2"):
+    """Write a tiny PaliGemma 2 (or 1: `gemma`) with stock code alone, as the hub has it: bfloat16, in several files."""
+    images = SiglipImageProcessor(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    processor = PaliGemmaProcessor(images, train_tokenizer(list(texts), vocabulary))
+    gemma = {
+        "model_type": kind, "vocab_size": len(processor.tokenizer) + 63, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "initializer_range": 0.1,
+    } | ({"query_pre_attn_scalar": 8} if kind == "gemma2" else {})  # fmt: skip
+    siglip = {
+        "model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
+    }  # fmt: skip
+    config = PaliGemmaConfig(
+        text_config=gemma, vision_config=siglip, projection_dim=32, image_token_index=processor.image_token_id
+    )
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    processor.save_pretrained(folder)
+    return folder

@@ -20,7 +20,8 @@ from vlm_vqa.data.held_out import check_enough
 from vlm_vqa.data.records import load_questions, manifest_for_a_look, picture_ids, read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.launch_file import check_params, read_copies, read_launch
-from vlm_vqa.params import Params, Punkt, Source, is_local, keys_of, lacking_keys, parse_params, written
+from vlm_vqa.params import Params, Punkt, Source, Start, is_local, keys_of, lacking_keys, parse_params, written
+from vlm_vqa.sealed import find_sealed
 from vlm_vqa.yaml_file import compose, read_yaml
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
     for key, model in (("vision.model", params.vision.model), ("language.model", params.language.model)):
         if is_local(model) and not os.path.isfile(os.path.join(os.path.expanduser(model), "config.json")):
             raise UserError(f"{key} is {model!r}, but no model's config.json is there. Mend the path.")
+    if params.model.start is Start.CHECKPOINT and (run or params.model.revision is None):
+        check_start(params)
     if params.evaluation.punkt_tab is Punkt.INSTALLED:
         # nltk is only loaded where it is asked for.
         from vlm_vqa.evaluation.bleu import prepare_punkt, punkt_is_installed
@@ -68,6 +71,31 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
         elif not run and not punkt_is_installed():
             lacking = "nltk's punkt_tab is not on this machine: needs a network"
             log.warning("evaluation.punkt_tab is installed, but %s", lacking)
+
+
+def check_start(params: Params) -> None:
+    """Refuse, by UserError, a checkpoint that training cannot start from; of one on the hub, settings alone are read."""
+    # transformers is only loaded where it is asked for.
+    from vlm_vqa.hf_hub import SETTINGS
+    from vlm_vqa.model import checkpoint
+    from vlm_vqa.model.encoder import read_settings
+    from vlm_vqa.model.vlm import build_processor
+
+    start = params.model
+    folder = checkpoint.folder_of(start, SETTINGS)
+    config = checkpoint.read_config(start, folder)
+    if start.revision is None:
+        checkpoint.check_weights(start, folder, config)
+    _, images, num_patches = read_settings(params.vision, start, folder)
+    tokenizer = checkpoint.load_tokenizer(start, folder)
+    checkpoint.check_tokens(start, config, build_processor(images, tokenizer, num_patches))
+    if start.adapter is not None:
+        from vlm_vqa.inference.predictor import FACTS_FILE
+        from vlm_vqa.model.adapters import check_adapter
+
+        # An export, and what `vlm-vqa base` writes, name the hash of their weights.
+        own = find_sealed(folder / FACTS_FILE) or {}
+        check_adapter(start.adapter, config, str(start.checkpoint), own.get("weights_hash"))
 
 
 def check_records(
@@ -90,7 +118,7 @@ def check_records(
             f"{records}: the {len(val)} validation questions to evaluate are all about one image, so none can be shown "
             "another (baselines.shuffled_images). Raise evaluation.vqa_questions."
         )
-    if os.environ.get("RANK", "0") == "0" and (run or params.language.revision is None):
+    if os.environ.get("RANK", "0") == "0" and (run or not (params.language.revision or params.model.revision)):
         _check_lengths(params, records, val["question"], layout)
 
 

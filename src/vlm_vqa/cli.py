@@ -147,7 +147,7 @@ def _base(folder: Path) -> None:
     from vlm_vqa.training.prepare import base_model, prepare
 
     params = load_params("params.yaml", whole=True)
-    encoder = load_encoder(params.vision, device="cpu")
+    encoder = load_encoder(params.vision, "cpu", params.model)
     processor = prepare(params, encoder)[2]
     weights_hash = write_base(folder, base_model(params, encoder, processor), encoder, processor, params)
     print(f"wrote {folder}: weights_hash {weights_hash}")

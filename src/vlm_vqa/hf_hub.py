@@ -97,10 +97,10 @@ WANTED = [*SETTINGS, "*.safetensors"]
 def download_snapshot(key: str, model: str, revision: str, wanted: list[str] = WANTED) -> Path:
     """Return the folder of a hub model at commit `revision`; what the cache lacks is downloaded.
 
-    `key` is the parameters' section, `vision` or `language`, for messages; `wanted` the files, `WANTED` or `SETTINGS`.
+    `key` is the parameter that names it, for messages; `wanted` the files, `WANTED` or `SETTINGS`.
     UserError if it cannot be downloaded, or has no weights in safetensors.
     """
-    repository = Repository(f"{key}.model", model, f"{key}.revision", revision)
+    repository = Repository(key, model, f"{key.partition('.')[0]}.revision", revision)
     with translate_errors(repository):
         # Folders hold the same model for other programs, or its checkpoints.
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))

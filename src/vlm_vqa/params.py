@@ -79,6 +79,7 @@ ENCODERS = {"small": (65, 128)} | {
     f"facebook/dinov2-{size}": (257, width)
     for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536))
 }
+ENCODERS |= {"google/siglip-so400m-patch14-224": (256, 1152)}
 """Tokens an image becomes, and their width."""
 CHECKPOINT = "checkpoint"
 """How `vision.model` and `language.model` say that they are the checkpoint's own."""
@@ -110,7 +111,7 @@ Rate = Annotated[float, Range(1e6)]
 Decay = Annotated[float, Range(1e6, least=0)]
 Share = Annotated[float, Range(0.999, least=0)]
 Wide = Literal[Dtype.FLOAT32, Dtype.BFLOAT16]
-"""DINOv2 and Gemma 2 overflow in float16."""
+"""The towers and Gemma 2 overflow in float16."""
 Text = Annotated[str, Line()]
 Places = Annotated[str | tuple[str, ...], BeforeValidator(_places), _PLACES]
 """One folder or archive, or several."""
@@ -330,7 +331,7 @@ class ModelParams(Section):
     """`towers`: the vision tower and Gemma 2 that `vision` and `language` name, joined by a freshly drawn projector.
     `checkpoint`: a whole `PaliGemmaForConditionalGeneration`, its own tower and projector included."""
     checkpoint: Text | None = None
-    """A hub id or a local folder in HF format, an export of this project among them; null for `towers`."""
+    """A hub id or a local folder in HF format, a copy of an export of this project among them; null for `towers`."""
     revision: Commit | None = None
     """Commit of a hub id (40 hex digits); null otherwise."""
     adapter: Text | None = None
@@ -366,7 +367,7 @@ def _of_checkpoint(key: str, model: str, above: Above) -> str | None:
 
 @dataclass(frozen=True)
 class VisionParams(Section):
-    """The frozen DINOv2 and how `extract-features` runs it."""
+    """The frozen vision tower, a DINOv2 or a SigLIP, and how `extract-features` runs it."""
 
     launch: Launch
     """Name of the accelerate config in `launch/` that extract-features runs under."""
@@ -375,13 +376,13 @@ class VisionParams(Section):
     revision: Commit | None
     """Commit of a hub id (40 hex digits); null otherwise."""
     num_patches: Size
-    """Tokens an image becomes, CLS included; checked against the encoder."""
+    """Tokens an image becomes, a DINOv2's CLS included; checked against the encoder."""
     visual_embed_dim: Size
     """Width of such a token; checked against the encoder."""
     batch_size: Count
     """Images per forward pass."""
     compute_dtype: Wide
-    """Weights and activations of the encoder. DINOv2 in float16 is not supported."""
+    """Weights and activations of the encoder. float16 is not supported."""
     store_dtype: StoreDtype
     """Type of the stored features; `int8` has a scale for every token and takes half the disk of 16 bits."""
 

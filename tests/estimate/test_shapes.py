@@ -5,10 +5,18 @@ import json
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model, Gemma2Config, PaliGemmaConfig
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Gemma2Config,
+    PaliGemmaConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
+from tests.tiny_model import save_paligemma
 from vlm_vqa.errors import UserError
-from vlm_vqa.estimate.shapes import VISION, Model, VisionShape, model_of, vision_of
+from vlm_vqa.estimate.shapes import VISION, Model, SiglipShape, VisionShape, model_of, vision_of
 from vlm_vqa.model.adapters import add_adapters
 from vlm_vqa.model.encoder import SMALL_ENCODER
 from vlm_vqa.model.vlm import VlmForTraining, freeze_embeddings
@@ -57,19 +65,23 @@ def test_the_processor_adds_as_many_tokens_as_the_shapes_say(tiny):
 
 
 @pytest.mark.parametrize("shape", [*VISION.values(), VisionShape(24, 2, 2, mlp_ratio=2, image_size=28)], ids=str)
-def test_the_encoders_parameters_are_those_of_dinov2(shape):
+def test_the_encoders_parameters_are_those_of_the_real_one(shape):
     with torch.device("meta"):
-        real = Dinov2Model(Dinov2Config(**shape._asdict()))
+        if isinstance(shape, VisionShape):
+            real = Dinov2Model(Dinov2Config(**shape._asdict()))
+        else:
+            real = SiglipVisionModel(SiglipVisionConfig(**shape._asdict(), vision_use_head=False))
+    assert real.config.model_type == shape.model_type
     assert shape.parameters == sum(one.numel() for one in real.parameters())
 
 
 def test_the_small_encoders_shape_is_its_configs_and_checked(preset):
     params = preset("small")
-    shape = vision_of(params.vision)
+    shape = vision_of(params)
     config = json.loads((SMALL_ENCODER / "config.json").read_text())
     assert shape._asdict() == {key: config[key] for key in shape._fields}
     with pytest.raises(UserError, match="visual_embed_dim is 768.*128 wide"):
-        vision_of(dataclasses.replace(params.vision, visual_embed_dim=768))
+        vision_of(dataclasses.replace(params, vision=dataclasses.replace(params.vision, visual_embed_dim=768)))
 
 
 def test_a_local_folder_is_read(tmp_path, preset):
@@ -80,6 +92,24 @@ def test_a_local_folder_is_read(tmp_path, preset):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="'llama'; language.model must be a gemma2"):
         model_of(params)
+
+
+def test_a_local_checkpoint_is_read_with_the_defaults_of_what_it_leaves_out(tmp_path, preset):
+    folder = save_paligemma(tmp_path / "paligemma")
+    config = json.loads((folder / "config.json").read_text())
+    # As google/paligemma2-3b-pt-224's own file, which says nothing of these.
+    del config["text_config"]["head_dim"], config["vision_config"]["image_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    changes = {"model.checkpoint": str(folder), "model.revision": None, "vision.visual_embed_dim": 24}
+    params = preset("paligemma2-vqav2", **changes)
+    assert vision_of(params) == SiglipShape(24, 1, 2, 40, image_size=224, patch_size=14)
+    model = model_of(params)
+    assert (model.language.hidden_size, model.language.head_dim) == (32, 256)
+    assert model.vocabulary == config["text_config"]["vocab_size"], "the processor's tokens are among them"
+    with pytest.raises(
+        UserError, match="model.checkpoint 'google/paligemma-3b-pt-896': preflight knows.*paligemma2-3b"
+    ):
+        model_of(preset("paligemma2-vqav2", **{"model.checkpoint": "google/paligemma-3b-pt-896"}))
 
 
 def test_an_unknown_hub_id_is_named(preset):

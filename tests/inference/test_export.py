@@ -25,7 +25,7 @@ from vlm_vqa.inference.predictor import FACTS_FILE, Predictor
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import Row, visible
 from vlm_vqa.model.vlm import hash_weights, save_trained, text_hidden, text_logits, trained_state
-from vlm_vqa.params import Keep, LoraParams, Mask, ValidateOn, ValidationParams, load_params
+from vlm_vqa.params import Keep, LoraParams, Mask, ModelParams, Start, ValidateOn, ValidationParams, load_params
 from vlm_vqa.sealed import read_folder, write_folder
 
 QUESTIONS = ["What color is the shape?", "Is there a dog?", "How many red dogs are there?"]
@@ -189,6 +189,11 @@ def test_the_card_says_where_the_weights_come_from(trained):
     text = card(dataclasses.replace(params, vision=vision, language=language), {}, {}, DATA)
     assert "Gemma 2, from its authors' weights," in text and "`facebook/dinov2-base` as its authors" in text
     assert "drawn pictures" not in text and "random weights too" not in text
+    start = ModelParams(start=Start.CHECKPOINT, checkpoint="google/paligemma-3b-pt-224", revision="a" * 40)
+    text = card(dataclasses.replace(params, model=start), {}, {}, DATA, ("SigLIP", "Gemma"))
+    assert f"SigLIP (of `google/paligemma-3b-pt-224`, revision {'a' * 40}) sees the image" in text
+    assert "The projector, from the checkpoint's weights, and Gemma, from the checkpoint's too, were trained" in text
+    assert "DINOv2" not in text and "random weights" not in text
 
 
 def test_an_export_is_the_same_bytes_twice(tiny, trained, tmp_path):

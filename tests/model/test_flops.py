@@ -6,8 +6,9 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
-from vlm_vqa.model.flops import Work, cost, linear_maps, model_cost, rows_work
+from vlm_vqa.model.flops import Work, cost, linear_maps, model_cost, rows_work, vision_flops
 from vlm_vqa.model.layout import PAD_SEGMENT, QuestionTokens, Row, visible
 from vlm_vqa.model.vlm import freeze_embeddings
 from vlm_vqa.params import LanguageConfig, Mask
@@ -110,3 +111,21 @@ def test_work_is_paid_by_the_unit():
     assert price.flops(Work(5, 6, 7, 8)) == sum(
         number * each for number, each in zip((5, 6, 7, 8), astuple(price), strict=True)
     )
+
+
+TOWER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+
+@pytest.mark.parametrize(
+    ("tower", "tokens"),
+    [
+        (Dinov2Model(Dinov2Config(**TOWER)), 5),
+        (SiglipVisionModel(SiglipVisionConfig(**TOWER, intermediate_size=40, vision_use_head=False)), 4),
+    ],
+    ids=["dinov2", "siglip"],
+)
+def test_a_towers_forward_pass_is_what_torch_counts(tower, tokens):
+    tower.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert tower(torch.randn(1, 3, 28, 28)).last_hidden_state.shape[1] == tokens
+    assert counter.get_total_flops() == vision_flops(tower.config, tokens)

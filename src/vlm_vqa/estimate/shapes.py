@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import Gemma2Config
+
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import linear_maps
-from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Params, VisionParams
+from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Params
 
 ADDED_TOKENS = 1024 + 128 + 1  # by `PaliGemmaProcessor` to a tokenizer: locations, segments and <image>
 
@@ -25,6 +27,10 @@ class VisionShape(NamedTuple):
     num_channels: int = 3
 
     @property
+    def model_type(self) -> str:
+        return "dinov2"
+
+    @property
     def parameters(self) -> int:
         """Weights and biases of `Dinov2Model`."""
         width, inner = self.hidden_size, self.hidden_size * self.mlp_ratio
@@ -35,6 +41,31 @@ class VisionShape(NamedTuple):
         return embeddings + self.num_hidden_layers * (attention + mlp + 6 * width) + 2 * width
 
 
+class SiglipShape(NamedTuple):
+    """A SigLIP without its pooling head, as a PaliGemma has it."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+
+    @property
+    def model_type(self) -> str:
+        return "siglip_vision_model"
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases of `SiglipVisionModel`."""
+        width, inner = self.hidden_size, self.intermediate_size
+        embeddings = ((self.image_size // self.patch_size) ** 2 + self.num_channels * self.patch_size**2 + 1) * width
+        attention, mlp = 4 * (width + 1) * width, (width + 1) * inner + (inner + 1) * width
+        return embeddings + self.num_hidden_layers * (attention + mlp + 4 * width) + 2 * width
+
+
+Tower = VisionShape | SiglipShape
 # As published in their config.json on the hub, which no test here can fetch; Gemma 2's also in arXiv 2408.00118, table 1:
 GEMMA_2_2B = LanguageConfig(2304, 9216, 26, 8, 4, 256)  # width, MLP, layers, heads, heads of keys, head width
 GEMMA_VOCABULARY = 256_000
@@ -43,8 +74,14 @@ VISION = {
     "facebook/dinov2-small": VisionShape(384, 12, 6),
     "facebook/dinov2-base": VisionShape(768, 12, 12),
     "facebook/dinov2-large": VisionShape(1024, 24, 16),
+    "google/siglip-so400m-patch14-224": (SO400M := SiglipShape(1152, 27, 16, 4304, patch_size=14)),
     "small": VisionShape(128, 4, 4, mlp_ratio=2, image_size=64, patch_size=8),
 }
+CHECKPOINTS = {
+    "google/paligemma2-3b-pt-224": (GEMMA_2_2B, 257_216, SO400M),
+    "google/paligemma-3b-pt-224": (LanguageConfig(2048, 16384, 18, 8, 1, 256), 257_216, SO400M),
+}
+"""Gemma (the first has half of the norms that are counted), rows of its embedding, the processor's tokens too, tower."""
 
 
 class Parameter(NamedTuple):
@@ -95,7 +132,11 @@ class Model:
 
 def model_of(params: Params) -> Model:
     """Return the shape of the model that `params` trains; UserError if it is not known and cannot be read."""
-    name, train = params.language.model, params.train
+    name, train, start = params.language.model, params.train, params.model.checkpoint
+    width = params.vision.visual_embed_dim
+    if start is not None:
+        shape, rows, _ = _checkpoint(start)
+        return Model(shape, rows, width, train.freeze_embeddings, train.lora)
     if name == "random":
         shape, vocabulary = params.language.config, params.language.vocab_size
         assert shape is not None and vocabulary is not None, "load_params asks for both where the model is random"
@@ -103,31 +144,52 @@ def model_of(params: Params) -> Model:
         shape, vocabulary = LANGUAGE[name], GEMMA_VOCABULARY
     else:
         # A folder's vocabulary may hold the processor's tokens already: 0.4 % of the embedding.
-        config = _read_config(name, "language.model", "gemma2", LANGUAGE)
-        shape = LanguageConfig(**{key: config[key] for key in LanguageConfig.__dataclass_fields__})
-        vocabulary = config["vocab_size"]
-    rows, width = vocabulary + ADDED_TOKENS, params.vision.visual_embed_dim
-    return Model(shape, rows, width, train.freeze_embeddings, train.lora)
+        shape, vocabulary = _gemma(_read_config(name, "language.model", ["gemma2"], LANGUAGE))
+    return Model(shape, vocabulary + ADDED_TOKENS, width, train.freeze_embeddings, train.lora)
 
 
-def vision_of(vision: VisionParams) -> VisionShape:
+def vision_of(params: Params) -> Tower:
     """Return the shape of the vision tower; UserError if it is not known, or not as wide as params.yaml says."""
-    shape = VISION.get(vision.model)
-    if shape is None:
-        config = _read_config(vision.model, "vision.model", "dinov2", VISION)
-        shape = VisionShape(**{key: config[key] for key in VisionShape._fields if key in config})
-    if (width := shape.hidden_size) != (asked := vision.visual_embed_dim):
-        raise UserError(f"vision.visual_embed_dim is {asked}, but {vision.model} is {width} wide. Set it to that.")
+    name, start = params.vision.model, params.model.checkpoint
+    if start is not None:
+        name, (_, _, shape) = start, _checkpoint(start)
+    elif (shape := VISION.get(name)) is None:
+        shape = _tower(_read_config(name, "vision.model", ["dinov2", "siglip", "siglip_vision_model"], VISION))
+    if (width := shape.hidden_size) != (asked := params.vision.visual_embed_dim):
+        raise UserError(f"vision.visual_embed_dim is {asked}, but {name} is {width} wide. Set it to that.")
     return shape
 
 
-def _read_config(model: str, key: str, kind: str, known: dict[str, Any]) -> dict[str, Any]:
+def _checkpoint(name: str) -> tuple[LanguageConfig, int, Tower]:
+    """Return the shapes of a whole model, and the rows of its embedding."""
+    if name in CHECKPOINTS:
+        return CHECKPOINTS[name]
+    config = _read_config(name, "model.checkpoint", ["paligemma"], CHECKPOINTS)
+    return *_gemma(config["text_config"]), _tower(config["vision_config"])
+
+
+def _gemma(values: dict[str, Any]) -> tuple[LanguageConfig, int]:
+    """Return the shape of a Gemma 2 and the rows of its embedding; what its file leaves out is transformers' default."""
+    config = Gemma2Config.from_dict(values)
+    return LanguageConfig(
+        **{key: getattr(config, key) for key in LanguageConfig.__dataclass_fields__}
+    ), config.vocab_size
+
+
+def _tower(values: dict[str, Any]) -> Tower:
+    """Return the shape of a tower, or of the one for images where there is one for texts beside it."""
+    values = values.get("vision_config", values)
+    kind = VisionShape if values.get("model_type") == "dinov2" else SiglipShape
+    return kind(**{key: values[key] for key in kind._fields if key in values})
+
+
+def _read_config(model: str, key: str, kinds: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
     """Read a local folder's config.json."""
     try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         others = f"preflight knows the shapes of {', '.join(known)} and of local folders with a config.json"
         raise UserError(f"{key} {model!r}: {others} ({error}). Download it and name the folder.") from error
-    if config.get("model_type") != kind:
-        raise UserError(f"{model}/config.json: model_type is {config.get('model_type')!r}; {key} must be a {kind}.")
+    if (kind := config.get("model_type")) not in kinds:
+        raise UserError(f"{model}/config.json: model_type is {kind!r}; {key} must be a {' or '.join(kinds)}.")
     return config

@@ -8,10 +8,10 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.estimate.devices import GIB, Device
 from vlm_vqa.estimate.memory import Moments, Parts, Step, copies, total
 from vlm_vqa.estimate.questions import DatasetSize, plan_batches, validation_work
-from vlm_vqa.estimate.shapes import Model, VisionShape, model_of, vision_of
+from vlm_vqa.estimate.shapes import Model, Tower, model_of, vision_of
 from vlm_vqa.launch_file import LaunchFile, check_params, read_launch
-from vlm_vqa.model.flops import Work, cost, lora_token_cost, vision_flops
-from vlm_vqa.params import Dtype, Keep, Mask, Optimizer, Params, StoreDtype, ValidateOn
+from vlm_vqa.model.flops import Work, class_tokens, cost, lora_token_cost, vision_flops, vision_linear_maps
+from vlm_vqa.params import CHECKPOINT, Dtype, Keep, Mask, Optimizer, Params, StoreDtype, ValidateOn
 
 BASE = {"Python and libraries": round(1.1 * GIB)}
 """Resident in a training process without any weights, with scratch; measured (torch 2.14.1, a CPU)."""
@@ -52,7 +52,7 @@ def stage_costs(params: Params, size: DatasetSize, machine: Machine, launches: P
     check_params(params.train, training.strategy)
     if not (extraction.on_cpu or machine.device.gpu):
         raise UserError(f"vision.launch {params.vision.launch} runs on GPUs, --device is cpu. Set vision.launch: cpu.")
-    model, vision = model_of(params), vision_of(params.vision)
+    model, vision = model_of(params), vision_of(params)
     # As extraction computes it; training loads it to compare it with the stored features.
     encoder = vision.parameters * (4 if params.vision.compute_dtype is Dtype.FLOAT32 else 2)
     return [
@@ -71,12 +71,12 @@ def _fetch(params: Params, size: DatasetSize, machine: Machine) -> Stage:
     return Stage("fetch-vqav2", disk, {"all": BASE}, {}, size.download / machine.bandwidth / 3600, facts)
 
 
-def _extract(params: Params, size: DatasetSize, machine: Machine, shape: VisionShape, launch: LaunchFile) -> Stage:
+def _extract(params: Params, size: DatasetSize, machine: Machine, shape: Tower, launch: LaunchFile) -> Stage:
     vision, images = params.vision, size.images
     each = 4 if vision.compute_dtype is Dtype.FLOAT32 else 2
-    tokens, pixels = images * vision.num_patches, (vision.num_patches - 1) * shape.patch_size**2
+    tokens, pixels = images * vision.num_patches, (vision.num_patches - class_tokens(shape)) * shape.patch_size**2
     # Of the widest moment of a layer: its input, the hidden layer of its MLP before and after GELU, its output.
-    wide = vision.batch_size * vision.num_patches * vision.visual_embed_dim * (2 + 2 * shape.mlp_ratio)
+    wide = vision.batch_size * vision.num_patches * 2 * sum(vision_linear_maps(shape)[-1])
     encoder = {"encoder": shape.parameters * each, "activations": wide * each}
     # Batches of pictures are `extraction.MOST_THREADS` and one; files of features are of 256 MiB, up to three in memory.
     ahead = {"pictures ahead": 9 * vision.batch_size * 3 * pixels * 4, "shards": 3 * GIB // 4}
@@ -138,7 +138,7 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
     base = copies(count, BASE | {"encoder": encoder})
     # What every process builds before the launch divides it; the mean of rows and their covariance from a centred copy.
     start = {"float32 weights": 4 * model.saved}
-    if params.language.model != "random":
+    if params.language.model not in ("random", CHECKPOINT):
         start["grown embedding"] = 2 * 4 * model.embedding
     elif step.weight == 2:
         start["embedding in 16 bits"] = 2 * model.embedding
@@ -154,14 +154,14 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
     return found | {"last checkpoint": last, "whole weights": end}
 
 
-def _export(model: Model, vision: VisionShape) -> Stage:
+def _export(model: Model, vision: Tower) -> Stage:
     whole = 4 * (model.saved + vision.parameters)
     join = BASE | {"model": whole, "encoder": 4 * vision.parameters}
     host = {"join": join, "check": join | {"the exported model": whole}}
     return Stage("export", {"models/export": whole + 4 * model.adapter}, host, {}, None, {})
 
 
-def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model, vision: VisionShape) -> Stage:
+def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model, vision: Tower) -> Stage:
     shape, evaluation = model.language, params.evaluation
     questions = min(evaluation.vqa_questions or size.val, size.val)
     # Questions are answered in batches of images, as training reads them in passes of one step each.

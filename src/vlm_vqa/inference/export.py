@@ -15,11 +15,13 @@ from vlm_vqa.inference.predictor import FACTS_FILE
 from vlm_vqa.model.adapters import ADAPTER
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_trained, special_tokens, trained_state
-from vlm_vqa.params import Mask, Params
+from vlm_vqa.params import Mask, Params, Start
 from vlm_vqa.sealed import aside, read_folder, write_folder
 
 CARD = "README.md"
-TRAINED_BY = ("seed", "vision.", "language.", "prompt.", "train.", "validation.")
+TRAINED_BY = ("seed", "model.", "vision.", "language.", "prompt.", "train.", "validation.")
+KINDS = {"dinov2": "DINOv2", "siglip_vision_model": "SigLIP", "gemma2": "Gemma 2", "gemma": "Gemma"}
+"""How people call what configurations call otherwise."""
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "pillow")
 """What the card's code needs; the card names their versions, which are the same on every machine (constraints.txt)."""
 RETRAIN = make_again("train")
@@ -103,7 +105,9 @@ def write_export(
     if params.train.lora is not None and adapter is not None:
         # DVC's files cannot be written to, which a copy need not keep.
         shutil.copytree(adapter, folder / ADAPTER, copy_function=shutil.copyfile)
-    (folder / CARD).write_text(card(params, training, results, data), encoding="utf-8")
+    parts: Any = (model.config.vision_config, model.config.text_config)
+    kinds = tuple(KINDS[part.model_type] for part in parts)
+    (folder / CARD).write_text(card(params, training, results, data, kinds), encoding="utf-8")
     _write_model(folder, model, processor, params, training["weights_hash"], results, params.validation.selected_on)
 
 
@@ -161,7 +165,13 @@ def _write_model(
     write_folder(folder / FACTS_FILE, facts)
 
 
-def card(params: Params, training: dict[str, str], results: dict[str, Any], data: dict[str, Any]) -> str:
+def card(
+    params: Params,
+    training: dict[str, str],
+    results: dict[str, Any],
+    data: dict[str, Any],
+    kinds: tuple[str, ...] = ("DINOv2", "Gemma 2"),
+) -> str:
     """Return the model card; evaluation comes later and is in `reports/` and MLflow."""
     template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
     splits = "\n".join(
@@ -171,21 +181,12 @@ def card(params: Params, training: dict[str, str], results: dict[str, Any], data
     )
     # A wheel's own suffix, such as +cpu, tells machines apart and cannot be installed by that name.
     pins = " ".join(f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES)
-    tower = f"`{params.vision.model}` as its authors pretrained it"
-    if params.vision.model == "small":
-        tower = (
-            "the project's small one, pretrained on drawn pictures with labels for shape and colour: those that easy-VQA "
-            "asks about"
-        )
     return template.substitute(
         python="{}.{}".format(*sys.version_info),
         packages=pins,
-        tower=tower,
-        language_start="random weights too" if params.language.model == "random" else "its authors' weights",
-        vision=params.vision.model,
-        vision_revision=params.vision.revision or "none: local",
-        language=params.language.model,
-        language_revision=params.language.revision or "none: local",
+        tower_kind=kinds[0],
+        gemma=kinds[1],
+        **_starts(params),
         source=data["source"],
         splits=splits,
         notes="\n".join(f"- {note}" for note in data["notes"]),
@@ -197,3 +198,21 @@ def card(params: Params, training: dict[str, str], results: dict[str, Any], data
         results="\n".join(f"- {name}: {value}" for name, value in sorted(results.items())),
         params="\n".join(f"{name}: {value}" for name, value in params.flat().items() if name.startswith(TRAINED_BY)),
     )
+
+
+def _starts(params: Params) -> dict[str, str]:
+    """Return what the card says of where the weights come from."""
+    if params.model.start is Start.CHECKPOINT:
+        whole = f"`{params.model.checkpoint}`, revision {params.model.revision or 'none: local'}"
+        names = {"vision": f"of {whole}", "language": "of the same checkpoint", "tower": "the checkpoint's, as it was"}
+        return names | {"projector_start": "the checkpoint's weights", "language_start": "the checkpoint's too"}
+    parts = {"vision": params.vision, "language": params.language}
+    names = {key: f"`{one.model}`, revision {one.revision or 'none: local'}" for key, one in parts.items()}
+    tower = f"`{params.vision.model}` as its authors pretrained it"
+    if params.vision.model == "small":
+        tower = (
+            "the project's small one, pretrained on drawn pictures with labels for shape and colour: those that easy-VQA "
+            "asks about"
+        )
+    language = "random weights too" if params.language.model == "random" else "its authors' weights"
+    return names | {"projector_start": "random weights", "language_start": language, "tower": tower}

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor, PaliGemmaForConditionalGener
 
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.generation import generate
+from vlm_vqa.model.checkpoint import LANGUAGES, TOWERS
 from vlm_vqa.model.encoder import crop_elongated
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import set_attention
@@ -138,8 +139,9 @@ def _check_size(folder: Path) -> None:
     """Refuse a config.json that is not of these weights before gigabytes are made of it: what it lacks, transformers fills
     in with a model of three billion weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    kinds = (config.model_type, config.text_config.model_type, config.vision_config.model_type)
-    assert kinds == ("paligemma", "gemma2", "dinov2"), f"config.json is of a {kinds}"
+    kinds = (config.model_type, config.text_config.model_type)
+    known = config.text_config.model_type in LANGUAGES and config.vision_config.model_type in TOWERS
+    assert known and config.model_type == "paligemma", f"config.json is of a {kinds}"
     with torch.device("meta"):
         named = sum(weight.numel() for weight in PaliGemmaForConditionalGeneration(config).parameters())
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4

@@ -1,4 +1,4 @@
-"""The model: frozen DINOv2, linear projector, Gemma 2; masks, token layout, loading and saving.
+"""The model: frozen vision tower, linear projector, Gemma 2; masks, token layout, loading and saving.
 
 No data set, no training loop and no inference loop belong here.
 """

@@ -122,11 +122,12 @@ def row_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: PackedRows | Tensor,
+    attention_mask: PackedRows | Tensor | None,
     *,
     scaling: float,
     softcap: float | None = None,
     dropout: float = 0.0,
+    rows: PackedRows | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend as Gemma 2 does; transformers calls this for every layer.
@@ -134,14 +135,17 @@ def row_attention(
     Args:
         query: [1, H, N, C]; key, value: [1, H / G, N, C], packed, with `PackedRows`; or padded, [B, H, Q, C] and
             [B, H / G, K, C], with an additive mask [B, 1, Q, K].
+        rows: the packed rows, where the model takes no mask of that kind (a Gemma 1).
 
     Returns:
         [1, N, H, C] or [B, Q, H, C], and no attention weights.
     """
     options = {"scaling": scaling, "softcap": softcap, "dropout": dropout if module.training else 0.0}
-    if isinstance(attention_mask, PackedRows):
-        return attention_mask.attend(query, key, value, **options), None
-    return _attend(query, key, value, attention_mask, **options), None
+    mask = attention_mask if rows is None else rows
+    assert mask is not None, "transformers has lost the mask"
+    if isinstance(mask, PackedRows):
+        return mask.attend(query, key, value, **options), None
+    return _attend(query, key, value, mask, **options), None
 
 
 def _attend(

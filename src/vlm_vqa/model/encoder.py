@@ -1,48 +1,81 @@
-"""The frozen vision tower: a DINOv2 and the image processor that belongs to it.
+"""The frozen vision tower: a DINOv2 or a SigLIP, and the image processor that belongs to it.
 
-Legend of shape suffixes: N images, T tokens an image (CLS first, then patches row by row), D width, C channels, H and W
-pixels.
+Legend of shape suffixes: N images, T tokens an image (a DINOv2's CLS first, then patches row by row), D width, C channels,
+H and W pixels.
 """
 
 import hashlib
 import json
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.hf_hub import download_snapshot
-from vlm_vqa.params import VisionParams, is_local
+from vlm_vqa.model import checkpoint
+from vlm_vqa.model.checkpoint import name_of, quiet, reading
+from vlm_vqa.params import CHECKPOINT, ModelParams, VisionParams, is_local
 
 SMALL_ENCODER = Path(__file__).parent / "small_encoder"
-# Which release wrote a config and from where it was read say nothing about what the encoder computes.
-_INCIDENTAL_CONFIG = ("_name_or_path", "transformers_version", "dtype", "architectures")
+# Which release wrote a config, from where it was read and for what the tower is used say nothing about what it computes.
+_INCIDENTAL_CONFIG = ("_name_or_path", "transformers_version", "dtype", "architectures", "projection_dim")
+TOWERS_ALONE = ModelParams()
+_IN_CHECKPOINT = {r"^(model\.)?vision_tower\.": ""}
+"""How a whole model's names of the tower's weights become the tower's own."""
 
 MOST_ELONGATED = 32
 """Longer edge over shorter edge up to which an image is seen as it is; see `crop_elongated`."""
 
 
+Config = Dinov2Config | SiglipVisionConfig
+Processor = BitImageProcessor | SiglipImageProcessor
+Model = Dinov2Model | SiglipVisionModel
+
+
+class Tower(NamedTuple):
+    """The stock classes of one kind of tower."""
+
+    config: type[Config]
+    processor: type[Processor]
+    model: type[Model]
+    cls: int
+    """Tokens beside those of the patches."""
+
+
+TOWERS = {
+    "dinov2": Tower(Dinov2Config, BitImageProcessor, Dinov2Model, cls=1),
+    "siglip_vision_model": Tower(SiglipVisionConfig, SiglipImageProcessor, SiglipVisionModel, cls=0),
+}
+"""By the `model_type` of their configurations."""
+
+
 @dataclass(frozen=True)
 class Encoder:
-    """A DINOv2 that is ready to look at images; made by `load_encoder`."""
+    """A vision tower that is ready to look at images; made by `load_encoder`."""
 
-    model: Dinov2Model
+    model: Model
     """Frozen, in evaluation mode, in the compute dtype."""
-    processor: BitImageProcessor
+    processor: Processor
     """Always the torchvision one: plain `AutoProcessor` also takes it where torchvision is installed, so an export
     sees with the same eyes. The PIL one rounds differently."""
     hash: str
     """Names weights (as float32), config and processor settings; features of equal hash and dtypes are equal."""
     num_tokens: int
-    """T: CLS and one token a patch, at the size that the processor gives images."""
+    """T: one token a patch, and a DINOv2's CLS, at the size that the processor gives images."""
 
     @property
     def width(self) -> int:
@@ -79,7 +112,7 @@ class Encoder:
         return features_NTD
 
 
-def crop_elongated(image: Image.Image, processor: BitImageProcessor) -> Image.Image:
+def crop_elongated(image: Image.Image, processor: Processor) -> Image.Image:
     """Return an image that is no longer than `MOST_ELONGATED` times its width, or the other way round.
 
     DINOv2's processor brings the shorter edge to 256 pixels and then cuts out the centre: of 1 x 5,000 pixels it would first
@@ -94,32 +127,29 @@ def crop_elongated(image: Image.Image, processor: BitImageProcessor) -> Image.Im
     return image.crop((left, top, width - left, height - top))
 
 
-def load_encoder(vision: VisionParams, device: torch.device | str | None = None) -> Encoder:
+def load_encoder(
+    vision: VisionParams, device: torch.device | str | None = None, start: ModelParams = TOWERS_ALONE
+) -> Encoder:
     """Load the vision tower that `params.yaml` names.
 
-    `vision.model` is `small` (the encoder in this package), a local folder, or a hub id with `vision.revision`. Weights
-    come from safetensors only and no remote code is run; they are read as float32 and then cast to
-    `vision.compute_dtype`. `device` None is the first GPU, or the CPU where there is none.
+    `vision.model` is `small` (the encoder in this package), a local folder, a hub id with `vision.revision`, or
+    `checkpoint`: the tower of the whole model that `start` names. Weights come from safetensors only and no remote code is
+    run; they are read as float32 and then cast to `vision.compute_dtype`. `device` None is the first GPU, or the CPU.
 
     Raises:
-        UserError: it cannot be found or is no complete DINOv2 with a `BitImageProcessor`, or its tokens are not
-            `vision.num_patches` of width `vision.visual_embed_dim`.
+        UserError: as `read_settings`, or it cannot be found or lacks weights.
     """
-    folder = _folder(vision)
-    config = _load_config(vision, folder)
-    processor = _load_processor(vision, folder)
-    num_tokens = _count_tokens(vision, config, processor)
-    for key, found in (("num_patches", num_tokens), ("visual_embed_dim", config.hidden_size)):
-        if (said := getattr(vision, key)) != found:
-            raise UserError(
-                f"vision.{key} is {said}, but the encoder {vision.model!r} makes {found}. Set vision.{key}: {found}."
-            )
-    model = _load_model(vision, folder)
+    folder = _folder(vision, start)
+    config, processor, num_tokens = read_settings(vision, start, folder)
+    if vision.model == CHECKPOINT:
+        checkpoint.check_weights(start, folder, checkpoint.read_config(start, folder))
+    model = _load_model(_name(vision, start), folder, config, _IN_CHECKPOINT if vision.model == CHECKPOINT else None)
+    settings = {key: value for key, value in processor_settings(processor).items() if key != "image_seq_length"}
     encoder_hash = hash_json(
         {
             "weights": _hash_weights(model),
             "config": {k: v for k, v in model.config.to_dict().items() if k not in _INCIDENTAL_CONFIG},
-            "processor": processor_settings(processor),
+            "processor": settings,
         }
     )
     if device is None:
@@ -128,8 +158,34 @@ def load_encoder(vision: VisionParams, device: torch.device | str | None = None)
     return Encoder(model=model, processor=processor, hash=encoder_hash, num_tokens=num_tokens)
 
 
-def _folder(vision: VisionParams) -> Path:
+def read_settings(vision: VisionParams, start: ModelParams, folder: Path) -> tuple[Config, Processor, int]:
+    """Return the configuration of the tower in `folder`, its image processor, and how many tokens it makes of an image.
+
+    Raises:
+        UserError: it is no DINOv2 or SigLIP with the processor of its kind, or its tokens are not `vision.num_patches` of
+            width `vision.visual_embed_dim`.
+    """
+    name = _name(vision, start)
+    config = _load_config(name, folder, start if vision.model == CHECKPOINT else None)
+    processor = _load_processor(name, folder, config)
+    num_tokens = _count_tokens(name, config, processor)
+    for key, found in (("num_patches", num_tokens), ("visual_embed_dim", config.hidden_size)):
+        if (said := getattr(vision, key)) != found:
+            raise UserError(
+                f"vision.{key} is {said}, but the encoder of {name} makes {found}. Set vision.{key}: {found}."
+            )
+    return config, processor, num_tokens
+
+
+def _name(vision: VisionParams, start: ModelParams) -> str:
+    """Return which key names the tower, and what it says, for messages."""
+    return name_of(start) if vision.model == CHECKPOINT else f"vision.model {vision.model!r}"
+
+
+def _folder(vision: VisionParams, start: ModelParams) -> Path:
     """Return where the encoder lies; from the hub, it is downloaded first."""
+    if vision.model == CHECKPOINT:
+        return checkpoint.folder_of(start)
     if vision.model == "small":
         return SMALL_ENCODER
     if is_local(vision.model):
@@ -138,78 +194,87 @@ def _folder(vision: VisionParams) -> Path:
             raise UserError(f"vision.model {vision.model!r}: no such folder. Mend the path, or name a hub id or small.")
         return folder
     assert vision.revision is not None, "load_params asks for it where the model is from the hub"
-    return download_snapshot("vision", vision.model, vision.revision)
+    return download_snapshot("vision.model", vision.model, vision.revision)
 
 
-def _load_config(vision: VisionParams, folder: Path) -> Dinov2Config:
-    with _reading(vision, "config.json"):
+def _load_config(name: str, folder: Path, start: ModelParams | None) -> Config:
+    """Read the tower's own part of config.json; `start` if it is one of a whole model."""
+    with reading(name, "config.json"):
         values, _ = Dinov2Config.get_config_dict(folder)
+        if start is not None:
+            checkpoint.read_config(start, folder)
+            values = values["vision_config"]
+        elif values.get("model_type") == "siglip":
+            # With the tower for texts beside it.
+            values = {**values["vision_config"], "model_type": "siglip_vision_model"}
     # A config of another class would load with a warning and give an encoder of defaults.
-    if values.get("model_type") != "dinov2":
+    if values.get("model_type") not in TOWERS:
         raise UserError(
-            f"vision.model {vision.model!r} is a {values.get('model_type')!r} model; only 'dinov2' is supported "
-            "(such as facebook/dinov2-base)."
+            f"{name} is a {values.get('model_type')!r} model; only 'dinov2' (such as facebook/dinov2-base) and 'siglip' "
+            "(such as google/siglip-so400m-patch14-224) are supported."
         )
-    return Dinov2Config.from_dict(values)
+    with reading(name, "config.json"):
+        config = TOWERS[values["model_type"]].config.from_dict(values)
+    checkpoint.without_head(config)
+    return config
 
 
-def _load_processor(vision: VisionParams, folder: Path) -> BitImageProcessor:
-    with _reading(vision, "preprocessor_config.json"):
-        values, _ = BitImageProcessor.get_image_processor_dict(folder)
-        kind = values.get("image_processor_type") or values.get("feature_extractor_type")
-        if kind not in ("BitImageProcessor", "BitImageProcessorFast"):
+def _load_processor(name: str, folder: Path, config: Config) -> Processor:
+    kind = TOWERS[config.model_type].processor
+    with reading(name, "preprocessor_config.json"):
+        values, _ = kind.get_image_processor_dict(folder)
+        found = values.get("image_processor_type") or values.get("feature_extractor_type")
+        if found not in (kind.__name__, f"{kind.__name__}Fast"):
             raise UserError(
-                f"vision.model {vision.model!r} comes with the image processor {kind!r}; a DINOv2 needs "
-                "'BitImageProcessor'. Mend its preprocessor_config.json or choose another model."
+                f"{name} comes with the image processor {found!r}; a {config.model_type} needs {kind.__name__!r}. Mend its "
+                "preprocessor_config.json or choose another model."
             )
-        return BitImageProcessor.from_dict(values)
+        return kind.from_dict(values)
 
 
-def _load_model(vision: VisionParams, folder: Path) -> Dinov2Model:
-    with _reading(vision, "model.safetensors"):
-        model, found = Dinov2Model.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+def _load_model(name: str, folder: Path, config: Config, names: dict[str, str] | None) -> Model:
+    with reading(name, "its *.safetensors"), quiet():
+        model, found = TOWERS[config.model_type].model.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
+            folder,
+            config=config,
+            key_mapping=names,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     # transformers fills gaps with random numbers and a warning.
     lacking = sorted(found["missing_keys"])
     if lacking:
-        raise UserError(f"vision.model {vision.model!r} lacks the weights {lacking[:5]}. Get a whole copy of it.")
+        raise UserError(f"{name} lacks the weights {lacking[:5]}. Get a whole copy of it.")
     return model
 
 
-@contextmanager
-def _reading(vision: VisionParams, file: str) -> Generator[None]:
-    """Say which file of the tower it is that cannot be read."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # damaged weights raise safetensors' own and several built-in errors
-        raise UserError(
-            f"vision.model {vision.model!r}: {file} cannot be read ({str(error).strip()}). "
-            "The folder or commit must hold intact config.json, model.safetensors, preprocessor_config.json."
-        ) from error
-
-
-def _count_tokens(vision: VisionParams, config: Dinov2Config, processor: BitImageProcessor) -> int:
-    """CLS and one token a patch, at the size to which the processor brings every image."""
-    size: Any = processor.crop_size if processor.do_center_crop else processor.size
+def _count_tokens(name: str, config: Config, processor: Processor) -> int:
+    """One token a patch, at the size to which the processor brings every image, and a DINOv2's CLS."""
+    cuts = isinstance(processor, BitImageProcessor) and processor.do_center_crop
+    size: Any = processor.crop_size if cuts else processor.size
     height, width = size.height, size.width
-    patch = config.patch_size
+    patch: Any = config.patch_size
     if not height or not width or height % patch or width % patch:
         raise UserError(
-            f"vision.model {vision.model!r}: its preprocessor_config.json brings images to {dict(size)}, which is not "
+            f"{name}: its preprocessor_config.json brings images to {dict(size)}, which is not "
             f"a fixed height and width in multiples of the patch size {patch}. Set crop_size, do_center_crop or size."
         )
-    return 1 + (height // patch) * (width // patch)
+    if isinstance(config, SiglipVisionConfig) and not height == width == config.image_size:
+        raise UserError(
+            f"{name}: its preprocessor_config.json brings images to {height} x {width} pixels, but a SigLIP sees one size, "
+            f"{config.image_size} by its config.json. Set size."
+        )
+    return TOWERS[config.model_type].cls + (height // patch) * (width // patch)
 
 
-def processor_settings(processor: BitImageProcessor) -> dict[str, Any]:
+def processor_settings(processor: Processor) -> dict[str, Any]:
     """Return what a processor does, as JSON values: its class, its backend, sizes, resampling, mean and deviation."""
     return {**json.loads(processor.to_json_string()), "backend": processor.backend}
 
 
-def _hash_weights(model: Dinov2Model) -> str:
+def _hash_weights(model: Model) -> str:
     """One hash over names, shapes and float32 values, however the files were cut."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

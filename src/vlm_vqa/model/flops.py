@@ -90,19 +90,25 @@ def lora_token_cost(shape: LanguageConfig | Gemma2Config, lora: LoraParams) -> i
     return shape.num_hidden_layers * (4 * sum(one * other for one, other in maps.values()) + 6 * adapters)
 
 
-def vision_linear_maps(config: Any) -> list[tuple[int, int]]:
-    """Return (inputs, outputs) of one layer's linear maps in a DINOv2: queries, keys, values, output, the MLP's two.
+def class_tokens(config: Any) -> int:
+    """Return how many tokens a tower makes beside those of the patches."""
+    return 1 if config.model_type == "dinov2" else 0
 
-    `config` is a `Dinov2Config` or has its names, as preflight's `VisionShape`.
+
+def vision_linear_maps(config: Any) -> list[tuple[int, int]]:
+    """Return (inputs, outputs) of one layer's linear maps in a tower: queries, keys, values, output, the MLP's two.
+
+    `config` is a `Dinov2Config`, a `SiglipVisionConfig` or has the names of one, as preflight's shapes.
     """
-    width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+    width = config.hidden_size
+    inner = int(width * config.mlp_ratio) if config.model_type == "dinov2" else config.intermediate_size
     return [(width, width)] * 4 + [(width, inner), (inner, width)]
 
 
 def vision_flops(config: Any, num_tokens: int) -> int:
-    """Count the FLOPs of an image's forward pass through DINOv2: products of patches, linear maps and attention."""
+    """Count the FLOPs of an image's forward pass through its tower: products of patches, linear maps and attention."""
     width = config.hidden_size
-    patches = 2 * (num_tokens - 1) * config.num_channels * config.patch_size**2 * width
+    patches = 2 * (num_tokens - class_tokens(config)) * config.num_channels * config.patch_size**2 * width
     linear = 2 * num_tokens * sum(one * other for one, other in vision_linear_maps(config))
     return patches + config.num_hidden_layers * (linear + 4 * num_tokens**2 * width)
 

@@ -1,4 +1,4 @@
-"""The model: stock `PaliGemmaForConditionalGeneration` with a DINOv2 tower and a Gemma 2 language model.
+"""The model: stock `PaliGemmaForConditionalGeneration` with a DINOv2 or SigLIP tower and a Gemma 2 language model.
 
 Training reads stored image features, so its model is the stock class without the tower and with a forward of its own:
 `VlmForTraining`. Everything below the forward is the stock modules, which makes parity with Hugging Face hold by
@@ -35,9 +35,10 @@ from transformers import (
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.hf_hub import SETTINGS, WANTED, download_snapshot
+from vlm_vqa.model import checkpoint
 from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
 from vlm_vqa.model.layout import additive_mask
-from vlm_vqa.params import Attention, LanguageConfig, LanguageParams
+from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, ModelParams
 
 WEIGHTS_FILE = "model.safetensors"
 TRAINING_FILE = "training.json"
@@ -49,6 +50,7 @@ PROJECTOR = "model.multi_modal_projector."
 
 
 def language_of(config: PaliGemmaConfig) -> Gemma2Config:
+    """Return the language model's part; of PaliGemma's first version it is a `GemmaConfig`, without window and soft caps."""
     return config.text_config  # ty: ignore[invalid-explicit-return] - transformers leaves a PaliGemma's parts open
 
 
@@ -58,6 +60,7 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
     # Our loss divides by the step's supervised tokens itself. Left unstated, Trainer would guess from the signature and
     # might divide by the accumulation steps a second time.
     accepts_loss_kwargs = True
+    _keys_to_ignore_on_load_unexpected = ["vision_tower"]
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__(config)
@@ -136,8 +139,8 @@ def text_hidden(
 
 def _check_window(model: PaliGemmaForConditionalGeneration, keys: int) -> None:
     # Beyond it, its layers would need a second mask.
-    window = language_of(model.config).sliding_window
-    if keys > window:  # ty: ignore[unsupported-operator] - a Gemma 2 has one
+    window = getattr(language_of(model.config), "sliding_window", None)
+    if window is not None and keys > window:
         raise UserError(
             f"a row has {keys} tokens, but Gemma 2's sliding window holds {window}. Lower prompt.text_length, "
             "train.questions_per_row or evaluation.batch_size: so many questions of one image share a row."
@@ -158,9 +161,13 @@ def _run_layers(
     cache: Cache | None = None,
 ) -> Tensor:
     """Run Gemma 2 on embeddings [B, S, D] and return its last hidden states, alike."""
+    masks: dict[str, Any] = {"attention_mask": {"full_attention": mask, "sliding_attention": mask}}
+    if language_of(model.config).model_type == "gemma":
+        # It hands on what transformers knows as a mask, and any other argument.
+        masks = {"rows": mask} if isinstance(mask, PackedRows) else {"attention_mask": mask}
     return model.model.language_model(
         inputs_embeds=embeds,
-        attention_mask={"full_attention": mask, "sliding_attention": mask},
+        **masks,
         position_ids=position_ids,
         past_key_values=cache,
         use_cache=cache is not None,
@@ -170,7 +177,7 @@ def _run_layers(
 def text_logits(model: PaliGemmaForConditionalGeneration, hidden: Tensor) -> Tensor:
     """Return the soft-capped logits [..., V] of hidden states [..., D]."""
     logits = model.lm_head(hidden)
-    cap = language_of(model.config).final_logit_softcapping
+    cap = getattr(language_of(model.config), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
@@ -204,10 +211,48 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
         dtype="float32",
         **special_tokens(tokenizer),
     )
-    # Where the towers were read from is a path of this machine; it would make equal runs differ.
-    vision: Any = config.vision_config
-    language_of(config)._name_or_path = vision._name_or_path = ""
+    without_paths(config)
     return _assemble(config, lm)
+
+
+def checkpoint_model(start: ModelParams, encoder_config, processor: PaliGemmaProcessor) -> VlmForTraining:
+    """Load the model that training starts from where that is a whole checkpoint: its projector and Gemma 2.
+
+    Args:
+        encoder_config: of its tower, as `load_encoder` read it.
+        processor: of its tokenizer, as `build_processor` gives it.
+
+    Returns:
+        float32 weights, whatever their type in the files, in training mode.
+
+    Raises:
+        UserError: as `checkpoint.read_config`, `check_weights` and `check_tokens`.
+    """
+    folder = checkpoint.folder_of(start)
+    found = checkpoint.read_config(start, folder)
+    checkpoint.check_weights(start, folder, found)
+    checkpoint.check_tokens(start, found, processor)
+    config = PaliGemmaConfig.from_dict(
+        {**found.to_dict(), "vision_config": encoder_config.to_dict(), "dtype": "float32"}
+    )
+    with checkpoint.reading(checkpoint.name_of(start), "its *.safetensors"):
+        model: VlmForTraining = VlmForTraining.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    without_paths(model.config)
+    set_attention(model, Attention.EAGER)
+    return model.train()
+
+
+def without_paths(config: PaliGemmaConfig) -> None:
+    """Leave out where the parts were read from: a path of this machine, which would make equal runs differ."""
+    vision: Any = config.vision_config
+    config._name_or_path = language_of(config)._name_or_path = vision._name_or_path = ""
 
 
 def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
@@ -304,7 +349,7 @@ def _from_pretrained(kind, language: LanguageParams, **options):
     folder = language.model
     if language.revision is not None:
         wanted = WANTED if kind is Gemma2ForCausalLM else SETTINGS
-        folder = download_snapshot("language", language.model, language.revision, wanted)
+        folder = download_snapshot("language.model", language.model, language.revision, wanted)
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

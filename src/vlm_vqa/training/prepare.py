@@ -7,20 +7,23 @@ from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
 from vlm_vqa.data.held_out import divide
 from vlm_vqa.data.records import load_questions
+from vlm_vqa.hf_hub import SETTINGS
 from vlm_vqa.launch_file import read_launch
-from vlm_vqa.model.adapters import add_adapters
+from vlm_vqa.model import checkpoint
+from vlm_vqa.model.adapters import add_adapters, merge_adapter
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import TokenLayout
 from vlm_vqa.model.vlm import (
     VlmForTraining,
     build_processor,
+    checkpoint_model,
     freeze_embeddings,
     initial_model,
     load_tokenizer,
     set_attention,
     set_dropout,
 )
-from vlm_vqa.params import Answers, Params
+from vlm_vqa.params import Answers, Params, Start
 from vlm_vqa.training.dataset import QuestionDataset
 
 RECORDS, FEATURES = Path("data/records"), Path("data/features")
@@ -42,10 +45,13 @@ def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, P
         UserError: as `QuestionDataset`, or as `divide`.
     """
     records = load_questions(folder, "train")
-    taught = records["multiple_choice_answer"]
-    if params.train.answers is Answers.DRAWN:
-        taught = [answer for answers in records["answers"] for answer in answers]
-    tokenizer = load_tokenizer(params.language, [params.prompt.instruction, *records["question"], *taught])
+    if params.model.start is Start.CHECKPOINT:
+        tokenizer = checkpoint.load_tokenizer(params.model, checkpoint.folder_of(params.model, SETTINGS))
+    else:
+        taught = records["multiple_choice_answer"]
+        if params.train.answers is Answers.DRAWN:
+            taught = [answer for answers in records["answers"] for answer in answers]
+        tokenizer = load_tokenizer(params.language, [params.prompt.instruction, *records["question"], *taught])
     layout = TokenLayout(
         tokenizer,
         mask=params.prompt.mask,
@@ -60,8 +66,13 @@ def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, P
 
 def base_model(params: Params, encoder: Encoder, processor: PaliGemmaProcessor) -> VlmForTraining:
     """Return the model that training starts from, float32; rounded to 16 bits where training begins with that."""
-    train = params.train
-    model = initial_model(params.language, encoder.model.config, processor, params.seed)
+    train, start = params.train, params.model
+    if start.start is Start.CHECKPOINT:
+        model = checkpoint_model(start, encoder.model.config, processor)
+    else:
+        model = initial_model(params.language, encoder.model.config, processor, params.seed)
+    if start.adapter is not None:
+        merge_adapter(model, Path(start.adapter).expanduser(), str(start.checkpoint))
     # DeepSpeed makes its float32 masters of a model that it has cast to its compute type.
     cast = train.compute_dtype if read_launch(train.launch).strategy.deepspeed else train.weights_dtype
     return model.to(getattr(torch, cast.value)).to(torch.float32)

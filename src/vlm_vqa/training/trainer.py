@@ -154,6 +154,10 @@ class VqaTrainer(Trainer):
         """Fill in what accelerate's FSDP2 and DeepSpeed would decide by themselves."""
         train = self.train_settings
         state: Any = self.accelerator.state
+        if self.launch.strategy is Strategy.FSDP2:
+            # The launch file's is Gemma 2's; PaliGemma's first version has a Gemma.
+            layer = next(iter(self.model.model.language_model.layers))
+            state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layer).__name__]
         if self.launch.strategy is Strategy.FSDP2 and self.args.bf16:
             # Gradients are added up in float32, as under DDP.
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
