@@ -164,7 +164,7 @@ def ahead(encoder: Encoder, images: Sequence[ImageRecord], writer: FeatureStoreW
 def in_turn(encoder: Encoder, images: Sequence[ImageRecord], writer: FeatureStoreWriter, batch_size: int) -> None:
     """As the stage did it: nothing overlaps."""
     for number in range(writer.layout.shards):
-        shard, places = Shard.of(writer.layout, number), writer.layout.places(number)
+        shard, places = Shard(writer.layout, number), writer.layout.places(number)
         for start in range(places.start, places.stop, batch_size):
             batch = images[start : min(start + batch_size, places.stop)]
             opened = [open_image(record.data, record.file_name, MAX_PIXELS) for record in batch]

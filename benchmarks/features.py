@@ -85,7 +85,7 @@ def write(folder: Path, layout: Layout) -> int:
     writer = FeatureStoreWriter(folder, layout, made_by={})
     noise_NTD = torch.randn(64, layout.num_tokens, layout.width, generator=torch.Generator().manual_seed(0))
     for number in writer.begin():
-        shard, places = Shard.of(layout, number), layout.places(number)
+        shard, places = Shard(layout, number), layout.places(number)
         for start in range(places.start, places.stop, len(noise_NTD)):
             image_ids = range(start, min(start + len(noise_NTD), places.stop))
             shard.add(image_ids, noise_NTD[: len(image_ids)])
@@ -163,7 +163,7 @@ def compare_errors(features_NTD: Tensor) -> dict[str, dict[str, float]]:
         with tempfile.TemporaryDirectory() as place:
             writer = FeatureStoreWriter(Path(place) / "features", layout, made_by={})
             (number,) = writer.begin()
-            shard = Shard.of(layout, number)
+            shard = Shard(layout, number)
             shard.add(range(count), features_NTD)
             writer.write(shard)
             writer.publish()

@@ -27,7 +27,7 @@ OWN = {"train.projector_learning_rate": 100 * RATE}
 WAYS = {
     "one rate": {},
     "projector at 100 times the rate": OWN,
-    "and alone for the first half": OWN | {"train.projector_steps": STEPS // 2},
+    "projector at 100 times the rate, alone for the first half": OWN | {"train.projector_steps": STEPS // 2},
 }
 
 

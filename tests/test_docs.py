@@ -17,6 +17,7 @@ import yaml
 
 from benchmarks.__main__ import DEFAULT
 from proofs import strategies
+from proofs.trainings import table
 from scripts import parameters_page
 from vlm_vqa import cli
 
@@ -215,6 +216,13 @@ def test_the_spread_over_seeds_is_what_was_measured():
         spread = f"{min(seeds):.4f} .. {max(seeds):.4f}"
         assert f"| {way} | {mean:.4f} | {spread} |" in PAGES["docs/training.md"]
         assert way != "packed" or f"three seeds gave {spread}" in " ".join(PAGES["docs/evaluation.md"].split())
+
+
+@pytest.mark.parametrize(("name", "what"), [("rates", "rates")])
+def test_a_table_over_seeds_is_what_was_measured(name, what):
+    rows = results(name)["details"]["rows"]
+    assert {len(seeds) for seeds in rows.values()} == {3}
+    assert table(rows, what) in PAGES["docs/training.md"]
 
 
 def test_full_scale_is_what_was_measured():

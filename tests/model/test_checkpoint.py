@@ -184,7 +184,7 @@ def test_features_of_another_kind_of_tower_are_refused(paligemma, tmp_path):
     encoder = load_encoder(small, "cpu")
     writer = FeatureStoreWriter(tmp_path / "features", layout, {"encoder_hash": encoder.hash, "data_hash": "d"})
     writer.begin()
-    shard = Shard.of(layout, 0)
+    shard = Shard(layout, 0)
     shard.add([1], encoder.encode([picture()]))
     writer.write(shard)
     writer.publish()
