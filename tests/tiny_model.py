@@ -59,9 +59,9 @@ def tiny_base(tiny):
     return model
 
 
-def write_adapter(tiny, params, folder, seed=0):
-    """Write an adapter of `tiny` as a training with these parameters leaves one; return the merged weights."""
-    model, generator = tiny_base(tiny), torch.Generator().manual_seed(seed)
+def write_adapter(model, params, folder, seed=0):
+    """Write an adapter of a training model as a training with these parameters leaves one; return the merged weights."""
+    generator = torch.Generator().manual_seed(seed)
     projector = projector_of(model)
     add_adapters(model, params.train.lora)
     for parameter in model.parameters():

@@ -21,7 +21,6 @@ from vlm_vqa.data.records import load_questions, manifest_for_a_look, picture_id
 from vlm_vqa.errors import UserError
 from vlm_vqa.launch_file import check_params, read_copies, read_launch
 from vlm_vqa.params import Params, Punkt, Source, Start, is_local, keys_of, lacking_keys, parse_params, written
-from vlm_vqa.sealed import find_sealed
 from vlm_vqa.yaml_file import compose, read_yaml
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
 
 
 def check_start(params: Params) -> None:
-    """Refuse, by UserError, a checkpoint that training cannot start from; of one on the hub, settings alone are read."""
+    """Refuse, by UserError, a checkpoint or adapter that training cannot start from; of a hub's, settings alone are read."""
     # transformers is only loaded where it is asked for.
     from vlm_vqa.hf_hub import SETTINGS
     from vlm_vqa.model import checkpoint
@@ -88,14 +87,16 @@ def check_start(params: Params) -> None:
         checkpoint.check_weights(start, folder, config)
     _, images, num_patches = read_settings(params.vision, start, folder)
     tokenizer = checkpoint.load_tokenizer(start, folder)
-    checkpoint.check_tokens(start, config, build_processor(images, tokenizer, num_patches))
+    processor = build_processor(images, tokenizer, num_patches)
+    checkpoint.check_tokens(start, config, processor)
     if start.adapter is not None:
-        from vlm_vqa.inference.predictor import FACTS_FILE
         from vlm_vqa.model.adapters import check_adapter
+        from vlm_vqa.model.vlm import checkpoint_model, hash_weights, trained_state
 
-        # An export, and what `vlm-vqa base` writes, name the hash of their weights.
-        own = find_sealed(folder / FACTS_FILE) or {}
-        check_adapter(start.adapter, config, str(start.checkpoint), own.get("weights_hash"))
+        # An adapter names its base by the hash of all weights; a folder's are here to be read.
+        base = checkpoint_model(start, config.vision_config, processor) if start.revision is None else None
+        own = hash_weights(trained_state(base)) if base else None
+        check_adapter(start.adapter, config, str(start.checkpoint), own)
 
 
 def check_records(

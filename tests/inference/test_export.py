@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, Dinov2Model
 
 from proofs.project import with_changes
-from tests.tiny_model import write_adapter
+from tests.tiny_model import tiny_base, write_adapter
 from vlm_vqa.errors import UserError
 from vlm_vqa.inference.export import PACKAGES, card, join, read_training, stock_model, write_base, write_export
 from vlm_vqa.inference.predictor import FACTS_FILE, Predictor
@@ -210,7 +210,7 @@ def test_an_export_brings_its_adapter_which_gives_its_logits_on_the_base_by_the_
     _, encoder, params = trained("image-prefix")
     lora = LoraParams(rank=2, alpha=3.0, dropout=0.1, targets=("q_proj", "v_proj"))
     params = dataclasses.replace(params, train=dataclasses.replace(params.train, lora=lora))
-    merged = write_adapter(tiny, params, tmp_path / "adapter")
+    merged = write_adapter(tiny_base(tiny), params, tmp_path / "adapter")
     monkeypatch.chdir(tmp_path)
     before = write_base(tmp_path / "base", tiny.training, encoder, tiny.processor, params)
     with pytest.raises(UserError, match="base is there already"):

@@ -32,7 +32,7 @@ def made(tiny, tmp_path):
         lora = LoraParams(rank=2, alpha=3.0, dropout=0.1, targets=targets)
         train = dataclasses.replace(params.train, lora=lora)
         params = dataclasses.replace(params, train=train, model=ModelParams(**start))
-        return tmp_path / name, write_adapter(tiny, params, tmp_path / name, seed)
+        return tmp_path / name, write_adapter(tiny_base(tiny), params, tmp_path / name, seed)
 
     return write
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from tests.fake_hub import Hosted, lead_to, serve
-from tests.tiny_model import INSTRUCTION, save_paligemma
+from tests.tiny_model import INSTRUCTION, save_paligemma, write_adapter
 from vlm_vqa.checks import check_start
 from vlm_vqa.data.feature_store import FeatureStore, Layout
 from vlm_vqa.errors import UserError
@@ -30,7 +30,8 @@ from vlm_vqa.model import checkpoint
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.layout import Row, TokenLayout, visible
 from vlm_vqa.model.vlm import build_processor, checkpoint_model, text_hidden, text_logits
-from vlm_vqa.params import Dtype, Mask, ModelParams, Start, StoreDtype, VisionParams
+from vlm_vqa.params import Dtype, LoraParams, Mask, ModelParams, Start, StoreDtype, VisionParams, load_params
+from vlm_vqa.training.prepare import base_model
 
 VISION = VisionParams("cpu", "checkpoint", None, 4, 24, 8, Dtype.FLOAT32, StoreDtype.FLOAT32)
 QUESTION, ANSWER = "What color is the shape?", "red"
@@ -109,6 +110,30 @@ def test_logits_before_the_first_step_are_stock_transformers(either, mask):
     continued = stock.generate(**asked, max_new_tokens=5, do_sample=False)[0, length:].tolist()
     (answer,) = generate(model, layout, features, [layout.tokenize(QUESTION)], [0], 5)
     assert answer and answer == continued[: len(answer)]
+
+
+def test_an_adapter_is_merged_where_training_starts_and_of_another_base_refused_before_any_stage(either, tmp_path):
+    small, folder = load_params("presets/small.yaml"), tmp_path / "adapter"
+    train = dataclasses.replace(small.train, lora=LoraParams(2, 3.0, 0.0, ("q_proj", "down_proj")))
+    params = dataclasses.replace(small, model=start(either), vision=VISION, train=train)
+    encoder, processor, model = load(either)
+    merged = write_adapter(model, params, folder)
+    adapted = dataclasses.replace(params, model=dataclasses.replace(params.model, adapter=str(folder)))
+    check_start(adapted)
+    found = base_model(adapted, encoder, processor).state_dict()
+    assert not torch.equal(found["model.multi_modal_projector.linear.bias"], torch.zeros(32))
+    for name, value in merged.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+    assert checkpoint.start_hash(adapted.model) != checkpoint.start_hash(params.model)
+
+    # Of the same shapes, with other weights.
+    other = shutil.copytree(either, tmp_path / "other")
+    for file in other.glob("*.safetensors"):
+        save_file({n: v + 1 if "projector" in n else v for n, v in load_file(file).items()}, file, {"format": "pt"})
+    moved = dataclasses.replace(adapted, model=dataclasses.replace(adapted.model, checkpoint=str(other)))
+    for refuse in (lambda: check_start(moved), lambda: base_model(moved, encoder, processor)):
+        with pytest.raises(UserError, match=r"model.adapter .* is of another base"):
+            refuse()
 
 
 def test_where_it_lies_does_not_matter(paligemma, copy):
