@@ -142,7 +142,7 @@ def test_what_init_refuses(project, tmp_path, capsys):
         (["gone.csv"], "gone.csv: there is no such file or folder"),
         ([str(project)], "no questions with answers"),
         ([str(photos(tmp_path))], "the project lies in it"),
-        ([str(tmp_path), "--preset", "huge"], "--preset is 'huge'; it must be one of small, vqav2"),
+        ([str(tmp_path), "--preset", "huge"], "--preset is 'huge'; it must be one of paligemma2-vqav2, small, "),
     ):
         assert main(["init", *words]) == 2
         assert reason in capsys.readouterr().err

@@ -4,6 +4,7 @@ What training under `train.lora` changes is the adapters on Gemma 2's layers and
 itself takes two seconds to load, and few runs have adapters: it is imported where it is used.
 """
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -172,7 +173,8 @@ def check_adapter(folder: str | Path, config: PaliGemmaConfig, checkpoint: str, 
                 f"{base_hash[:12]}. Name its base there: `vlm-vqa base FOLDER` writes it, where it was trained."
             )
     with torch.device("meta"):
-        model = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="eager")
+        # A copy: the configuration is a model's own, whose attention this would change.
+        model = PaliGemmaForConditionalGeneration._from_config(copy.deepcopy(config), attn_implementation="eager")
     try:
         _load(model, folder)
     except OSError as error:
