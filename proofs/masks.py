@@ -21,11 +21,13 @@ EPOCHS = (2, 3)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train all, or what is left, and write `masks.json`."""
     params = load_params()
-    options = measure.parse(measure.parser("masks", __doc__, "proofs", seeds=3), arguments)
-    seeds = range(options.seeds)
+    parser, known = measure.parser("masks", __doc__, "proofs", seeds=3), [mask.value for mask in Mask]
+    parser.add_argument("--masks", nargs="+", choices=known, default=known, help="those to compare; default: all")
+    options = measure.parse(parser, arguments)
+    seeds, masks = range(options.seeds), [Mask(mask) for mask in options.masks]
     trainings = {}
     # One row per question takes longest, so it comes last.
-    for mask in sorted(Mask, key=lambda mask: mask is Mask.PREFIX_LM):
+    for mask in sorted(masks, key=lambda mask: mask is Mask.PREFIX_LM):
         per_row = 1 if mask is Mask.PREFIX_LM else params.train.questions_per_row
         for seed, epochs in itertools.product(seeds, EPOCHS):
             changes = {"seed": seed, "prompt.mask": mask.value, "train.questions_per_row": per_row}
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = run_all("masks", trainings)
     rows = {
         f"`{mask.value}`, {epochs} epochs": accuracies(done, [name(mask, epochs, seed) for seed in seeds])
-        for mask in Mask
+        for mask in masks
         for epochs in EPOCHS
     }
     print(table(rows, "mask"))
