@@ -1,5 +1,6 @@
 """The exported folder: a stock model and processor that plain transformers opens, with a card that says how."""
 
+import copy
 import shutil
 import sys
 from importlib.metadata import version
@@ -68,6 +69,8 @@ def join(folder: str | Path, encoder: Encoder, weights_hash: str) -> PaliGemmaFo
 
 def stock_model(config: PaliGemmaConfig, encoder: Encoder) -> PaliGemmaForConditionalGeneration:
     """Return a stock model, float32, in evaluation mode, with the encoder as its tower and nothing else in it yet."""
+    # A copy: the configuration may be another model's own, whose attention this would change.
+    config = copy.deepcopy(config)
     model = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="eager", dtype=torch.float32)
     model.model.vision_tower.load_state_dict({name: v.float() for name, v in encoder.model.state_dict().items()})
     return model.eval()
