@@ -236,3 +236,17 @@ def test_known_data_are_not_fetched_to_be_counted(tmp_path, validation, words):
     params = parse_params(SMALL | {"validation": validation})
     with pytest.raises(UserError, match=words):
         check_here(params, ROOT / "launch", tmp_path / "none")
+
+
+@pytest.mark.parametrize(("rank", "calls"), [("0", 1), ("1", 0)])
+def test_one_process_of_a_launch_reads_the_checkpoint_for_all(monkeypatch, rank, calls):
+    seen = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("vlm_vqa.checks.check_start", seen.append)
+    start = {"model": {"start": "checkpoint", "checkpoint": "./any"}}
+    towers = {
+        "vision": {"model": "checkpoint"},
+        "language": {"model": "checkpoint", "vocab_size": None, "config": None},
+    }
+    check_machine(changed(parse_params(SMALL | start | {n: SMALL[n] | one for n, one in towers.items()})))
+    assert len(seen) == calls

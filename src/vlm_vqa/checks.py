@@ -59,13 +59,15 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
     for key, model in (("vision.model", params.vision.model), ("language.model", params.language.model)):
         if is_local(model) and not os.path.isfile(os.path.join(os.path.expanduser(model), "config.json")):
             raise UserError(f"{key} is {model!r}, but no model's config.json is there. Mend the path.")
-    if params.model.start is Start.CHECKPOINT and (run or params.model.revision is None):
+    main = os.environ.get("RANK", "0") == "0"
+    # By one process for all of a launch: it may read every weight, and who loads the model makes the same checks.
+    if main and params.model.start is Start.CHECKPOINT and (run or params.model.revision is None):
         check_start(params)
     if params.evaluation.punkt_tab is Punkt.INSTALLED:
         # nltk is only loaded where it is asked for.
         from vlm_vqa.evaluation.bleu import prepare_punkt, punkt_is_installed
 
-        if run and os.environ.get("RANK", "0") == "0":
+        if run and main:
             prepare_punkt(Punkt.INSTALLED)
         elif not run and not punkt_is_installed():
             lacking = "nltk's punkt_tab is not on this machine: needs a network"
