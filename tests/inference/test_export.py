@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText, Dinov2Model
 from proofs.project import with_changes
 from tests.tiny_model import tiny_base, write_adapter
 from vlm_vqa.errors import UserError
-from vlm_vqa.inference.export import PACKAGES, card, join, read_training, stock_model, write_base, write_export
+from vlm_vqa.inference.card import PACKAGES, card
+from vlm_vqa.inference.export import join, read_training, stock_model, write_base, write_export
 from vlm_vqa.inference.predictor import FACTS_FILE, Predictor
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import Row, visible
@@ -172,7 +173,7 @@ def test_the_card_pins_what_is_installed_and_is_the_same_in_every_wheel_of_a_ver
     assert Version(least) <= Version(metadata.version("transformers"))
 
     real = metadata.version
-    monkeypatch.setattr("vlm_vqa.inference.export.version", lambda name: f"{real(name)}+cpu")
+    monkeypatch.setattr("vlm_vqa.inference.card.version", lambda name: f"{real(name)}+cpu")
     assert card(params, {}, {}, DATA) == text
 
 
