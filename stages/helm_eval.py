@@ -20,12 +20,17 @@ def main() -> None:
     params = load_params()
     torch.set_num_threads(cores.threads().count)
     report, files = evaluate(params)
-    log.info("bleu_1 %.4f over %d HELM instances", report["helm"]["bleu_1"], report["helm"]["instances"])
     metric = metric_in(report)
     words = metric.replace("_", " ").replace("vqa", "VQA")
-    log.info("%s %.4f over %d questions", words, *(report[metric][key] for key in ("overall", "questions")))
+    for name, shown in {"bleu_1": "bleu_1", metric: words}.items():
+        found = report["intervals"][name]["model"]["overall"]
+        line = "%s %.4f (95%% interval %.4f .. %.4f) over %d questions on %d images"
+        log.info(line, shown, *(found[key] for key in ("mean", "low", "high", "questions", "images")))
     for name, scores in report["baselines"].items():
         log.info("baseline %s: %s %.4f, bleu_1 %.4f", name, words, scores[metric], scores["bleu_1"])
+    gain = report["looks_at_image"][metric]["overall"]
+    line = "better than without a picture (%s) by %.4f (95%% interval %.4f .. %.4f)"
+    log.info(line, report["prior"]["way"], *(gain[key] for key in ("mean", "low", "high")))
     tracking.log_results(params, weights_hash=report["model"]["weights_hash"], report=report, files=files)
 
 

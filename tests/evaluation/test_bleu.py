@@ -11,13 +11,13 @@ from nltk.tokenize import word_tokenize
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 from nltk.tokenize.treebank import TreebankWordTokenizer
 
+from tests.shared_data import SHARED
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.bleu import bleu_1, mean_bleu_1, prepare_punkt
 from vlm_vqa.params import Punkt
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "evaluation" / "helm" / "nltk_data"
-SHARED = Path(os.environ.get("VLM_VQA_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 
 @pytest.fixture(autouse=True)

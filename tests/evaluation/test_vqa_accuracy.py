@@ -3,7 +3,6 @@ accuracy: its truth table in docs/evaluation.md."""
 
 import gzip
 import json
-import os
 import random
 import re
 from pathlib import Path
@@ -11,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scorer import official_structure
+from tests.shared_data import SHARED
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.vqa_accuracy import CONTRACTIONS, accuracy, match_answer, normalise, score_answer
-
-SHARED = Path(os.environ.get("VLM_VQA_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
 
 @pytest.mark.parametrize(("humans", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)])

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from PIL import Image
 from tqdm import tqdm
 
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions, metric_of, read_manifest
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.evaluation.baselines import QuestionOnlyBaseline, shuffled_images
-from vlm_vqa.evaluation.bleu import mean_bleu_1, prepare_punkt
+from vlm_vqa.evaluation.bleu import bleu_1, mean_bleu_1, prepare_punkt
 from vlm_vqa.evaluation.helm.files import (
     SCORES,
     HelmResults,
@@ -25,7 +26,8 @@ from vlm_vqa.evaluation.helm.files import (
     write_table,
 )
 from vlm_vqa.evaluation.helm.run import CONFIG, RESULTS, SCENARIO, run_helm
-from vlm_vqa.evaluation.vqa_accuracy import METRICS, Accuracy, accuracy
+from vlm_vqa.evaluation.score_table import BLIND, MODEL, looks_at_image, rounded, with_intervals
+from vlm_vqa.evaluation.vqa_accuracy import METRICS, Accuracy, accuracy, score_people
 from vlm_vqa.hashing import write_json
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.params import EvaluationParams, Params
@@ -34,7 +36,8 @@ RECORDS, FEATURES, EXPORT, REPORTS = map(Path, ("data/records", "data/features",
 LEAST_AGREEMENT = 0.99
 """HELM sees pixels, accuracy is counted from stored features: fewer equal answers, but for one, are no rounding."""
 
-_DIGITS = 6
+BLANK, BLANK_SIZE = (128, 128, 128), (224, 224)
+IN_A_ROW = 8
 
 log = logging.getLogger(__name__)
 
@@ -57,45 +60,89 @@ def evaluate(
     environment = prepare_punkt(params.evaluation.punkt_tab, CONFIG / "nltk_data")
     validation = load_questions(RECORDS, "val").to_list()
     questions, at_helm = _choose(validation, params.evaluation)
-    counted = ["question", "question_type", "answers"]
-    prior = QuestionOnlyBaseline(load_questions(RECORDS, "train").select_columns(counted))
-    others = shuffled_images((row["image_id"] for row in questions), params.seed)
     manifest = read_manifest(RECORDS)
     metric = metric_of(manifest)
+    counted = ["image_id", "question", "question_type", "answers"]
+    training = load_questions(RECORDS, "train").select_columns(counted).to_list()
+    prior = QuestionOnlyBaseline(training, score_of=METRICS[metric])
+    others = shuffled_images((row["image_id"] for row in questions), params.seed)
     store = FeatureStore(FEATURES, {"data_hash": manifest["data_hash"]})
 
     helm = _ask_helm([questions[at] for at in at_helm], params.evaluation, environment)
     predictor = load_predictor(EXPORT, max_new_tokens=params.evaluation.max_new_tokens)
-    size = params.evaluation.batch_size
-    answers = answer_questions(predictor, store, questions, size, "questions")
-    blind = {
-        "prior": [prior.answer(row["question"], row["question_type"]) for row in questions],
-        "shuffled_images": answer_questions(predictor, store, questions, size, "questions with other images", others),
+    given = _answer_all(predictor, store, questions, others, prior, params.evaluation.batch_size)
+    agreement = _check_agreement(helm.predictions, [given[MODEL][at] for at in at_helm])
+    scored = {who: _accuracy(metric, questions, answers) for who, answers in given.items()}
+    instances = [questions[at] for at in at_helm]
+    bleu = {who: [bleu_1(answers[at], questions[at]["answers"]) for at in at_helm] for who, answers in given.items()}
+    model = scored[MODEL]
+    values = {
+        metric: ({who: [*one.per_question.values()] for who, one in scored.items()}, questions),
+        "bleu_1": (bleu, instances),
     }
-    agreement = _check_agreement(helm.predictions, [answers[at] for at in at_helm])
-    scored = _accuracy(metric, questions, answers)
     report = {
-        "helm": {name: round(helm.scores[name], _DIGITS) for name in SCORES} | {"instances": len(at_helm)},
+        "helm": {name: helm.scores[name] for name in SCORES} | {"instances": len(at_helm)},
         metric: {
-            "overall": round(scored.overall, _DIGITS),
-            "per_answer_type": {name: round(value, _DIGITS) for name, value in scored.per_answer_type.items()},
+            "overall": model.overall,
+            "per_answer_type": model.per_answer_type,
             "questions": len(questions),
+            "empty_answers": _count_empty(given[MODEL]),
         },
-        "baselines": {name: _score_baseline(metric, questions, given, at_helm) for name, given in blind.items()},
+        "baselines": {
+            who: {metric: scored[who].overall, "bleu_1": sum(bleu[who]) / len(bleu[who])}
+            for who in given
+            if who != MODEL
+        },
+        "prior": _describe(prior, training, questions),
+        "intervals": {name: with_intervals(*one) for name, one in values.items()},
+        "looks_at_image": {name: looks_at_image(*one) for name, one in values.items()},
         "model": {"mask": predictor.mask, "weights_hash": predictor.weights_hash} | predictor.selection,
-        "helm_equals_stored_features": round(agreement, _DIGITS),
+        "helm_equals_stored_features": agreement,
     }
+    if metric == "vqa_accuracy":
+        report["people"] = sum(score_people(row["answers"]) for row in questions) / len(questions)
+    report = rounded(report)
+    files = _write(metric, report, _predictions(questions, given, others, metric, model))
+    files += write_extract(REPORTS / "helm", helm, instances)
+    return report, files
+
+
+def _answer_all(
+    predictor: Predictor,
+    store: FeatureStore,
+    questions: Sequence[Row],
+    others: Mapping[int, int],
+    prior: QuestionOnlyBaseline,
+    batch_size: int,
+) -> dict[str, list[str]]:
+    """Return what model and baselines answer, in the questions' order."""
+    # A picture is read once, for its own questions and for those of another.
+    borrowed = [{**row, "image_id": others[row["image_id"]]} for row in questions]
+    both = answer_questions(
+        predictor, store, [*questions, *borrowed], batch_size, "questions, of their image and another"
+    )
+    return {
+        MODEL: both[: len(questions)],
+        BLIND: [prior.answer(row["question"], row["question_type"]) for row in questions],
+        "shuffled_images": both[len(questions) :],
+        "blank_image": answer_blank(predictor, [row["question"] for row in questions], batch_size),
+    }
+
+
+def _predictions(
+    questions: Sequence[Row], given: Mapping[str, list[str]], others: Mapping[int, int], metric: str, scored: Accuracy
+) -> pa.Table:
+    """Return everything that was answered, question by question."""
     names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")
     table = {name: [row[name] for row in questions] for name in names} | {
-        "prediction": answers,
-        {"vqa_accuracy": "score"}.get(metric, metric): [scored.per_question[row["question_id"]] for row in questions],
+        "prediction": given[MODEL],
+        {"vqa_accuracy": "score"}.get(metric, metric): [*scored.per_question.values()],
         "shuffled_image_id": [others[row["image_id"]] for row in questions],
-        "prediction_shuffled": blind["shuffled_images"],
-        "prediction_prior": blind["prior"],
+        "prediction_shuffled": given["shuffled_images"],
+        "prediction_blank": given["blank_image"],
+        "prediction_prior": given[BLIND],
     }
-    files = _write(metric, report, pa.table(table))
-    files += write_extract(REPORTS / "helm", helm, [questions[at] for at in at_helm])
-    return report, files
+    return pa.table(table)
 
 
 def answer_questions(
@@ -104,22 +151,19 @@ def answer_questions(
     questions: Sequence[Row],
     batch_size: int,
     what: str,
-    image_of: Mapping[int, int] | None = None,
 ) -> list[str]:
     """Answer every question from stored features, in batches that keep an image's questions together.
 
     Args:
         questions: rows with `question_id`, `image_id`, `question`; answers come in their order.
         what: stands beside the progress bar.
-        image_of: the image to show instead of a question's own, by image id.
     """
     order = sorted(range(len(questions)), key=lambda at: (questions[at]["image_id"], questions[at]["question_id"]))
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc=what, unit="answer", mininterval=1) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            own = [questions[at]["image_id"] for at in batch]
-            shown = own if image_of is None else [image_of[image_id] for image_id in own]
+            shown = [questions[at]["image_id"] for at in batch]
             distinct = sorted(set(shown))
             place = {image_id: at for at, image_id in enumerate(distinct)}
             given = predictor.answer_features(
@@ -131,6 +175,22 @@ def answer_questions(
                 answers[at] = answer
             bar.update(len(batch))
     return answers
+
+
+def answer_blank(predictor: Predictor, questions: Sequence[str], batch_size: int) -> list[str]:
+    """Answer every question about a grey picture; of equal questions one is asked."""
+    asked = sorted(set(questions))
+    blank = predictor.encode([Image.new("RGB", BLANK_SIZE, BLANK)])
+    answers: dict[str, str] = {}
+    for start in tqdm(
+        range(0, len(asked), batch_size), desc="questions about a grey picture", unit="batch", mininterval=1
+    ):
+        batch = asked[start : start + batch_size]
+        # All in one row would be more than Gemma 2's sliding window holds.
+        places = [at // IN_A_ROW for at in range(len(batch))]
+        given = predictor.answer_features(batch, blank[[0] * (places[-1] + 1)], places)
+        answers |= zip(batch, given, strict=True)
+    return [answers[question] for question in questions]
 
 
 def _choose(validation: Sequence[Row], evaluation: EvaluationParams) -> tuple[list[Row], list[int]]:
@@ -182,15 +242,26 @@ def _accuracy(metric: str, questions: Sequence[Row], answers: Sequence[str]) -> 
     return accuracy(dict(zip(ids, answers, strict=True)), questions, METRICS[metric])
 
 
-def _score_baseline(
-    metric: str, questions: Sequence[Row], answers: Sequence[str], at_helm: Sequence[int]
-) -> dict[str, float]:
-    """Accuracy over all questions, BLEU-1 over HELM's instances: each as the model's own."""
-    bleu = mean_bleu_1([answers[at] for at in at_helm], [questions[at]["answers"] for at in at_helm])
-    return {
-        metric: round(_accuracy(metric, questions, answers).overall, _DIGITS),
-        "bleu_1": round(bleu, _DIGITS),
-    }
+def _bleu_1(answers: Sequence[str], questions: Sequence[Row]) -> list[float]:
+    return [bleu_1(answer, row["answers"]) for answer, row in zip(answers, questions, strict=True)]
+
+
+def _count_empty(answers: Sequence[str]) -> int:
+    empty = sum(not answer for answer in answers)
+    if empty:
+        log.warning("%d of %d answers are empty: the model ends before it says anything", empty, len(answers))
+    return empty
+
+
+def _describe(prior: QuestionOnlyBaseline, training: Sequence[Row], questions: Sequence[Row]) -> dict[str, Any]:
+    """Return how the baseline answers, and which share of the reported questions it was counted on."""
+    counted = {(row["image_id"], row["question"]) for row in training}
+    seen = sum((row["image_id"], row["question"]) in counted for row in questions) / len(questions)
+    if seen:
+        log.warning(
+            "%.1f%% of the reported questions are training's too: all scores flatter, the baseline's most", 100 * seen
+        )
+    return {"way": prior.way, "cross_validated": prior.cross_validated, "counted_on_reported_questions": seen}
 
 
 def _write(metric: str, report: Mapping[str, Any], predictions: pa.Table) -> list[Path]:
@@ -199,10 +270,11 @@ def _write(metric: str, report: Mapping[str, Any], predictions: pa.Table) -> lis
     name = metric.removeprefix("vqa_")
     metrics = {
         name: report[metric]["overall"],
-        f"{name}_blind": report["baselines"]["prior"][metric],
+        f"{name}_blind": report["baselines"][BLIND][metric],
         f"{name}_shuffled": report["baselines"]["shuffled_images"][metric],
         "bleu_1": report["helm"]["bleu_1"],
     }
+    metrics = {name: round(value, 6) for name, value in metrics.items()}
     files = [REPORTS / name for name in ("evaluation.json", "metrics.json", "predictions.parquet")]
     write_json(files[0], report)
     write_json(files[1], metrics)

@@ -15,7 +15,7 @@ normalised, and who says nothing, model or human, is right with nobody.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -79,6 +79,13 @@ def match_answer(prediction: str, answers: Sequence[str]) -> float:
     """Return 1.0 where the answer, normalised, is one of its question's, else 0.0."""
     said = {normalise(_tidy(answer)) for answer in answers if answer.strip()}
     return float(bool(prediction.strip()) and normalise(_tidy(prediction)) in said)
+
+
+def score_people(answers: Sequence[str]) -> float:
+    """Return how one person's answer scores against the others', as min(1, matches / 3), in the mean over all of them."""
+    answers = [_tidy(answer) for answer in answers]
+    counts = Counter(answers if len(set(answers)) == 1 else map(normalise, answers))
+    return sum(count * min(1.0, (count - 1) / 3) for count in counts.values()) / len(answers)
 
 
 METRICS = {"vqa_accuracy": score_answer, "answer_accuracy": match_answer}

@@ -1,6 +1,7 @@
 """What a run says of itself: its name, parameters as text, tags of machine and code, metrics of a report."""
 
 import getpass
+import itertools
 import json
 import logging
 import os
@@ -111,11 +112,16 @@ def evaluation_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     >>> evaluation_metrics({"vqa_accuracy": {"per_answer_type": {"yes/no": 0.6}}})
     {'score_vqa_accuracy_per_answer_type_yes_no': 0.6}
     """
-    headlines = {"helm.bleu_1": "bleu_1"} | {f"{name}.overall": name for name in ("vqa_accuracy", "answer_accuracy")}
+    accuracies = ("vqa_accuracy", "answer_accuracy")
+    headlines = {"helm.bleu_1": "bleu_1"} | {f"{name}.overall": name for name in accuracies}
+    for name, end in itertools.product(("bleu_1", *accuracies), ("low", "high")):
+        headlines[f"intervals.{name}.model.overall.{end}"] = f"{name}_{end}"
+    # Of the intervals by type of question there are hundreds.
+    left_out = ("model.", "intervals.", "looks_at_image.")
     values = {
         headlines.get(name, f"score_{re.sub('[./ ]', '_', name)}"): value
         for name, value in flatten(report)
-        if not name.startswith("model.")
+        if name in headlines or not name.startswith(left_out)
     }
     return {name: value for name, value, *_ in numbers(values, 0)}
 
