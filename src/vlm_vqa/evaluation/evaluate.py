@@ -26,7 +26,7 @@ from vlm_vqa.evaluation.helm.files import (
     write_table,
 )
 from vlm_vqa.evaluation.helm.run import CONFIG, RESULTS, SCENARIO, run_helm
-from vlm_vqa.evaluation.score_table import BLIND, MODEL, looks_at_image, rounded, with_intervals
+from vlm_vqa.evaluation.score_table import BLIND, MODEL, compared, rounded
 from vlm_vqa.evaluation.vqa_accuracy import METRICS, Accuracy, accuracy, score_people
 from vlm_vqa.hashing import write_json
 from vlm_vqa.inference.predictor import Predictor
@@ -75,34 +75,23 @@ def evaluate(
     scored = {who: _accuracy(metric, questions, answers) for who, answers in given.items()}
     instances = [questions[at] for at in at_helm]
     bleu = {who: [bleu_1(answers[at], questions[at]["answers"]) for at in at_helm] for who, answers in given.items()}
-    model = scored[MODEL]
-    values = {
-        metric: ({who: [*one.per_question.values()] for who, one in scored.items()}, questions),
-        "bleu_1": (bleu, instances),
-    }
     report = {
         "helm": {name: helm.scores[name] for name in SCORES} | {"instances": len(at_helm)},
         metric: {
-            "overall": model.overall,
-            "per_answer_type": model.per_answer_type,
+            "overall": scored[MODEL].overall,
+            "per_answer_type": scored[MODEL].per_answer_type,
             "questions": len(questions),
             "empty_answers": _count_empty(given[MODEL]),
         },
-        "baselines": {
-            who: {metric: scored[who].overall, "bleu_1": sum(bleu[who]) / len(bleu[who])}
-            for who in given
-            if who != MODEL
-        },
         "prior": _describe(prior, training, questions),
-        "intervals": {name: with_intervals(*one) for name, one in values.items()},
-        "looks_at_image": {name: looks_at_image(*one) for name, one in values.items()},
         "model": {"mask": predictor.mask, "weights_hash": predictor.weights_hash} | predictor.selection,
         "helm_equals_stored_features": agreement,
     }
     if metric == "vqa_accuracy":
         report["people"] = sum(score_people(row["answers"]) for row in questions) / len(questions)
-    report = rounded(report)
-    files = _write(metric, report, _predictions(questions, given, others, metric, model))
+    scores = {who: [*one.per_question.values()] for who, one in scored.items()}
+    report = rounded(report | compared({metric: (scores, questions), "bleu_1": (bleu, instances)}))
+    files = _write(metric, report, _predictions(questions, given, others, metric, scores[MODEL]))
     files += write_extract(REPORTS / "helm", helm, instances)
     return report, files
 
@@ -130,13 +119,17 @@ def _answer_all(
 
 
 def _predictions(
-    questions: Sequence[Row], given: Mapping[str, list[str]], others: Mapping[int, int], metric: str, scored: Accuracy
+    questions: Sequence[Row],
+    given: Mapping[str, list[str]],
+    others: Mapping[int, int],
+    metric: str,
+    scores: list[float],
 ) -> pa.Table:
     """Return everything that was answered, question by question."""
     names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")
     table = {name: [row[name] for row in questions] for name in names} | {
         "prediction": given[MODEL],
-        {"vqa_accuracy": "score"}.get(metric, metric): [*scored.per_question.values()],
+        {"vqa_accuracy": "score"}.get(metric, metric): scores,
         "shuffled_image_id": [others[row["image_id"]] for row in questions],
         "prediction_shuffled": given["shuffled_images"],
         "prediction_blank": given["blank_image"],

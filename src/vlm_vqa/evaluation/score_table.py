@@ -18,6 +18,23 @@ DIGITS = 12
 Row = Mapping[str, Any]
 
 
+def compared(values: Mapping[str, tuple[Mapping[str, Sequence[float]], Sequence[Row]]]) -> dict[str, Any]:
+    """Return the baselines' means, all scores with intervals, and by how much the model beats who sees no picture.
+
+    Args:
+        values: by score, what each answerer has of it and the questions that it is over.
+    """
+    baselines: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, (scores, _) in values.items():
+        for who in (who for who in scores if who != MODEL):
+            baselines[who][name] = sum(scores[who]) / len(scores[who])
+    return {
+        "baselines": baselines,
+        "intervals": {name: with_intervals(*one) for name, one in values.items()},
+        "looks_at_image": {name: looks_at_image(*one) for name, one in values.items()},
+    }
+
+
 def with_intervals(scores: Mapping[str, Sequence[float]], questions: Sequence[Row]) -> dict[str, Any]:
     """Return the mean score and its interval by who answered, then by group of questions.
 
