@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.measure import Claim
 from vlm_vqa.evaluation import intervals
+from vlm_vqa.evaluation.compare import TOLERANCE
 
 SCORES = (0.35, 0.66, 0.95, 0.997)
 IMAGES = (100, 300, 2000)
@@ -22,7 +23,6 @@ ALIKE = (0.02, 0.3)
 """How much the answers about one picture are correlated: hardly, strongly."""
 SMALL_RUN = (9_673, 1_000, 0.997)
 """Validation questions of easy-VQA, on so many pictures, and what share the small run answers rightly."""
-TOLERANCE = 0.002
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -48,7 +48,7 @@ def test_a_stage_declares_what_it_imports_and_no_more(name):
 OUTPUTS = ("data/records/manifest.json", "data/features/manifest.json", "models/trained/training.json", "reports/train.json",
            "reports/train_curve.csv", "reports/validation/curve.csv", "models/export/vlm_vqa.json", "reports/metrics.json",
            "reports/predictions.parquet", "reports/helm_predictions.parquet", "reports/evaluation.json",
-           "reports/helm/stats.json")  # fmt: skip
+           "reports/scores.parquet", "reports/helm/stats.json")  # fmt: skip
 
 
 def test_a_comment_reruns_what_imports_it_and_no_more(tmp_path, shared_data):

@@ -11,7 +11,6 @@ from types import FunctionType
 from typing import Any
 
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.evaluation.compare import TOLERANCE
 from vlm_vqa.pipeline.early import end_quietly
 from vlm_vqa.secrets import mask_output, without_secrets
 
@@ -155,22 +154,24 @@ def _base(folder: Path) -> None:
 
 @command(
     option("--base", required=True, metavar="REV", help="git revision to compare with, such as main or HEAD~1"),
-    option("--tolerance", type=float, default=TOLERANCE, help="drop of helm.bleu_1 that passes"),
+    option("--tolerance", type=float, default=0.005, help="drop of the score that passes"),
     option("--markdown", type=Path, metavar="FILE", help="write the comparison there too"),
     option("--allow-missing-base", action="store_true", help="pass where REV has no report yet"),
 )
 def _compare(base: str, tolerance: float, markdown: Path | None, allow_missing_base: bool) -> int:
-    """Compare reports/evaluation.json with the one committed at a git revision; exit 1 if bleu_1 dropped."""
-    from vlm_vqa.evaluation.compare import REPORT, compare_reports, metrics_diff, report_at, report_here, summary
+    """Compare scores with those committed at a git revision, question by question; exit 1 if they surely dropped."""
+    from vlm_vqa.evaluation import compare
+    from vlm_vqa.params import load_params
 
-    new, old = report_here(), report_at(base)
+    new, old = compare.report_here(), compare.report_at(base)
     if old is None and not allow_missing_base:
         raise UserError(
-            f"{REPORT} is not in git at {base}, so there is nothing to compare with: commit it there, name"
+            f"{compare.REPORT} is not in git at {base}, so there is nothing to compare with: commit it there, name"
             " another revision by --base, or pass --allow-missing-base for the change that brings the first report"
         )
-    comparison = compare_reports(old, new, tolerance)
-    text = summary(comparison, base, metrics_diff(base))
+    tables = (compare.scores_at(base), compare.scores_here())
+    comparison = compare.compare_reports(old, new, tolerance, load_params().evaluation.gate, tables)
+    text = compare.summary(comparison, base, compare.metrics_diff(base))
     if markdown:
         markdown.parent.mkdir(parents=True, exist_ok=True)
         markdown.write_text(text, encoding="utf-8")

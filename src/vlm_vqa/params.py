@@ -65,6 +65,7 @@ StoreDtype = StrEnum("StoreDtype", {"FLOAT32": "float32", "BFLOAT16": "bfloat16"
 Rounding = StrEnum("Rounding", {"NEAREST": "nearest", "STOCHASTIC": "stochastic"})
 """How an updated weight is rounded to `train.weights_dtype`."""
 Punkt = StrEnum("Punkt", {"BUNDLED": "bundled", "INSTALLED": "installed"})
+Gate = StrEnum("Gate", {"ACCURACY": "accuracy", "BLEU_1": "bleu_1"})
 """Where HELM's metrics take nltk's sentence splitter from."""
 
 HELM_INSTRUCTION = (
@@ -675,6 +676,8 @@ class EvaluationParams(Section):
     """Questions answered at once."""
     max_new_tokens: Annotated[int, Range(HELM_MAX_TOKENS)]
     """Longest answer, in tokens."""
+    gate: Gate = Gate.ACCURACY
+    """What `vlm-vqa compare` decides by: `accuracy` (VQA or answer accuracy, all questions) or `bleu_1` (HELM's)."""
 
     @rules
     def _rules(cls, name: str, value: Any, above: Above) -> str | None:
@@ -759,9 +762,14 @@ def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
     whole = {"model": ModelParams(), "validation": ValidationParams()}
     off = {key: json.loads(json.dumps(asdict(value, dict_factory=_as_written))) for key, value in whole.items()}
     kept = {key: value for key, value in sections.items() if key not in off or value != off[key]}
-    later = {"projector_learning_rate": None, "embedding_learning_rate": None, "projector_steps": 0}
-    train = {key: value for key, value in kept["train"].items() if key not in later or value != later[key]}
-    return kept | {"train": train}
+    later = {
+        "train": {"projector_learning_rate": None, "embedding_learning_rate": None, "projector_steps": 0},
+        "evaluation": {"gate": Gate.ACCURACY},
+    }
+    for name in later.keys() & kept.keys():
+        asked = kept[name].items()
+        kept[name] = {key: value for key, value in asked if key not in later[name] or value != later[name][key]}
+    return kept
 
 
 DIVISION = "launch batch_size gradient_accumulation_steps dataloader_workers restart_optimizer stall_seconds".split()

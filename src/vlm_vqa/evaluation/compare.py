@@ -1,5 +1,10 @@
-"""The gate of continuous integration: are this checkout's scores as good as those committed at another revision?"""
+"""The gate of continuous integration: are this checkout's scores as good as those committed at another revision?
 
+Both have answered the same questions, so that scores are compared question by question: the interval of the mean difference,
+clustered by image, is far narrower than those of the two scores. The gate fails where all of it lies below the tolerance.
+"""
+
+import io
 import json
 import math
 import subprocess
@@ -10,42 +15,76 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.vqa_accuracy import metric_in
+import numpy as np
+import pyarrow as pa
 
-REPORT = Path("reports/evaluation.json")
-# Three standard errors of a `bleu_1` of 0.99 over HELM's 1,000 instances: what another machine's rounding may cost.
-TOLERANCE = 0.01
+from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation.helm.files import read_table
+from vlm_vqa.evaluation.intervals import Interval, of_difference, p_value, smallest_difference
+from vlm_vqa.evaluation.vqa_accuracy import metric_in
+from vlm_vqa.params import Gate
+
+REPORT, SCORES_TABLE = Path("reports/evaluation.json"), Path("reports/scores.parquet")
+# More than seeds of the small run differ by (0.9959 .. 0.9991), and half of what must be caught: `proofs/coverage.py`.
+TOLERANCE = 0.005
 
 # What is shown, by its place in the report, and the count that must agree for the scores to be of the same questions.
-# METRIC is the one that a report holds. The first is the gate's.
+# METRIC is the one that a report holds.
 SCORES = {
     "helm.bleu_1": "helm.instances",
     "METRIC.overall": "METRIC.questions",
     "baselines.shuffled_images.METRIC": "METRIC.questions",
     "baselines.prior.METRIC": "METRIC.questions",
 }
-GATE = "helm.bleu_1"
+GATES = {Gate.BLEU_1: "helm.bleu_1", Gate.ACCURACY: "METRIC.overall"}
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One score of the same questions, new against base."""
+
+    difference: Interval
+    p: float
+    """How often chance alone would make as large a difference."""
+    better: int
+    worse: int
+    """Questions whose score rose or fell."""
+
+    @property
+    def line(self) -> str:
+        """One sentence for people."""
+        found, smallest = self.difference, smallest_difference(self.difference)
+        shown = "no difference is shown" if found.low <= 0 <= found.high else "better" if found.low > 0 else "worse"
+        return (
+            f"{shown}: {found.mean:+.4f} (95 % interval {found.low:+.4f} .. {found.high:+.4f}, p = {self.p:.2g}), "
+            f"{self.better} questions better and {self.worse} worse of {found.questions:,} on {found.images:,} images; "
+            f"a true difference of {smallest:.4f} would be shown in four of five cases"
+        )
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Scores of two reports side by side.
 
-    `rows` holds (name, base, new), the gate's score first; one that only the new report holds, or of another number of
-    questions, has no base (None).
+    `rows` holds (name, base, new); one that only the new report holds, or of another number of questions, has no base.
     """
 
     rows: tuple[tuple[str, float | None, float], ...]
     tolerance: float
+    gate: str
+    """The score that decides, as the rows name it."""
     selection: str = ""
     """Which of the training's weights the new scores are of, in sentences."""
+    paired: Mapping[str, Paired] | None = None
+    """By score, where both reports have their `scores.parquet`, for the same questions."""
 
     @property
     def drop(self) -> float:
-        """How much lower the gate's score is than the base's; negative where it rose."""
-        _, base, new = self.rows[0]
-        return 0.0 if base is None else base - new
+        """How much lower the gate's score surely is than the base's: by the interval's upper end, where there is one."""
+        if self.paired is not None and self.gate in self.paired:
+            return -self.paired[self.gate].difference.high
+        (row,) = (row for row in self.rows if row[0] == self.gate)
+        return 0.0 if row[1] is None else row[1] - row[2]
 
     @property
     def passed(self) -> bool:
@@ -63,39 +102,85 @@ class Comparison:
             before = "-     " if base is None else f"{base:.4f}"
             change = "-      " if base is None else f"{new - base:+.4f}"
             lines.append(f"| {name:{width}} | {before} | {new:.4f} | {change} |")
+        lines += [""] * bool(self.paired) + [f"- {name}: {one.line}" for name, one in (self.paired or {}).items()]
         return "\n".join(lines)
 
     def verdict(self) -> str:
         """One sentence."""
-        if self.rows[0][1] is None:
-            return f"Passed without a comparison: the base has no {REPORT}."
+        (base,) = (row[1] for row in self.rows if row[0] == self.gate)
+        if base is None:
+            return f"Passed without a comparison: the base has no {self.gate} in {REPORT}."
         passed = "Passed" if self.passed else "FAILED"
-        return f"{passed}: {GATE} changed by {-self.drop:+.4f} (a drop of {self.tolerance:g} is tolerated)."
+        if self.paired is None or self.gate not in self.paired:
+            return (
+                f"{passed}: {self.gate} changed by {-self.drop:+.4f} (a drop of {self.tolerance:g} is tolerated; the base "
+                f"has no {SCORES_TABLE}, so that chance is not told apart)."
+            )
+        lies = "lies" if not self.passed else "does not lie"
+        return f"{passed}: the interval of {self.gate}'s change {lies} below -{self.tolerance:g} as a whole."
 
 
-def compare_reports(base: Mapping[str, Any] | None, new: Mapping[str, Any], tolerance: float = TOLERANCE) -> Comparison:
-    """Compares two `reports/evaluation.json`; `base` None means there is nothing to compare with, which passes.
+def compare_reports(
+    base: Mapping[str, Any] | None,
+    new: Mapping[str, Any],
+    tolerance: float = TOLERANCE,
+    gate: Gate = Gate.ACCURACY,
+    tables: tuple[pa.Table | None, pa.Table | None] = (None, None),
+) -> Comparison:
+    """Compare two `reports/evaluation.json`; `base` None means there is nothing to compare with, which passes.
 
-    Raises UserError where a report lacks a score, or HELM ran another number of instances.
+    Args:
+        gate: the score that decides.
+        tables: the `reports/scores.parquet` of base and new, where they have one.
+
+    Raises:
+        UserError: a report lacks a score, or the gate's is of other questions.
     """
     if not 0 <= tolerance <= 1:
         raise UserError(f"--tolerance {tolerance:g} is not between 0 and 1: scores are fractions, 0.01 is one point")
     mine, theirs = metric_in(new), metric_in(base or new)
-    rows = []
+    decides, rows = GATES[gate].replace("METRIC", mine), []
     for name, count in SCORES.items():
         shown, before = name.replace("METRIC", mine), None
         now = _score(new, count.replace("METRIC", mine), "this checkout's")
         if base is not None:
             then = _score(base, count.replace("METRIC", theirs), "the base's")
-            if name == GATE and then != now:
+            if shown == decides and (then != now or mine != theirs and name.startswith("METRIC")):
                 raise UserError(
-                    f"{count} is {then:g} at the base and {now:g} here: scores of other questions do not compare."
-                    " Set evaluation.helm_instances as in the base, or commit the new report first, as a change of its own"
+                    f"{shown} is of {then:g} questions at the base ({theirs}) and of {now:g} here ({mine}): scores of other "
+                    "questions do not compare. Set the evaluation's sizes as in the base, or commit the new report first, "
+                    "as a change of its own"
                 )
-            if then == now and (mine == theirs or name == GATE):
+            if then == now and (mine == theirs or name == "helm.bleu_1"):
                 before = _score(base, shown, "the base's")
         rows.append((shown, before, _score(new, shown, "this checkout's")))
-    return Comparison(tuple(rows), tolerance, _selection(new))
+    return Comparison(tuple(rows), tolerance, decides, _selection(new), _pair(tables, mine if mine == theirs else None))
+
+
+def _pair(tables: tuple[pa.Table | None, pa.Table | None], metric: str | None) -> dict[str, Paired] | None:
+    """Compare scores question by question, each over the questions that both have it of.
+
+    Raises:
+        UserError: the questions are not the same.
+    """
+    base, new = (None if table is None else table.sort_by("question_id") for table in tables)
+    if base is None or new is None:
+        return None
+    if any(not base[name].equals(new[name]) for name in ("question_id", "image_id")):
+        raise UserError(
+            f"{SCORES_TABLE} is of other questions at the base ({len(base):,}) than here ({len(new):,}): scores do not "
+            "compare. Commit the new reports first, as a change of its own"
+        )
+    found = {}
+    for name, column in {"helm.bleu_1": "bleu_1", f"{metric}.overall": "accuracy"}.items():
+        both = base[column].is_valid().to_numpy() & new[column].is_valid().to_numpy()
+        if both.any() and (metric or column == "bleu_1"):
+            before, after = (table[column].to_numpy()[both] for table in (base, new))
+            images = new["image_id"].to_numpy()[both]
+            difference = of_difference(after, before, images)
+            counts = [int(np.count_nonzero(one)) for one in (after > before, after < before)]
+            found[name] = Paired(difference, p_value(after, before, images), *counts)
+    return found
 
 
 def _selection(report: Mapping[str, Any]) -> str:
@@ -137,6 +222,17 @@ def report_at(revision: str) -> dict[str, Any] | None:
     if not listed.stdout.strip():
         return None
     return _parse(_git("show", f"{commit}:./{REPORT.as_posix()}").stdout, f"{revision}:{REPORT}")
+
+
+def scores_here() -> pa.Table | None:
+    """The working tree's scores, question by question; None where an earlier version has evaluated."""
+    return read_table(SCORES_TABLE) if SCORES_TABLE.exists() else None
+
+
+def scores_at(revision: str) -> pa.Table | None:
+    """The scores that git holds at a revision that it knows, or None where it has none."""
+    done = subprocess.run(["git", "show", f"{revision}:./{SCORES_TABLE.as_posix()}"], capture_output=True, check=False)
+    return read_table(io.BytesIO(done.stdout), f"{revision}:{SCORES_TABLE}") if done.returncode == 0 else None
 
 
 def _parse(text: str, name: str) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def evaluate(
     params: Params, load_predictor: Callable[..., Predictor] = Predictor.from_export
 ) -> tuple[dict[str, Any], list[Path]]:
     """Evaluate the exported model; return the report, and the files written into the reports: `evaluation.json`,
-    `metrics.json` (a few of its figures, for DVC), `predictions.parquet`, `helm/` and `helm_predictions.parquet`.
+    `metrics.json` (a few of its figures, for DVC), `predictions.parquet`, `scores.parquet` (what git keeps of it for the
+    next comparison), `helm/` and `helm_predictions.parquet`.
 
     Args:
         params: `evaluation`, `prompt.instruction` and `seed` count.
@@ -91,7 +92,13 @@ def evaluate(
         report["people"] = sum(score_people(row["answers"]) for row in questions) / len(questions)
     scores = {who: [*one.per_question.values()] for who, one in scored.items()}
     report = rounded(report | compared({metric: (scores, questions), "bleu_1": (bleu, instances)}))
-    files = _write(metric, report, _predictions(questions, given, others, metric, scores[MODEL]))
+    predictions = _predictions(questions, given, others, metric, scores[MODEL])
+    at_question = dict(zip(at_helm, bleu[MODEL], strict=True))
+    columns = {"accuracy": scores[MODEL], "bleu_1": [at_question.get(at) for at in range(len(questions))]}
+    table = predictions.select(["question_id", "image_id", "question", "prediction"])
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, pa.float64()))
+    files = _write(metric, report, {"predictions": predictions, "scores": table})
     files += write_extract(REPORTS / "helm", helm, instances)
     return report, files
 
@@ -257,7 +264,7 @@ def _describe(prior: QuestionOnlyBaseline, training: Sequence[Row], questions: S
     return {"way": prior.way, "cross_validated": prior.cross_validated, "counted_on_reported_questions": seen}
 
 
-def _write(metric: str, report: Mapping[str, Any], predictions: pa.Table) -> list[Path]:
+def _write(metric: str, report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> list[Path]:
     REPORTS.mkdir(exist_ok=True)
     # What DVC prints: few and short.
     name = metric.removeprefix("vqa_")
@@ -268,8 +275,9 @@ def _write(metric: str, report: Mapping[str, Any], predictions: pa.Table) -> lis
         "bleu_1": report["helm"]["bleu_1"],
     }
     metrics = {name: round(value, 6) for name, value in metrics.items()}
-    files = [REPORTS / name for name in ("evaluation.json", "metrics.json", "predictions.parquet")]
+    files = [REPORTS / name for name in ("evaluation.json", "metrics.json", *(f"{name}.parquet" for name in tables))]
     write_json(files[0], report)
     write_json(files[1], metrics)
-    write_table(predictions, files[2])
+    for file, table in zip(files[2:], tables.values(), strict=True):
+        write_table(table, file)
     return files

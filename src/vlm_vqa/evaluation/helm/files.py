@@ -1,5 +1,6 @@
 """HELM's files: the scenario folder that its `vqa` run reads, and what to keep of the results that it writes."""
 
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,15 +110,16 @@ def write_table(table: pa.Table, path: Path) -> None:
     pq.write_table(table.replace_schema_metadata({SEAL: hash_json(table.to_pydict())}), path)
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read what `write_table` wrote; UserError if it is missing or damaged."""
+def read_table(path: Path | io.BytesIO, name: str = "") -> pa.Table:
+    """Read what `write_table` wrote; UserError, with the path or the name given, if it is missing or damaged."""
+    name = name or str(path)
     try:
         table = pq.read_table(path)
         intact = table.schema.metadata[SEAL.encode()].decode() == hash_json(table.to_pydict())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). {make_again('helm-eval')}") from error
+        raise UserError(f"{name}: cannot be read ({error}). {make_again('helm-eval')}") from error
     if not intact:
-        raise UserError(f"{path}: damaged: its content is not what was sealed. {make_again('helm-eval')}")
+        raise UserError(f"{name}: damaged: its content is not what was sealed. {make_again('helm-eval')}")
     return table
 
 
