@@ -265,7 +265,7 @@ def test_a_file_of_the_first_version_means_what_it_meant(tmp_path, caplog, prese
         f"{path} lacks data.official, data.hub, data.table, data.bad_records, data.most_dropped, data.doubtful, "
         "train.answers, train.lora, train.questions_per_row, "
     )
-    assert said.endswith("600, as before; `vlm-vqa check --write` adds them.")
+    assert said.endswith("600, accuracy, as before; `vlm-vqa check --write` adds them.")
 
 
 @pytest.mark.parametrize("key", [f"{section}.{name}" for section, names in LATER.items() for name in names])
