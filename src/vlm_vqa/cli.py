@@ -154,7 +154,7 @@ def _base(folder: Path) -> None:
 
 @command(
     option("--base", required=True, metavar="REV", help="git revision to compare with, such as main or HEAD~1"),
-    option("--tolerance", type=float, default=0.005, help="drop of the score that passes"),
+    option("--tolerance", type=float, default=0.004, help="drop of the score that passes"),
     option("--markdown", type=Path, metavar="FILE", help="write the comparison there too"),
     option("--allow-missing-base", action="store_true", help="pass where REV has no report yet"),
 )

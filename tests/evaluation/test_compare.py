@@ -88,7 +88,7 @@ def test_only_the_gates_score_decides_but_all_are_shown():
 def test_the_gate_fails_when_all_of_the_interval_lies_below(lost, gained, passed, shown):
     base, new = np.zeros(2000), np.zeros(2000)
     base[:lost], new[lost : lost + gained] = 1, 1
-    comparison = compare_reports(REPORT, REPORT, 0.005, tables=(table(base), table(new)))
+    comparison = compare_reports(REPORT, REPORT, tables=(table(base), table(new)))
     assert comparison.passed is passed, comparison.verdict()
     line = comparison.paired["vqa_accuracy.overall"].line
     assert line.startswith(shown) and f"{gained} questions better and {lost} worse of 2,000 on 1,000 images" in line
@@ -100,7 +100,7 @@ def test_helms_score_is_paired_over_helms_questions():
         REPORT, REPORT, gate=Gate.BLEU_1, tables=(table([1] * 80, bleu=[1] * 40), table([1] * 80, bleu=[0] * 40))
     )
     assert comparison.paired["helm.bleu_1"].difference.questions == 40
-    assert not comparison.passed and "the interval of helm.bleu_1's change lies below -0.005" in comparison.verdict()
+    assert not comparison.passed and "the interval of helm.bleu_1's change lies below -0.004" in comparison.verdict()
 
 
 def test_questions_of_one_image_are_no_independent_evidence():
@@ -222,7 +222,7 @@ def test_the_command_ends_with_0_1_or_2(checkout, capsys, monkeypatch):
     assert "diff to HEAD" in Path("out/note.md").read_text()
     write(changed(vqa_accuracy__overall=0.975))
     assert main(["compare", "--base", "HEAD"]) == 1
-    assert "FAILED: vqa_accuracy.overall changed by -0.0200 (a drop of 0.005 is tolerated" in capsys.readouterr().out
+    assert "FAILED: vqa_accuracy.overall changed by -0.0200 (a drop of 0.004 is tolerated" in capsys.readouterr().out
     assert main(["compare", "--base", "HEAD", "--tolerance", "0.02"]) == 0
     assert main(["compare", "--base", "HEAD~1"]) == 2
     assert "--allow-missing-base" in capsys.readouterr().err
