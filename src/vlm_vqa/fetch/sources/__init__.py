@@ -15,6 +15,7 @@ from vlm_vqa.fetch.sources.hf_dataset import hub_source
 from vlm_vqa.fetch.sources.official_archives import official_source, remove_archives
 from vlm_vqa.fetch.sources.official_layout import directory_source
 from vlm_vqa.fetch.sources.table import table_source
+from vlm_vqa.sealed import scratch
 
 
 @contextmanager
@@ -28,8 +29,8 @@ def open_source(data: params.DataParams, records: Path = Path("data/records")) -
         case params.Source.DIRECTORY:
             yield directory_source(data)
         case params.Source.TABLE:
-            with tempfile.TemporaryDirectory(prefix="table-", dir=records.parent) as folder:
-                yield table_source(data, Path(folder))
+            with scratch(records.parent / "pictures") as folder:
+                yield table_source(data, folder)
         case params.Source.EASY_VQA:
             with tempfile.TemporaryDirectory(prefix="vlm-vqa-easy-vqa-") as folder:
                 yield easy_vqa_source(Path(folder))
@@ -40,5 +41,5 @@ def open_source(data: params.DataParams, records: Path = Path("data/records")) -
                 remove_archives(records)
         case params.Source.HUB:
             assert data.hub is not None and not isinstance(data.table, params.TableParams), "load_params asks for it"
-            with hub_source(data.hub, data.table, records.parent / "hub") as source:
-                yield source
+            with scratch(records.parent / "pictures") as folder:
+                yield hub_source(data.hub, data.table, folder)

@@ -58,21 +58,13 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
     images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
-    read, parts = files, {file: parts_of(file) for file in files.values()}
+    parts, spill = {split: parts_of(file) for split, file in files.items()}, None
     if not table.images and all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
-        images = dict.fromkeys(SPLITS, [spilled / "images"])
-        # One file may be for both splits.
-        read = {split: spilled / str([*parts].index(file)) for split, file in files.items()}
-        with tqdm(desc="pictures in the table", unit="question") as progress:
-            spill = Spill(spilled, progress)
-            for number, paths in enumerate(parts.values()):
-                for index, path in enumerate(paths):
-                    part = spilled / str(number) / f"part-{index:05d}"
-                    spill_parquet(spill, str(path), table.columns or Columns(), part, str(path))
-    reader = Tables(read, {split: str(file) for split, file in files.items()}, table, images["train"])
+        spill, images = Spill(spilled), dict.fromkeys(SPLITS, [spilled])
+    reader = Tables(parts, {split: str(file) for split, file in files.items()}, table, images["train"], spill)
     splits = []
     for split, file in files.items():
-        inputs = {path.name if file.is_dir() else "table": path for path in parts[file] if path.is_file()}
+        inputs = {path.name if file.is_dir() else "table": path for path in parts[split] if path.is_file()}
         splits.append(Split(split, str(file), images[split], functools.partial(reader.rows, split), inputs))
     origin = {} if table.val_share is None else {"val_share": table.val_share, "val_seed": table.val_seed}
     return Source("table", origin, tuple(splits))
@@ -83,34 +75,25 @@ def _holds_pictures(path: Path) -> bool:
     with contextlib.suppress(OSError, pa.ArrowException, DatasetsError):
         if path.suffix in (".parquet", ".arrow"):
             check_regular(path, sys.maxsize)
-            cells = next(iter(read_parquet(str(path))), {}).values()
+            cells = next(iter(read_parquet(path)), {}).values()
             return any(isinstance(cell.get("bytes") if isinstance(cell, dict) else cell, bytes) for cell in cells)
     return False
-
-
-def spill_parquet(spill: Spill, file: str, columns: Columns, part: Path, where: str) -> None:
-    """Write a Parquet file or address whose rows hold pictures as a part, unless an earlier run has done so."""
-    if part.is_dir():
-        return spill.skip(part)
-    violations = Violations()
-    try:
-        rows = read_parquet(file)
-        found = find_columns(where, list(rows.features or {}), columns, violations)
-        violations.raise_if_any()
-        spill.write(rows, found["image"], part, where)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{where}: {file} is no intact Parquet file ({error}).") from error
 
 
 class Tables:
     """Both splits of a table, and what is known of all their rows."""
 
     def __init__(
-        self, files: Mapping[str, Path], called: Mapping[str, str], table: TableParams, places: Sequence[Path] = ()
+        self,
+        files: Mapping[str, Sequence[Path]],
+        called: Mapping[str, str],
+        table: TableParams,
+        places: Sequence[Path] = (),
+        spill: Spill | None = None,
     ):
-        """Take the files by split, one for both where a share of train's images is val; what messages call them; and where
-        the pictures are of which a share becomes val."""
-        self.files, self.called, self.table, self.places = files, called, table, places
+        """Take the files by split, the same for both where a share of train's images is val; what messages call them; where
+        the pictures are of which a share becomes val; and what writes them there, where the rows hold them."""
+        self.files, self.called, self.table, self.places, self.spill = files, called, table, places, spill
         self._whole = dict.fromkeys(_FIRST, True)
         """Whether all ids are whole numbers as they stand."""
         self._val_images: set[str] | None = None
@@ -142,17 +125,26 @@ class Tables:
 
     def _open(self, split: str, violations: Violations) -> tuple[dict[str, str], Iterable[_Raw]]:
         """Return a table's columns by what they hold, and its rows; none, and a violation, where it is no table."""
-        before, file, called = len(violations), self.files[split], self.called[split]
-        rows = read_rows(file, violations)
+        before, files, called = len(violations), self.files[split], self.called[split]
+        rows = read_rows(files, violations)
         first = list(islice(rows, _LOOK))
         there, columns = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row), {}
         if first and not there:
-            violations.add(ViolationKind.FOREIGN_FILE, f"{called}: {refusal(file) or f'row 1: {first[0]}'}")
+            violations.add(ViolationKind.FOREIGN_FILE, f"{called}: {refusal(files[0]) or f'row 1: {first[0]}'}")
         elif there:
             columns = find_columns(called, list(there), self.table.columns or Columns(), violations)
         elif len(violations) == before:
             violations.add(ViolationKind.EMPTY_FILE, f"{called}: no rows")
-        return columns, chain(first, rows) if columns else ()
+        rows = chain(first, rows) if columns else ()
+        return columns, rows if self.spill is None else self._spilled(rows, columns, self.spill)
+
+    def _spilled(self, rows: Iterable[_Raw], columns: dict[str, str], spill: Spill) -> Iterator[_Raw]:
+        """Yield rows with their pictures' names instead of the pictures."""
+        for row in rows:
+            try:
+                yield row | {columns["image"]: spill.name(row[columns["image"]])} if isinstance(row, dict) else row
+            except MalformedRecord as error:
+                yield error
 
     def _draw(self, share: float) -> None:
         """Draw val's pictures: equal files go to one split, under whatever names. What is wrong is said on reading them."""
@@ -344,14 +336,14 @@ def parts_of(file: Path) -> list[Path]:
     return sorted(path for path in file.rglob("*") if path.suffix in (".parquet", ".arrow", ".jsonl"))
 
 
-def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
+def read_rows(files: Sequence[Path], violations: Violations) -> Iterator[_Raw]:
     """Yield a table's rows by column, and for each one that cannot be read why; what is no table is a violation."""
-    for path in parts_of(file):
+    for path in files:
         kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
         try:
             if kind in ("parquet", "arrow"):
                 check_regular(path, sys.maxsize)
-                yield from read_parquet(str(path))
+                yield from read_parquet(path)
             elif kind in ("csv", "tsv", "jsonl", "ndjson", "json"):
                 yield from _read_text(path, kind, violations)
             else:
@@ -363,11 +355,11 @@ def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
             violations.add(*unreadable(path, error))
 
 
-def read_parquet(file: str) -> datasets.IterableDataset:
-    """Return the rows of one file of Parquet or Arrow, or of an address of Parquet, pictures undecoded."""
-    config: dict[str, Any] = {"path": "arrow"} if file.endswith(".arrow") else _PARQUET
+def read_parquet(file: Path) -> datasets.IterableDataset:
+    """Return the rows of one file of Parquet or Arrow, pictures undecoded."""
+    config: dict[str, Any] = {"path": "arrow"} if file.suffix == ".arrow" else _PARQUET
     stream = datasets.load_dataset(
-        **config, data_files={"rows": [file]}, split="rows", streaming=True, trust_remote_code=False
+        **config, data_files={"rows": [str(file)]}, split="rows", streaming=True, trust_remote_code=False
     )
     assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "parquet names its columns"
     for column, feature in stream.features.items():
