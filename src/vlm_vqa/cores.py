@@ -86,32 +86,16 @@ def _launcher(root: Path) -> tuple[dict[str, str], str]:
 
 
 def _cgroup_quota(root: Path) -> float:
-    """Return how many CPUs the tightest of this process's nested cgroups allows; infinity without a limit."""
-    try:
-        paths = [line.split(":", 2)[1:] for line in (root / "proc/self/cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (root / "proc/self/mountinfo").read_text().splitlines()]
-    except OSError:
-        return float("inf")
+    """Return how many CPUs the tightest of this process's nested cgroups (version 2) allows; infinity without a limit."""
     quotas = [float("inf")]
-    for mount in mounts:
-        kind = mount[mount.index("-") + 1]
-        if kind == "cgroup2" or (kind == "cgroup" and "cpu" in mount[-1].split(",")):
-            wanted = "cpu" if kind == "cgroup" else ""
-            path = Path(next((path for names, path in paths if wanted in names.split(",")), "/"))
-            # A container may see its cgroup as the root of the mount, but the host's path in the process's file.
-            inside = path.relative_to(mount[3]) if path.is_relative_to(mount[3]) else Path()
-            quotas += [_quota(root / mount[4].lstrip("/") / part) for part in (inside, *inside.parents)]
+    with suppress(OSError):  # another system
+        # A container may see its cgroup as the root, but the host's path in the process's file: of that nothing is there.
+        for own in map(Path, re.findall("(?m)^0::/(.*)$", (root / "proc/self/cgroup").read_text())):
+            for group in (own, *own.parents):
+                with suppress(OSError, ValueError):  # none here, or `max`
+                    quota, period = (root / "sys/fs/cgroup" / group / "cpu.max").read_text().split()
+                    quotas.append(int(quota) / int(period))
     return min(quotas)
-
-
-def _quota(folder: Path) -> float:
-    """Return how many CPUs one cgroup allows, of version 2 or 1."""
-    names = ("cpu.max",) if (folder / "cpu.max").exists() else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-    try:
-        quota, period = " ".join((folder / name).read_text() for name in names).split()
-        return int(quota) / int(period) if int(quota) > 0 else float("inf")
-    except (OSError, ValueError):  # none here, or `max`
-        return float("inf")
 
 
 class Crowd:
