@@ -20,8 +20,7 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """`accelerate launch` and torchrun set these for the processes that they start, and an `OMP_NUM_THREADS` of their own."""
 OPTION = re.compile(r"--num[_-]cpu[_-]threads[_-]per[_-]process[\0=]([^\0]+)")
 """accelerate's own, on its command line; it drops it where DeepSpeed is asked for."""
-WANTED_SECONDS = 20.0
-"""Of cores, used or waited for, before a process is judged: a moment's load is none."""
+WANTED_SECONDS = 20.0  # of cores, used or waited for, before a process is judged: a moment's load is none
 LEAST_SHARE = 1 / 3
 """Of them, used. Beside two busy programs two threads are as fast as one (`python -m benchmarks threads`)."""
 

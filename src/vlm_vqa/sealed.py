@@ -28,8 +28,7 @@ PART = ".part"
 SWITCH = "VLM_VQA_BLOCK_CHECKS"
 SEAL = "seal"
 BLOCK_BYTES = 2**20
-_DIGITS = 16
-"""Of a block's checksum: 64 bits in hex."""
+_DIGITS = 16  # of a block's checksum: 64 bits in hex
 _THREADS = 8
 
 

@@ -46,11 +46,9 @@ class Download:
 
     url: str
     path: Path
-    checksum: str
-    """`md5:` or `sha256:`, and the digest in hex."""
+    checksum: str  # `md5:` or `sha256:`, and the digest in hex
     bytes: int
-    option: str
-    """The parameter that the URL comes from, for messages."""
+    option: str  # the parameter that the URL comes from, for messages
 
     def beside(self, ending: str) -> Path:
         """Return the path of the file beside `path` with this ending."""
@@ -170,8 +168,7 @@ class _Part:
 
     def __init__(self, download: Download, bar: tqdm):
         self.download, self.path, self._bar = download, download.beside(PART), bar
-        self.size = self.furthest = bytes_here(download)
-        """How many there are, and most that there ever were."""
+        self.size = self.furthest = bytes_here(download)  # how many there are, and most that there ever were
         if self.size:
             log.info("%s: going on at byte %d", download.path.name, self.size)
 

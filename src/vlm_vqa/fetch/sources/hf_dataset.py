@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NOTES = ("Rows of a datasets repository; images are the bytes that it holds, which its makers may have encoded anew.",)
-_PAUSES = (5, 15, 45, 135, 135)
-"""Seconds before each further try."""
+_PAUSES = (5, 15, 45, 135, 135)  # seconds before each further try
 
 
 def hub_source(hub: HubParams, table: HubTable | None, spilled: Path) -> Source:

@@ -7,8 +7,7 @@ from typing import Any
 from vlm_vqa.fetch.contract import MalformedRecord, ViolationKind
 from vlm_vqa.hashing import sha256_bytes
 
-_NAME = re.compile(r"\w[\w .()+,=-]{0,120}")
-"""File names that mean the same everywhere."""
+_NAME = re.compile(r"\w[\w .()+,=-]{0,120}")  # file names that mean the same everywhere
 
 
 class Spill:

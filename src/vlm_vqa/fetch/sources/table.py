@@ -41,12 +41,9 @@ from vlm_vqa.params import Columns, DataParams, TableParams
 
 _TEXTS = ("image", "question_id", "image_id", "question_type", "answer_type", "main_answer")
 _ROLES = ("question", "answers", *_TEXTS)
-_FIRST = ("question_id", "image_id")
-"""Where several names are there, the first one holds."""
-_LOOK = 100
-"""Rows of JSON that are asked for the names of their columns."""
-_PARQUET = {"path": "parquet", "batch_size": 100}
-"""Rows that are decoded together are, with their images, some 20 MB."""
+_FIRST = ("question_id", "image_id")  # where several names are there, the first one holds
+_LOOK = 100  # rows of JSON that are asked for the names of their columns
+_PARQUET = {"path": "parquet", "batch_size": 100}  # rows that are decoded together are, with their images, some 20 MB
 _WHOLE = re.compile("0|[1-9][0-9]{,18}")
 _Raw = dict[str, Any] | MalformedRecord
 
@@ -94,15 +91,11 @@ class Tables:
         """Take the files by split, the same for both where a share of train's images is val; what messages call them; where
         the pictures are of which a share becomes val; and what writes them there, where the rows hold them."""
         self.files, self.called, self.table, self.places, self.spill = files, called, table, places, spill
-        self._whole = dict.fromkeys(_FIRST, True)
-        """Whether all ids are whole numbers as they stand."""
+        self._whole = dict.fromkeys(_FIRST, True)  # whether all ids are whole numbers as they stand
         self._val_images: set[str] | None = None
-        self._few = ""
-        """What is wrong where there are too few images for a share."""
-        self._questions: dict[int, str] = {}
-        """The split of each question id."""
-        self._places: dict[int, tuple[str, str]] = {}
-        """The first split and the picture of each image id."""
+        self._few = ""  # what is wrong where there are too few images for a share
+        self._questions: dict[int, str] = {}  # the split of each question id
+        self._places: dict[int, tuple[str, str]] = {}  # the first split and the picture of each image id
 
     def rows(self, split: str, violations: Violations) -> Iterator[Row]:
         """Yield a split's questions, train's before val's; raise `ReadAgain` at the first id that is no whole number."""
