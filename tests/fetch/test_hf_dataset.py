@@ -33,7 +33,7 @@ from vlm_vqa.cli import main
 from vlm_vqa.data import records
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.sources import hf_dataset as source
-from vlm_vqa.fetch.sources import spill
+from vlm_vqa.fetch.sources import table as module
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import Columns, HubParams, HubRepository, HubTable, Source, load_params
 
@@ -155,7 +155,7 @@ def test_an_image_is_written_once(made, hub, monkeypatch):
 
 
 def test_interrupted_among_the_rows_it_downloads_nothing_again(made, hub, monkeypatch):
-    read, rows = spill.sha256_bytes, []
+    read, rows = module.sha256_bytes, []
 
     def interrupted(data):
         rows.append(data)
@@ -164,7 +164,7 @@ def test_interrupted_among_the_rows_it_downloads_nothing_again(made, hub, monkey
         return read(data)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(spill, "sha256_bytes", interrupted)
+        patch.setattr(module, "sha256_bytes", interrupted)
         made.fetch()
     assert not made.pictures.exists()
     hub.requests.clear()
@@ -311,7 +311,7 @@ def no_parquet(made, tmp_path):
     ("spoil", "message"),
     [
         (no_answers, "no column for the answers; it has question, image"),
-        (images_elsewhere, "row 1: comes without the bytes of its image"),
+        (images_elsewhere, "http://images.example/1.jpg: a URL, not a file. Download"),
         (two_images_of_one_id, "row 8: image_id '25' stands for 'COCO_train2014_0+25.jpg' before"),
         (damaged, "train-00001-of-00002.parquet: "),
         (several_data_sets, r"holds several data sets \(balanced, abstract\)"),
@@ -320,7 +320,7 @@ def no_parquet(made, tmp_path):
 )
 def test_what_is_no_vqav2_is_refused_by_name(made, tmp_path, spoil, message):
     spoil(made, tmp_path)
-    with pytest.raises(UserError, match=rf"(?s)(repository '{NAME}'|lmms-lab--VQAv2/).*{message}"):
+    with pytest.raises(UserError, match=rf"(?s)(repository '{NAME}'|lmms-lab--VQAv2/|unreadable image).*{message}"):
         made.fetch()
 
 

@@ -17,7 +17,6 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Source, Split
-from vlm_vqa.fetch.sources.spill import Spill
 from vlm_vqa.fetch.sources.table import Tables
 from vlm_vqa.hf_hub import Repository, translate_errors
 from vlm_vqa.params import HubParams, HubTable, TableParams
@@ -44,8 +43,10 @@ def hub_source(hub: HubParams, table: HubTable | None, spilled: Path) -> Source:
             files[split] = [_download(repository, name) for name in _persistently(repository.name, find)]
         called[split] = str(repository)
     columns = table.columns if table else None
-    reader = Tables(files, called, TableParams(train="train", columns=columns), spill=Spill(spilled))
-    splits = (Split(split, called[split], [spilled], functools.partial(reader.rows, split)) for split in SPLITS)
+    images = {split: [spilled] for split in SPLITS}
+    spilled.mkdir()
+    reader = Tables(files, called, TableParams(train="train", columns=columns), images, spilled)
+    splits = (Split(split, called[split], images[split], functools.partial(reader.rows, split)) for split in SPLITS)
     return Source("hub", dataclasses.asdict(hub), tuple(splits), NOTES)
 
 

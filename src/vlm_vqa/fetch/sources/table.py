@@ -19,7 +19,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
@@ -34,7 +34,6 @@ from vlm_vqa.fetch.contract import MalformedRecord, ReadAgain, Row, Source, Spli
 from vlm_vqa.fetch.recognise import USUAL, refusal, written_as
 from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
 from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, folder_of, open_bytes, places, read_json, unreadable
-from vlm_vqa.fetch.sources.spill import Spill
 from vlm_vqa.files import MOST_BYTES, check_regular
 from vlm_vqa.hashing import sha256_bytes
 from vlm_vqa.params import Columns, DataParams, TableParams
@@ -44,6 +43,7 @@ _ROLES = ("question", "answers", *_TEXTS)
 _FIRST = ("question_id", "image_id")  # where several names are there, the first one holds
 _LOOK = 100  # rows of JSON that are asked for the names of their columns
 _PARQUET = {"path": "parquet", "batch_size": 100}  # rows that are decoded together are, with their images, some 20 MB
+_FILE_NAME = re.compile(r"\w[\w .()+,=-]{0,120}")  # that means the same everywhere
 _WHOLE = re.compile("0|[1-9][0-9]{,18}")
 _Raw = dict[str, Any] | MalformedRecord
 
@@ -55,26 +55,14 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
     images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
-    parts, spill = {split: parts_of(file) for split, file in files.items()}, None
-    if not table.images and all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
-        spill, images = Spill(spilled), dict.fromkeys(SPLITS, [spilled])
-    reader = Tables(parts, {split: str(file) for split, file in files.items()}, table, images["train"], spill)
+    parts = {split: parts_of(file) for split, file in files.items()}
+    reader = Tables(parts, {split: str(file) for split, file in files.items()}, table, images, spilled)
     splits = []
     for split, file in files.items():
         inputs = {path.name if file.is_dir() else "table": path for path in parts[split] if path.is_file()}
         splits.append(Split(split, str(file), images[split], functools.partial(reader.rows, split), inputs))
     origin = {} if table.val_share is None else {"val_share": table.val_share, "val_seed": table.val_seed}
     return Source("table", origin, tuple(splits))
-
-
-def _holds_pictures(path: Path) -> bool:
-    """Tell whether a file is one of Parquet or Arrow with bytes in a column."""
-    with contextlib.suppress(OSError, pa.ArrowException, DatasetsError):
-        if path.suffix in (".parquet", ".arrow"):
-            check_regular(path, sys.maxsize)
-            cells = next(iter(read_parquet(path)), {}).values()
-            return any(isinstance(cell.get("bytes") if isinstance(cell, dict) else cell, bytes) for cell in cells)
-    return False
 
 
 class Tables:
@@ -85,12 +73,15 @@ class Tables:
         files: Mapping[str, Sequence[Path]],
         called: Mapping[str, str],
         table: TableParams,
-        places: Sequence[Path] = (),
-        spill: Spill | None = None,
+        images: Mapping[str, list[Path]],
+        spilled: Path,
     ):
         """Take the files by split, the same for both where a share of train's images is val; what messages call them; where
-        the pictures are of which a share becomes val; and what writes them there, where the rows hold them."""
-        self.files, self.called, self.table, self.places, self.spill = files, called, table, places, spill
+        the pictures are; and the folder for pictures that stand in rows, which becomes the place of that split's."""
+        self.files, self.called, self.table, self.images, self.spilled = files, called, table, images, spilled
+        self._written: dict[
+            str, tuple[str, str]
+        ] = {}  # SHA-256 and name of spilled files, by the name in small letters
         self._whole = dict.fromkeys(_FIRST, True)  # whether all ids are whole numbers as they stand
         self._val_images: set[str] | None = None
         self._few = ""  # what is wrong where there are too few images for a share
@@ -128,16 +119,31 @@ class Tables:
             columns = find_columns(called, list(there), self.table.columns or Columns(), violations)
         elif len(violations) == before:
             violations.add(ViolationKind.EMPTY_FILE, f"{called}: no rows")
-        rows = chain(first, rows) if columns else ()
-        return columns, rows if self.spill is None else self._spilled(rows, columns, self.spill)
+        if not columns:
+            return columns, ()
+        rows = chain(first, rows)
+        return columns, rows if self.table.images else self._spill(rows, columns["image"], split)
 
-    def _spilled(self, rows: Iterable[_Raw], columns: dict[str, str], spill: Spill) -> Iterator[_Raw]:
-        """Yield rows with their pictures' names instead of the pictures."""
+    def _spill(self, rows: Iterable[_Raw], column: str, split: str) -> Iterator[_Raw]:
+        """Yield rows; a picture that stands in one as bytes is written out, and its file's name stands there instead."""
         for row in rows:
-            try:
-                yield row | {columns["image"]: spill.name(row[columns["image"]])} if isinstance(row, dict) else row
-            except MalformedRecord as error:
-                yield error
+            cell = row.get(column) if isinstance(row, dict) else None
+            data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+            if isinstance(row, dict) and isinstance(data, bytes):
+                self.images[split][:] = [self.spilled]
+                row[column] = self._write_out(data, PurePosixPath(path or "").name)
+            yield row
+
+    def _write_out(self, data: bytes, name: str) -> str:
+        """Write a picture unless it is there; return its file's name: its own, if no other picture has that."""
+        sha256 = sha256_bytes(data)
+        if not _FILE_NAME.fullmatch(name) or self._written.get(name.lower(), [sha256])[0] != sha256:
+            name = sha256[:32]
+        if name.lower() not in self._written:
+            self.spilled.mkdir(parents=True, exist_ok=True)
+            (self.spilled / name).write_bytes(data)
+            self._written[name.lower()] = (sha256, name)
+        return self._written[name.lower()][1]
 
     def _draw(self, share: float) -> None:
         """Draw val's pictures: equal files go to one split, under whatever names. What is wrong is said on reading them."""
@@ -149,7 +155,7 @@ class Tables:
         }
         images.pop("", None)
         contents: dict[str, str] = {}
-        with contextlib.suppress(UserError, OSError, zipfile.BadZipFile), ImageFiles(self.places) as files:
+        with contextlib.suppress(UserError, OSError, zipfile.BadZipFile), ImageFiles(self.images["train"]) as files:
             for image, name in tqdm(images.items(), "pictures to share out", unit="picture"):
                 with contextlib.suppress(MissingImage, UserError, OSError):
                     contents[image] = sha256_bytes(files.read(self._file(name) or name, MOST_BYTES))
