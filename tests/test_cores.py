@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from proofs.project import ROOT, Project
@@ -122,15 +123,21 @@ def test_what_is_no_number_of_threads_is_refused_by_name(monkeypatch, tmp_path, 
     ],
 )  # fmt: skip
 def test_a_launcher_s_number_is_not_the_user_s(monkeypatch, tmp_path, own, parent, command, found):
-    root = system(tmp_path)
-    if parent is not None:
-        folder = root / f"proc/{os.getppid()}"
-        folder.mkdir()
-        (folder / "environ").write_text("\0".join(f"{name}={value}" for name, value in parent.items()) + "\0")
-        (folder / "cmdline").write_text(f"python\0{command}\0")
+    class Launcher:
+        def __init__(self, pid):
+            if pid != os.getppid() or parent is None:
+                raise psutil.AccessDenied(pid)
+
+        def environ(self):
+            return parent
+
+        def cmdline(self):
+            return ["python", *command.split("\0")]
+
+    monkeypatch.setattr(psutil, "Process", Launcher)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    assert threads(2, root).count == found
+    assert threads(2, system(tmp_path)).count == found
 
 
 SCRIPT = """

@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from vlm_vqa.errors import UserError
 
 VARIABLE = "OMP_NUM_THREADS"
@@ -52,7 +54,7 @@ def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
     """
     cores = usable_cores(root)
     part = Threads(max(1, cores.count // processes), f"{cores.why} / {processes} process{'es' * (processes != 1)}")
-    if not (said := _said_by_user(dict(os.environ), *_launcher(root))):
+    if not (said := _said_by_user()):
         return part
     # OpenMP allows a list, for parallel regions inside others; there are none.
     found = re.fullmatch(r"([1-9][0-9]{0,3})(\s*,\s*[1-9][0-9]*)*", said)
@@ -63,25 +65,19 @@ def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
     return Threads(count, VARIABLE + f", more than {part.why}" * (count > part.count))
 
 
-def _said_by_user(own: dict[str, str], parents: dict[str, str], command: str) -> str:
-    """Return the user's `OMP_NUM_THREADS` among this process's environment and what its parent was started with.
+def _said_by_user() -> str:
+    """Return the user's `OMP_NUM_THREADS`.
 
     A launcher sets it for its processes whether or not the user has; what the launcher itself was started with tells.
     """
-    if parents and any(name in own and name not in parents for name in LAUNCHED):
-        option = OPTION.search(command)
-        own = own | {VARIABLE: option[1] if option else parents.get(VARIABLE, "")}
+    own = dict(os.environ)
+    with suppress(psutil.Error):  # another user's process, or another system
+        launcher = psutil.Process(os.getppid())
+        theirs = launcher.environ()
+        if any(name in own and name not in theirs for name in LAUNCHED):
+            option = OPTION.search("\0".join(launcher.cmdline()))
+            own[VARIABLE] = option[1] if option else theirs.get(VARIABLE, "")
     return own.get(CARRIED, own.get(VARIABLE, "")).strip()
-
-
-def _launcher(root: Path) -> tuple[dict[str, str], str]:
-    """Return the environment and the command line that the parent process was started with; nothing where none tells."""
-    folder = root / "proc" / str(os.getppid())
-    try:
-        variables = (folder / "environ").read_text(errors="replace").split("\0")
-        return dict(line.split("=", 1) for line in variables if "=" in line), (folder / "cmdline").read_text("utf-8")
-    except OSError:  # another system, or another user's process
-        return {}, ""
 
 
 def _cgroup_quota(root: Path) -> float:

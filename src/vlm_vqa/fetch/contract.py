@@ -28,10 +28,7 @@ _SHOWN_PER_KIND = 20
 class ViolationKind(Enum):
     """A way in which data can be wrong: its name in messages, the remedy, and whether it is about one record alone."""
 
-    MISSING_FILE = (
-        "missing file",
-        "put it there, or correct data.directory and the names in data.train, .val or .table",
-    )
+    MISSING_FILE = ("missing file", "put it there, or correct data.directory and the names in data.train, .val, .table")
     BROKEN_FILE = ("unreadable file", "download or unpack the file again; it is cut short or damaged")
     FOREIGN_FILE = (
         "file of another layout",
@@ -63,11 +60,7 @@ class ViolationKind(Enum):
     LOOKALIKE = ("look-alikes in both splits", "keep them in one split, or set data.doubtful: count")
     IMAGE_CONFLICT = ("one image id, two images", "give different images different ids")
     MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name in params.yaml", True)
-    BROKEN_IMAGE = (
-        "unreadable image",
-        "give an intact one of a kind that is read, or raise data.max_image_pixels",
-        True,
-    )
+    BROKEN_IMAGE = ("unreadable image", "give an intact one of a known kind, or raise data.max_image_pixels", True)
 
     def __init__(self, label: str, remedy: str, of_record: bool = False):
         self.label, self.remedy, self.of_record = label, remedy, of_record
