@@ -61,7 +61,7 @@ def made(hub, tmp_path, vqav2_folder, directory_params, monkeypatch):
         rows = rows_of(folder)
         repository = write_repository(tmp_path / "repository", rows)
         hosted = Hosted(repository, REVISION)
-        pictures = tmp_path / "data" / "pictures"
+        pictures = tmp_path / "data" / "records.pictures"
 
         def fetch(self, name=NAME, revision=REVISION, split="train", table=None):
             pair = HubParams(HubRepository(name, revision, split), HubRepository(name, revision, "validation"))

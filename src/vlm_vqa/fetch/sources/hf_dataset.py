@@ -44,7 +44,7 @@ def hub_source(hub: HubParams, table: HubTable | None, spilled: Path) -> Source:
         called[split] = str(repository)
     columns = table.columns if table else None
     images = {split: [spilled] for split in SPLITS}
-    spilled.mkdir()
+    spilled.mkdir(parents=True)
     reader = Tables(files, called, TableParams(train="train", columns=columns), images, spilled)
     splits = (Split(split, called[split], images[split], functools.partial(reader.rows, split)) for split in SPLITS)
     return Source("hub", dataclasses.asdict(hub), tuple(splits), NOTES)
