@@ -136,15 +136,6 @@ def test_a_link_is_replaced_and_not_written_through(tmp_path):
     assert (tmp_path / "cache").read_text() == "old" and not (tmp_path / "seal.json").is_symlink()
 
 
-def test_a_seal_that_cannot_be_read_is_none(tmp_path):
-    path = tmp_path / "seal.json"
-    assert sealed.find_sealed(path) is None
-    sealed.write_sealed(path, {"fact": 1})
-    assert sealed.find_sealed(path) == {"fact": 1}
-    path.write_text('{"fact": 1}')
-    assert sealed.find_sealed(path) is None
-
-
 def fetch_records(folder, params):
     assert fetch(params, folder / "records")["images"] == 6
 

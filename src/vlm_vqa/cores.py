@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from vlm_vqa.errors import UserError
 
 VARIABLE = "OMP_NUM_THREADS"
@@ -20,8 +22,7 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """`accelerate launch` and torchrun set these for the processes that they start, and an `OMP_NUM_THREADS` of their own."""
 OPTION = re.compile(r"--num[_-]cpu[_-]threads[_-]per[_-]process[\0=]([^\0]+)")
 """accelerate's own, on its command line; it drops it where DeepSpeed is asked for."""
-WANTED_SECONDS = 20.0
-"""Of cores, used or waited for, before a process is judged: a moment's load is none."""
+WANTED_SECONDS = 20.0  # of cores, used or waited for, before a process is judged: a moment's load is none
 LEAST_SHARE = 1 / 3
 """Of them, used. Beside two busy programs two threads are as fast as one (`python -m benchmarks threads`)."""
 
@@ -53,7 +54,7 @@ def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
     """
     cores = usable_cores(root)
     part = Threads(max(1, cores.count // processes), f"{cores.why} / {processes} process{'es' * (processes != 1)}")
-    if not (said := _said_by_user(dict(os.environ), *_launcher(root))):
+    if not (said := _said_by_user()):
         return part
     # OpenMP allows a list, for parallel regions inside others; there are none.
     found = re.fullmatch(r"([1-9][0-9]{0,3})(\s*,\s*[1-9][0-9]*)*", said)
@@ -64,54 +65,32 @@ def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
     return Threads(count, VARIABLE + f", more than {part.why}" * (count > part.count))
 
 
-def _said_by_user(own: dict[str, str], parents: dict[str, str], command: str) -> str:
-    """Return the user's `OMP_NUM_THREADS` among this process's environment and what its parent was started with.
+def _said_by_user() -> str:
+    """Return the user's `OMP_NUM_THREADS`.
 
     A launcher sets it for its processes whether or not the user has; what the launcher itself was started with tells.
     """
-    if parents and any(name in own and name not in parents for name in LAUNCHED):
-        option = OPTION.search(command)
-        own = own | {VARIABLE: option[1] if option else parents.get(VARIABLE, "")}
+    own = dict(os.environ)
+    with suppress(psutil.Error):  # another user's process, or another system
+        launcher = psutil.Process(os.getppid())
+        theirs = launcher.environ()
+        if any(name in own and name not in theirs for name in LAUNCHED):
+            option = OPTION.search("\0".join(launcher.cmdline()))
+            own[VARIABLE] = option[1] if option else theirs.get(VARIABLE, "")
     return own.get(CARRIED, own.get(VARIABLE, "")).strip()
 
 
-def _launcher(root: Path) -> tuple[dict[str, str], str]:
-    """Return the environment and the command line that the parent process was started with; nothing where none tells."""
-    folder = root / "proc" / str(os.getppid())
-    try:
-        variables = (folder / "environ").read_text(errors="replace").split("\0")
-        return dict(line.split("=", 1) for line in variables if "=" in line), (folder / "cmdline").read_text("utf-8")
-    except OSError:  # another system, or another user's process
-        return {}, ""
-
-
 def _cgroup_quota(root: Path) -> float:
-    """Return how many CPUs the tightest of this process's nested cgroups allows; infinity without a limit."""
-    try:
-        paths = [line.split(":", 2)[1:] for line in (root / "proc/self/cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (root / "proc/self/mountinfo").read_text().splitlines()]
-    except OSError:
-        return float("inf")
+    """Return how many CPUs the tightest of this process's nested cgroups (version 2) allows; infinity without a limit."""
     quotas = [float("inf")]
-    for mount in mounts:
-        kind = mount[mount.index("-") + 1]
-        if kind == "cgroup2" or (kind == "cgroup" and "cpu" in mount[-1].split(",")):
-            wanted = "cpu" if kind == "cgroup" else ""
-            path = Path(next((path for names, path in paths if wanted in names.split(",")), "/"))
-            # A container may see its cgroup as the root of the mount, but the host's path in the process's file.
-            inside = path.relative_to(mount[3]) if path.is_relative_to(mount[3]) else Path()
-            quotas += [_quota(root / mount[4].lstrip("/") / part) for part in (inside, *inside.parents)]
+    with suppress(OSError):  # another system
+        # A container may see its cgroup as the root, but the host's path in the process's file: of that nothing is there.
+        for own in map(Path, re.findall("(?m)^0::/(.*)$", (root / "proc/self/cgroup").read_text())):
+            for group in (own, *own.parents):
+                with suppress(OSError, ValueError):  # none here, or `max`
+                    quota, period = (root / "sys/fs/cgroup" / group / "cpu.max").read_text().split()
+                    quotas.append(int(quota) / int(period))
     return min(quotas)
-
-
-def _quota(folder: Path) -> float:
-    """Return how many CPUs one cgroup allows, of version 2 or 1."""
-    names = ("cpu.max",) if (folder / "cpu.max").exists() else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-    try:
-        quota, period = " ".join((folder / name).read_text() for name in names).split()
-        return int(quota) / int(period) if int(quota) > 0 else float("inf")
-    except (OSError, ValueError):  # none here, or `max`
-        return float("inf")
 
 
 class Crowd:

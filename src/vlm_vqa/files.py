@@ -12,8 +12,7 @@ from vlm_vqa.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 2**31
-"""Of a file that is read whole; VQAv2's largest has 0.4 GB."""
+MOST_BYTES = 2**31  # of a file that is read whole; VQAv2's largest has 0.4 GB
 
 
 def check_regular(path: str | Path, most: int = MOST_BYTES) -> None:

@@ -26,8 +26,7 @@ class Repository:
     name: str
     revision_key: str
     revision: str
-    type: str = "model"
-    """`model` or `dataset`, as huggingface_hub says it."""
+    type: str = "model"  # `model` or `dataset`, as huggingface_hub says it
 
     def __str__(self) -> str:
         return f"{self.key} {self.name!r}"
@@ -88,10 +87,8 @@ _LATER = (
     "names a mirror, and with HF_HUB_OFFLINE=1 only what has been downloaded before is used."
 )
 
-SETTINGS = ["*.json", "tokenizer.model"]
-"""Settings and tokenizer of a model in Hugging Face's format."""
-WANTED = [*SETTINGS, "*.safetensors"]
-"""Its weights as well."""
+SETTINGS = ["*.json", "tokenizer.model"]  # settings and tokenizer of a model in Hugging Face's format
+WANTED = [*SETTINGS, "*.safetensors"]  # its weights as well
 
 
 def download_snapshot(key: str, model: str, revision: str, wanted: list[str] = WANTED) -> Path:

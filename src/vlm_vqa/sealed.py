@@ -28,8 +28,7 @@ PART = ".part"
 SWITCH = "VLM_VQA_BLOCK_CHECKS"
 SEAL = "seal"
 BLOCK_BYTES = 2**20
-_DIGITS = 16
-"""Of a block's checksum: 64 bits in hex."""
+_DIGITS = 16  # of a block's checksum: 64 bits in hex
 _THREADS = 8
 
 
@@ -88,14 +87,6 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Publish JSON with a seal."""
     with aside(path) as part:
         write_json(part, {**content, SEAL: hash_json(content)})
-
-
-def find_sealed(path: Path) -> dict[str, Any] | None:
-    """Return what `write_sealed` was given, or None where `read_sealed` would raise."""
-    try:
-        return read_sealed(path, "sealed", "")
-    except UserError:
-        return None
 
 
 def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,10 +124,10 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
         easy_vqa.write_official_layout(tmp_path)
 
 
-def test_the_source_is_identified_and_cleans_up(monkeypatch, directory_params):
+def test_the_source_is_identified_and_cleans_up(monkeypatch, directory_params, tmp_path):
     # Writing is tested above; here only what stands around it.
-    monkeypatch.setattr(easy_vqa, "write_official_layout", lambda folder: None)
-    with open_source(directory_params(".", source=params.Source.EASY_VQA)) as source:
+    monkeypatch.setattr(easy_vqa, "write_official_layout", Path.mkdir)
+    with open_source(directory_params(".", source=params.Source.EASY_VQA), tmp_path / "records") as source:
         folder = source.splits[0].inputs["questions"].parent
         assert folder.is_dir()
         assert source.name == "easy-vqa" and source.origin["version"] == "1.0" and len(source.origin["data_hash"]) == 64

@@ -132,7 +132,7 @@ def test_pictures_in_the_table_and_a_folder_of_parquet_give_the_same_records(mad
     assert (shared["images"], shared["splits"]["val"]["images"]) == (3, 2)
     disk = made.fetch(into="disk", train="train-disk", val="val-disk", images=None)
     assert disk["data_hash"] == expected
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("table-")], "what was spilled is gone"
+    assert not list(tmp_path.glob("*.pictures")), "what was spilled is gone"
 
 
 def test_names_of_pictures_that_others_have_too_are_made_anew(made):

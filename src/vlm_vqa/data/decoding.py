@@ -21,8 +21,7 @@ _WANTED = "Give an intact JPEG, PNG, WebP, GIF, BMP, AVIF or TIFF, or convert it
 _TIFF_CODECS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "jpeg", "group3", "group4")
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks of a PNG that may unpack to more than Pillow takes, and that no pixel depends on."""
-_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
-"""`Image.Transpose` that brings each EXIF orientation upright."""
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # `Image.Transpose` that brings each EXIF orientation upright
 # Pillow warns of metadata and sizes without a file's name; we bound the size ourselves, and below Pillow's own bound.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

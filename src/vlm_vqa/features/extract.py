@@ -18,8 +18,7 @@ from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.prefetch import ordered_map
 
-MOST_THREADS = 8
-"""That decode: each holds a batch of images' pixels, and some of the work holds Python's lock."""
+MOST_THREADS = 8  # that decode: each holds a batch of images' pixels, and some of the work holds Python's lock
 
 
 Batch = tuple[int, list[ImageRecord]]

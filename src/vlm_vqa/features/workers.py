@@ -20,8 +20,7 @@ from torch import distributed
 from vlm_vqa import cores
 from vlm_vqa.launch_file import read_copies
 
-JOIN_SECONDS = 120.0
-"""Between the first and the last process's arrival: imports on a busy machine take long."""
+JOIN_SECONDS = 120.0  # between the first and the last process's arrival: imports on a busy machine take long
 POLL_SECONDS = 0.2
 
 

@@ -16,8 +16,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.question_types import answer_type, question_type
 from vlm_vqa.params import IMAGE_NAME, BadRecords, DataParams
 
-LARGEST_ID = 2**63 - 1
-"""Ids are stored as 64-bit integers."""
+LARGEST_ID = 2**63 - 1  # ids are stored as 64-bit integers
 IN_A_COPY = (
     "This is DVC's copy of the project for an experiment. It has only what git or DVC know: give data.directory as an "
     "absolute path, or `dvc add` a folder of the data's own (docs/data.md, Where the data lie)."
@@ -29,10 +28,7 @@ _SHOWN_PER_KIND = 20
 class ViolationKind(Enum):
     """A way in which data can be wrong: its name in messages, the remedy, and whether it is about one record alone."""
 
-    MISSING_FILE = (
-        "missing file",
-        "put it there, or correct data.directory and the names in data.train, .val or .table",
-    )
+    MISSING_FILE = ("missing file", "put it there, or correct data.directory and the names in data.train, .val, .table")
     BROKEN_FILE = ("unreadable file", "download or unpack the file again; it is cut short or damaged")
     FOREIGN_FILE = (
         "file of another layout",
@@ -64,11 +60,7 @@ class ViolationKind(Enum):
     LOOKALIKE = ("look-alikes in both splits", "keep them in one split, or set data.doubtful: count")
     IMAGE_CONFLICT = ("one image id, two images", "give different images different ids")
     MISSING_IMAGE = ("missing image", "put the file there, or correct images and image_name in params.yaml", True)
-    BROKEN_IMAGE = (
-        "unreadable image",
-        "give an intact one of a kind that is read, or raise data.max_image_pixels",
-        True,
-    )
+    BROKEN_IMAGE = ("unreadable image", "give an intact one of a known kind, or raise data.max_image_pixels", True)
 
     def __init__(self, label: str, remedy: str, of_record: bool = False):
         self.label, self.remedy, self.of_record = label, remedy, of_record
@@ -78,13 +70,11 @@ class Violations:
     """All that is wrong with the data. Bad records are violations too, or they are dropped and noted."""
 
     def __init__(self, data: DataParams | None = None) -> None:
-        self.drops = data is not None and data.bad_records is BadRecords.DROP
-        """Whether bad records are dropped."""
+        self.drops = data is not None and data.bad_records is BadRecords.DROP  # whether bad records are dropped
         self._most_dropped = data.most_dropped if data else 0.0
         self.found: defaultdict[ViolationKind, list[str]] = defaultdict(list)
         self._dropped = {split: self.found.copy() for split in SPLITS}
-        self.split: str | None = None
-        """Whose records are being read."""
+        self.split: str | None = None  # whose records are being read
 
     def add(self, kind: ViolationKind, text: str) -> None:
         """Note one violation; `text` names its file and id."""
@@ -144,11 +134,9 @@ class MalformedRecord(Exception):
 class Row(NamedTuple):
     """One question."""
 
-    where: str
-    """File and id, for messages."""
+    where: str  # file and id, for messages
     image_name: str
-    record: dict[str, Any]
-    """As `records.QUESTION_FEATURES`."""
+    record: dict[str, Any]  # as `records.QUESTION_FEATURES`
 
 
 @dataclass
@@ -156,27 +144,22 @@ class Split:
     """One split of a source."""
 
     split: str
-    name: str
-    """The file or files of its questions, for messages."""
-    images: Sequence[Path]
-    """Folders of images and zip archives of them."""
+    name: str  # the file or files of its questions, for messages
+    images: Sequence[Path]  # folders of images and zip archives of them
     rows: Callable[[Violations], Iterator[Row]]
     """Yields the questions in the file's order; what is wrong becomes a violation."""
-    inputs: dict[str, Path] = field(default_factory=dict)
-    """The files read, by what they hold."""
+    inputs: dict[str, Path] = field(default_factory=dict)  # the files read, by what they hold
 
 
 @dataclass(frozen=True)
 class Source:
     """Data ready to be checked and stored."""
 
-    name: str
-    """The value of `data.source`."""
+    name: str  # the value of `data.source`
     origin: dict[str, Any]
     """What identifies the data beyond the files read (a package and its version, say); kept in the manifest."""
     splits: tuple[Split, ...]
-    notes: tuple[str, ...] = ()
-    """What was changed before the rows; kept in the manifest."""
+    notes: tuple[str, ...] = ()  # what was changed before the rows; kept in the manifest
 
 
 def answered(question: str, given: Any, kinds: Sequence[str], main: str) -> dict[str, Any]:

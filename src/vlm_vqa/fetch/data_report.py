@@ -18,11 +18,9 @@ from vlm_vqa.data.decoding import open_image
 from vlm_vqa.fetch.statistics import Images, Texts, mean, total
 from vlm_vqa.params import flatten
 
-ALIKE_SHOWN = 12
-"""Pairs of pictures that look alike."""
+ALIKE_SHOWN = 12  # pairs of pictures that look alike
 _THUMBNAIL = (300, 220)
-_ROWS = 15
-"""Of a table of the most common values."""
+_ROWS = 15  # of a table of the most common values
 _COLOURS = ("#3b6fb6", "#e08a3c")
 """Of the two splits, in all charts."""
 

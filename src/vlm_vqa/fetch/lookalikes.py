@@ -20,10 +20,8 @@ _FIELDS = 8
 class Look(NamedTuple):
     """How a picture looks."""
 
-    bits: bytes
-    """Its perceptual hash, 64 bits."""
-    colours: bytes
-    """Mean colours, `_FIELDS` x `_FIELDS` x RGB."""
+    bits: bytes  # its perceptual hash, 64 bits
+    colours: bytes  # mean colours, `_FIELDS` x `_FIELDS` x RGB
 
 
 def look(image: Image.Image) -> Look:
@@ -40,8 +38,7 @@ class Lookalikes:
     def __init__(self, splits: Sequence[Collection[int]]):
         """Take the ids of the images of each."""
         self.splits = splits
-        self.twins = [0, 0]
-        """Images of each split whose bytes are those of an earlier one of it, under another id."""
+        self.twins = [0, 0]  # images of each split whose bytes are those of an earlier one of it, under another id
         self._first: tuple[dict[str, int], dict[str, int]] = {}, {}
         """Of each split the id of the first image by the hash of its bytes."""
         self._looks: list[tuple[int, Look]] = []

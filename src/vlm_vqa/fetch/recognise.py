@@ -56,8 +56,7 @@ _SPLIT = re.compile(r"(?<![a-z])(train|val|dev|minival|test)(?:ing|id|idation|de
 _PLAIN = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[A-Za-z_/]([\w./{}:-]*[\w/}])?", re.IGNORECASE)
 
 
-Head = list[dict[str, Any]]
-"""The first entries of a file; none where it is no table and nothing like one."""
+Head = list[dict[str, Any]]  # the first entries of a file; none where it is no table and nothing like one
 
 
 def _names(one: Head) -> list[str]:
@@ -142,10 +141,8 @@ class Found(NamedTuple):
     """What was recognised."""
 
     what: str
-    data: dict[str, Any]
-    """Keys of the `data` section that read it; the others stay as they are."""
-    unsure: dict[str, str]
-    """Why a key's value may be wrong, by its full name."""
+    data: dict[str, Any]  # keys of the `data` section that read it; the others stay as they are
+    unsure: dict[str, str]  # why a key's value may be wrong, by its full name
 
 
 def recognise(path: Path) -> Found:

@@ -22,8 +22,7 @@ class Texts:
     def __init__(self, paths: Split):
         self.paths = paths
         self.digest = hashlib.sha256()
-        self.images: dict[int, str] = {}
-        """File name by image id."""
+        self.images: dict[int, str] = {}  # file name by image id
         self.question_ids: set[int] = set()
         self.answer_types, self.question_types, self.main_answers, self.confidences = (Counter[str]() for _ in range(4))
         """The last counts the humans' answers."""
@@ -31,15 +30,12 @@ class Texts:
             Counter[int]() for _ in range(6)
         )
         """Words of question and main answer; answers; how many humans gave the most common one; the image's id."""
-        self.unsaid_answers: list[str] = []
-        """Where main answers stand that none of the humans gave."""
+        self.unsaid_answers: list[str] = []  # where main answers stand that none of the humans gave
         self.questions = self.blank_humans = self.asked_again = self.asked_in_both = self.files_without_questions = 0
         """Of the others: humans' answers that are blank; questions in the words of an earlier one about the same image,
         and of one in the other split."""
-        self.longest = 0
-        """Bytes of the longest question with the longest of its answers."""
-        self.asked: set[int] = set()
-        """Hashes of image and question, which need a tenth of the memory."""
+        self.longest = 0  # bytes of the longest question with the longest of its answers
+        self.asked: set[int] = set()  # hashes of image and question, which need a tenth of the memory
         self._examples: dict[str, list[tuple[int, _Row]]] = {}
 
     def add(self, row: _Row, where: str = "") -> None:
@@ -97,16 +93,12 @@ class Images:
         """Ids of the images that the report shows, and their files by id."""
         self.digest = hashlib.sha256()
         self.count = self.bytes = 0
-        self.sizes = Counter[tuple[int, int]]()
-        """Images by (width, height)."""
-        self.changes = Counter[str]()
-        """Images by what was changed beside decoding, as `decoding.open_image` says it."""
-        self.alike: list[tuple[int, int]] = []
-        """Ids of pictures that look alike, of the first split and the second."""
+        self.sizes = Counter[tuple[int, int]]()  # images by (width, height)
+        self.changes = Counter[str]()  # images by what was changed beside decoding, as `decoding.open_image` says it
+        self.alike: list[tuple[int, int]] = []  # ids of pictures that look alike, of the first split and the second
         self.bad: dict[int, tuple[Any, str]] = {}
         """Images that are dropped with their questions: the kind of violation, and its words, by id."""
-        self.conflicts: set[int] = set()
-        """Ids that stand for different images."""
+        self.conflicts: set[int] = set()  # ids that stand for different images
 
     def add(self, row: _Row, changes: Iterable[str], look: Look) -> None:
         """Count one row of `records.IMAGE_FEATURES`."""

@@ -18,8 +18,7 @@ _STEPS = {True: 300, False: 100}
 """Optimizer steps, at least: for a language model that starts from random weights, and for one that knows English."""
 _LEAST_HELD, _LEAST_TO_CHOOSE = 20, 100
 """Validation questions below which nothing is held out, and below which a checkpoint would be chosen by chance."""
-_IMAGES = 200
-"""Pictures that `init` looks at; `check` looks at all."""
+_IMAGES = 200  # pictures that `init` looks at; `check` looks at all
 
 
 def init(path: Path, preset: str, force: bool, target: Path = Path("params.yaml")) -> list[str]:

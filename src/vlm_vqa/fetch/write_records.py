@@ -223,8 +223,7 @@ def _check_texts(texts: list[Texts], data: DataParams, violations: Violations) -
             log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
 
 
-_Place = tuple[ImageFiles, str]
-"""Where an image is: among which files, and by which name."""
+_Place = tuple[ImageFiles, str]  # where an image is: among which files, and by which name
 _Problems = list[tuple[ViolationKind, str]]
 _Seen = tuple[dict[str, Any], list[str], Look]
 """An image's row of `IMAGE_FEATURES`, what was changed to see it, and how it looks."""

@@ -19,8 +19,7 @@ import psutil
 from vlm_vqa.errors import GO_ON
 
 SECONDS_BETWEEN_LOOKS = 1.0
-SECONDS_TO_END = 5.0
-"""Between being asked to end and being ended: with the rest, less than ten, on a busy machine too."""
+SECONDS_TO_END = 5.0  # between being asked to end and being ended: with the rest, less than ten, on a busy machine too
 _PR_SET_PDEATHSIG = 1
 _NAME = "parents"
 

@@ -18,8 +18,7 @@ import yaml
 from vlm_vqa.errors import UserError
 from vlm_vqa.pipeline.orphans import gone
 
-SECONDS_OF_CLOCK = 60
-"""By how much a file's time and a process's start may disagree."""
+SECONDS_OF_CLOCK = 60  # by how much a file's time and a process's start may disagree
 _KEPT = Path(".dvc/tmp/dvc.lock.kept")
 
 

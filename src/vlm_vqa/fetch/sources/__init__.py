@@ -3,7 +3,6 @@
 A new source is a value of `params.Source`, a module here that yields its rows, and a case in `open_source`.
 """
 
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,30 +14,31 @@ from vlm_vqa.fetch.sources.hf_dataset import hub_source
 from vlm_vqa.fetch.sources.official_archives import official_source, remove_archives
 from vlm_vqa.fetch.sources.official_layout import directory_source
 from vlm_vqa.fetch.sources.table import table_source
+from vlm_vqa.sealed import scratch
 
 
 @contextmanager
-def open_source(data: params.DataParams, records: Path = Path("data/records")) -> Generator[Source]:
-    """Yield the source that `data.source` names; files that it had to write are gone afterwards.
+def open_source(data: params.DataParams, records: Path) -> Generator[Source]:
+    """Yield the source that `data.source` names; what it had to write beside `records` is gone afterwards.
 
     Archives, which are downloaded into `archives` beside the folder `records`, stay whatever goes wrong; only where
     `data.official.keep_archives` is false do they go in the end. What is not there, or not as expected, is a `UserError`.
     """
-    match data.source:
-        case params.Source.DIRECTORY:
-            yield directory_source(data)
-        case params.Source.TABLE:
-            with tempfile.TemporaryDirectory(prefix="table-", dir=records.parent) as folder:
-                yield table_source(data, Path(folder))
-        case params.Source.EASY_VQA:
-            with tempfile.TemporaryDirectory(prefix="vlm-vqa-easy-vqa-") as folder:
-                yield easy_vqa_source(Path(folder))
-        case params.Source.OFFICIAL:
-            assert data.official is not None, "load_params asks for it"
-            yield official_source(data.official, records)
-            if not data.official.keep_archives:
-                remove_archives(records)
-        case params.Source.HUB:
-            assert data.hub is not None and not isinstance(data.table, params.TableParams), "load_params asks for it"
-            with hub_source(data.hub, data.table, records.parent / "hub") as source:
-                yield source
+    with scratch(records.with_name(f"{records.name}.pictures")) as folder:
+        match data.source:
+            case params.Source.DIRECTORY:
+                yield directory_source(data)
+            case params.Source.TABLE:
+                yield table_source(data, folder)
+            case params.Source.EASY_VQA:
+                yield easy_vqa_source(folder)
+            case params.Source.OFFICIAL:
+                assert data.official is not None, "load_params asks for it"
+                yield official_source(data.official, records)
+                if not data.official.keep_archives:
+                    remove_archives(records)
+            case params.Source.HUB:
+                assert data.hub is not None and not isinstance(data.table, params.TableParams), (
+                    "load_params asks for it"
+                )
+                yield hub_source(data.hub, data.table, folder)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, InvalidHeader
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.sealed import PART, find_sealed, publish, write_sealed
+from vlm_vqa.sealed import PART, publish, read_sealed, write_sealed
 from vlm_vqa.secrets import without_secrets
 
 log = logging.getLogger(__name__)
@@ -46,11 +46,9 @@ class Download:
 
     url: str
     path: Path
-    checksum: str
-    """`md5:` or `sha256:`, and the digest in hex."""
+    checksum: str  # `md5:` or `sha256:`, and the digest in hex
     bytes: int
-    option: str
-    """The parameter that the URL comes from, for messages."""
+    option: str  # the parameter that the URL comes from, for messages
 
     def beside(self, ending: str) -> Path:
         """Return the path of the file beside `path` with this ending."""
@@ -70,8 +68,9 @@ def is_verified(download: Download) -> bool:
     """Tell whether the file is there with the right checksum, unread if it is as it was then; another one is deleted."""
     if not download.path.is_file():
         return False
-    if find_sealed(download.beside(".verified.json")) == _metadata(download):
-        return True
+    with suppress(UserError):
+        if read_sealed(download.beside(".verified.json"), "sealed", "") == _metadata(download):
+            return True
     log.info("checking %s", download.path)
     if (found := _checksum(download, download.path)) == download.checksum:
         write_sealed(download.beside(".verified.json"), _metadata(download))
@@ -110,97 +109,86 @@ def fetch_all(downloads: Sequence[Download], at_once: int) -> None:
 def _fetch(download: Download, bar: tqdm, stop: threading.Event) -> None:
     """Download one file; wrong bytes are thrown away and fetched once more."""
     download.path.parent.mkdir(parents=True, exist_ok=True)
-    part = _Part(download, bar)
+    part = download.beside(PART)
+    if here := bytes_here(download):
+        log.info("%s: going on at byte %d", download.path.name, here)
     for _ in range(2):
-        _complete(part, stop)
-        if (found := _checksum(download, part.path)) == download.checksum:
-            publish(part.path, download.path)
+        _complete(download, bar, stop)
+        if (found := _checksum(download, part)) == download.checksum:
+            publish(part, download.path)
             write_sealed(download.beside(".verified.json"), _metadata(download))
             log.info("%s: complete, %s", download.path.name, found)
             return
-        log.warning("%s: thrown away, its checksum is %s and not %s", part.path, found, download.checksum)
-        part.restart()
-        part.furthest = 0
+        log.warning("%s: thrown away, its checksum is %s and not %s", part, found, download.checksum)
+        _restart(download, bar)
     raise _wrong(download, f"has checksum {found} instead of {download.checksum}, twice: another file, or damaged")
 
 
-def _attempt(part: "_Part", stop: threading.Event) -> None:
+def _restart(download: Download, bar: tqdm) -> None:
+    """Throw away what is there."""
+    _count(bar, -bytes_here(download))
+    download.beside(PART).unlink(missing_ok=True)
+
+
+def _count(bar: tqdm, count: int) -> None:
+    with bar.get_lock():
+        bar.update(count)
+
+
+def _attempt(download: Download, bar: tqdm, stop: threading.Event) -> None:
     """Ask for what is missing of a file and take it as far as it comes."""
-    if part.size == part.download.bytes:
+    if (here := bytes_here(download)) == download.bytes:
         return
     if stop.is_set():
         raise CancelledError
-    ask = {"Range": f"bytes={part.size}-"} if part.size else {}
-    with requests.get(part.download.url, headers=_AS_IT_IS | ask, stream=True, timeout=_TIMEOUT) as response:
-        status, begins = response.status_code, f"bytes {part.size}-"
+    ask = {"Range": f"bytes={here}-"} if here else {}
+    with requests.get(download.url, headers=_AS_IT_IS | ask, stream=True, timeout=_TIMEOUT) as response:
+        status, begins = response.status_code, f"bytes {here}-"
         if status == 416 or status == 206 and not response.headers.get("Content-Range", "").startswith(begins):
-            part.restart()
+            _restart(download, bar)
             raise _Transient("the file has changed on the server; starting again")
-        _check_status(response, part.download)
+        _check_status(response, download)
         if status == 200:
             # The server sends the whole file: it knows no ranges, or this is the start.
-            part.restart()
-        _receive(response, part, stop)
-    if part.size != part.download.bytes:
-        raise _Transient(f"the answer ended after {part.size} bytes")
+            _restart(download, bar)
+        _receive(response, download, bar, stop)
+    if (here := bytes_here(download)) != download.bytes:
+        raise _Transient(f"the answer ended after {here} bytes")
 
 
-def _receive(response: requests.Response, part: "_Part", stop: threading.Event) -> None:
+def _receive(response: requests.Response, download: Download, bar: tqdm, stop: threading.Event) -> None:
     """Take what comes, no more of it than there should be, and no slower than `_LEAST_RATE`."""
-    begun, before = time.monotonic(), part.size
-    with open(part.path, "ab") as file:
+    with open(download.beside(PART), "ab") as file:
+        begun, before = time.monotonic(), file.tell()
         # `read1` hands over what has come; `iter_content` would lose up to a block when the connection ends.
         while block := response.raw.read1(_BLOCK_BYTES):
             file.write(block)
             file.flush()  # to the disk's cache: it outlives a killed process
-            part.grow(len(block))
+            _count(bar, len(block))
             if stop.is_set():
                 raise CancelledError
-            if part.size > part.download.bytes:
-                part.restart()
-                raise _wrong(part.download, f"sends more than {part.download.bytes:,} bytes: another file")
+            if file.tell() > download.bytes:
+                _restart(download, bar)
+                raise _wrong(download, f"sends more than {download.bytes:,} bytes: another file")
             if (seconds := time.monotonic() - begun) > _WINDOW:
-                if part.size - before < _LEAST_RATE * seconds:
+                if file.tell() - before < _LEAST_RATE * seconds:
                     raise _Transient(f"less than {_LEAST_RATE} bytes a second over {seconds:.0f} s")
-                begun, before = time.monotonic(), part.size
+                begun, before = time.monotonic(), file.tell()
 
 
-class _Part:
-    """The first bytes of a file."""
-
-    def __init__(self, download: Download, bar: tqdm):
-        self.download, self.path, self._bar = download, download.beside(PART), bar
-        self.size = self.furthest = bytes_here(download)
-        """How many there are, and most that there ever were."""
-        if self.size:
-            log.info("%s: going on at byte %d", download.path.name, self.size)
-
-    def restart(self) -> None:
-        """Throw everything away."""
-        self.path.unlink(missing_ok=True)
-        self.grow(-self.size)
-
-    def grow(self, count: int) -> None:
-        """Count bytes that have come, below 0 those that were thrown away."""
-        with self._bar.get_lock():
-            self._bar.update(count)
-        self.size += count
-        self.furthest = max(self.furthest, self.size)
-
-
-def _complete(part: "_Part", stop: threading.Event) -> None:
+def _complete(download: Download, bar: tqdm, stop: threading.Event) -> None:
     """Attempt until the file is whole; what comes further than all before, and is more than too slow, is no failure."""
     # Not as requests' adapter would use it: its waits could not be stopped, and it knows nothing of progress.
-    download, retry, reached = part.download, _RETRY, part.furthest
+    retry, furthest = _RETRY, bytes_here(download)
     while True:
         try:
-            return _attempt(part, stop)
+            return _attempt(download, bar, stop)
         except (_Transient, HTTPError, requests.RequestException) as error:
             if not isinstance(error, _PASSING) or isinstance(error, requests.exceptions.SSLError):
                 raise _wrong(download, f"cannot be fetched ({error})") from error
-            if part.furthest > reached + _LEAST_RATE * _WINDOW:
+            if (here := bytes_here(download)) > furthest + _LEAST_RATE * _WINDOW:
                 retry = _RETRY
-            reached = part.furthest
+            furthest = max(furthest, here)
             # urllib3 repeats itself in its second argument.
             reason = error.args[0] if error.args else error
             if retry.total == 0:

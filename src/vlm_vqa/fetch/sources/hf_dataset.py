@@ -1,70 +1,53 @@
-"""Source `hub`: a table in a `datasets` repository at a pinned commit, streamed and spilled as `spill` does it."""
+"""Source `hub`: a table in a `datasets` repository at a pinned commit, whose Parquet files hold its pictures."""
 
 import dataclasses
 import functools
 import logging
-import shutil
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 from datasets.data_files import DataFilesList, get_data_patterns, sanitize_patterns
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard, HfApi, constants, snapshot_download
+from huggingface_hub import DatasetCard, HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from tqdm import tqdm
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import Source, Split
-from vlm_vqa.fetch.sources.spill import Spill
-from vlm_vqa.fetch.sources.table import Tables, spill_parquet
-from vlm_vqa.hashing import hash_json
+from vlm_vqa.fetch.sources.table import Tables
 from vlm_vqa.hf_hub import Repository, translate_errors
-from vlm_vqa.params import Columns, HubParams, HubTable, TableParams
+from vlm_vqa.params import HubParams, HubTable, TableParams
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NOTES = ("Rows of a datasets repository; images are the bytes that it holds, which its makers may have encoded anew.",)
-_PAUSES = (5, 15, 45, 135)
-"""Seconds before each further try. huggingface_hub itself has tried 6 times within 25 s by then."""
+_PAUSES = (5, 15, 45, 135, 135)  # seconds before each further try
 
 
-@contextmanager
-def hub_source(hub: HubParams, table: HubTable | None, folder: Path) -> Generator[Source]:
-    """Stream both splits into `folder` and yield them; they are removed if the block succeeds, and kept if it fails.
+def hub_source(hub: HubParams, table: HubTable | None, spilled: Path) -> Source:
+    """Download both splits into the hub's own cache and return them; their pictures go into `spilled`.
 
     Raises:
-        UserError: a repository cannot be read, has a loading script, or lacks the split or columns; it names what to do.
+        UserError: a repository cannot be read, has a loading script, or lacks the split; it names what to do.
     """
-    repositories, found = {}, {}
+    files, called = {}, {}
     for split in SPLITS:
         one, key = getattr(hub, split), f"data.hub.{split}"
         repository = Repository(f"{key}.repository", one.repository, f"{key}.revision", one.revision, "dataset")
         with translate_errors(repository):
             find = functools.partial(_find_files, repository, one.split, f"{key}.split")
-            found[split] = _persistently(repository.name, find)
-        repositories[split] = repository
-    columns = table.columns if table and table.columns else Columns()
-    # So parts of two data sets, or commits, never meet.
-    place = folder / hash_json([dataclasses.asdict(hub), found, columns.image])[:16]
-    with tqdm(desc="questions from the hub", unit="question") as progress:
-        spill = Spill(place, progress)
-        for split, repository in repositories.items():
-            for index, file in enumerate(found[split]):
-                part = place / split / f"part-{index:05d}"
-                write = functools.partial(spill_parquet, spill, file, columns, part, str(repository))
-                with translate_errors(repository):
-                    _persistently(file, write)
-    called = {split: str(repository) for split, repository in repositories.items()}
-    reader = Tables({split: place / split for split in SPLITS}, called, TableParams(train="train", columns=columns))
-    splits = (Split(split, called[split], [spill.images], functools.partial(reader.rows, split)) for split in SPLITS)
-    yield Source("hub", dataclasses.asdict(hub), tuple(splits), NOTES)
-    shutil.rmtree(place)
+            files[split] = [_download(repository, name) for name in _persistently(repository.name, find)]
+        called[split] = str(repository)
+    columns = table.columns if table else None
+    images = {split: [spilled] for split in SPLITS}
+    spilled.mkdir(parents=True)
+    reader = Tables(files, called, TableParams(train="train", columns=columns), images, spilled)
+    splits = (Split(split, called[split], images[split], functools.partial(reader.rows, split)) for split in SPLITS)
+    return Source("hub", dataclasses.asdict(hub), tuple(splits), NOTES)
 
 
 def _persistently(what: str, work: Callable[[], T]) -> T:
@@ -83,8 +66,13 @@ def _persistently(what: str, work: Callable[[], T]) -> T:
     return work()
 
 
+def _download(repository: Repository, name: str) -> Path:
+    where = {"repo_id": repository.name, "repo_type": "dataset", "revision": repository.revision}
+    return Path(_persistently(name, functools.partial(hf_hub_download, filename=name, **where)))
+
+
 def _find_files(repository: Repository, split: str, split_key: str) -> list[str]:
-    """Return a split's Parquet files, as the repository's card or their names say, by what `datasets` opens.
+    """Return the names of a split's Parquet files, as the repository's card or they themselves tell.
 
     `datasets.load_dataset(name)` does the same, but the pinned `datasets` calls huggingface_hub in a way that the pinned
     huggingface_hub refuses. Given the files, its Parquet reader does its work, and no loading script has a part in it.
@@ -107,7 +95,7 @@ def _find_files(repository: Repository, split: str, split_key: str) -> list[str]
         files = DataFilesList([], [])
     if not files:
         raise UserError(f"{repository} has no Parquet files of split {split!r}; only such are read.")
-    return [*files]
+    return [file.removeprefix(f"{base}/") for file in files]
 
 
 def newest(name: str) -> tuple[str, list[str]]:

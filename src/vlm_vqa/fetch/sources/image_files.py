@@ -21,8 +21,7 @@ from vlm_vqa.fetch.recognise import PICTURES
 from vlm_vqa.fetch.sources.zip_archive import files, open_zip, parts
 from vlm_vqa.files import check_regular
 
-ENCRYPTED = 0x1
-"""Of a zip member's flags (APPNOTE 4.4.4)."""
+ENCRYPTED = 0x1  # of a zip member's flags (APPNOTE 4.4.4)
 # Reading a damaged member, zipfile raises its own error and those of its decompressors (bz2's is an OSError, which readers
 # expect anyway); EOFError where the bytes end early; NotImplementedError for a compression method that Python lacks, and for
 # patched or strongly encrypted data; ValueError for a ZIP64 offset that no file has, and as UnicodeDecodeError for a name
@@ -64,8 +63,7 @@ class ImageFiles(ExitStack):
     def __init__(self, paths: Sequence[Path]):
         """Look through `paths`; raise as `open_zip`, and `UserError` for an archive of another kind."""
         super().__init__()
-        self.others: list[ImageFiles] = []
-        """Those of other splits, where a missing image may be."""
+        self.others: list[ImageFiles] = []  # those of other splits, where a missing image may be
         self.count = 0
         self._top = paths[0]
         # Files by their names in one spelling, without ending.

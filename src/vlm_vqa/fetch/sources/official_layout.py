@@ -111,8 +111,7 @@ class _Entry(NamedTuple):
 class _Entries(NamedTuple):
     """What a questions or annotations file holds, in file order."""
 
-    name: str
-    """The file's name, for messages."""
+    name: str  # the file's name, for messages
     good: list[_Entry]
     bad: list[int | None]
     """Question ids of malformed entries, which are violations already: their counterparts are no further ones."""

@@ -19,7 +19,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
@@ -34,19 +34,16 @@ from vlm_vqa.fetch.contract import MalformedRecord, ReadAgain, Row, Source, Spli
 from vlm_vqa.fetch.recognise import USUAL, refusal, written_as
 from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
 from vlm_vqa.fetch.sources.official_layout import READ_ERRORS, folder_of, open_bytes, places, read_json, unreadable
-from vlm_vqa.fetch.sources.spill import Spill
 from vlm_vqa.files import MOST_BYTES, check_regular
 from vlm_vqa.hashing import sha256_bytes
 from vlm_vqa.params import Columns, DataParams, TableParams
 
 _TEXTS = ("image", "question_id", "image_id", "question_type", "answer_type", "main_answer")
 _ROLES = ("question", "answers", *_TEXTS)
-_FIRST = ("question_id", "image_id")
-"""Where several names are there, the first one holds."""
-_LOOK = 100
-"""Rows of JSON that are asked for the names of their columns."""
-_PARQUET = {"path": "parquet", "batch_size": 100}
-"""Rows that are decoded together are, with their images, some 20 MB."""
+_FIRST = ("question_id", "image_id")  # where several names are there, the first one holds
+_LOOK = 100  # rows of JSON that are asked for the names of their columns
+_PARQUET = {"path": "parquet", "batch_size": 100}  # rows that are decoded together are, with their images, some 20 MB
+_FILE_NAME = re.compile(r"\w[\w .()+,=-]{0,120}")  # that means the same everywhere
 _WHOLE = re.compile("0|[1-9][0-9]{,18}")
 _Raw = dict[str, Any] | MalformedRecord
 
@@ -58,68 +55,38 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
     images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
-    read, parts = files, {file: parts_of(file) for file in files.values()}
-    if not table.images and all(paths and all(map(_holds_pictures, paths)) for paths in parts.values()):
-        images = dict.fromkeys(SPLITS, [spilled / "images"])
-        # One file may be for both splits.
-        read = {split: spilled / str([*parts].index(file)) for split, file in files.items()}
-        with tqdm(desc="pictures in the table", unit="question") as progress:
-            spill = Spill(spilled, progress)
-            for number, paths in enumerate(parts.values()):
-                for index, path in enumerate(paths):
-                    part = spilled / str(number) / f"part-{index:05d}"
-                    spill_parquet(spill, str(path), table.columns or Columns(), part, str(path))
-    reader = Tables(read, {split: str(file) for split, file in files.items()}, table, images["train"])
+    parts = {split: parts_of(file) for split, file in files.items()}
+    reader = Tables(parts, {split: str(file) for split, file in files.items()}, table, images, spilled)
     splits = []
     for split, file in files.items():
-        inputs = {path.name if file.is_dir() else "table": path for path in parts[file] if path.is_file()}
+        inputs = {path.name if file.is_dir() else "table": path for path in parts[split] if path.is_file()}
         splits.append(Split(split, str(file), images[split], functools.partial(reader.rows, split), inputs))
     origin = {} if table.val_share is None else {"val_share": table.val_share, "val_seed": table.val_seed}
     return Source("table", origin, tuple(splits))
-
-
-def _holds_pictures(path: Path) -> bool:
-    """Tell whether a file is one of Parquet or Arrow with bytes in a column."""
-    with contextlib.suppress(OSError, pa.ArrowException, DatasetsError):
-        if path.suffix in (".parquet", ".arrow"):
-            check_regular(path, sys.maxsize)
-            cells = next(iter(read_parquet(str(path))), {}).values()
-            return any(isinstance(cell.get("bytes") if isinstance(cell, dict) else cell, bytes) for cell in cells)
-    return False
-
-
-def spill_parquet(spill: Spill, file: str, columns: Columns, part: Path, where: str) -> None:
-    """Write a Parquet file or address whose rows hold pictures as a part, unless an earlier run has done so."""
-    if part.is_dir():
-        return spill.skip(part)
-    violations = Violations()
-    try:
-        rows = read_parquet(file)
-        found = find_columns(where, list(rows.features or {}), columns, violations)
-        violations.raise_if_any()
-        spill.write(rows, found["image"], part, where)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{where}: {file} is no intact Parquet file ({error}).") from error
 
 
 class Tables:
     """Both splits of a table, and what is known of all their rows."""
 
     def __init__(
-        self, files: Mapping[str, Path], called: Mapping[str, str], table: TableParams, places: Sequence[Path] = ()
+        self,
+        files: Mapping[str, Sequence[Path]],
+        called: Mapping[str, str],
+        table: TableParams,
+        images: Mapping[str, list[Path]],
+        spilled: Path,
     ):
-        """Take the files by split, one for both where a share of train's images is val; what messages call them; and where
-        the pictures are of which a share becomes val."""
-        self.files, self.called, self.table, self.places = files, called, table, places
-        self._whole = dict.fromkeys(_FIRST, True)
-        """Whether all ids are whole numbers as they stand."""
+        """Take the files by split, the same for both where a share of train's images is val; what messages call them; where
+        the pictures are; and the folder for pictures that stand in rows, which becomes the place of that split's."""
+        self.files, self.called, self.table, self.images, self.spilled = files, called, table, images, spilled
+        self._written: dict[
+            str, tuple[str, str]
+        ] = {}  # SHA-256 and name of spilled files, by the name in small letters
+        self._whole = dict.fromkeys(_FIRST, True)  # whether all ids are whole numbers as they stand
         self._val_images: set[str] | None = None
-        self._few = ""
-        """What is wrong where there are too few images for a share."""
-        self._questions: dict[int, str] = {}
-        """The split of each question id."""
-        self._places: dict[int, tuple[str, str]] = {}
-        """The first split and the picture of each image id."""
+        self._few = ""  # what is wrong where there are too few images for a share
+        self._questions: dict[int, str] = {}  # the split of each question id
+        self._places: dict[int, tuple[str, str]] = {}  # the first split and the picture of each image id
 
     def rows(self, split: str, violations: Violations) -> Iterator[Row]:
         """Yield a split's questions, train's before val's; raise `ReadAgain` at the first id that is no whole number."""
@@ -142,17 +109,41 @@ class Tables:
 
     def _open(self, split: str, violations: Violations) -> tuple[dict[str, str], Iterable[_Raw]]:
         """Return a table's columns by what they hold, and its rows; none, and a violation, where it is no table."""
-        before, file, called = len(violations), self.files[split], self.called[split]
-        rows = read_rows(file, violations)
+        before, files, called = len(violations), self.files[split], self.called[split]
+        rows = read_rows(files, violations)
         first = list(islice(rows, _LOOK))
         there, columns = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row), {}
         if first and not there:
-            violations.add(ViolationKind.FOREIGN_FILE, f"{called}: {refusal(file) or f'row 1: {first[0]}'}")
+            violations.add(ViolationKind.FOREIGN_FILE, f"{called}: {refusal(files[0]) or f'row 1: {first[0]}'}")
         elif there:
             columns = find_columns(called, list(there), self.table.columns or Columns(), violations)
         elif len(violations) == before:
             violations.add(ViolationKind.EMPTY_FILE, f"{called}: no rows")
-        return columns, chain(first, rows) if columns else ()
+        if not columns:
+            return columns, ()
+        rows = chain(first, rows)
+        return columns, rows if self.table.images else self._spill(rows, columns["image"], split)
+
+    def _spill(self, rows: Iterable[_Raw], column: str, split: str) -> Iterator[_Raw]:
+        """Yield rows; a picture that stands in one as bytes is written out, and its file's name stands there instead."""
+        for row in rows:
+            cell = row.get(column) if isinstance(row, dict) else None
+            data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+            if isinstance(row, dict) and isinstance(data, bytes):
+                self.images[split][:] = [self.spilled]
+                row[column] = self._write_out(data, PurePosixPath(path or "").name)
+            yield row
+
+    def _write_out(self, data: bytes, name: str) -> str:
+        """Write a picture unless it is there; return its file's name: its own, if no other picture has that."""
+        sha256 = sha256_bytes(data)
+        if not _FILE_NAME.fullmatch(name) or self._written.get(name.lower(), [sha256])[0] != sha256:
+            name = sha256[:32]
+        if name.lower() not in self._written:
+            self.spilled.mkdir(parents=True, exist_ok=True)
+            (self.spilled / name).write_bytes(data)
+            self._written[name.lower()] = (sha256, name)
+        return self._written[name.lower()][1]
 
     def _draw(self, share: float) -> None:
         """Draw val's pictures: equal files go to one split, under whatever names. What is wrong is said on reading them."""
@@ -164,7 +155,7 @@ class Tables:
         }
         images.pop("", None)
         contents: dict[str, str] = {}
-        with contextlib.suppress(UserError, OSError, zipfile.BadZipFile), ImageFiles(self.places) as files:
+        with contextlib.suppress(UserError, OSError, zipfile.BadZipFile), ImageFiles(self.images["train"]) as files:
             for image, name in tqdm(images.items(), "pictures to share out", unit="picture"):
                 with contextlib.suppress(MissingImage, UserError, OSError):
                     contents[image] = sha256_bytes(files.read(self._file(name) or name, MOST_BYTES))
@@ -344,14 +335,14 @@ def parts_of(file: Path) -> list[Path]:
     return sorted(path for path in file.rglob("*") if path.suffix in (".parquet", ".arrow", ".jsonl"))
 
 
-def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
+def read_rows(files: Sequence[Path], violations: Violations) -> Iterator[_Raw]:
     """Yield a table's rows by column, and for each one that cannot be read why; what is no table is a violation."""
-    for path in parts_of(file):
+    for path in files:
         kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
         try:
             if kind in ("parquet", "arrow"):
                 check_regular(path, sys.maxsize)
-                yield from read_parquet(str(path))
+                yield from read_parquet(path)
             elif kind in ("csv", "tsv", "jsonl", "ndjson", "json"):
                 yield from _read_text(path, kind, violations)
             else:
@@ -363,11 +354,11 @@ def read_rows(file: Path, violations: Violations) -> Iterator[_Raw]:
             violations.add(*unreadable(path, error))
 
 
-def read_parquet(file: str) -> datasets.IterableDataset:
-    """Return the rows of one file of Parquet or Arrow, or of an address of Parquet, pictures undecoded."""
-    config: dict[str, Any] = {"path": "arrow"} if file.endswith(".arrow") else _PARQUET
+def read_parquet(file: Path) -> datasets.IterableDataset:
+    """Return the rows of one file of Parquet or Arrow, pictures undecoded."""
+    config: dict[str, Any] = {"path": "arrow"} if file.suffix == ".arrow" else _PARQUET
     stream = datasets.load_dataset(
-        **config, data_files={"rows": [file]}, split="rows", streaming=True, trust_remote_code=False
+        **config, data_files={"rows": [str(file)]}, split="rows", streaming=True, trust_remote_code=False
     )
     assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "parquet names its columns"
     for column, feature in stream.features.items():
