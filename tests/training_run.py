@@ -129,7 +129,7 @@ class Training:
                 missing = [
                     one
                     for one in range(self.world)
-                    if not (path / checkpoint_files.seal_file(one, self.world)).exists()
+                    if not checkpoint_files.seal_of(path, one, self.world).exists()
                 ]
                 if (
                     len(ranks) == self.world

@@ -9,12 +9,10 @@ The one thing that cannot always be divided anew is an 8-bit state whose blocks 
 
 import logging
 import math
-import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -48,7 +46,7 @@ class Unfit(Exception):
 def rows_held(parameter: Tensor) -> Rows:
     """Return which rows of a whole parameter this process holds."""
     if not is_sharded(parameter):
-        return Rows(0, _rows(parameter.shape))
+        return Rows(0, parameter.shape[0] if parameter.dim() else 1)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     start = min(offset[0], parameter.shape[0])
     return Rows(start, start + shape[0])
@@ -89,9 +87,8 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: An
                 tensors[f"optimizer/{name}/{key}"] = _copy(value)
             elif not isinstance(value, Tensor):
                 states.setdefault(name, {})[key] = value
-    shapes = {name: {"shape": list(p.shape), "dtype": str(p.dtype)} for name, p in parameters.items()}
     facts = {
-        "parameters": shapes,
+        "parameters": _described(parameters),
         "rows": held,
         "states": states,
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
@@ -100,20 +97,21 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: An
     return tensors | more, facts | general
 
 
+def _described(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: {"shape": list(one.shape), "dtype": str(one.dtype)} for name, one in parameters.items()}
+
+
 def _copy(tensor: Tensor) -> Tensor:
     """Return the rows held here, on the CPU, independent of what training does to them next."""
     return local(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def save_random_state(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what belongs to a process and not to its parameters, as `take`: random generators and schedule."""
+    """Return what belongs to a process and not to its parameters: torch's generators, all that a step draws from; schedule."""
     tensors = {"random/cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.random.get_rng_state()
-    kind, keys, *rest = numpy.random.get_state()
-    version, words, gauss = random.getstate()
-    generators = {"python": [version, list(words), gauss], "numpy": [kind, keys.tolist(), *rest]}  # ty: ignore[missing-attribute] - a tuple
-    return tensors, {"random": generators, "scheduler": scheduler.state_dict()}
+    return tensors, {"scheduler": scheduler.state_dict()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -124,10 +122,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path, rank: int, world: int):
         """Open it for process `rank` of `world`; its files have been verified."""
-        self.folder = folder
-        self.rank = rank
-        self.same_world = checkpoint_files.world_of(folder) == world
-        self.world = checkpoint_files.world_of(folder) or 0
+        self.folder, self.rank, self.world = folder, rank, checkpoint_files.world_of(folder) or 0
+        self.same_world = self.world == world
         self.facts = [checkpoint_files.read_seal(folder, writer, self.world) for writer in range(self.world)]
         self._files = [checkpoint_files.read_tensors(folder, writer, self.world) for writer in range(self.world)]
 
@@ -157,7 +153,13 @@ class Checkpoint:
     def load_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Put the weights back, and return the parameters by name; UserError if the checkpoint is of another model."""
         parameters = named_parameters(model)
-        self._check_parameters(parameters)
+        stored, found = self.facts[0]["parameters"], _described(parameters)
+        wrong = sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name))
+        if wrong:
+            raise UserError(
+                f"{self.folder}: belongs to another model; missing, unknown or of another shape: {wrong[:5]}. Delete "
+                f"the folder {self.folder}."
+            )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 local(parameter).copy_(self._read(f"model/{name}", name, rows_held(parameter)))
@@ -171,24 +173,10 @@ class Checkpoint:
             )
             torch.manual_seed(seed)
             return
-        facts, file = self.facts[self.rank]["random"], self._files[self.rank]
-        version, words, gauss = facts["python"]
-        random.setstate((version, tuple(words), gauss))
-        kind, keys, *rest = facts["numpy"]
-        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+        file = self._files[self.rank]
         torch.random.set_rng_state(file.get_tensor("random/cpu"))
         if torch.cuda.is_available():
             torch.cuda.random.set_rng_state(file.get_tensor("random/cuda"))
-
-    def _check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        stored = self.facts[0]["parameters"]
-        found = {name: {"shape": list(p.shape), "dtype": str(p.dtype)} for name, p in parameters.items()}
-        wrong = sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name))
-        if wrong:
-            raise UserError(
-                f"{self.folder}: belongs to another model; missing, unknown or of another shape: {wrong[:5]}. Delete "
-                f"the folder {self.folder}."
-            )
 
     def _states(self, optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> Iterator[tuple[str, Any]]:
         """Yield the states of the rows of `parameter` that this process holds."""
@@ -245,10 +233,6 @@ class Checkpoint:
         for file, facts in zip(self._files, self.facts, strict=True):
             if name in facts["rows"]:
                 yield file, Rows(*facts["rows"][name])
-
-
-def _rows(shape: torch.Size) -> int:
-    return shape[0] if len(shape) else 1
 
 
 def _like(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -140,15 +140,11 @@ class Meter:
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield what `batches` yields and add how long each took to come."""
-        batches = iter(batches)
-        while True:
-            begun = self._clock()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        begun = self._clock()
+        for batch in batches:
             self._spend("loading", self._clock() - begun)
             yield batch
+            begun = self._clock()
 
     def batch(self, counts: dict[str, int]) -> None:
         """Add what one forward pass computes."""
