@@ -15,6 +15,7 @@ from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Params
 ADDED_TOKENS = 1024 + 128 + 1  # by `PaliGemmaProcessor` to a tokenizer: locations, segments and <image>
 
 
+Language = LanguageConfig | Gemma2Config
 Tower = Dinov2Config | SiglipVisionConfig
 
 
@@ -60,7 +61,7 @@ def elements(parameters: Iterable[Parameter]) -> int:
 class Model:
     """What is trained: Gemma 2 and the projector; the vision tower is not there in training. Counts are of elements."""
 
-    def __init__(self, language: LanguageConfig, vocabulary: int, features: int, frozen: bool, lora: LoraParams | None):
+    def __init__(self, language: Language, vocabulary: int, features: int, frozen: bool, lora: LoraParams | None):
         """Lay out all parameters, the tied head once; `frozen` embeddings have `vocabulary` rows, projections `features`."""
         self.language, self.vocabulary, self.features, self.lora = language, vocabulary, features, lora
         width, whole = language.hidden_size, lora is None
@@ -101,7 +102,8 @@ def model_of(params: Params) -> Model:
         shape, vocabulary = LANGUAGE[name], GEMMA_VOCABULARY
     else:
         # A folder's vocabulary may hold the processor's tokens already: 0.4 % of the embedding.
-        shape, vocabulary = _gemma(_read_config(name, "language.model", ["gemma2"], LANGUAGE))
+        shape = Gemma2Config.from_dict(_read_config(name, "language.model", ["gemma2"], LANGUAGE))
+        vocabulary = shape.vocab_size
     return Model(shape, vocabulary + ADDED_TOKENS, width, train.freeze_embeddings, train.lora)
 
 
@@ -117,20 +119,14 @@ def vision_of(params: Params) -> Tower:
     return shape
 
 
-def _checkpoint(name: str) -> tuple[LanguageConfig, int, Tower]:
+def _checkpoint(name: str) -> tuple[Language, int, Tower]:
     """Return the shapes of a whole model, and the rows of its embedding."""
     if name in CHECKPOINTS:
         return CHECKPOINTS[name]
     config = _read_config(name, "model.checkpoint", ["paligemma"], CHECKPOINTS)
-    return *_gemma(config["text_config"]), _tower(config["vision_config"])
-
-
-def _gemma(values: dict[str, Any]) -> tuple[LanguageConfig, int]:
-    """Return the shape of a Gemma 2 and the rows of its embedding; what its file leaves out is transformers' default."""
-    config = Gemma2Config.from_dict(values)
-    return LanguageConfig(
-        **{key: getattr(config, key) for key in LanguageConfig.__dataclass_fields__}
-    ), config.vocab_size
+    # What its file leaves out is transformers' default.
+    language = Gemma2Config.from_dict(config["text_config"])
+    return language, language.vocab_size, _tower(config["vision_config"])
 
 
 def _tower(values: dict[str, Any]) -> Tower:
