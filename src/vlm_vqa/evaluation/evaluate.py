@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -51,8 +52,7 @@ def evaluate(
         params: `evaluation`, `prompt.instruction` and `seed` count.
         load_predictor: (folder, max_new_tokens=) -> the model that answers from features; HELM's client loads its own.
 
-    Raises:
-        UserError: something is missing or does not fit; as far as it can be known, before any inference.
+    UserError if something is missing or does not fit; as far as it can be known, before any inference.
     """
     environment = prepare_punkt(params.evaluation.punkt_tab, CONFIG / "nltk_data")
     validation = load_questions(RECORDS, "val").to_list()
@@ -120,13 +120,9 @@ def answer_questions(
             batch = order[start : start + batch_size]
             own = [questions[at]["image_id"] for at in batch]
             shown = own if image_of is None else [image_of[image_id] for image_id in own]
-            distinct = sorted(set(shown))
-            place = {image_id: at for at, image_id in enumerate(distinct)}
-            given = predictor.answer_features(
-                [questions[at]["question"] for at in batch],
-                store.batch(distinct),
-                [place[image_id] for image_id in shown],
-            )
+            distinct, rows = np.unique(shown, return_inverse=True)
+            asked = [questions[at]["question"] for at in batch]
+            given = predictor.answer_features(asked, store.batch(distinct.tolist()), rows.tolist())
             for at, answer in zip(batch, given, strict=True):
                 answers[at] = answer
             bar.update(len(batch))
@@ -187,10 +183,7 @@ def _score_baseline(
 ) -> dict[str, float]:
     """Accuracy over all questions, BLEU-1 over HELM's instances: each as the model's own."""
     bleu = mean_bleu_1([answers[at] for at in at_helm], [questions[at]["answers"] for at in at_helm])
-    return {
-        metric: round(_accuracy(metric, questions, answers).overall, _DIGITS),
-        "bleu_1": round(bleu, _DIGITS),
-    }
+    return {metric: round(_accuracy(metric, questions, answers).overall, _DIGITS), "bleu_1": round(bleu, _DIGITS)}
 
 
 def _write(metric: str, report: Mapping[str, Any], predictions: pa.Table) -> list[Path]:
