@@ -16,10 +16,11 @@ ADDED_TOKENS = 1024 + 128 + 1  # by `PaliGemmaProcessor` to a tokenizer: locatio
 
 
 Language = LanguageConfig | Gemma2Config
-Tower = Dinov2Config | SiglipVisionConfig
+Tower = Any
+"""A `Dinov2Config` or a `SiglipVisionConfig`, of whose sizes transformers says that they may be pairs."""
 
 
-def _sizes(width: int, layers: int, heads: int) -> dict[str, int]:
+def _sizes(width: int, layers: int, heads: int) -> dict[str, Any]:
     return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
 
 

@@ -107,7 +107,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def save_random_state(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what belongs to a process and not to its parameters: torch's generators, all that a step draws from; schedule."""
+    """Return what belongs to a process, not to its parameters: torch's generators, all that steps draw from, and schedule."""
     tensors = {"random/cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.random.get_rng_state()
@@ -130,8 +130,7 @@ class Checkpoint:
     def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, restart: bool) -> None:
         """Put weights, optimizer states and schedule back.
 
-        Raises:
-            UserError: the checkpoint is of another model, or its optimizer states do not fit and `restart` is false.
+        UserError if the checkpoint is of another model, or its optimizer states do not fit and `restart` is false.
         """
         parameters = self.load_weights(model)
         try:
@@ -213,11 +212,9 @@ class Checkpoint:
         return torch.cat(parts) if parts else file.get_slice(key)[:0]
 
     def _width(self, name: str, parameter: Tensor) -> int:
-        """Return the values of a row of a parameter whose states have blocks.
+        """Return the values of a row of a parameter whose states have blocks; Unfit if a border runs through a block.
 
-        Raises:
-            Unfit: a border runs through a block. All processes find the same: some with old states, some with fresh ones
-                would train no one model.
+        All processes find the same: some with old states, some with fresh ones would train no one model.
         """
         width = math.prod(parameter.shape[1:])
         stored = {held.start for _, held in self._holders(name) if held.start < held.stop}

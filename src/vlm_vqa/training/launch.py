@@ -70,9 +70,7 @@ def on_main_process() -> bool:
 def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     """Start the process group and accelerate's process state, and check them against `launch/NAME.yaml`.
 
-    Raises:
-        UserError: what started is not what the file asks for; what was asked, what was found and what to do is said. Or
-            `OMP_NUM_THREADS` is no number of threads.
+    UserError if what started is not what the file asks for, or `OMP_NUM_THREADS` is no number of threads.
     """
     name = train.launch
     asked = read_launch(name, folder)
@@ -154,10 +152,7 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
 
     Returns:
         Facts for the start banner and MLflow: the share of weights and of trained elements that this process holds, and the
-        optimizer's class.
-
-    Raises:
-        UserError: the model is not divided as asked for.
+        optimizer's class. UserError if the model is not divided as asked for.
     """
     weights = _share_of_weights(launch, model)
     updated = sum(part.numel() for part in _updated_parts(launch.strategy, model, optimizer))

@@ -46,11 +46,7 @@ SMALL_WEIGHTS = 100_000
 
 
 def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: Launch) -> TrainingArguments:
-    """Translate `params.train`; names that transformers has changed keep their meaning.
-
-    Raises:
-        UserError: flex attention on a CPU, where torch has no backward pass of it.
-    """
+    """Translate `params.train`; UserError if it asks for flex attention on a CPU, where torch has no backward pass of it."""
     use_cpu = launch.device == "cpu"
     if use_cpu and train.attention is Attention.FLEX:
         raise UserError("train.attention is flex_attention, which torch cannot train with on a CPU; set it to eager.")
@@ -119,6 +115,7 @@ class VqaTrainer(Trainer):
         """`watchdog` watches over the processes of a launch; one process needs none."""
         self.train_settings = train
         self.validation = validation
+        self.keep = Keep.LAST if validation is None else validation.settings.keep
         self.launch = launch
         self.watchdog = watchdog or Watchdog(None, 0, 1, train.stall_seconds)
         computed = torch.bfloat16 if train.compute_dtype is Dtype.BFLOAT16 else torch.float32
@@ -338,11 +335,6 @@ class VqaTrainer(Trainer):
     # --- validation --------------------------------------------------------------------------------------------------
 
     @property
-    def keep(self) -> Keep:
-        """Which step's weights are the result."""
-        return Keep.LAST if self.validation is None else self.validation.settings.keep
-
-    @property
     def kept_step(self) -> int:
         """The step whose weights are the result, as of now."""
         best = best_step(self.state.log_history) if self.keep is Keep.BEST else None
@@ -411,8 +403,7 @@ class VqaTrainer(Trainer):
     def run(self) -> Any:
         """Train, from the newest whole checkpoint if there is one, and wait for the last one to be written.
 
-        Raises:
-            UserError: a checkpoint is damaged, of another model, holds code, or does not fit this launch.
+        UserError if a checkpoint is damaged, of another model, holds code, or does not fit this launch.
         """
         last = self._newest_checkpoint()
         if self.launch.main:
