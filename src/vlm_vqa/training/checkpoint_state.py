@@ -52,14 +52,6 @@ def rows_held(parameter: Tensor) -> Rows:
     return Rows(start, start + shape[0])
 
 
-def first_rows(parameter: Tensor) -> set[int]:
-    """Return the first rows of all processes that hold any; FSDP2 divides as `torch.chunk` does."""
-    if not is_sharded(parameter):
-        return {0}
-    rows = parameter.shape[0]
-    return set(range(0, rows, -(-rows // parameter.device_mesh.size())))
-
-
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the model's parameters by the names of the unwrapped model, the tied head once."""
     return {
@@ -107,7 +99,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def save_random_state(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what belongs to a process, not to its parameters: torch's generators, all that steps draw from, and schedule."""
+    """Return what belongs to a process, not to its parameters: torch's generators (steps draw from no other), schedule."""
     tensors = {"random/cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.random.get_rng_state()
@@ -216,9 +208,11 @@ class Checkpoint:
 
         All processes find the same: some with old states, some with fresh ones would train no one model.
         """
-        width = math.prod(parameter.shape[1:])
+        rows, width = parameter.shape[0], math.prod(parameter.shape[1:])
+        # The first rows of all processes that hold any.
         stored = {held.start for _, held in self._holders(name) if held.start < held.stop}
-        asked = first_rows(parameter)
+        # FSDP2 divides as `torch.chunk` does.
+        asked = set(range(0, rows, -(-rows // parameter.device_mesh.size()))) if is_sharded(parameter) else {0}
         if asked != stored and any(edge * width % BLOCK for edge in asked | stored):
             raise Unfit(
                 f"the 8-bit optimizer states of {name} were divided among {self.world} processes in blocks of {BLOCK} "
