@@ -127,9 +127,7 @@ class Training:
             self.signal(signal.SIGSTOP, list(ranks.values()))
             for path in self.torn():
                 missing = [
-                    one
-                    for one in range(self.world)
-                    if not (path / checkpoint_files.seal_file(one, self.world)).exists()
+                    one for one in range(self.world) if not checkpoint_files.seal_of(path, one, self.world).exists()
                 ]
                 if (
                     len(ranks) == self.world

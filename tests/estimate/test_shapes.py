@@ -16,7 +16,7 @@ from transformers import (
 
 from tests.tiny_model import save_paligemma
 from vlm_vqa.errors import UserError
-from vlm_vqa.estimate.shapes import VISION, Model, SiglipShape, VisionShape, model_of, vision_of
+from vlm_vqa.estimate.shapes import VISION, Model, model_of, tower_parameters, vision_of
 from vlm_vqa.model.adapters import add_adapters
 from vlm_vqa.model.encoder import SMALL_ENCODER
 from vlm_vqa.model.vlm import VlmForTraining, freeze_embeddings
@@ -64,22 +64,21 @@ def test_the_processor_adds_as_many_tokens_as_the_shapes_say(tiny):
     assert len(added) == 1_153
 
 
-@pytest.mark.parametrize("shape", [*VISION.values(), VisionShape(24, 2, 2, mlp_ratio=2, image_size=28)], ids=str)
+@pytest.mark.parametrize("shape", [*VISION.values(), Dinov2Config(hidden_size=24, mlp_ratio=2, image_size=28)])
 def test_the_encoders_parameters_are_those_of_the_real_one(shape):
     with torch.device("meta"):
-        if isinstance(shape, VisionShape):
-            real = Dinov2Model(Dinov2Config(**shape._asdict()))
+        if isinstance(shape, Dinov2Config):
+            real = Dinov2Model(shape)
         else:
-            real = SiglipVisionModel(SiglipVisionConfig(**shape._asdict(), vision_use_head=False))
-    assert real.config.model_type == shape.model_type
-    assert shape.parameters == sum(one.numel() for one in real.parameters())
+            real = SiglipVisionModel(SiglipVisionConfig(**shape.to_dict() | {"vision_use_head": False}))
+    assert tower_parameters(shape) == sum(one.numel() for one in real.parameters())
 
 
 def test_the_small_encoders_shape_is_its_configs_and_checked(preset):
     params = preset("small")
-    shape = vision_of(params)
     config = json.loads((SMALL_ENCODER / "config.json").read_text())
-    assert shape._asdict() == {key: config[key] for key in shape._fields}
+    names = "hidden_size num_hidden_layers num_attention_heads mlp_ratio image_size patch_size num_channels".split()
+    assert all(getattr(vision_of(params), name) == config[name] for name in names)
     with pytest.raises(UserError, match="visual_embed_dim is 768.*128 wide"):
         vision_of(dataclasses.replace(params, vision=dataclasses.replace(params.vision, visual_embed_dim=768)))
 
@@ -102,7 +101,9 @@ def test_a_local_checkpoint_is_read_with_the_defaults_of_what_it_leaves_out(tmp_
     (folder / "config.json").write_text(json.dumps(config))
     changes = {"model.checkpoint": str(folder), "model.revision": None, "vision.visual_embed_dim": 24}
     params = preset("paligemma2-vqav2", **changes)
-    assert vision_of(params) == SiglipShape(24, 1, 2, 40, image_size=224, patch_size=14)
+    tower = vision_of(params)
+    assert (tower.hidden_size, tower.num_hidden_layers, tower.intermediate_size) == (24, 1, 40)
+    assert (tower.image_size, tower.patch_size) == (224, 14)
     model = model_of(params)
     assert (model.language.hidden_size, model.language.head_dim) == (32, 256)
     assert model.vocabulary == config["text_config"]["vocab_size"], "the processor's tokens are among them"

@@ -365,7 +365,7 @@ def test_a_loss_that_spoils_no_gradient_is_laid_to_its_own_rank(make):
     trainer = make()
     trainer.launch = dataclasses.replace(trainer.launch, processes=4, process=2)
     with pytest.raises(UserError, match=r"loss is not a number \(rank 2: inf\); grad_norm is 1.5"):
-        trainer._stop_at(float("inf"), 1.5)
+        raise trainer._not_a_number(float("inf"), 1.5)
 
 
 def test_bfloat16_computes_by_autocast_over_float32_masters(make, monkeypatch):

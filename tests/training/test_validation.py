@@ -27,7 +27,6 @@ from vlm_vqa.training.validation import (
     LOSS,
     SCORE,
     Part,
-    Shape,
     Validation,
     best_step,
     is_over,
@@ -139,7 +138,7 @@ def test_each_wrong_token_counts_and_the_loss_is_that_of_the_main_answers(tiny, 
 
 
 def test_every_branch_is_computed_once_and_every_process_computes_equally_often(tiny):
-    part = Part(questions(40, 7), tiny.layout("image-prefix"), TooLong.ERROR, METRICS["vqa_accuracy"], Shape(4, 9))
+    part = Part(questions(40, 7), tiny.layout("image-prefix"), TooLong.ERROR, METRICS["vqa_accuracy"], 4, 9)
     assert len(part.branches) == 10 * (4 + 1 + 3 + 2), "distinct answers"
     for processes in (1, 2, 3, 5):
         batches = [list(part.batches(process, processes)) for process in range(processes)]

@@ -11,23 +11,9 @@ import psutil
 import torch
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.training.throughput import PEAKS, Peak
+from vlm_vqa.training.throughput import MEMORY, PEAKS, Peak
 
 GIB = 2**30
-# GiB by NVIDIA's data sheets, of `PEAKS`' names that do not say it themselves. GDDR6 boards for servers keep error
-# correction in the memory itself, switched on when they are delivered: 16, 24 and 48 GiB less 1/16.
-_MEMORY = {
-    15.0: ("Tesla T4",),
-    22.5: ("A10", "A10G", "L4"),
-    24.0: ("A30", "GeForce RTX 3090", "GeForce RTX 4090"),
-    32.0: ("GeForce RTX 5090",),
-    45.0: ("A40", "L40", "L40S"),
-    48.0: ("RTX A6000", "RTX 6000 Ada Generation"),
-    80.0: ("H100 PCIe",),
-    94.0: ("H100 NVL",),
-    141.0: ("H200", "H200 NVL"),
-    180.0: ("B200",),
-}
 
 
 class Device(NamedTuple):
@@ -68,9 +54,7 @@ def find_device(name: str | None, *, on_cpu: bool, launch: str) -> Device:
         wrong = f"--device {name}: these parameters train on the CPU (train.launch: {launch})."
         raise UserError(f"{wrong} Set train.launch: gpu, or try a preset, such as {other}.")
     found = _known(name)
-    stated = re.search(r"(\d+)GB", found)
-    size = float(stated[1]) if stated else next(size for size, names in _MEMORY.items() if found in names)
-    return Device(found, round(size * GIB), PEAKS[found], "NVIDIA's data sheets, not measured")
+    return Device(found, round(MEMORY[found] * GIB), PEAKS[found], "NVIDIA's data sheets, not measured")
 
 
 def _known(name: str) -> str:

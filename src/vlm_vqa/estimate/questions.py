@@ -20,7 +20,7 @@ from vlm_vqa.data.records import load_questions, manifest_for_a_look, said_answe
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import Work, rows_work
 from vlm_vqa.model.layout import QuestionTokens, Row
-from vlm_vqa.params import Mask, Params, Source
+from vlm_vqa.params import Mask, Params, PromptParams, Source
 from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
 
 TOKEN = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_")
@@ -77,17 +77,16 @@ def _from_records(manifest: dict, folder: Path) -> DatasetSize:
     rows = load_questions(folder, "train", ["image_id", "question", "multiple_choice_answer", "answers"])
     ids = rows.data["image_id"].to_numpy()
     rows = rows.select(np.flatnonzero(np.isin(ids, np.unique(ids)[:SAMPLED_IMAGES])))
-    questions = [(row["image_id"], tokens(row["question"]) + 1, _distinct(row)) for row in rows.to_list()]
-    branches = [(image, asked, tokens(one) + 1) for image, asked, answers in questions for one in answers]
-    sample = tuple((image, asked, tokens(answers[0]) + 1) for image, asked, answers in questions)
+    sample, branches = [], []
+    for row in rows.to_list():
+        # Its answers that differ, the main one first.
+        answers = dict.fromkeys([row["multiple_choice_answer"], *said_answers(row["answers"])])
+        found = [(row["image_id"], tokens(row["question"]) + 1, tokens(answer) + 1) for answer in answers]
+        sample.append(found[0])
+        branches += found
     train, val = (manifest["splits"][name]["questions"] for name in ("train", "val"))
     each = sum(path.stat().st_size for path in folder.glob("images-*.parquet")) // max(1, manifest["images"])
-    return DatasetSize(train, val, manifest["images"], each, 0, str(folder), sample, tuple(branches))
-
-
-def _distinct(row: dict[str, Any]) -> list[str]:
-    """Return a question's answers that differ, the main one first."""
-    return list(dict.fromkeys([row["multiple_choice_answer"], *said_answers(row["answers"])]))
+    return DatasetSize(train, val, manifest["images"], each, 0, str(folder), tuple(sample), tuple(branches))
 
 
 def _drawn(images: int, questions: int, least: int, *quantiles: Sequence[int]) -> tuple[Sample, Sample]:
@@ -129,13 +128,11 @@ class Batches(NamedTuple):
 
 def plan_batches(params: Params, processes: int, size: DatasetSize) -> Batches:
     """Lay out a sample of optimizer steps under `params` and `processes`."""
-    train, prompt = params.train, params.prompt
+    train = params.train
     micro_batches = train.gradient_accumulation_steps * processes
     # One process with all the micro_batches divides a global batch as several do.
     shape = GlobalBatchShape(train.batch_size * micro_batches, train.questions_per_row, micro_batches)
-    # <bos>, the instruction, a newline.
-    instruction = tokens(prompt.instruction) + 2
-    sample, means, row = _laid_out(shape, prompt.mask, params.vision.num_patches, instruction, size.sample)
+    sample, means, row = _laid_out(shape, params.prompt, params.vision.num_patches, size.sample)
     work = Work(*(train.num_train_epochs * round(part * size.train) for part in means))
     return Batches(sample, work, -(-size.train // shape.questions) * train.num_train_epochs, shape.questions, row)
 
@@ -144,19 +141,20 @@ def validation_work(params: Params, size: DatasetSize) -> Work:
     """Return the work of one validation: its questions with every distinct answer, with their own images and with others."""
     train, settings = params.train, params.validation
     shape = GlobalBatchShape(train.batch_size, train.questions_per_row, 1)
-    instruction = tokens(params.prompt.instruction) + 2
-    _, means, _ = _laid_out(shape, params.prompt.mask, params.vision.num_patches, instruction, size.branches)
+    _, means, _ = _laid_out(shape, params.prompt, params.vision.num_patches, size.branches)
     questions = 2 * settings.questions + settings.train_questions
     return Work(*(round(part * questions * len(size.branches) / len(size.sample)) for part in means))
 
 
 @lru_cache(maxsize=64)
 def _laid_out(
-    shape: GlobalBatchShape, mask: Mask, num_patches: int, instruction: int, sample: Sample
+    shape: GlobalBatchShape, prompt: PromptParams, num_patches: int, sample: Sample
 ) -> tuple[list[Batch], list[float], float]:
     """Return batches, the mean work of a question, and the questions of a row."""
+    # <bos>, the instruction, a newline.
+    instruction = tokens(prompt.instruction) + 2
     # What `rows_work` asks of a `TokenLayout`.
-    layout: Any = SimpleNamespace(mask=mask, num_patches=num_patches, prefix=range(instruction))
+    layout: Any = SimpleNamespace(mask=prompt.mask, num_patches=num_patches, prefix=range(instruction))
     questions = [QuestionTokens([0] * one, [0] * two) for _, one, two in sample]
     lengths, prefix = [len(one.read) for one in questions], num_patches + instruction
     sampler = GlobalBatchSampler([image for image, *_ in sample], lambda epoch: lengths, prefix, shape, seed=0)
@@ -164,7 +162,7 @@ def _laid_out(
     for batch in itertools.islice(sampler, WINDOWS * shape.micro_batches):
         rows = [Row(row.image_id, tuple(questions[place] for place in row.questions)) for row in batch]
         width = prefix + max(sum(len(one.read) for one in row.questions) for row in rows)
-        batches.append(Batch(rows_work(layout, rows), len(rows), prefix * (mask is not Mask.PREFIX_LM), width))
+        batches.append(Batch(rows_work(layout, rows), len(rows), prefix * (prompt.mask is not Mask.PREFIX_LM), width))
         taught += [len(row.questions) for row in rows if row.questions]
     work = [sum(getattr(one.work, name) for one in batches) / sum(taught) for name in Work.__dataclass_fields__]
     return batches, work, sum(taught) / len(taught)

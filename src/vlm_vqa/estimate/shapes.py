@@ -6,76 +6,35 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import Gemma2Config
+from transformers import Dinov2Config, Gemma2Config, SiglipVisionConfig
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.flops import linear_maps
+from vlm_vqa.model.flops import linear_maps, vision_linear_maps
 from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Params
 
 ADDED_TOKENS = 1024 + 128 + 1  # by `PaliGemmaProcessor` to a tokenizer: locations, segments and <image>
 
 
-class VisionShape(NamedTuple):
-    """A DINOv2; its position embeddings are for `image_size` pixels."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    mlp_ratio: int = 4
-    image_size: int = 518
-    patch_size: int = 14
-    num_channels: int = 3
-
-    @property
-    def model_type(self) -> str:
-        return "dinov2"
-
-    @property
-    def parameters(self) -> int:
-        """Weights and biases of `Dinov2Model`."""
-        width, inner = self.hidden_size, self.hidden_size * self.mlp_ratio
-        positions = 1 + (self.image_size // self.patch_size) ** 2
-        embeddings = 2 * width + positions * width + (self.num_channels * self.patch_size**2 + 1) * width
-        attention, mlp = 4 * (width + 1) * width, (width + 1) * inner + (inner + 1) * width
-        # Two norms of weight and bias, two layer scales.
-        return embeddings + self.num_hidden_layers * (attention + mlp + 6 * width) + 2 * width
+Language = LanguageConfig | Gemma2Config
+Tower = Any
+"""A `Dinov2Config` or a `SiglipVisionConfig`, of whose sizes transformers says that they may be pairs."""
 
 
-class SiglipShape(NamedTuple):
-    """A SigLIP without its pooling head, as a PaliGemma has it."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    image_size: int = 224
-    patch_size: int = 16
-    num_channels: int = 3
-
-    @property
-    def model_type(self) -> str:
-        return "siglip_vision_model"
-
-    @property
-    def parameters(self) -> int:
-        """Weights and biases of `SiglipVisionModel`."""
-        width, inner = self.hidden_size, self.intermediate_size
-        embeddings = ((self.image_size // self.patch_size) ** 2 + self.num_channels * self.patch_size**2 + 1) * width
-        attention, mlp = 4 * (width + 1) * width, (width + 1) * inner + (inner + 1) * width
-        return embeddings + self.num_hidden_layers * (attention + mlp + 4 * width) + 2 * width
+def _sizes(width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
 
 
-Tower = VisionShape | SiglipShape
 # As published in their config.json on the hub, which no test here can fetch; Gemma 2's also in arXiv 2408.00118, table 1:
 GEMMA_2_2B = LanguageConfig(2304, 9216, 26, 8, 4, 256)  # width, MLP, layers, heads, heads of keys, head width
 GEMMA_VOCABULARY = 256_000
 LANGUAGE = {"google/gemma-2-2b": GEMMA_2_2B, "google/gemma-2-2b-it": GEMMA_2_2B}
+SO400M = SiglipVisionConfig(**_sizes(1152, 27, 16), intermediate_size=4304, patch_size=14)
 VISION = {
-    "facebook/dinov2-small": VisionShape(384, 12, 6),
-    "facebook/dinov2-base": VisionShape(768, 12, 12),
-    "facebook/dinov2-large": VisionShape(1024, 24, 16),
-    "google/siglip-so400m-patch14-224": (SO400M := SiglipShape(1152, 27, 16, 4304, patch_size=14)),
-    "small": VisionShape(128, 4, 4, mlp_ratio=2, image_size=64, patch_size=8),
+    "facebook/dinov2-small": Dinov2Config(**_sizes(384, 12, 6), image_size=518),
+    "facebook/dinov2-base": Dinov2Config(**_sizes(768, 12, 12), image_size=518),
+    "facebook/dinov2-large": Dinov2Config(**_sizes(1024, 24, 16), image_size=518),
+    "google/siglip-so400m-patch14-224": SO400M,
+    "small": Dinov2Config(**_sizes(128, 4, 4), mlp_ratio=2, image_size=64, patch_size=8),
 }
 CHECKPOINTS = {
     "google/paligemma2-3b-pt-224": (GEMMA_2_2B, 257_216, SO400M),
@@ -103,7 +62,7 @@ def elements(parameters: Iterable[Parameter]) -> int:
 class Model:
     """What is trained: Gemma 2 and the projector; the vision tower is not there in training. Counts are of elements."""
 
-    def __init__(self, language: LanguageConfig, vocabulary: int, features: int, frozen: bool, lora: LoraParams | None):
+    def __init__(self, language: Language, vocabulary: int, features: int, frozen: bool, lora: LoraParams | None):
         """Lay out all parameters, the tied head once; `frozen` embeddings have `vocabulary` rows, projections `features`."""
         self.language, self.vocabulary, self.features, self.lora = language, vocabulary, features, lora
         width, whole = language.hidden_size, lora is None
@@ -144,7 +103,8 @@ def model_of(params: Params) -> Model:
         shape, vocabulary = LANGUAGE[name], GEMMA_VOCABULARY
     else:
         # A folder's vocabulary may hold the processor's tokens already: 0.4 % of the embedding.
-        shape, vocabulary = _gemma(_read_config(name, "language.model", ["gemma2"], LANGUAGE))
+        shape = Gemma2Config.from_dict(_read_config(name, "language.model", ["gemma2"], LANGUAGE))
+        vocabulary = shape.vocab_size
     return Model(shape, vocabulary + ADDED_TOKENS, width, train.freeze_embeddings, train.lora)
 
 
@@ -160,27 +120,31 @@ def vision_of(params: Params) -> Tower:
     return shape
 
 
-def _checkpoint(name: str) -> tuple[LanguageConfig, int, Tower]:
+def _checkpoint(name: str) -> tuple[Language, int, Tower]:
     """Return the shapes of a whole model, and the rows of its embedding."""
     if name in CHECKPOINTS:
         return CHECKPOINTS[name]
     config = _read_config(name, "model.checkpoint", ["paligemma"], CHECKPOINTS)
-    return *_gemma(config["text_config"]), _tower(config["vision_config"])
-
-
-def _gemma(values: dict[str, Any]) -> tuple[LanguageConfig, int]:
-    """Return the shape of a Gemma 2 and the rows of its embedding; what its file leaves out is transformers' default."""
-    config = Gemma2Config.from_dict(values)
-    return LanguageConfig(
-        **{key: getattr(config, key) for key in LanguageConfig.__dataclass_fields__}
-    ), config.vocab_size
+    # What its file leaves out is transformers' default.
+    language = Gemma2Config.from_dict(config["text_config"])
+    return language, language.vocab_size, _tower(config["vision_config"])
 
 
 def _tower(values: dict[str, Any]) -> Tower:
     """Return the shape of a tower, or of the one for images where there is one for texts beside it."""
     values = values.get("vision_config", values)
-    kind = VisionShape if values.get("model_type") == "dinov2" else SiglipShape
-    return kind(**{key: values[key] for key in kind._fields if key in values})
+    return (Dinov2Config if values.get("model_type") == "dinov2" else SiglipVisionConfig).from_dict(values)
+
+
+def tower_parameters(tower: Tower) -> int:
+    """Count the weights and biases of a `Dinov2Model`, or of a `SiglipVisionModel` without its pooling head."""
+    width, dino = tower.hidden_size, tower.model_type == "dinov2"
+    # Positions and a patch's pixels with a bias; a DINOv2 has a class and a mask token, too.
+    positions = (tower.image_size // tower.patch_size) ** 2 + dino
+    embeddings = (positions + tower.num_channels * tower.patch_size**2 + 1 + 2 * dino) * width
+    linear = sum((inputs + 1) * outputs for inputs, outputs in vision_linear_maps(tower))
+    # Two norms of weight and bias; a DINOv2's two layer scales.
+    return embeddings + tower.num_hidden_layers * (linear + (4 + 2 * dino) * width) + 2 * width
 
 
 def _read_config(model: str, key: str, kinds: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.estimate.devices import GIB, Device
 from vlm_vqa.estimate.memory import Moments, Parts, Step, copies, total
 from vlm_vqa.estimate.questions import DatasetSize, plan_batches, validation_work
-from vlm_vqa.estimate.shapes import Model, Tower, model_of, vision_of
+from vlm_vqa.estimate.shapes import Model, Tower, model_of, tower_parameters, vision_of
 from vlm_vqa.launch_file import LaunchFile, check_params, read_launch
 from vlm_vqa.model.flops import Work, class_tokens, cost, lora_token_cost, vision_flops, vision_linear_maps
 from vlm_vqa.params import CHECKPOINT, Dtype, Keep, Mask, Optimizer, Params, StoreDtype, ValidateOn
@@ -54,7 +54,7 @@ def stage_costs(params: Params, size: DatasetSize, machine: Machine, launches: P
         raise UserError(f"vision.launch {params.vision.launch} runs on GPUs, --device is cpu. Set vision.launch: cpu.")
     model, vision = model_of(params), vision_of(params)
     # As extraction computes it; training loads it to compare it with the stored features.
-    encoder = vision.parameters * (4 if params.vision.compute_dtype is Dtype.FLOAT32 else 2)
+    encoder = tower_parameters(vision) * (4 if params.vision.compute_dtype is Dtype.FLOAT32 else 2)
     return [
         _fetch(params, size, machine),
         _extract(params, size, machine, vision, extraction),
@@ -77,10 +77,10 @@ def _extract(params: Params, size: DatasetSize, machine: Machine, shape: Tower, 
     tokens, pixels = images * vision.num_patches, (vision.num_patches - class_tokens(shape)) * shape.patch_size**2
     # Of the widest moment of a layer: its input, the hidden layer of its MLP before and after GELU, its output.
     wide = vision.batch_size * vision.num_patches * 2 * sum(vision_linear_maps(shape)[-1])
-    encoder = {"encoder": shape.parameters * each, "activations": wide * each}
+    encoder = {"encoder": tower_parameters(shape) * each, "activations": wide * each}
     # Batches of pictures are `extraction.MOST_THREADS` and one; files of features are of 256 MiB, up to three in memory.
     ahead = {"pictures ahead": 9 * vision.batch_size * 3 * pixels * 4, "shards": 3 * GIB // 4}
-    host = BASE | {"float32 weights": 4 * shape.parameters} | ahead | (encoder if launch.on_cpu else {})
+    host = BASE | {"float32 weights": 4 * tower_parameters(shape)} | ahead | (encoder if launch.on_cpu else {})
     gpu = {} if launch.on_cpu else _on_gpu({"forward": encoder}, launch.processes)
     flops = images * vision_flops(shape, vision.num_patches)
     facts: dict[str, Any] = {"flop": flops, "processes": launch.processes}
@@ -155,8 +155,8 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
 
 
 def _export(model: Model, vision: Tower) -> Stage:
-    whole = 4 * (model.saved + vision.parameters)
-    join = BASE | {"model": whole, "encoder": 4 * vision.parameters}
+    whole = 4 * (model.saved + tower_parameters(vision))
+    join = BASE | {"model": whole, "encoder": 4 * tower_parameters(vision)}
     host = {"join": join, "check": join | {"the exported model": whole}}
     return Stage("export", {"models/export": whole + 4 * model.adapter}, host, {}, None, {})
 
@@ -176,7 +176,7 @@ def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model,
     flops = replace(forward, image_token=0).flops(work) // 3 + evaluation.helm_instances * instance
     note = "a lower bound: single tokens are bound by memory, and HELM's own metrics take a minute"
     # All in float32, on a padded grid, most in three copies.
-    weights, grid = {"float32 model": 4 * (model.saved + vision.parameters)}, largest.rows * largest.width
+    weights, grid = {"float32 model": 4 * (model.saved + tower_parameters(vision))}, largest.rows * largest.width
     held = weights | {
         "keys and values": 4 * grid * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim,
         "a layer's MLP": 3 * 4 * grid * shape.intermediate_size,

@@ -94,13 +94,10 @@ class Comparison:
     def table(self) -> str:
         """A markdown table, readable as plain text too."""
         width = max(len(name) for name, _, _ in self.rows)
-        lines = [
-            f"| {'score':{width}} | base   | new    | change  |",
-            f"|{'-' * (width + 2)}|--------|--------|---------|",
-        ]
+        lines = [f"| {'score':{width}} | base   | new    | change  |"]
+        lines.append(f"|{'-' * (width + 2)}|--------|--------|---------|")
         for name, base, new in self.rows:
-            before = "-     " if base is None else f"{base:.4f}"
-            change = "-      " if base is None else f"{new - base:+.4f}"
+            before, change = ("-     ", "-      ") if base is None else (f"{base:.4f}", f"{new - base:+.4f}")
             lines.append(f"| {name:{width}} | {before} | {new:.4f} | {change} |")
         lines += [""] * bool(self.paired) + [f"- {name}: {one.line}" for name, one in (self.paired or {}).items()]
         return "\n".join(lines)
@@ -217,11 +214,8 @@ def report_at(revision: str) -> dict[str, Any] | None:
     known = _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     if known.returncode != 0:
         raise UserError(f"git knows no revision {revision!r} here: `git fetch` it, or name another by --base")
-    commit = known.stdout.strip()
-    listed = _git("ls-tree", "--name-only", commit, REPORT.as_posix())
-    if not listed.stdout.strip():
-        return None
-    return _parse(_git("show", f"{commit}:./{REPORT.as_posix()}").stdout, f"{revision}:{REPORT}")
+    shown = _git("show", f"{known.stdout.strip()}:./{REPORT.as_posix()}")
+    return _parse(shown.stdout, f"{revision}:{REPORT}") if shown.returncode == 0 else None
 
 
 def scores_here() -> pa.Table | None:

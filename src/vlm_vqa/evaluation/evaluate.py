@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
@@ -55,8 +56,7 @@ def evaluate(
         params: `evaluation`, `prompt.instruction` and `seed` count.
         load_predictor: (folder, max_new_tokens=) -> the model that answers from features; HELM's client loads its own.
 
-    Raises:
-        UserError: something is missing or does not fit; as far as it can be known, before any inference.
+    UserError if something is missing or does not fit; as far as it can be known, before any inference.
     """
     environment = prepare_punkt(params.evaluation.punkt_tab, CONFIG / "nltk_data")
     validation = load_questions(RECORDS, "val").to_list()
@@ -164,13 +164,9 @@ def answer_questions(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             shown = [questions[at]["image_id"] for at in batch]
-            distinct = sorted(set(shown))
-            place = {image_id: at for at, image_id in enumerate(distinct)}
-            given = predictor.answer_features(
-                [questions[at]["question"] for at in batch],
-                store.batch(distinct),
-                [place[image_id] for image_id in shown],
-            )
+            distinct, rows = np.unique(shown, return_inverse=True)
+            asked = [questions[at]["question"] for at in batch]
+            given = predictor.answer_features(asked, store.batch(distinct.tolist()), rows.tolist())
             for at, answer in zip(batch, given, strict=True):
                 answers[at] = answer
             bar.update(len(batch))
@@ -240,10 +236,6 @@ def _check_agreement(from_pixels: Sequence[str], from_features: Sequence[str]) -
 def _accuracy(metric: str, questions: Sequence[Row], answers: Sequence[str]) -> Accuracy:
     ids = [row["question_id"] for row in questions]
     return accuracy(dict(zip(ids, answers, strict=True)), questions, METRICS[metric])
-
-
-def _bleu_1(answers: Sequence[str], questions: Sequence[Row]) -> list[float]:
-    return [bleu_1(answer, row["answers"]) for answer, row in zip(answers, questions, strict=True)]
 
 
 def _count_empty(answers: Sequence[str]) -> int:

@@ -38,7 +38,12 @@ def draw_gallery(
         raise UserError(f"the gallery's seed is {seed}: take one from 0 to {2**32 - 1}.")
     chosen = _choose(Path(predictions_path), right, wrong, seed)
     pictures = {one.image_id: small(one) for one in images_of(records_dir, {row["image_id"] for row in chosen})}
-    page = draw_page([], [_cell(row, pictures[row["image_id"]]) for row in chosen])
+    cells = []
+    for row in chosen:
+        good = row["score"] >= ENOUGH
+        lines = fold(row["question"], _LINES, bold=True) + fold(_verdict(row), _LINES, RIGHT if good else WRONG)
+        cells.append(Cell(pictures[row["image_id"]], lines, [good]))
+    page = draw_page([], cells)
     try:
         out_path.parent.mkdir(parents=True, exist_ok=True)
         page.save(out_path)
@@ -64,12 +69,6 @@ def _choose(path: Path, right: int, wrong: int, seed: int) -> list[dict[str, Any
     if not chosen:
         raise UserError(f"{path}: holds no prediction to draw. Run `dvc repro helm-eval` again.")
     return sorted(table.take(list(chosen.values())).to_pylist(), key=lambda row: row["score"] < ENOUGH)
-
-
-def _cell(row: Mapping[str, Any], picture: Any) -> Cell:
-    good = row["score"] >= ENOUGH
-    answer = fold(_verdict(row), _LINES, RIGHT if good else WRONG)
-    return Cell(picture, fold(row["question"], _LINES, bold=True) + answer, [good])
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

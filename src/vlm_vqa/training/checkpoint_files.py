@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 ROOT = Path("checkpoints")
 _KIND = "the seal of a process's part of a checkpoint"
 SEAL = re.compile(r"rank-(\d+)-of-(\d+)\.json")
+TENSORS = ".safetensors"
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -45,22 +46,9 @@ def folder_of(root: Path, step: int) -> Path:
     return root / f"checkpoint-{step}"
 
 
-def tensors_file(rank: int, world: int) -> str:
-    """Return the name of the file that holds a process's tensors."""
-    return f"rank-{rank}-of-{world}.safetensors"
-
-
-def seal_file(rank: int, world: int) -> str:
-    """Return the name of a process's seal."""
-    return f"rank-{rank}-of-{world}.json"
-
-
-def seal(checkpoint: Path, rank: int, world: int, files: Iterable[str], facts: Mapping[str, Any]) -> None:
-    """Mark a process's part of a checkpoint as whole: name its files with their hashes, add `facts`, and flush to disk."""
-    for name in files:
-        flush(checkpoint / name)
-    content = {"files": {name: sha256_file(checkpoint / name) for name in sorted(files)}, "facts": dict(facts)}
-    write_sealed(checkpoint / seal_file(rank, world), content)
+def seal_of(checkpoint: Path, rank: int, world: int) -> Path:
+    """Return where the seal of a process's part of a checkpoint lies."""
+    return checkpoint / f"rank-{rank}-of-{world}.json"
 
 
 def world_of(checkpoint: Path) -> int | None:
@@ -138,18 +126,16 @@ def claim(folder: Path) -> IO[str]:
 
 def read_seal(checkpoint: Path, rank: int, world: int) -> dict[str, Any]:
     """Return the facts that process `rank` of `world` has written; UserError if its seal is damaged or missing."""
-    path = checkpoint / seal_file(rank, world)
-    return read_sealed(path, _KIND, _remedy(path))["facts"]
+    return read_sealed(seal_of(checkpoint, rank, world), _KIND, _remedy(checkpoint))["facts"]
 
 
 def verify(checkpoint: Path, rank: int, world: int) -> None:
     """Compare the files of process `rank` of `world` with their hashes; UserError if one is damaged or missing."""
-    path = checkpoint / seal_file(rank, world)
-    read_folder(path, _KIND, _remedy(path))
+    read_folder(seal_of(checkpoint, rank, world), _KIND, _remedy(checkpoint))
 
 
-def _remedy(path: Path) -> str:
-    return f"Delete the folder {path.parent} to go on from the checkpoint before it, or from the start."
+def _remedy(checkpoint: Path) -> str:
+    return f"Delete the folder {checkpoint} to go on from the checkpoint before it, or from the start."
 
 
 @contextmanager
@@ -183,7 +169,7 @@ def nothing_but_tensors(checkpoint: Path | None) -> Generator[None]:
 
 def read_tensors(checkpoint: Path, rank: int, world: int) -> Any:
     """Open a process's tensors; the handle gives `get_tensor` and `get_slice` and reads nothing else."""
-    return safe_open(checkpoint / tensors_file(rank, world), framework="pt", device="cpu")
+    return safe_open(seal_of(checkpoint, rank, world).with_suffix(TENSORS), framework="pt", device="cpu")
 
 
 def _step(checkpoint: Path) -> int:
@@ -198,7 +184,8 @@ class Writer:
         """`folder` holds the checkpoints; process 0 keeps `limit` whole ones of them."""
         self.folder, self.rank, self.world, self.limit = folder, rank, world, limit
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[None] | None = None
+        self._writing: Future[None] = Future()
+        self._writing.set_result(None)
 
     def save(
         self,
@@ -222,11 +209,16 @@ class Writer:
         def write() -> None:
             try:
                 checkpoint.mkdir(parents=True, exist_ok=True)
-                file = tensors_file(self.rank, self.world)
-                save_file(dict(tensors), checkpoint / file)
+                seal = seal_of(checkpoint, self.rank, self.world)
+                file = seal.with_suffix(TENSORS)
+                save_file(dict(tensors), file)
                 for name, text in texts.items():
                     (checkpoint / name).write_text(text, encoding="utf-8")
-                seal(checkpoint, self.rank, self.world, [file, *texts, *others], facts)
+                files = sorted([file.name, *texts, *others])
+                for name in files:
+                    flush(checkpoint / name)
+                hashes = {name: sha256_file(checkpoint / name) for name in files}
+                write_sealed(seal, {"files": hashes, "facts": dict(facts)})
                 if self.rank == 0:
                     prune(self.folder, self.limit)
             except BaseException as error:
@@ -245,11 +237,9 @@ class Writer:
 
     def check(self) -> None:
         """Raise what went wrong in the thread, if anything did."""
-        if self._writing is not None and self._writing.done():
+        if self._writing.done():
             self.wait()
 
     def wait(self) -> None:
         """Wait until the checkpoint that was begun is written; UserError if it could not be."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+        self._writing.result()

@@ -9,12 +9,10 @@ The one thing that cannot always be divided anew is an 8-bit state whose blocks 
 
 import logging
 import math
-import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -48,18 +46,10 @@ class Unfit(Exception):
 def rows_held(parameter: Tensor) -> Rows:
     """Return which rows of a whole parameter this process holds."""
     if not is_sharded(parameter):
-        return Rows(0, _rows(parameter.shape))
+        return Rows(0, parameter.shape[0] if parameter.dim() else 1)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     start = min(offset[0], parameter.shape[0])
     return Rows(start, start + shape[0])
-
-
-def first_rows(parameter: Tensor) -> set[int]:
-    """Return the first rows of all processes that hold any; FSDP2 divides as `torch.chunk` does."""
-    if not is_sharded(parameter):
-        return {0}
-    rows = parameter.shape[0]
-    return set(range(0, rows, -(-rows // parameter.device_mesh.size())))
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -89,9 +79,8 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: An
                 tensors[f"optimizer/{name}/{key}"] = _copy(value)
             elif not isinstance(value, Tensor):
                 states.setdefault(name, {})[key] = value
-    shapes = {name: {"shape": list(p.shape), "dtype": str(p.dtype)} for name, p in parameters.items()}
     facts = {
-        "parameters": shapes,
+        "parameters": _described(parameters),
         "rows": held,
         "states": states,
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
@@ -100,20 +89,21 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: An
     return tensors | more, facts | general
 
 
+def _described(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: {"shape": list(one.shape), "dtype": str(one.dtype)} for name, one in parameters.items()}
+
+
 def _copy(tensor: Tensor) -> Tensor:
     """Return the rows held here, on the CPU, independent of what training does to them next."""
     return local(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def save_random_state(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what belongs to a process and not to its parameters, as `take`: random generators and schedule."""
+    """Return what belongs to a process, not to its parameters: torch's generators (steps draw from no other), schedule."""
     tensors = {"random/cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.random.get_rng_state()
-    kind, keys, *rest = numpy.random.get_state()
-    version, words, gauss = random.getstate()
-    generators = {"python": [version, list(words), gauss], "numpy": [kind, keys.tolist(), *rest]}  # ty: ignore[missing-attribute] - a tuple
-    return tensors, {"random": generators, "scheduler": scheduler.state_dict()}
+    return tensors, {"scheduler": scheduler.state_dict()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -124,18 +114,15 @@ class Checkpoint:
 
     def __init__(self, folder: Path, rank: int, world: int):
         """Open it for process `rank` of `world`; its files have been verified."""
-        self.folder = folder
-        self.rank = rank
-        self.same_world = checkpoint_files.world_of(folder) == world
-        self.world = checkpoint_files.world_of(folder) or 0
+        self.folder, self.rank, self.world = folder, rank, checkpoint_files.world_of(folder) or 0
+        self.same_world = self.world == world
         self.facts = [checkpoint_files.read_seal(folder, writer, self.world) for writer in range(self.world)]
         self._files = [checkpoint_files.read_tensors(folder, writer, self.world) for writer in range(self.world)]
 
     def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, restart: bool) -> None:
         """Put weights, optimizer states and schedule back.
 
-        Raises:
-            UserError: the checkpoint is of another model, or its optimizer states do not fit and `restart` is false.
+        UserError if the checkpoint is of another model, or its optimizer states do not fit and `restart` is false.
         """
         parameters = self.load_weights(model)
         try:
@@ -157,7 +144,13 @@ class Checkpoint:
     def load_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Put the weights back, and return the parameters by name; UserError if the checkpoint is of another model."""
         parameters = named_parameters(model)
-        self._check_parameters(parameters)
+        stored, found = self.facts[0]["parameters"], _described(parameters)
+        wrong = sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name))
+        if wrong:
+            raise UserError(
+                f"{self.folder}: belongs to another model; missing, unknown or of another shape: {wrong[:5]}. Delete "
+                f"the folder {self.folder}."
+            )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 local(parameter).copy_(self._read(f"model/{name}", name, rows_held(parameter)))
@@ -171,24 +164,10 @@ class Checkpoint:
             )
             torch.manual_seed(seed)
             return
-        facts, file = self.facts[self.rank]["random"], self._files[self.rank]
-        version, words, gauss = facts["python"]
-        random.setstate((version, tuple(words), gauss))
-        kind, keys, *rest = facts["numpy"]
-        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+        file = self._files[self.rank]
         torch.random.set_rng_state(file.get_tensor("random/cpu"))
         if torch.cuda.is_available():
             torch.cuda.random.set_rng_state(file.get_tensor("random/cuda"))
-
-    def _check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        stored = self.facts[0]["parameters"]
-        found = {name: {"shape": list(p.shape), "dtype": str(p.dtype)} for name, p in parameters.items()}
-        wrong = sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name))
-        if wrong:
-            raise UserError(
-                f"{self.folder}: belongs to another model; missing, unknown or of another shape: {wrong[:5]}. Delete "
-                f"the folder {self.folder}."
-            )
 
     def _states(self, optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> Iterator[tuple[str, Any]]:
         """Yield the states of the rows of `parameter` that this process holds."""
@@ -225,15 +204,15 @@ class Checkpoint:
         return torch.cat(parts) if parts else file.get_slice(key)[:0]
 
     def _width(self, name: str, parameter: Tensor) -> int:
-        """Return the values of a row of a parameter whose states have blocks.
+        """Return the values of a row of a parameter whose states have blocks; Unfit if a border runs through a block.
 
-        Raises:
-            Unfit: a border runs through a block. All processes find the same: some with old states, some with fresh ones
-                would train no one model.
+        All processes find the same: some with old states, some with fresh ones would train no one model.
         """
-        width = math.prod(parameter.shape[1:])
+        rows, width = parameter.shape[0], math.prod(parameter.shape[1:])
+        # The first rows of all processes that hold any.
         stored = {held.start for _, held in self._holders(name) if held.start < held.stop}
-        asked = first_rows(parameter)
+        # FSDP2 divides as `torch.chunk` does.
+        asked = set(range(0, rows, -(-rows // parameter.device_mesh.size()))) if is_sharded(parameter) else {0}
         if asked != stored and any(edge * width % BLOCK for edge in asked | stored):
             raise Unfit(
                 f"the 8-bit optimizer states of {name} were divided among {self.world} processes in blocks of {BLOCK} "
@@ -245,10 +224,6 @@ class Checkpoint:
         for file, facts in zip(self._files, self.facts, strict=True):
             if name in facts["rows"]:
                 yield file, Rows(*facts["rows"][name])
-
-
-def _rows(shape: torch.Size) -> int:
-    return shape[0] if len(shape) else 1
 
 
 def _like(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -42,12 +42,7 @@ class QuestionDataset(Dataset):
         answers: Answers = Answers.MAJORITY,
         seed: int = 0,
     ):
-        """Tokenise all records.
-
-        Raises:
-            UserError: records are too long (with `too_long: error`), of which the longest is named by its question id; or
-                none is left.
-        """
+        """Tokenise all records; UserError if none fits, or one does not with `too_long: error`: it names the longest."""
         self.seed, self.layout = seed, layout
         self.image_ids: list[int] = []
         self._prompts: list[list[int]] = []
@@ -114,8 +109,7 @@ class QuestionDataset(Dataset):
 def _tokenize(tokenize: Callable, question: str, answers: Sequence[str], too_long: TooLong) -> list[QuestionTokens]:
     """Return a question with each of its answers that says something.
 
-    Raises:
-        TooManyTokens: an answer does not fit, with `TooLong.ERROR`; none fits, with `TooLong.DROP`. It is the longest.
+    TooManyTokens, of the longest, if one does not fit, with `TooLong.ERROR`, or none does, with `TooLong.DROP`.
     """
     # Fetch refuses a question without any answer.
     said = said_answers(answers) or answers[:1]

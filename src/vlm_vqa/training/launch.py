@@ -70,9 +70,7 @@ def on_main_process() -> bool:
 def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     """Start the process group and accelerate's process state, and check them against `launch/NAME.yaml`.
 
-    Raises:
-        UserError: what started is not what the file asks for; what was asked, what was found and what to do is said. Or
-            `OMP_NUM_THREADS` is no number of threads.
+    UserError if what started is not what the file asks for, or `OMP_NUM_THREADS` is no number of threads.
     """
     name = train.launch
     asked = read_launch(name, folder)
@@ -154,14 +152,15 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
 
     Returns:
         Facts for the start banner and MLflow: the share of weights and of trained elements that this process holds, and the
-        optimizer's class.
-
-    Raises:
-        UserError: the model is not divided as asked for.
+        optimizer's class. UserError if the model is not divided as asked for.
     """
-    weights = _share_of_weights(launch, model)
+    parameters = list(model.parameters())
+    unsharded = sum(not is_sharded(p) for p in parameters)
+    if launch.strategy is Strategy.FSDP2 and unsharded:
+        raise _refused(launch, f"{unsharded} of {len(parameters)} parameters are not sharded")
+    weights = sum(_local(p).numel() for p in parameters) / sum(_whole(p) for p in parameters)
     updated = sum(part.numel() for part in _updated_parts(launch.strategy, model, optimizer))
-    trained = sum(_whole(p) for p in model.parameters() if p.requires_grad)
+    trained = sum(_whole(p) for p in parameters if p.requires_grad)
     updates = updated / max(1, trained)
     even, whole = 1 / launch.processes, launch.strategy in (Strategy.SINGLE, Strategy.DDP)
     expected = (even if launch.strategy.sharded_weights else 1.0, 1.0 if whole else even)
@@ -195,15 +194,6 @@ def _updated_parts(strategy: Strategy, model: Any, optimizer: torch.optim.Optimi
         # Its optimizer is given one of these at a time.
         return model.optimizer.fp32_partitioned_groups_flat
     return [_local(p) for group in optimizer.param_groups for p in group["params"]]
-
-
-def _share_of_weights(launch: Launch, model: nn.Module) -> float:
-    parameters = list(model.parameters())
-    if launch.strategy is Strategy.FSDP2:
-        whole = sum(not is_sharded(p) for p in parameters)
-        if whole:
-            raise _refused(launch, f"{whole} of {len(parameters)} parameters are not sharded")
-    return sum(_local(p).numel() for p in parameters) / sum(_whole(p) for p in parameters)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

@@ -63,20 +63,17 @@ class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         work = [(number, *one) for number, one in enumerate(work) if one[-1].grad is not None]
         for _, group, gindex, pindex, parameter in work:
             if not self.state[parameter]:
-                self._start(group, parameter, gindex, pindex)
+                # The states of the rows held here.
+                rows = local(parameter)
+                super().init_state(group, rows, gindex, pindex)
+                self.state[parameter] = self.state.pop(rows)
+                if self.percentile:
+                    self.state[parameter]["gnorm_vec"] = torch.zeros(HISTORY, dtype=torch.float32, device=rows.device)
             self.state[parameter]["step"] += 1
         if self.percentile:
             self._clip([parameter for *_, parameter in work])
         for number, group, gindex, pindex, parameter in work:
             self._update(number, self.get_config(gindex, pindex, group), parameter)
-
-    def _start(self, group: dict[str, Any], parameter: Tensor, gindex: int, pindex: int) -> None:
-        """Create the states of the rows held here."""
-        rows = local(parameter)
-        super().init_state(group, rows, gindex, pindex)
-        self.state[parameter] = self.state.pop(rows) if rows is not parameter else self.state[parameter]
-        if self.percentile:
-            self.state[parameter]["gnorm_vec"] = torch.zeros(HISTORY, dtype=torch.float32, device=rows.device)
 
     def _clip(self, parameters: list[Tensor]) -> None:
         """Scale each gradient down to the percentile of its history, by the norm over all its shards."""

@@ -39,11 +39,7 @@ def prepare(params: Params, encoder: Encoder) -> tuple[QuestionDataset, TokenLay
 
 
 def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, PreTrainedTokenizerFast]:
-    """Load the questions to train on from the records in `folder`, and the tokenizer, which knows no image token yet.
-
-    Raises:
-        UserError: as `QuestionDataset`, or as `divide`.
-    """
+    """Load the questions to train on from the records in `folder`, and the tokenizer, which knows no image token yet."""
     records = load_questions(folder, "train")
     if params.model.start is Start.CHECKPOINT:
         tokenizer = checkpoint.load_tokenizer(params.model, checkpoint.folder_of(params.model, SETTINGS))

@@ -28,9 +28,6 @@ from vlm_vqa.model.layout import Row, TokenLayout
 COUNTS = "counts"
 """Key of what a batch holds, by the names in `COUNTED`."""
 COUNTED = ("questions", "tokens", "supervised", "flops")
-RANK_FIGURES = ("seconds", "loading", *COUNTED, "peak", "memory")
-"""What ranks tell each other: wall clock without pauses, seconds of it spent waiting for data, the counts, FLOP/s of its
-device (0 where they are not known) and GiB."""
 Batch = TypeVar("Batch")
 
 
@@ -43,38 +40,41 @@ class Peak(NamedTuple):
 
 
 # From NVIDIA's data sheets, or the architecture's white paper where it is named. Data sheets give most figures of
-# tensor cores "with sparsity": here stands half of those.
+# tensor cores "with sparsity": here stands half of those. Names, and GiB of memory: GDDR6 boards for servers keep error
+# correction in it, switched on when they are delivered: 16, 24 and 48 GiB less 1/16.
 _DATA_SHEETS = (
-    (Peak(312, 156, 19.5), ("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100-PCIE-80GB", "A100 80GB PCIe")),
-    (Peak(165, 82, 10.3), ("A30",)),
-    (Peak(149.7, 74.8, 37.4), ("A40",)),
-    (Peak(125, 62.5, 31.2), ("A10",)),
+    (Peak(312, 156, 19.5), {"A100-SXM4-40GB": 40, "A100-SXM4-80GB": 80, "A100-PCIE-40GB": 40}),
+    (Peak(312, 156, 19.5), {"A100-PCIE-80GB": 80, "A100 80GB PCIe": 80}),
+    (Peak(165, 82, 10.3), {"A30": 24}),
+    (Peak(149.7, 74.8, 37.4), {"A40": 45}),
+    (Peak(125, 62.5, 31.2), {"A10": 22.5}),
     # AWS's own variant, in its data sheet: more float32 than the A10, less of the tensor cores.
-    (Peak(70, 35, 35), ("A10G",)),
+    (Peak(70, 35, 35), {"A10G": 22.5}),
     # An eighth of HGX B200.
-    (Peak(2250, 1125, 75), ("B200",)),
+    (Peak(2250, 1125, 75), {"B200": 180}),
     # White paper "NVIDIA H100 Tensor Core GPU architecture" for the SXM5 board.
-    (Peak(989.4, 494.7, 66.9), ("H100 80GB HBM3", "H200")),
-    (Peak(756.5, 378, 51), ("H100 PCIe",)),
-    (Peak(835.5, 417.5, 60), ("H100 NVL", "H200 NVL")),
-    (Peak(121, 60, 30.3), ("L4",)),
-    (Peak(181.05, 90.5, 90.5), ("L40",)),
-    (Peak(362.05, 183, 91.6), ("L40S",)),
-    (Peak(364.2, 182.1, 91.1), ("RTX 6000 Ada Generation",)),
+    (Peak(989.4, 494.7, 66.9), {"H100 80GB HBM3": 80, "H200": 141}),
+    (Peak(756.5, 378, 51), {"H100 PCIe": 80}),
+    (Peak(835.5, 417.5, 60), {"H100 NVL": 94, "H200 NVL": 141}),
+    (Peak(121, 60, 30.3), {"L4": 22.5}),
+    (Peak(181.05, 90.5, 90.5), {"L40": 45}),
+    (Peak(362.05, 183, 91.6), {"L40S": 45}),
+    (Peak(364.2, 182.1, 91.1), {"RTX 6000 Ada Generation": 48}),
     # White papers "NVIDIA Ampere GA102", "Ada" and "RTX Blackwell GPU architecture": accumulated in float32, which
     # GeForce boards do at half the speed.
-    (Peak(154.8, 77.4, 38.7), ("RTX A6000",)),
-    (Peak(71, 35.6, 35.6), ("GeForce RTX 3090",)),
-    (Peak(165.2, 82.6, 82.6), ("GeForce RTX 4090",)),
-    (Peak(209.5, 104.8, 104.8), ("GeForce RTX 5090",)),
+    (Peak(154.8, 77.4, 38.7), {"RTX A6000": 48}),
+    (Peak(71, 35.6, 35.6), {"GeForce RTX 3090": 24}),
+    (Peak(165.2, 82.6, 82.6), {"GeForce RTX 4090": 24}),
+    (Peak(209.5, 104.8, 104.8), {"GeForce RTX 5090": 32}),
     # Before Ampere torch emulates bfloat16.
-    (Peak(None, None, 8.1), ("Tesla T4",)),
-    (Peak(None, None, 15.7), ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB")),
-    (Peak(None, None, 14), ("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB")),
-    (Peak(None, None, 10.6), ("Tesla P100-SXM2-16GB",)),
-    (Peak(None, None, 9.3), ("Tesla P100-PCIE-16GB",)),
+    (Peak(None, None, 8.1), {"Tesla T4": 15}),
+    (Peak(None, None, 15.7), {"Tesla V100-SXM2-16GB": 16, "Tesla V100-SXM2-32GB": 32}),
+    (Peak(None, None, 14), {"Tesla V100-PCIE-16GB": 16, "Tesla V100-PCIE-32GB": 32}),
+    (Peak(None, None, 10.6), {"Tesla P100-SXM2-16GB": 16}),
+    (Peak(None, None, 9.3), {"Tesla P100-PCIE-16GB": 16}),
 )
-PEAKS = {name: peak for peak, names in _DATA_SHEETS for name in names}
+PEAKS = {name: peak for peak, boards in _DATA_SHEETS for name in boards}
+MEMORY = {name: size for _, boards in _DATA_SHEETS for name, size in boards.items()}
 """By the device's whole name, less a leading NVIDIA: a Ti, a laptop's chip or a slice of a GPU is another device."""
 
 
@@ -140,15 +140,11 @@ class Meter:
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield what `batches` yields and add how long each took to come."""
-        batches = iter(batches)
-        while True:
-            begun = self._clock()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        begun = self._clock()
+        for batch in batches:
             self._spend("loading", self._clock() - begun)
             yield batch
+            begun = self._clock()
 
     def batch(self, counts: dict[str, int]) -> None:
         """Add what one forward pass computes."""
@@ -178,7 +174,11 @@ class Meter:
             "peak": self.peak or 0.0,
             "memory": peak_memory_gib(self.device),
         }
-        return figures(_of_all_ranks(done | measured, self.device), done["steps"])
+        ranks = [done | measured]
+        if distributed.is_initialized():
+            ranks *= distributed.get_world_size()
+            distributed.all_gather_object(ranks, done | measured)
+        return figures(ranks, done["steps"])
 
     def _finish(self) -> None:
         """Wait for what the device still has to do."""
@@ -188,6 +188,9 @@ class Meter:
 
 def figures(ranks: Sequence[Mapping[str, float]], steps: float) -> dict[str, float]:
     """Return metrics of `steps` optimizer steps of all ranks.
+
+    Of each: `seconds` of wall clock without pauses, those spent `loading`, the counts, FLOP/s of its device as `peak` (0
+    where they are not known) and `memory` in GiB.
 
     `questions_per_second`, `tokens_per_second` (real ones, image tokens included), `supervised_tokens_per_second` and
     `model_tflops_per_second` are sums over ranks, per second of the slowest. `loading_share`, 0 to 1, is the time that
@@ -211,16 +214,6 @@ def figures(ranks: Sequence[Mapping[str, float]], steps: float) -> dict[str, flo
     if len(ranks) > 1:
         found |= {f"peak_memory_gib_rank_{number}": rank["memory"] for number, rank in enumerate(ranks)}
     return found
-
-
-def _of_all_ranks(own: Mapping[str, float], device: torch.device) -> list[dict[str, float]]:
-    """Return every rank's `RANK_FIGURES`, in their order."""
-    sent = torch.tensor([own[name] for name in RANK_FIGURES], dtype=torch.float64, device=device)
-    received = [sent]
-    if distributed.is_available() and distributed.is_initialized():
-        received = [torch.empty_like(sent) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(received, sent)
-    return [dict(zip(RANK_FIGURES, rank, strict=True)) for rank in torch.stack(received).tolist()]
 
 
 def peak_memory_gib(device: torch.device) -> float:

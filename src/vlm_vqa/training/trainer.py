@@ -33,16 +33,7 @@ from vlm_vqa.training.launch import Launch, Strategy, check_prepared
 from vlm_vqa.training.optimizer import build_optimizer, describe_group, has_8bit_work, state_types
 from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
-from vlm_vqa.training.validation import (
-    ANSWERS,
-    COLUMNS,
-    SCORE,
-    Validation,
-    best_step,
-    is_over,
-    kept_step,
-    validations,
-)
+from vlm_vqa.training.validation import ANSWERS, COLUMNS, SCORE, Validation, best_step, is_over, validations
 from vlm_vqa.training.watchdog import Phase, Watchdog
 
 log = logging.getLogger(__name__)
@@ -55,11 +46,7 @@ SMALL_WEIGHTS = 100_000
 
 
 def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: Launch) -> TrainingArguments:
-    """Translate `params.train`; names that transformers has changed keep their meaning.
-
-    Raises:
-        UserError: flex attention on a CPU, where torch has no backward pass of it.
-    """
+    """Translate `params.train`; UserError if it asks for flex attention on a CPU, where torch has no backward pass of it."""
     use_cpu = launch.device == "cpu"
     if use_cpu and train.attention is Attention.FLEX:
         raise UserError("train.attention is flex_attention, which torch cannot train with on a CPU; set it to eager.")
@@ -128,6 +115,7 @@ class VqaTrainer(Trainer):
         """`watchdog` watches over the processes of a launch; one process needs none."""
         self.train_settings = train
         self.validation = validation
+        self.keep = Keep.LAST if validation is None else validation.settings.keep
         self.launch = launch
         self.watchdog = watchdog or Watchdog(None, 0, 1, train.stall_seconds)
         computed = torch.bfloat16 if train.compute_dtype is Dtype.BFLOAT16 else torch.float32
@@ -314,15 +302,11 @@ class VqaTrainer(Trainer):
         self.pass_losses.clear()
         values = torch.stack([loss.double(), torch.as_tensor(norm, device=loss.device).double()]).tolist()
         if not all(map(math.isfinite, values)):
-            self._stop_at(*values)
+            raise self._not_a_number(*values)
         return values[1]
 
     def note_states(self) -> None:
-        """Note the types of the optimizer's states after a step.
-
-        Raises:
-            UserError: 8 bits were asked for, and there are none.
-        """
+        """Note the types of the optimizer's states after a step; UserError if 8 bits were asked for, and there are none."""
         kinds = state_types(self.inner_optimizer)
         self.facts["optimizer_states"] = "+".join(kinds)
         eight = self.train_settings.optimizer is Optimizer.ADAMW_BNB_8BIT
@@ -332,12 +316,8 @@ class VqaTrainer(Trainer):
                 "the pinned bitsandbytes (`make setup`) or choose another train.optimizer."
             )
 
-    def _stop_at(self, loss: float, norm: float) -> None:
-        """Stop all processes at a step that is not a number, naming those whose own loss it was.
-
-        Raises:
-            UserError: always.
-        """
+    def _not_a_number(self, loss: float, norm: float) -> UserError:
+        """Return what stops all processes at a step that is not a number, naming those whose own loss it was."""
         losses = {self.launch.process: loss}
         # The norm is the same everywhere, so all are here; a loss that spoils no gradient stops its process alone.
         if self.launch.processes > 1 and not math.isfinite(norm):
@@ -347,7 +327,7 @@ class VqaTrainer(Trainer):
         bad = [f"rank {rank}: {value}" for rank, value in losses.items() if not math.isfinite(value)]
         step = self.state.global_step + 1
         what = f"loss is not a number ({', '.join(bad)})" if bad else "the loss is a number, the gradient is not"
-        raise UserError(
+        return UserError(
             f"step {step}: {what}; grad_norm is {norm}. Lower train.learning_rate or train.max_grad_norm; the checkpoints "
             f"before this step are in {self.args.output_dir}."
         )
@@ -355,14 +335,10 @@ class VqaTrainer(Trainer):
     # --- validation --------------------------------------------------------------------------------------------------
 
     @property
-    def keep(self) -> Keep:
-        """Which step's weights are the result."""
-        return Keep.LAST if self.validation is None else self.validation.settings.keep
-
-    @property
     def kept_step(self) -> int:
         """The step whose weights are the result, as of now."""
-        return kept_step(self.state.log_history, self.keep, self.state.global_step)
+        best = best_step(self.state.log_history) if self.keep is Keep.BEST else None
+        return self.state.global_step if best is None else best
 
     @property
     def kept_because(self) -> str:
@@ -427,8 +403,7 @@ class VqaTrainer(Trainer):
     def run(self) -> Any:
         """Train, from the newest whole checkpoint if there is one, and wait for the last one to be written.
 
-        Raises:
-            UserError: a checkpoint is damaged, of another model, holds code, or does not fit this launch.
+        UserError if a checkpoint is damaged, of another model, holds code, or does not fit this launch.
         """
         last = self._newest_checkpoint()
         if self.launch.main:
@@ -612,11 +587,10 @@ class ProgressCallback(TrainerCallback):
             log.warning(busy)
 
     def _show(self, speed: dict[str, float]) -> None:
-        bars = [callback for callback in self.trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]
         used = f", MFU {speed['flops_utilisation']:.0%}" if "flops_utilisation" in speed else ""
-        for bar in bars:
-            if bar.training_bar is not None:
-                bar.training_bar.set_postfix_str(
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressBar) and callback.training_bar is not None:
+                callback.training_bar.set_postfix_str(
                     f"{speed['questions_per_second']:,.0f} questions/s, {speed['tokens_per_second']:,.0f} tokens/s{used}, "
                     f"waiting for data {speed['loading_share']:.0%}, {speed['peak_memory_gib']:.1f} GiB",
                     refresh=False,

@@ -12,7 +12,6 @@ Rows are divided among the processes of a launch; each runs equally many forward
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from vlm_vqa.data.records import said_answers
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, TooManyTokens
-from vlm_vqa.params import HELM_MAX_TOKENS, Keep, Mask, Params, TooLong, ValidateOn
+from vlm_vqa.params import HELM_MAX_TOKENS, Mask, Params, TooLong, ValidateOn
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +35,8 @@ SHOWN = 12
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
 Score = Callable[[str, Sequence[str]], float]
 """Scores an answer, 0 to 1, beside those of people."""
+Forward = Callable[[Sequence[Row]], tuple[Tensor, Tensor]]
+"""Turns rows into the logits [M, V] and labels [M] of their supervised positions, row by row."""
 
 
 # --- what of them is computed -------------------------------------------------------------------------------------------
@@ -53,23 +54,18 @@ class Branch(NamedTuple):
     """It is the answer that is taught, whose loss counts."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """How branches are divided into rows, and rows into forward passes."""
-
-    branches_per_row: int
-    branches_per_batch: int
-
-
 class Part:
     """Some questions as branches in rows, and how a model's outputs on them become figures."""
 
-    def __init__(self, records: Records, layout: TokenLayout, too_long: TooLong, score_of: Score, shape: Shape):
+    def __init__(
+        self, records: Records, layout: TokenLayout, too_long: TooLong, score_of: Score, a_row: int, a_batch: int
+    ):
         """Tokenise the questions with all their answers, each of which `score_of` scores beside those of its question.
 
-        UserError if a main answer does not fit, with `TooLong.ERROR`.
+        At most `a_row` branches share a row, and `a_batch` a forward pass. UserError if a main answer does not fit, with
+        `TooLong.ERROR`.
         """
-        self.questions, self.score_of, self.shape, self.left_out = records.to_list(), score_of, shape, 0
+        self.questions, self.score_of, self.a_batch, self.left_out = records.to_list(), score_of, a_batch, 0
         self.branches: list[Branch] = []
         by_image: dict[int, list[int]] = {}
         for number, row in enumerate(self.questions):
@@ -78,11 +74,10 @@ class Part:
                 self.branches.append(branch)
         if self.left_out:
             log.warning("%d answers of the validation questions do not fit prompt.text_length", self.left_out)
-        most = shape.branches_per_row
         self._rows = [
-            (image_id, numbers[at : at + most])
+            (image_id, numbers[at : at + a_row])
             for image_id, numbers in by_image.items()
-            for at in range(0, len(numbers), most)
+            for at in range(0, len(numbers), a_row)
         ]
         self._rows.sort(key=lambda row: -sum(len(self.branches[one].tokens.read) for one in row[1]))
 
@@ -108,7 +103,7 @@ class Part:
         batches: list[list[tuple[int, list[int]]]] = [[]]
         for row in self._rows:
             held = sum(len(numbers) for _, numbers in batches[-1])
-            if batches[-1] and held + len(row[1]) > self.shape.branches_per_batch:
+            if batches[-1] and held + len(row[1]) > self.a_batch:
                 batches.append([])
             batches[-1].append(row)
         for at in range(process, -(-len(batches) // processes) * processes, processes):
@@ -159,10 +154,9 @@ class Validation:
         self.process, self.processes = process, processes
         ten = all(len(answers) == 10 for answers in held["answers"])
         self.metric = "vqa_accuracy" if ten else "answer_accuracy"
-        shape = Shape(1 if layout.mask is Mask.PREFIX_LM else train.questions_per_row, train.batch_size)
-        score_of = metrics[self.metric]
-        self.held = Part(held, layout, params.prompt.too_long, score_of, shape)
-        self.trained = Part(trained, layout, params.prompt.too_long, score_of, shape) if len(trained) else None
+        a_row = 1 if layout.mask is Mask.PREFIX_LM else train.questions_per_row
+        how = (layout, params.prompt.too_long, metrics[self.metric], a_row, train.batch_size)
+        self.held, self.trained = Part(held, *how), Part(trained, *how) if len(trained) else None
         self.other_image = other_image
         order = np.random.RandomState(params.seed).permutation(len(held))
         one_each = {self.held.questions[at]["image_id"]: self.held.questions[at] for at in order}
@@ -184,8 +178,14 @@ class Validation:
             model: as the launch has wrapped it; left in training mode.
             beat: called before each forward pass.
         """
+
+        def forward(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+            beat()
+            inputs = {name: value.to(device) for name, value in self.collate(rows).items()}
+            places = torch.cat([inputs["prefix_places"].flatten(), inputs["rest_places"]])
+            return model(**inputs)["logits"], inputs["labels"].flatten()[places[inputs["supervised"]]]
+
         model.eval()
-        forward = _forward(model, self.collate, device, beat)
         figures = dict(zip(COLUMNS[:2], self._part(self.held, forward, device), strict=True))
         figures[COLUMNS[2]] = self._part(self.held, forward, device, self.other_image)[1]
         if self.trained is not None:
@@ -199,7 +199,7 @@ class Validation:
         return figures | {ANSWERS: said}
 
     def _part(
-        self, part: Part, forward: "Forward", device: torch.device, other: Mapping[int, int] | None = None
+        self, part: Part, forward: Forward, device: torch.device, other: Mapping[int, int] | None = None
     ) -> tuple[float, float]:
         found = torch.zeros(2, len(part.branches), dtype=torch.float64)
         for rows, numbers in part.batches(self.process, self.processes):
@@ -219,7 +219,7 @@ class Validation:
         scores = part.scores(right)
         return part.loss(losses), sum(scores) / len(scores)
 
-    def _answers(self, forward: "Forward", device: torch.device) -> list[str]:
+    def _answers(self, forward: Forward, device: torch.device) -> list[str]:
         """Decode greedily, each step a whole forward pass of the answers so far: slow, and the same under every launch."""
         prompts = [self.layout.tokenize(row["question"]).prompt for row in self.shown]
         said: list[list[int]] = [[] for _ in prompts]
@@ -243,21 +243,6 @@ class Validation:
         return [self.layout.decode([token for token in tokens if token != self.layout.eos_id]) for tokens in said]
 
 
-Forward = Callable[[Sequence[Row]], tuple[Tensor, Tensor]]
-
-
-def _forward(model: nn.Module, collate: Collate, device: torch.device, beat: Callable[[], None]) -> Forward:
-    """Return what turns rows into the logits [M, V] and labels [M] of their supervised positions, row by row."""
-
-    def forward(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        beat()
-        inputs = {name: value.to(device) for name, value in collate(rows).items()}
-        places = torch.cat([inputs["prefix_places"].flatten(), inputs["rest_places"]])
-        return model(**inputs)["logits"], inputs["labels"].flatten()[places[inputs["supervised"]]]
-
-    return forward
-
-
 # --- what is chosen by it -----------------------------------------------------------------------------------------------
 
 
@@ -276,9 +261,3 @@ def is_over(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
     """Tell whether the last `patience` validations had no higher score than one before them."""
     scores = [entry[SCORE] for entry in validations(history) if entry["step"]]
     return patience is not None and bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
-
-
-def kept_step(history: Sequence[Mapping[str, Any]], keep: Keep, last: int) -> int:
-    """Return the step whose weights are the result of a training that ended after step `last`."""
-    best = best_step(history) if keep is Keep.BEST else None
-    return last if best is None else best

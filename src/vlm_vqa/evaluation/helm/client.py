@@ -115,7 +115,12 @@ class VlmVqaClient(Client):
                 f"HELM asks with the instruction {instruction!r}, but the exported model was trained with "
                 f"{model.predictor.instruction!r}. Set prompt.instruction to HELM's text and train again."
             )
-        image = open_image(_read_image(image_path), image_path, model.max_image_pixels)
+        try:
+            data = Path(image_path).read_bytes()
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+            raise UserError(f"{image_path}: {reason}. Run the helm-eval stage again.") from error
+        image = open_image(data, image_path, model.max_image_pixels)
         begun = time.time()
         answer = model.worker.ask(Asked(image_path, question), image)
         return RequestResult(
@@ -142,10 +147,3 @@ def _read_prompt(request: Request) -> tuple[str, str, str]:
     before = "".join(media.text or "" for media in objects[:at])
     question = "".join(media.text or "" for media in objects[at + 1 :])
     return before.removesuffix("\n"), str(objects[at].location), question
-
-
-def _read_image(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Run the helm-eval stage again.") from error

@@ -129,9 +129,8 @@ def _question(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _annotation(row: Mapping[str, Any]) -> dict[str, Any]:
     # HELM's cider fails on a blank reference.
-    answers = [
-        {"answer": answer, "answer_id": number} for number, answer in enumerate(said_answers(row["answers"]), start=1)
-    ]
+    said = enumerate(said_answers(row["answers"]), start=1)
+    answers = [{"answer": answer, "answer_id": number} for number, answer in said]
     return {key: row[key] for key in ("question_id", "image_id", "question_type", "answer_type")} | {"answers": answers}
 
 

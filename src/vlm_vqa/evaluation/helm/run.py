@@ -41,9 +41,7 @@ def run_helm(instances: int, threads: int, environment: Mapping[str, str]) -> No
         instances: number of questions in the scenario folder.
         environment: added to this process's environment.
 
-    Raises:
-        UserError: the client refused, for instance an unreadable image or another instruction than the model's.
-        RuntimeError: HELM failed in another way.
+    UserError if the client refused, as an unreadable image or another instruction; RuntimeError if HELM failed otherwise.
     """
     common = ["--suite", SUITE, "--output-path", str(OUTPUT), "--local-path", str(CONFIG)]
     run = ["helm.benchmark.run", *common, "--conf-paths", str(CONFIG / "run_entries.conf")]
@@ -61,6 +59,9 @@ def _run_child(
 ) -> None:
     """Run `python -m ARGUMENTS`, its output going to `log_path`; the child never outlives this call."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    # This very package and the folder that holds `evaluation/`, before what else is on the path.
+    paths = [str(Path(vlm_vqa.__file__).parents[1]), str(Path.cwd()), os.environ.get("PYTHONPATH")]
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     child = subprocess.Popen(
         [sys.executable, "-m", *arguments],
         stdout=subprocess.PIPE,
@@ -68,9 +69,7 @@ def _run_child(
         stdin=subprocess.DEVNULL,
         text=True,
         errors="replace",
-        env=os.environ
-        | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", cores.VARIABLE: str(cores.threads().count)}
-        | dict(environment),
+        env={**os.environ, **own, cores.VARIABLE: str(cores.threads().count), **environment},
         # A group of its own: Ctrl-C reaches us alone, and we end it with all that it has started.
         start_new_session=True,
         # Where this process is killed, nobody is left to end it.
@@ -109,12 +108,6 @@ def _keep_to_one_core(pid: int) -> None:
         cores = sorted(os.sched_getaffinity(pid))
         # Not always the first one: evaluations that run side by side should not meet on it.
         os.sched_setaffinity(pid, {cores[pid % len(cores)]})
-
-
-def _python_path() -> str:
-    """This very package and the folder that holds `evaluation/`, before what else is on the path."""
-    first = [str(Path(vlm_vqa.__file__).parents[1]), str(Path.cwd())]
-    return os.pathsep.join([*first, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _end(child: subprocess.Popen) -> None:
