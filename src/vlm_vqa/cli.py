@@ -197,6 +197,31 @@ def _compare(base: str, tolerance: float, markdown: Path | None, allow_missing_b
     return 0 if comparison.passed else 1
 
 
+@command(
+    option(
+        "model",
+        nargs="?",
+        metavar="FOLDER",
+        default="models/export",
+        help="an exported folder, or models:/NAME/VERSION",
+    ),
+    option(
+        "--records", metavar="FOLDER", default="data/records", help="for examples and what the question alone would say"
+    ),
+    option("--port", type=int, default=7860, help="0 for the first free one"),
+    MAX_PIXELS,
+)
+def _demo(model: str, records: str, port: int, max_image_pixels: int) -> None:
+    """Show a page to ask the exported model in, to this machine (needs the extra `demo`)."""
+    try:
+        from vlm_vqa.demo import run
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("the page needs gradio: pip install 'vlm-vqa[demo]', or -e '.[demo]' in a checkout") from error
+    run(_load(model), model, records, max_image_pixels, port)
+
+
 @command(option("folder", type=Path, help="new folder for questions, annotations and images"))
 def _easy_vqa(folder: Path) -> None:
     """Write easy-VQA in VQAv2's official file layout."""
