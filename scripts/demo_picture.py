@@ -56,14 +56,14 @@ async def _draw(address: str, out: Path, scratch: Path) -> dict[tuple[int, str],
         await tab.until(f"{shown}.length")
         ids = [int(Path(source).stem) for source in await tab.value(shown)]
         for number, image_id in enumerate(ids):
-            question, answer = await click_example(tab, number)
-            given[image_id, question] = answer
-        # The last picture is still there.
-        for row in (row for row in val if row["image_id"] == ids[-1] and (ids[-1], row["question"]) not in given):
-            given[ids[-1], row["question"]] = await ask(tab, row["question"])
-            if len(given) == COUNT:
-                break
-        await click_example(tab, len(ids) - 2)
+            first, answer = await click_example(tab, number)
+            given[image_id, first] = answer
+            for question in {
+                row["question"]: 0 for row in val if row["image_id"] == image_id and row["question"] != first
+            }:
+                if len(given) < COUNT - len(ids) + number + 1:
+                    given[image_id, question] = await ask(tab, question)
+        await click_example(tab, 2)
         await tab.picture(out, 1280)
     others = [url for url in chromium.requests_in(scratch / "net-log.json") if not url.startswith(address)]
     assert not others, f"the page asked other machines: {others}"

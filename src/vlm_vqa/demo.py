@@ -3,7 +3,7 @@
 import os
 import threading
 from abc import ABCMeta
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from hashlib import sha256
 from html import escape
@@ -92,7 +92,7 @@ class Data:
 
     def blind(self, question: str) -> str | None:
         """Return the question-only baseline's answer, None where there are no records."""
-        return self._blind and self._blind.answer(question, question_type(question))
+        return None if self._blind is None else self._blind.answer(question, question_type(question))
 
     def said(self, path: str | Path, question: str) -> str | None:
         """Return people's answers to an example, None for any other picture or question."""
@@ -180,7 +180,7 @@ def page(answer: Callable[[str | None, str | None], str], data: Data, about: str
 
 
 @contextmanager
-def served(predictor: Predictor, about: str, records: str | Path, max_pixels: int, port: int) -> Iterator[str]:
+def served(predictor: Predictor, about: str, records: str | Path, max_pixels: int, port: int) -> Generator[str]:
     """Serve the page to this machine alone, and give its address.
 
     Raises:
