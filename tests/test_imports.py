@@ -17,7 +17,7 @@ LEVELS = (
     ("model",),
     ("fetch", "features", "training", "inference", "tracking"),
     ("evaluation",),
-    ("checks",),
+    ("checks", "demo"),
     ("estimate",),
     ("quick_start",),
     ("cli",),

@@ -11,10 +11,12 @@ with quick_start():
     @torch.compiler.disable
     def twice(x): return 2 * x
     from torch._dynamo.utils import is_compile_supported
+    from scipy.optimize import linear_sum_assignment
     assert not gc.isenabled()
 assert gc.isenabled() and gc.get_freeze_count() > 100_000, "the last collection would take a second"
 assert not [name for name in sys.modules if name.startswith("torch._dynamo")]
-assert twice(2) == 4
+assert "scipy.optimize" not in sys.modules and twice(2) == 4
+assert linear_sum_assignment([[1, 0], [0, 1]])[1].tolist() == [1, 0]
 assert is_compile_supported("cpu") in (True, False)
 assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
 with quick_start():

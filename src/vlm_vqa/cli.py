@@ -44,48 +44,67 @@ def command(*options: tuple[tuple[str, ...], dict[str, Any]], epilog: str | None
 
 
 PARAMS = option("params", type=Path, nargs="?", default=Path("params.yaml"), help="parameter file")
+MODEL = option(
+    "--model", default="models/export", help="an exported folder, or models:/NAME/VERSION or models:/NAME@ALIAS"
+)
+MAX_PIXELS = option("--max-image-pixels", type=int, default=50_000_000, help="refuse larger pictures")
 STAGES = option("stages", nargs="*", metavar="STAGE", help="as in dvc.yaml (default: all)")
 
 
+def _load(model: str) -> Any:
+    """Return the predictor of an exported folder or of a registered model."""
+    from vlm_vqa.quick_start import quick_start
+
+    if model.startswith("models:/"):
+        from vlm_vqa.tracking.registry import local_folder
+
+        folder = local_folder(model)
+    else:
+        folder = Path(model)
+    with quick_start():
+        from transformers.utils.logging import disable_progress_bar
+
+        from vlm_vqa.inference.predictor import Predictor
+
+        disable_progress_bar()
+        return Predictor.from_export(folder)
+
+
 @command(
-    option("image", nargs="?", metavar="PICTURE", help="a picture's file, or - for standard input"),
+    option("image", nargs="?", metavar="PICTURE", help="a picture's file, a folder of them, or - for standard input"),
     option("questions", nargs="*", metavar="QUESTION", help="in quotes; one or more"),
     option("--csv", metavar="FILE", help="columns image (beside the csv) and question; - for standard input"),
-    option("--json", action="store_true", help="a JSON object a line: image, question, answer; error if none"),
-    option("--model", type=Path, default=Path("models/export"), help="an exported model"),
-    option("--max-image-pixels", type=int, default=50_000_000, help="refuse larger pictures"),
+    option("--json", action="store_true", help="a JSON object a line, with probability and the next two answers"),
+    MODEL,
+    MAX_PIXELS,
     epilog=(
         "Answers come on standard output, in order. What cannot be answered is named on standard error; the others are"
         " answered all the same, and the exit code is 2. One question gives its answer alone, several give a line each of"
-        " question, tab and answer, and a csv gives a csv with the column answer."
+        " question, tab and answer, and a folder or a csv gives a csv with the column answer. A probability is the product"
+        " of those of the answer's tokens, its end among them."
     ),
 )
 def _ask(
-    image: str | None, questions: list[str], csv: str | None, json: bool, model: Path, max_image_pixels: int
+    image: str | None, questions: list[str], csv: str | None, json: bool, model: str, max_image_pixels: int
 ) -> int:
     """Answer questions about pictures with the exported model."""
-    from vlm_vqa.inference.asking import Asked, answered, read_csv, show
-    from vlm_vqa.quick_start import quick_start
+    from vlm_vqa.inference.asking import Asked, about_folder, answered, read_csv, show
 
     if csv is not None and image is not None:
         raise UserError("--csv names the pictures and the questions: give no others beside it")
     if csv is not None:
         asked = read_csv(csv)
+    elif image is not None and questions and os.path.isdir(image):
+        from vlm_vqa.fetch.recognise import PICTURES
+
+        asked = about_folder(image, questions, PICTURES)
     elif image is not None and questions:
         asked = [Asked(image, question, image) for question in questions]
     else:
         raise UserError('give a picture and a question, as in: vlm-vqa ask photo.jpg "What is it?"; or --csv FILE')
 
-    def load():
-        with quick_start():
-            from transformers.utils.logging import disable_progress_bar
-
-            from vlm_vqa.inference.predictor import Predictor
-
-            disable_progress_bar()
-            return Predictor.from_export(model)
-
-    lacking = show(asked, answered(asked, load, max_image_pixels), json)
+    as_table = csv is not None or os.path.isdir(image or "")
+    lacking = show(asked, answered(asked, lambda: _load(model), max_image_pixels), json, as_table)
     if lacking and csv is not None:
         print(f"vlm-vqa: {lacking} of {len(asked)} rows have no answer; row 1 is the header", file=sys.stderr)
     return 2 if lacking else 0
@@ -177,6 +196,31 @@ def _compare(base: str, tolerance: float, markdown: Path | None, allow_missing_b
         markdown.write_text(text, encoding="utf-8")
     print(text)
     return 0 if comparison.passed else 1
+
+
+@command(
+    option(
+        "model",
+        nargs="?",
+        metavar="FOLDER",
+        default="models/export",
+        help="an exported folder, or models:/NAME/VERSION",
+    ),
+    option(
+        "--records", metavar="FOLDER", default="data/records", help="for examples and what the question alone would say"
+    ),
+    option("--port", type=int, default=7860, help="0 for the first free one"),
+    MAX_PIXELS,
+)
+def _demo(model: str, records: str, port: int, max_image_pixels: int) -> None:
+    """Show a page to ask the exported model in, to this machine (needs the extra `demo`)."""
+    try:
+        from vlm_vqa.demo import run
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("the page needs gradio: pip install 'vlm-vqa[demo]', or -e '.[demo]' in a checkout") from error
+    run(_load(model), model, records, max_image_pixels, port)
 
 
 @command(option("folder", type=Path, help="new folder for questions, annotations and images"))

@@ -8,11 +8,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-_COMPILER = ("torch._dynamo", "torch._dynamo.utils", "torch._dynamo._trace_wrapped_higher_order_op")
+_LATER = ("torch._dynamo", "torch._dynamo.utils", "torch._dynamo._trace_wrapped_higher_order_op", "scipy.optimize")
 
 
 class _Later(ModuleType):
-    """Stands for a module of torch's compiler while others are imported: its decorators leave functions as they are."""
+    """Stands for a module while others are imported; the decorators of torch's compiler leave functions as they are."""
 
     __path__: MutableSequence[str] = []
 
@@ -32,11 +32,11 @@ class _Later(ModuleType):
 def quick_start() -> Generator[None]:
     """Import and load models without torch's compiler and without collecting garbage: half of the time that it takes.
 
-    torchvision and transformers import the compiler for a few decorators and for two functions that compiled models use.
-    What of it is called later is imported then. Collections find nothing among what imports make, neither now nor at the
-    end, where they take as long again.
+    torchvision and transformers import the compiler for a few decorators and for two functions that compiled models use,
+    and SciPy's optimizers for losses of detectors. What of them is called later is imported then. Collections find nothing
+    among what imports make, neither now nor at the end, where they take as long again.
     """
-    names = () if _COMPILER[0] in sys.modules else _COMPILER
+    names = [name for name in _LATER if name not in sys.modules]
     sys.modules.update({name: _Later(name) for name in names})
     gc.disable()
     try:

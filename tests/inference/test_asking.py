@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,17 +14,19 @@ from vlm_vqa.cli import main
 from vlm_vqa.errors import UserError
 from vlm_vqa.inference import asking
 from vlm_vqa.inference.asking import AT_ONCE
+from vlm_vqa.inference.predictor import Candidate
 
 
 class Answers:
     """An predictor that says which picture it saw, by its width, and how often it looked at one."""
 
     def __init__(self):
-        self.looked, self.batches, self.loaded = [], [], 0
+        self.looked, self.batches, self.folders, self.loaded = [], [], [], 0
         self.layout = SimpleNamespace(tokenize=self.tokenize)
 
     def load(self, folder):
         self.loaded += 1
+        self.folders.append(folder)
         return self
 
     def tokenize(self, question):
@@ -35,15 +38,17 @@ class Answers:
         self.looked += [image.width for image in images]
         return [image.width for image in images]
 
-    def answer_features(self, questions, features, images):
+    def likeliest(self, questions, features, images):
         self.batches.append(len(questions))
-        return [f"{question.split()[0]} {features[image]}" for question, image in zip(questions, images, strict=True)]
+        texts = [f"{question.split()[0]} {features[image]}" for question, image in zip(questions, images, strict=True)]
+        return [[Candidate(text, 0.75), Candidate("no", 0.125), Candidate("", 0.0625)] for text in texts]
 
 
 @pytest.fixture
 def answers(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
+    (tmp_path / "empty").mkdir()
     for width in (5, 6):
         Image.new("L", (width, 4)).save(tmp_path / "photos" / f"{width}.png")
     (tmp_path / "photos/page.jpg").write_text("<html>")
@@ -73,11 +78,12 @@ def test_one_question_gives_its_answer_alone(answers, capsys):
 )
 def test_several_questions_of_a_picture_look_at_it_once(answers, capsys, words):
     questions = [word for word in words if word != "--json"]
+    others = [{"answer": "no", "probability": 0.125}, {"answer": "", "probability": 0.0625}]
     assert ask(capsys, "photos/5.png", *questions) == (0, ["what?\twhat? 5", "who is?\twho 5"], [])
     code, lines, _ = ask(capsys, "photos/5.png", *words)
     assert code == 0 and [json.loads(line) for line in lines] == [
-        {"image": "photos/5.png", "question": "what?", "answer": "what? 5"},
-        {"image": "photos/5.png", "question": "who is?", "answer": "who 5"},
+        {"image": "photos/5.png", "question": "what?", "answer": "what? 5", "probability": 0.75, "others": others},
+        {"image": "photos/5.png", "question": "who is?", "answer": "who 5", "probability": 0.75, "others": others},
     ]
     assert answers.looked == [5, 5] and answers.loaded == 2
 
@@ -98,7 +104,7 @@ def test_an_empty_question_is_refused_before_anything_is_loaded(answers, capsys,
     ("words", "message"),
     [
         (["missing.jpg", "what?"], "missing.jpg: cannot be read (No such file or directory)"),
-        (["photos", "what?"], "photos: cannot be read (Is a directory)"),
+        (["empty", "what?"], "empty: no picture in it, by the files' names (.jpg, "),
         (["photos/page.jpg", "what?"], "photos/page.jpg: not a readable image: it is a web page (HTML)."),
         (
             ["photos/5.png", "what?", "--max-image-pixels", "9"],
@@ -158,6 +164,31 @@ def test_a_csv_as_programs_write_it(answers, capsys, tmp_path, delimiter, encodi
     assert answers.looked == [5, 6], "a picture is looked at once, wherever its questions stand"
 
 
+def test_a_folder_asks_about_each_of_its_pictures(answers, capsys, tmp_path):
+    (tmp_path / "photos/notes.txt").write_text("no picture")
+    (tmp_path / "photos/page.jpg").rename(tmp_path / "photos/PAGE.JPG")
+    code, lines, errors = ask(capsys, "photos", "what?", "who is?")
+    expected = [
+        f"photos/{n}.png,{question},{question.split()[0]} {n}" for n in (5, 6) for question in ("what?", "who is?")
+    ]
+    assert code == 2 and lines == [
+        "image,question,answer",
+        *expected,
+        "photos/PAGE.JPG,what?,",
+        "photos/PAGE.JPG,who is?,",
+    ]
+    assert len(errors) == 1 and "photos/PAGE.JPG: not a readable image: it is a web page" in errors[0]
+    assert answers.looked == [5, 6] and answers.loaded == 1
+
+
+def test_a_registered_model_is_found_by_its_name(answers, capsys, monkeypatch):
+    registry = SimpleNamespace(local_folder=lambda name: f"folder of {name}")
+    monkeypatch.setitem(sys.modules, "vlm_vqa.tracking.registry", registry)
+    for model in ("models:/vlm-vqa@champion", "elsewhere/export"):
+        assert ask(capsys, "photos/5.png", "what shape?", "--model", model) == (0, ["what 5"], [])
+    assert answers.folders == ["folder of models:/vlm-vqa@champion", Path("elsewhere/export")]
+
+
 BAD = """image,question
 5.png,one?
 gone.png,two?
@@ -182,6 +213,7 @@ def test_rows_that_cannot_be_answered_are_named_and_the_others_are_answered(answ
     assert code == 2 and [row["answer"] for row in found] == ["one? 5", *[None] * 5, "What 5", None, "ten? 6"]
     for number, problem in PROBLEMS.items():
         assert found[number - 2]["error"].startswith(problem)
+        assert found[number - 2]["probability"] is None and found[number - 2]["others"] == []
     assert [error.split(": ")[2] for error in errors[:-1]] == [f"photos/q.csv, row {number}" for number in PROBLEMS]
     assert errors[-1] == "vlm-vqa: 6 of 9 rows have no answer; row 1 is the header"
 
@@ -209,8 +241,8 @@ def test_answers_come_as_they_are_made(answers, capsys, tmp_path, monkeypatch):
     def fail(questions, features, images):
         if features == [6]:
             raise KeyboardInterrupt
-        return ["yes"] * len(questions)
+        return [[Candidate("yes", 1.0)]] * len(questions)
 
-    answers.answer_features = fail
+    answers.likeliest = fail
     code, lines, _ = ask(capsys, "--csv", csv_of(tmp_path, "image,question\n5.png,one?\n6.png,two?\n"))
     assert (code, lines) == (130, ["image,question,answer", "5.png,one?,yes"])

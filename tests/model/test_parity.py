@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_vqa.inference.generation import generate
-from vlm_vqa.model.layout import IGNORED, Row, visible
+from vlm_vqa.inference.generation import DEPARTURES, generate, likeliest
+from vlm_vqa.model.layout import IGNORED, QuestionTokens, Row, visible
 from vlm_vqa.model.vlm import text_hidden, text_logits
 from vlm_vqa.params import Mask
 
@@ -110,3 +110,48 @@ def test_a_batch_answers_as_one_by_one(tiny, mask):
     ]
     assert together == alone
     assert together[0] == together[3] and len({tuple(answer) for answer in together}) > 1
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("most", [1, 2, 6])
+def test_answers_are_as_likely_as_reading_them_says(tiny, mask, most):
+    """The greedy answer and the likeliest departures from it, each scored by one pass over prompt and answer."""
+    layout, images = tiny.layout(mask), [0, 0, 1]
+    image_features = torch.randn(2, tiny.num_patches, 24, generator=torch.Generator().manual_seed(0))
+    tokens = [layout.tokenize(question) for question in QUESTIONS]
+    # Scaled, for a model of random weights finds everything alike.
+    arguments = (tiny.stock, layout, 3 * image_features, tokens, images, most)
+
+    def reading(question, image, answer):
+        """Log-probabilities [len(answer) + 1, V] of what stands at each place of an answer, and after it."""
+        batch = layout.collate([Row(0, (QuestionTokens(question.prompt, [*answer, layout.eos_id]),))])
+        allowed = visible(batch["segment_ids"], batch["position_ids"], batch["bidirectional"])
+        asked = (batch["input_ids"], batch["position_ids"], allowed)
+        with torch.no_grad():
+            hidden = text_hidden(tiny.stock, 3 * image_features[[image]], *asked)
+            return text_logits(tiny.stock, hidden)[0, -len(answer) - 1 :].log_softmax(dim=-1)
+
+    def cut(answer):
+        return [*answer, layout.eos_id][:most]
+
+    found, greedy = likeliest(*arguments), generate(*arguments)
+    for question, image, answer, (first, *others) in zip(tokens, images, greedy, found, strict=True):
+        assert first.tokens == cut(answer) and len(others) == DEPARTURES
+        for one in (first, *others):
+            logs = reading(question, image, one.tokens)[range(len(one.tokens)), one.tokens]
+            assert one.log_probability == pytest.approx(logs.sum().item(), abs=1e-4)
+            assert len(one.tokens) <= most and layout.eos_id not in one.tokens[:-1]
+        logs = reading(question, image, first.tokens)
+        beginnings = {}
+        for place, token in enumerate(first.tokens):
+            so_far = logs[range(place), first.tokens[:place]].sum()
+            for other in set(range(logs.shape[1])) - {token}:
+                beginnings[*first.tokens[:place], other] = (so_far + logs[place, other]).item()
+        expected = sorted(beginnings, key=beginnings.get)[-DEPARTURES:]
+        assert {next(b for b in expected if tuple(one.tokens[: len(b)]) == b) for one in others} == set(expected)
+        for one in others:
+            (start,) = [b for b in expected if tuple(one.tokens[: len(b)]) == b]
+            rest = reading(question, image, one.tokens).argmax(dim=-1).tolist()
+            assert one.tokens[len(start) :] == rest[len(start) : len(one.tokens)], "greedy from there on"
+            assert one.tokens[-1] == layout.eos_id or len(one.tokens) == most
+        assert sorted(others, key=lambda one: -one.log_probability) == others

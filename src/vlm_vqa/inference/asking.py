@@ -1,4 +1,4 @@
-"""What `vlm-vqa ask` does: questions from the command line or a csv, answered in order, whatever some of them lack."""
+"""What `vlm-vqa ask` does: questions about pictures from anywhere, answered in order, whatever some of them lack."""
 
 import csv
 import io
@@ -14,12 +14,13 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.files import MOST_BYTES, check_regular
 
 if TYPE_CHECKING:
-    from vlm_vqa.inference.predictor import Predictor
+    from vlm_vqa.inference.predictor import Candidate, Predictor
 
 COLUMNS = ("image", "question")
 STDIN = "-"
-AT_ONCE = 8
-"""Questions of one picture that share a row of the model: few enough for Gemma 2's sliding window."""
+AT_ONCE = 4
+"""Questions of one picture that share a row of the model: few enough, with three other answers to each, for Gemma 2's
+sliding window."""
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Asked:
     """Where the picture lies."""
     where: str = ""
     """Which row of which csv, counted as spreadsheets do: the header is row 1."""
-    answer: str | None = None
+    answers: "Sequence[Candidate]" = ()
+    """The model's and the next two; none before it has answered."""
     problem: str | None = None
     """Why there is no answer."""
 
@@ -42,6 +44,11 @@ class Asked:
             self.problem = self.problem or "the question is empty"
         elif any("\ud800" <= character <= "\udfff" for character in self.question):
             self.problem = "the question is not valid UTF-8"
+
+    @property
+    def answer(self) -> str | None:
+        """The model's answer."""
+        return self.answers[0].answer if self.answers else None
 
 
 def read_csv(name: str) -> list[Asked]:
@@ -72,6 +79,21 @@ def read_csv(name: str) -> list[Asked]:
     if not asked:
         raise UserError(f"{name}: holds no question below its header.")
     return asked
+
+
+def about_folder(folder: str, questions: Sequence[str], endings: tuple[str, ...]) -> list[Asked]:
+    """Ask all questions about every picture of a folder, by name; its own folders are not looked into.
+
+    Args:
+        endings: of pictures' names, in lower case.
+
+    Raises:
+        UserError: it holds no picture.
+    """
+    pictures = sorted(path for path in Path(folder).iterdir() if path.name.lower().endswith(endings))
+    if not pictures:
+        raise UserError(f"{folder}: no picture in it, by the files' names ({', '.join(endings)}). Name another folder.")
+    return [Asked(str(path), question, path) for path in pictures for question in questions]
 
 
 def _of_row(record: list[str], names: list[str], name: str, number: int) -> Asked:
@@ -143,18 +165,19 @@ def _answer(questions: list[Asked], image, predictor: "Predictor") -> None:
     for start in range(0, len(fitting), AT_ONCE):
         together = fitting[start : start + AT_ONCE]
         texts = [one.question for one in together]
-        for one, answer in zip(together, predictor.answer_features(texts, features, [0] * len(texts)), strict=True):
-            one.answer = answer
+        for one, answers in zip(together, predictor.likeliest(texts, features, [0] * len(texts)), strict=True):
+            one.answers = answers
 
 
-def show(asked: Sequence[Asked], answers: Iterator[Asked], as_json: bool) -> int:
+def show(asked: Sequence[Asked], answers: Iterator[Asked], as_json: bool, as_table: bool) -> int:
     """Print answers as they come, and on standard error why others do not; return how many do not.
 
-    JSON: an object a line with image, question, answer (null where there is none), and error there. Otherwise a csv gives
-    a csv with the column answer, one question gives its answer, and several give a line each: question, tab, answer.
+    JSON: an object a line with image, question, answer, its probability, and others, each with its own; where there is no
+    answer it and its probability are null, and error says why. A table is a csv with the column answer. Otherwise one
+    question gives its answer, and several give a line each: question, tab, answer.
     """
     table = csv.writer(sys.stdout, lineterminator="\n")
-    if asked[0].where and not as_json:
+    if as_table and not as_json:
         table.writerow([*COLUMNS, "answer"])
     said = set()
     for one in answers:
@@ -164,9 +187,10 @@ def show(asked: Sequence[Asked], answers: Iterator[Asked], as_json: bool) -> int
                 print(f"vlm-vqa: error: {problem}", file=sys.stderr)
             said.add(problem)
         if as_json:
+            first, *others = [answer._asdict() for answer in one.answers] or [{"answer": None, "probability": None}]
             error = {"error": one.problem} if one.problem else {}
-            print(json.dumps({"image": one.image, "question": one.question, "answer": one.answer} | error))
-        elif one.where:
+            print(json.dumps({"image": one.image, "question": one.question} | first | {"others": others} | error))
+        elif as_table:
             table.writerow([one.image, one.question, one.answer])
         elif one.answer is not None:
             print(one.answer if len(asked) == 1 else f"{one.question}\t{one.answer}")

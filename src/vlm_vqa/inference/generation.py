@@ -1,11 +1,12 @@
 """Greedy answers to batches of questions; questions of one image share its prefix where the mask allows it.
 
 Shapes: Q questions, I images, R rows, J questions of the fullest row, S tokens of a row (image tokens included), K keys seen
-so far, T image tokens, E feature width, D hidden width.
+so far, T image tokens, E feature width, D hidden width, V vocabulary.
 """
 
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,18 @@ from transformers import DynamicCache, PaliGemmaForConditionalGeneration
 from vlm_vqa.model.layout import PAD_SEGMENT, PREFIX_SEGMENT, QuestionTokens, Row, TokenLayout, rows_of, visible
 from vlm_vqa.model.vlm import language_of, text_hidden, text_logits
 from vlm_vqa.params import Mask
+
+DEPARTURES = 3
+"""Ways to leave the greedy answer that `likeliest` follows."""
+
+
+class Scored(NamedTuple):
+    """An answer and what the model gives it."""
+
+    tokens: list[int]
+    """With the `<eos>` that ends it, unless it was cut before."""
+    log_probability: float
+    """The sum of its tokens', that of `<eos>` included."""
 
 
 @torch.inference_mode()
@@ -40,6 +53,92 @@ def generate(
     Returns:
         Q lists of token ids, `<eos>` left out.
     """
+    steps = [token_Q for _, token_Q in _greedy(model, layout, features, questions, images, max_new_tokens)]
+    answers = torch.stack(steps, dim=1).tolist()
+    return [list(takewhile(lambda token: token != layout.eos_id, answer)) for answer in answers]
+
+
+@torch.inference_mode()
+def likeliest(
+    model: PaliGemmaForConditionalGeneration,
+    layout: TokenLayout,
+    features: Tensor,
+    questions: Sequence[QuestionTokens],
+    images: Sequence[int],
+    max_new_tokens: int,
+) -> list[list[Scored]]:
+    """Answer every question as `generate` does, and say how likely that and other answers are.
+
+    The others: of all tokens that might have stood in place of one of the greedy answer's (`<eos>` included), the
+    `DEPARTURES` whose beginning, up to and with that token, is the likeliest; each goes on greedily from there. They differ
+    from the greedy answer and from each other, and are the likeliest by this search, not by one of all answers.
+
+    Args: as of `generate`. Under a mask that shares prefixes, a row holds up to `DEPARTURES` times as many questions.
+
+    Returns:
+        By question the greedy answer, and then the others, the likeliest first: one may be likelier than the greedy answer.
+    """
+    answers, ways = [], []
+    for place, steps in enumerate(_scored(model, layout, features, questions, images, max_new_tokens)):
+        tokens, logs = [step.token for step in steps], [step.log for step in steps]
+        before = [0.0, *accumulate(logs)]
+        answers.append([Scored(tokens, before[-1])])
+        departures = [
+            Scored([*tokens[:number], token], before[number] + log)
+            for number, step in enumerate(steps)
+            for token, log in zip(step.other_tokens, step.other_logs, strict=True)
+        ]
+        departures.sort(key=lambda way: -way.log_probability)
+        ways += [(place, way) for way in departures[:DEPARTURES]]
+    ended = [way.tokens[-1] == layout.eos_id or len(way.tokens) == max_new_tokens for _, way in ways]
+    going = [at for at, is_ended in enumerate(ended) if not is_ended]
+    begun = [QuestionTokens(questions[ways[at][0]].prompt, [*ways[at][1].tokens, layout.eos_id]) for at in going]
+    about = [images[ways[at][0]] for at in going]
+    rests = _scored(model, layout, features, begun, about, max_new_tokens - 1) if going else []
+    for at, rest in zip(going, rests, strict=True):
+        place, way = ways[at]
+        rest = rest[: max_new_tokens - len(way.tokens)]
+        log_probability = way.log_probability + sum(step.log for step in rest)
+        ways[at] = place, Scored(way.tokens + [step.token for step in rest], log_probability)
+    for place, way in sorted(ways, key=lambda one: -one[1].log_probability):
+        answers[place].append(way)
+    return answers
+
+
+class _Step(NamedTuple):
+    """A token of an answer, those that might have stood there, and the logarithms of their probabilities."""
+
+    token: int
+    log: float
+    other_tokens: list[int]
+    other_logs: list[float]
+
+
+def _scored(model, layout, features, questions, images, max_new_tokens) -> list[list[_Step]]:
+    """Answer greedily and return every question's steps, that of `<eos>` the last; the arguments are `generate`'s."""
+    columns = []
+    for logits_QV, token_Q in _greedy(model, layout, features, questions, images, max_new_tokens):
+        logs_QV, own_Q1 = logits_QV.float().log_softmax(dim=-1), token_Q[:, None]
+        others = logs_QV.scatter(1, own_Q1, float("-inf")).topk(DEPARTURES)
+        columns.append((token_Q, logs_QV.gather(1, own_Q1)[:, 0], others.indices, others.values))
+    by_question = zip(*(torch.stack(column, dim=1).tolist() for column in zip(*columns, strict=True)), strict=True)
+    answers = [[_Step(*step) for step in zip(*one, strict=True)] for one in by_question]
+    ends = [next((n for n, step in enumerate(steps, 1) if step.token == layout.eos_id), None) for steps in answers]
+    return [steps[:end] for steps, end in zip(answers, ends, strict=True)]
+
+
+def _greedy(
+    model: PaliGemmaForConditionalGeneration,
+    layout: TokenLayout,
+    features: Tensor,
+    questions: Sequence[QuestionTokens],
+    images: Sequence[int],
+    max_new_tokens: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each step's logits [Q, V] and likeliest tokens [Q] until all have ended; the arguments are `generate`'s.
+
+    A question that comes with an answer goes on after its tokens, `<eos>` not counted.
+    """
     device = features.device
     rows = rows_of(zip(images, questions, strict=True), layout.mask)
     batch = {name: value.to(device) for name, value in layout.collate(rows).items()}
@@ -56,15 +155,14 @@ def generate(
     hidden_QD = hidden_RSD[row_Q, last_RJ[row_Q, number_Q]]
     position_RJ = positions_RS.gather(1, last_RJ)
     token_RJ = torch.full_like(segment_RJ, layout.pad_id)
-    steps: list[Tensor] = []
     done_Q = torch.zeros(len(questions), dtype=torch.bool, device=device)
-    while True:
-        token_Q = text_logits(model, hidden_QD).argmax(dim=-1)
-        steps.append(token_Q)
+    for step in range(1, max_new_tokens + 1):
+        logits_QV = text_logits(model, hidden_QD)
+        token_Q = logits_QV.argmax(dim=-1)
+        yield logits_QV, token_Q
         done_Q |= token_Q == layout.eos_id
-        if done_Q.all() or len(steps) == max_new_tokens:
-            answers = torch.stack(steps, dim=1).tolist()
-            return [list(takewhile(lambda token: token != layout.eos_id, answer)) for answer in answers]
+        if done_Q.all() or step == max_new_tokens:
+            return
         token_RJ[row_Q, number_Q] = token_Q
         position_RJ = position_RJ + 1
         segments_RK = torch.cat([segments_RK, segment_RJ], dim=1)

@@ -1,9 +1,10 @@
-"""Ask an exported model: what HELM's client, the evaluation and `vlm-vqa ask` use."""
+"""Ask an exported model: what HELM's client, the evaluation, `vlm-vqa ask` and `vlm-vqa demo` use."""
 
 import os
 from collections.abc import Sequence
-from math import isfinite
+from math import exp, isfinite
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PaliGemmaForConditionalGeneration
 
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.inference.generation import generate
+from vlm_vqa.inference.generation import generate, likeliest
 from vlm_vqa.model.checkpoint import LANGUAGES, TOWERS
 from vlm_vqa.model.encoder import crop_elongated
 from vlm_vqa.model.layout import TokenLayout
@@ -22,6 +23,13 @@ from vlm_vqa.sealed import read_folder
 FACTS_FILE = "vlm_vqa.json"
 """Beside an export's stock files: mask, instruction, text_length, num_patches, the hash of the trained weights, which step's
 they are and by what they were selected, and the SHA-256 of every other file."""
+
+
+class Candidate(NamedTuple):
+    """An answer and its probability: the product of its tokens', that of the end among them."""
+
+    answer: str
+    probability: float
 
 
 class Predictor:
@@ -128,11 +136,30 @@ class Predictor:
             images: which of the I images each question is about; by default each has its own, in order. Questions of one
                 image that stand together share its prefix, but under prefix-lm.
         """
+        answers = generate(*self._asked(questions, features, images))
+        return [self.layout.decode(answer) for answer in answers]
+
+    def likeliest(
+        self, questions: Sequence[str], features: Tensor, images: Sequence[int] | None = None, others: int = 2
+    ) -> list[list[Candidate]]:
+        """Answer as `answer_features` does, and say how likely each answer and up to two others are.
+
+        The first is the greedy answer, always; the others are `generation.likeliest`'s, the likeliest first, without those
+        that read the same as one before them.
+        """
+        found = []
+        for answers in likeliest(*self._asked(questions, features, images)):
+            texts: dict[str, float] = {}
+            for scored in answers:
+                texts.setdefault(self.layout.decode(scored.tokens), exp(scored.log_probability))
+            found.append([Candidate(*one) for one in texts.items()][: 1 + others])
+        return found
+
+    def _asked(self, questions: Sequence[str], features: Tensor, images: Sequence[int] | None) -> tuple:
         tokens = [self.layout.tokenize(question) for question in questions]
         features = features.to(self.model.device, torch.float32)
         places = range(len(questions)) if images is None else images
-        answers = generate(self.model, self.layout, features, tokens, places, self.max_new_tokens)
-        return [self.layout.decode(answer) for answer in answers]
+        return self.model, self.layout, features, tokens, places, self.max_new_tokens
 
 
 def _check_size(folder: Path) -> None:
