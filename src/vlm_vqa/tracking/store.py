@@ -57,15 +57,26 @@ def tracking_uri(root: Path) -> str:
     A relative place in the variable is taken from `root`: from a DVC experiment's copy it would vanish with the copy.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
-    place = _sqlite_file(uri)
+    place = sqlite_file(uri)
     if place is not None:
         return f"sqlite:///{root / place}"
     return uri if "://" in uri or uri.startswith(("file:", "databricks")) else str(root / uri)
 
 
-def _sqlite_file(uri: str) -> Path | None:
+def sqlite_file(uri: str) -> Path | None:
     # What stands behind "?" may be anything: MLflow's affair.
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") and "?" not in uri else None
+
+
+def prepare_client() -> None:
+    """Before MLflow is imported: short waits, no usage statistics to a host that nobody here asked for, few lines."""
+    # For an unreachable server, MLflow's default is 4 minutes a request; what the user has set stays.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # MLflow tells of making tables by a screenful of lines, urllib3 of each retry: our one warning says it all.
+    for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Store:
@@ -75,12 +86,8 @@ class Store:
         self.uri = tracking_uri(root)
         self.params = params
         self._largest = params.tracking.max_artifact_mib * 2**20
-        self._database = _sqlite_file(self.uri)
-        # Of a wait for an unreachable server, MLflow's default is 4 minutes a request; what the user has set stays.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        # Usage statistics to a host that nobody here asked for.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        self._database = sqlite_file(self.uri)
+        prepare_client()
         # Imports take long on a slow disk, but end: they are no part of the limit.
         import_module("mlflow.store.tracking.sqlalchemy_store" if self._database else "mlflow")
         self.client, self.experiment_id = _within(wait, self._open, lambda: _last_write(self._database))
@@ -88,9 +95,6 @@ class Store:
     def _open(self) -> tuple[Any, str]:
         from mlflow import MlflowClient, MlflowException
 
-        # MLflow tells of making tables by a screenful of lines, urllib3 of each retry: our one warning says it all.
-        for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         database = self._database
         if database is not None:
             _make_whole(database)
