@@ -71,8 +71,10 @@ def sealed_folder(folder: Path, seal: str, commit: str = "", experiment: str = "
     if facts is not None and hash_json(facts) == seal:
         return folder
     state = "another export is there now" if facts else "no whole export is there"
-    brings = f"`dvc exp apply {experiment}` brings" if experiment else f"`git checkout {commit}` and `dvc pull` bring"
-    raise UserError(f"{folder}: {state}; this model version is the one with seal {seal[:12]}. {brings} it back.")
+    way = (
+        f"dvc exp apply {experiment}" if experiment else f"git checkout {commit} && dvc pull" if commit else "dvc pull"
+    )
+    raise UserError(f"{folder}: {state}; this model version is the one with seal {seal[:12]}. `{way}` brings it back.")
 
 
 def register(store: Store, run_id: str, folder: Path, weights_hash: str) -> bool:
@@ -94,7 +96,8 @@ def register(store: Store, run_id: str, folder: Path, weights_hash: str) -> bool
     if sum(file.stat().st_size for file in export.rglob("*") if file.is_file()) > store.largest:
         tags[PLACE] = str(checkout_root(folder) / EXPORT)
     name, client = model_name(store.params), store.client
-    model_id = client.create_logged_model(store.experiment_id, name, run_id, tags, model_type="vqa").model_id
+    model = client.create_logged_model(store.experiment_id, name, run_id, tags, model_type="vqa")
+    model_id = model.model_id
     with tempfile.TemporaryDirectory() as scratch:
         _save(Path(scratch) / "model", export, tags)
         client.log_model_artifacts(model_id, f"{scratch}/model")
@@ -104,7 +107,8 @@ def register(store: Store, run_id: str, folder: Path, weights_hash: str) -> bool
         client.create_registered_model(name, description="Each version is an export, of the run that it names.")
     # MLflow's search for versions leaves their model_id out.
     tags["model_id"] = model_id
-    version = client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id).version
+    # Its `models:/ID` would be looked for in the store of the working directory.
+    version = client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model_id).version
     log.info("registered %s as models:/%s/%s", export, name, version)
     return True
 
