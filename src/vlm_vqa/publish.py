@@ -82,6 +82,8 @@ def push(folder: Path, name: str, public: bool) -> str:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): path for path in paths}
         stale = [old for old in api.list_repo_files(name) if any(fnmatch(old, weights) for weights in WEIGHTS)]
-        operations = [CommitOperationDelete(old) for old in stale if old not in files]
-        operations += [CommitOperationAdd(place, os.fspath(path)) for place, path in files.items()]
+        operations = (
+            *(CommitOperationDelete(old) for old in stale if old not in files),
+            *(CommitOperationAdd(place, os.fspath(path)) for place, path in files.items()),
+        )
         return api.create_commit(name, operations, commit_message="An export, its card and its reports").commit_url

@@ -167,6 +167,27 @@ def test_a_registry_that_fails_costs_a_warning(checkout, params, trained, monkey
     assert "full" in message and "vlm-vqa track" in message
 
 
+def test_track_registers_what_a_pull_has_brought_and_its_scores(checkout, params, trained):
+    for name, value in {
+        "models/trained/training.json": {"weights_hash": "v" * 64, "data_hash": DATA_HASH},
+        "dvc.lock": {"stages": {}},
+        "reports/evaluation.json": REPORT,
+    }.items():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(json.dumps(value))
+    (checkout / "reports/validation").mkdir()
+    for name in ("train_curve.csv", "validation/curve.csv"):
+        (checkout / "reports" / name).write_text("step,loss\n1,2.0\n")
+    put_export(checkout / registry.EXPORT, weights_hash="v" * 64)
+    run_id, made = tracking.recreate_run(checkout)
+    assert made and tracking.recreate_run(checkout) == (run_id, False)
+    (version,) = versions(checkout)
+    scores = client(checkout).get_logged_model(version.tags["model_id"]).metrics
+    assert version.run_id == run_id and {metric.key for metric in scores} >= {"bleu_1", "vqa_accuracy"}
+    client(checkout).delete_model_version("vlm-vqa", version.version)
+    assert tracking.recreate_run(checkout) == (run_id, True) and len(versions(checkout)) == 1
+
+
 def test_a_models_name_is_the_experiments_without_what_mlflow_refuses(params):
     named = dataclasses.replace(params, tracking=dataclasses.replace(params.tracking, experiment="team/vqa: 1.0 %"))
     assert registry.model_name(named) == "team-vqa-1-0-"

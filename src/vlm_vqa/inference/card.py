@@ -103,9 +103,9 @@ def _head(params: Params) -> ModelCardData:
     bases = {params.model.checkpoint: params.model.revision}
     if not whole:
         bases = {one.model: one.revision for one in (params.vision, params.language)}
-    on_hub = {name: revision for name, revision in bases.items() if revision}
+    on_hub = {str(name): revision for name, revision in bases.items() if revision}
     hub = params.data.hub
-    return ModelCardData(
+    head = ModelCardData(
         language="en",
         license="gemma" if whole or params.language.model != "random" else "apache-2.0",
         library_name="transformers",
@@ -113,9 +113,10 @@ def _head(params: Params) -> ModelCardData:
         tags=["visual-question-answering"],
         metrics=["accuracy", "bleu"],
         base_model=list(on_hub) or None,
-        base_model_revisions=on_hub or None,  # a field of ours: the hub's has no place for them
         datasets=None if hub is None else sorted({hub.train.repository, hub.val.repository}),
     )
+    head["base_model_revisions"] = on_hub or None  # ours: the hub's own field has no place for them
+    return head
 
 
 def scored(text: str, report: dict[str, Any], source: str, name: str) -> str:
@@ -140,8 +141,8 @@ def scored(text: str, report: dict[str, Any], source: str, name: str) -> str:
     if card.text.count(UNSCORED) != 1:
         raise UserError("the export's card was written by another version or by hand. Run `dvc repro export` first.")
     card.text = card.text.replace(UNSCORED, "\n".join(lines))
-    card.data.model_name = name
-    card.data.eval_results = [
+    card.data["model_name"] = name
+    card.data["eval_results"] = [
         EvalResult(
             task_type="visual-question-answering",
             dataset_type=source,
