@@ -1,9 +1,11 @@
 """A Hugging Face hub on this machine: folders served as huggingface_hub asks for them, with tokens, gates and faults.
 
 It speaks what the real one does to the libraries used here: repository information, file trees, `resolve` with a redirect of
-large files to a storage host (another host name, so that a token must not follow), byte ranges, and its error headers.
+large files to a storage host (another host name, so that a token must not follow), byte ranges, and its error headers. It
+takes new repositories and commits, of files with their content or uploaded as git LFS has it.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -54,6 +56,10 @@ class FakeHub:
     hosted: dict[str, Hosted] = field(default_factory=dict)
     """By API name: `models/owner/name` or `datasets/owner/name`."""
     requests: list[Request] = field(default_factory=list)
+    made_in: Path | None = None
+    """Where repositories that `TOKEN` makes lie."""
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    """Large files by SHA-256, before a commit names them."""
     fault: Callable[[Request], str | int | None] = lambda request: None
     """What to do instead of answering: an HTTP status, or `drop`: cut the answer in its middle."""
 
@@ -78,6 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self._answer()
 
+    def do_PUT(self):
+        self._answer()
+
     def log_message(self, *arguments):
         pass
 
@@ -92,6 +101,18 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send(status, b"out of order")
             case "drop":
                 self.cut = True
+        if path.startswith("/upload/"):
+            self.hub.uploads[path.removeprefix("/upload/")] = body
+            return self._send(200, b"")
+        if path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self._send_json({"objects": [
+                {**entry, "actions": {"upload": {"href": f"http://localhost:{self.hub.port}/upload/{entry['oid']}"}}}
+                for entry in json.loads(body)["objects"]
+            ]})  # fmt: skip
         if path.startswith("/storage/"):
             name, file = path.removeprefix("/storage/").split("//")
             return self._send_file(self.hub.hosted[name], file)
@@ -112,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
         elif hosted is None or (hosted.private and given != f"Bearer {TOKEN}"):
             self._send(404 if given else 401, b"", {"X-Error-Code": "RepoNotFound"})
-        elif revision not in (None, hosted.revision):
+        elif revision not in (None, "main", hosted.revision):
             self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
         elif content and hosted.gated and given != f"Bearer {TOKEN}":
             self._send(403 if given else 401, b"", {"X-Error-Code": "GatedRepo"})
@@ -120,12 +141,54 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         return False
 
+    def _create(self, wanted: dict) -> None:
+        name = f"models/{wanted['organization']}/{wanted['name']}"
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._send(403 if self.headers.get("Authorization") else 401, b"{}")
+        url = json.dumps({"url": f"{self.hub.url}/{name.removeprefix('models/')}"}).encode()
+        if name in self.hub.hosted:
+            return self._send(409, url)
+        folder = self.hub.made_in / name
+        folder.mkdir(parents=True)
+        self.hub.hosted[name] = Hosted(folder, "0" * 40, private=wanted["visibility"] == "private")
+        self._send(200, url)
+
+    def _commit(self, hosted: Hosted, lines: list[dict]) -> None:
+        for line in lines:
+            value = line["value"]
+            match line["key"]:
+                case "file":
+                    content = base64.b64decode(value["content"])
+                case "lfsFile":
+                    content = self.hub.uploads[value["oid"]]
+                    assert hashlib.sha256(content).hexdigest() == value["oid"]
+                case "deletedFile":
+                    (hosted.folder / value["path"]).unlink()
+                    continue
+                case _:
+                    continue
+            (hosted.folder / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+            (hosted.folder / value["path"]).write_bytes(content)
+        hosted.revision = hashlib.sha256(hosted.revision.encode()).hexdigest()[:40]
+        url = f"{self.hub.url}/{hosted.folder.relative_to(self.hub.made_in / 'models')}/commit/{hosted.revision}"
+        self._send_json({"commitUrl": url, "commitOid": hosted.revision})
+
     def _describe(self, name: str, rest: list[str], recursive: bool, body: bytes) -> None:
         what, revision, *place = [*rest, None, None][: max(len(rest), 2)]
         if not self._may_pass(name, revision, content=False):
             return
         hosted = self.hub.hosted[name]
-        if what in (None, "revision"):
+        if what in ("preupload", "commit") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._send(403, b"{}")
+        elif what == "preupload":
+            named = [Path(entry["path"]) for entry in json.loads(body)["files"]]
+            self._send_json({"files": [
+                {"path": str(path), "uploadMode": "lfs" if path.suffix in LARGE else "regular", "shouldIgnore": False}
+                for path in named
+            ]})  # fmt: skip
+        elif what == "commit":
+            self._commit(hosted, [json.loads(line) for line in body.splitlines()])
+        elif what in (None, "revision"):
             siblings = [{"rfilename": entry["path"]} for entry in self._tree(hosted) if entry["type"] == "file"]
             owner_name = name.split("/", 1)[1]
             self._send_json({"id": owner_name, "sha": hosted.revision, "siblings": siblings, "private": hosted.private,
@@ -230,6 +293,7 @@ def lead_to(hub: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "datasets"))

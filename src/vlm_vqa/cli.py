@@ -284,6 +284,26 @@ def _preflight(params: Path, details: bool, json: bool, **asked: Any) -> int:
     return 0 if prediction.fits else 1
 
 
+@command(
+    option("name", metavar="OWNER/NAME", help="model on the Hugging Face hub; made if it is not there"),
+    option("--dry-run", action="store_true", help="ask no hub: print the card and name the files"),
+    option("--public", action="store_true", help="a repository that is made is for all to see (default: private)"),
+    epilog="The token is HF_TOKEN's or that of `hf auth login`. What is there already stays as private as it is.",
+)
+def _publish(name: str, dry_run: bool, public: bool) -> None:
+    """Push the export, its card with the scores, and the reports to the hub as one commit."""
+    from vlm_vqa.publish import prepared, push
+
+    with prepared(name) as folder:
+        if not dry_run:
+            print(f"published: {push(folder, name, public)}")
+            return
+        print((folder / "README.md").read_text(encoding="utf-8"))
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            print(f"{path.stat().st_size:>14,} bytes  {path.relative_to(folder)}")
+        print(f"dry run: nothing was sent; without --dry-run these files go to {name}")
+
+
 @command()
 def _track() -> None:
     """Record the outputs here as an MLflow run, after `dvc pull` or when tracking had failed."""

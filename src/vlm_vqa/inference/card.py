@@ -6,6 +6,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from vlm_vqa.errors import UserError
 from vlm_vqa.model.adapters import ADAPTER
 from vlm_vqa.params import Mask, Params, Start
 
@@ -14,6 +17,21 @@ KINDS = {"dinov2": "DINOv2", "siglip_vision_model": "SigLIP", "gemma2": "Gemma 2
 """How people call what configurations call otherwise."""
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "pillow")
 """What the card's code needs; the card names their versions, which are the same on every machine (constraints.txt)."""
+
+SEEN = {
+    "facebook/dinov2": ", self-supervised on LVD-142M: 142 million pictures without labels",
+    "google/siglip": ", on pictures and their texts from the web (WebLI)",
+    "google/paligemma": ", first on pictures and their texts from the web (WebLI)",
+}
+"""What a tower was pretrained on, as its makers say; by how their names for it begin."""
+LICENSES = {
+    "gemma": (
+        "Gemma's weights are inside. Gemma is provided under and subject to the Gemma Terms of Use found at "
+        "ai.google.dev/gemma/terms, and who passes this on must say so, too."
+    ),
+    "apache-2.0": "Apache 2.0: the language model began with random weights; DINOv2's and SigLIP's license is the same.",
+}
+UNSCORED = "Those on val are in the project's `reports/evaluation.json` and in MLflow, found by the weights' hash."
 
 # The stock processor marks a whole prompt as one bidirectional block, which is prefix-lm.
 TYPE_IDS_LINES = {
@@ -47,7 +65,7 @@ def card(
     data: dict[str, Any],
     kinds: tuple[str, ...] = ("DINOv2", "Gemma 2"),
 ) -> str:
-    """Return the model card; evaluation comes later and is in `reports/` and MLflow."""
+    """Return the model card, with the hub's fields in its head; evaluation comes later, and `scored` adds it to a copy."""
     template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
     splits = "\n".join(
         f"- {name}: {counts['questions']:,} questions on {counts['images']:,} images"
@@ -56,7 +74,11 @@ def card(
     )
     # A wheel's own suffix, such as +cpu, tells machines apart and cannot be installed by that name.
     pins = " ".join(f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES)
+    head = _head(params)
     return template.substitute(
+        head=head.to_yaml(),
+        license=LICENSES[str(head.license)],
+        scores=UNSCORED,
         python="{}.{}".format(*sys.version_info),
         packages=pins,
         tower_kind=kinds[0],
@@ -75,15 +97,80 @@ def card(
     )
 
 
+def _head(params: Params) -> ModelCardData:
+    """Return what the hub reads of a card. Only what the hub knows is named there: local folders are in the text."""
+    whole = params.model.start is Start.CHECKPOINT
+    bases = {params.model.checkpoint: params.model.revision}
+    if not whole:
+        bases = {one.model: one.revision for one in (params.vision, params.language)}
+    on_hub = {str(name): revision for name, revision in bases.items() if revision}
+    hub = params.data.hub
+    head = ModelCardData(
+        language="en",
+        license="gemma" if whole or params.language.model != "random" else "apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["visual-question-answering"],
+        metrics=["accuracy", "bleu"],
+        base_model=list(on_hub) or None,
+        datasets=None if hub is None else sorted({hub.train.repository, hub.val.repository}),
+    )
+    head["base_model_revisions"] = on_hub or None  # ours: the hub's own field has no place for them
+    return head
+
+
+def scored(text: str, report: dict[str, Any], source: str, name: str) -> str:
+    """Return a copy of a card that shows the scores of `reports/evaluation.json`, in its text and as the hub's model-index.
+
+    Args:
+        source: what `data.source` calls the data.
+        name: the model's.
+    """
+    accuracy = "answer_accuracy" if "answer_accuracy" in report else "vqa_accuracy"
+    words, scores, helm = accuracy.replace("_", " ").replace("vqa", "VQA"), report[accuracy], report["helm"]
+    found = {
+        ("accuracy", words): (scores["overall"], scores.get("interval"), scores["questions"], accuracy),
+        ("bleu", "BLEU-1, by HELM"): (helm["bleu_1"], helm.get("interval"), helm["instances"], "bleu_1"),
+    }
+    lines = ["| score | value | of | baselines |", "|---|---|---|---|"]
+    for (_, title), (value, interval, questions, key) in found.items():
+        beside = ", ".join(f"{blind.replace('_', ' ')} {of[key]:.4f}" for blind, of in report["baselines"].items())
+        shown = f"{value:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
+        lines.append(f"| {title} | {shown} | {questions:,} questions of val | {beside} |")
+    card = ModelCard(text)
+    if card.text.count(UNSCORED) != 1:
+        raise UserError("the export's card was written by another version or by hand. Run `dvc repro export` first.")
+    card.text = card.text.replace(UNSCORED, "\n".join(lines))
+    card.data["model_name"] = name
+    card.data["eval_results"] = [
+        EvalResult(
+            task_type="visual-question-answering",
+            dataset_type=source,
+            dataset_name=source,
+            dataset_split="validation",
+            metric_type=kind,
+            metric_name=title,
+            metric_value=value,
+            metric_args={"interval": interval} if interval else None,
+        )
+        for (kind, title), (value, interval, *_) in found.items()
+    ]
+    return str(card)
+
+
 def _starts(params: Params) -> dict[str, str]:
     """Return what the card says of where the weights come from."""
     if params.model.start is Start.CHECKPOINT:
         whole = f"`{params.model.checkpoint}`, revision {params.model.revision or 'none: local'}"
-        names = {"vision": f"of {whole}", "language": "of the same checkpoint", "tower": "the checkpoint's, as it was"}
+        names = {
+            "vision": f"of {whole}",
+            "language": "of the same checkpoint",
+            "tower": f"the checkpoint's, as it was{_seen(params.model.checkpoint)}",
+        }
         return names | {"projector_start": "the checkpoint's weights", "language_start": "the checkpoint's too"}
     parts = {"vision": params.vision, "language": params.language}
     names = {key: f"`{one.model}`, revision {one.revision or 'none: local'}" for key, one in parts.items()}
-    tower = f"`{params.vision.model}` as its authors pretrained it"
+    tower = f"`{params.vision.model}` as its authors pretrained it{_seen(params.vision.model)}"
     if params.vision.model == "small":
         tower = (
             "the project's small one, pretrained on drawn pictures with labels for shape and colour: those that easy-VQA "
@@ -91,3 +178,7 @@ def _starts(params: Params) -> dict[str, str]:
         )
     language = "random weights too" if params.language.model == "random" else "its authors' weights"
     return names | {"projector_start": "random weights", "language_start": language, "tower": tower}
+
+
+def _seen(model: str | None) -> str:
+    return next((seen for name, seen in SEEN.items() if (model or "").startswith(name)), "")

@@ -10,7 +10,7 @@ from typing import Any
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import load_params
 from vlm_vqa.secrets import without_secrets
-from vlm_vqa.tracking import group
+from vlm_vqa.tracking import group, registry
 from vlm_vqa.tracking.describe import evaluation_metrics, identity, numbers, reason
 from vlm_vqa.tracking.store import Store, checkout_root, tracking_uri
 
@@ -42,11 +42,12 @@ def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
         store = Store(params, checkout_root(folder))
         run = store.find(training["weights_hash"], params.hash())
         run_id = run.info.run_id if run else recreate(store, training["weights_hash"], folder)
-        lacks_scores = scores is not None and not (run and "evaluated" in run.data.tags)
+        registered = registry.register(store, run_id, folder, training["weights_hash"])
+        lacks_scores = scores is not None and (registered or not (run and "evaluated" in run.data.tags))
         if lacks_scores:
             store.put_files(run_id, folder / REPORTS, REPORTS.name)
-            put_scores(store, run_id, scores)
-        return run_id, run is None or lacks_scores
+            put_scores(store, run_id, scores, folder)
+        return run_id, run is None or registered or lacks_scores
     except UserError:
         raise
     except Exception as error:
@@ -56,9 +57,9 @@ def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
         ) from error
 
 
-def put_scores(store: Store, run_id: str, report: Mapping[str, Any]) -> None:
-    """Adds an evaluation's scores to a run, and to the figures of its parent, if it has one."""
-    store.put_metrics(run_id, numbers(evaluation_metrics(report), 0))
+def put_scores(store: Store, run_id: str, report: Mapping[str, Any], folder: Path) -> None:
+    """Adds an evaluation's scores to a run, to the registered export and to the figures of the run's parent, if any."""
+    store.put_metrics(run_id, numbers(evaluation_metrics(report), 0), **registry.subject(store, folder))
     store.put_tags(run_id, {"evaluated": "true"})
     group.update(store, run_id)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_vqa.params import Params
 from vlm_vqa.secrets import without_secrets
-from vlm_vqa.tracking import group
+from vlm_vqa.tracking import group, registry
 from vlm_vqa.tracking.describe import identity, numbers, reason, surroundings
 from vlm_vqa.tracking.recreate import put_scores, recreate
 from vlm_vqa.tracking.store import Store, checkout_root, tracking_uri, view_url
@@ -135,7 +135,7 @@ def log_results(
     """Adds what a later stage made of the weights to the run that trained them. Never raises.
 
     The scores of an evaluation's `report` (see `evaluation_metrics`), and its `files` under their own folders; without
-    one, an exported model's files, under `export/`.
+    one, an exported model's files, under `export/`, and the export as a version of the registered model.
     """
     root = checkout_root()
     try:
@@ -145,9 +145,10 @@ def log_results(
         for path in files:
             store.put_files(run_id, path, os.path.relpath(Path(path).parent) if report else "export")
         if report:
-            put_scores(store, run_id, report)
+            put_scores(store, run_id, report, Path("."))
         else:
             store.put_tags(run_id, {"exported": "true"})
+            registry.register(store, run_id, Path("."), weights_hash)
         url = view_url(store.uri, store.experiment_id)
         log.info("recorded in MLflow; compare runs (`mlflow ui`; MLFLOW_PORT names another port) at %s", url)
     except Exception as error:  # noqa: BLE001

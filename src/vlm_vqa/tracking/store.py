@@ -57,15 +57,27 @@ def tracking_uri(root: Path) -> str:
     A relative place in the variable is taken from `root`: from a DVC experiment's copy it would vanish with the copy.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
-    place = _sqlite_file(uri)
+    place = sqlite_file(uri)
     if place is not None:
         return f"sqlite:///{root / place}"
     return uri if "://" in uri or uri.startswith(("file:", "databricks")) else str(root / uri)
 
 
-def _sqlite_file(uri: str) -> Path | None:
+def sqlite_file(uri: str) -> Path | None:
     # What stands behind "?" may be anything: MLflow's affair.
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") and "?" not in uri else None
+
+
+def prepare_client() -> None:
+    """Before MLflow is imported: short waits, no usage statistics to a host that nobody here asked for, few lines."""
+    # For an unreachable server, MLflow's default is 4 minutes a request; what the user has set stays.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # MLflow tells of making tables by a screenful of lines, urllib3 of each retry: our one warning says it all.
+    for name in ("mlflow.store.db.utils", "mlflow.pyfunc", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Store:
@@ -74,13 +86,9 @@ class Store:
     def __init__(self, params: Params, root: Path, *, wait: float = SECONDS_TO_OPEN):
         self.uri = tracking_uri(root)
         self.params = params
-        self._largest = params.tracking.max_artifact_mib * 2**20
-        self._database = _sqlite_file(self.uri)
-        # Of a wait for an unreachable server, MLflow's default is 4 minutes a request; what the user has set stays.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        # Usage statistics to a host that nobody here asked for.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        self.largest = params.tracking.max_artifact_mib * 2**20
+        self._database = sqlite_file(self.uri)
+        prepare_client()
         # Imports take long on a slow disk, but end: they are no part of the limit.
         import_module("mlflow.store.tracking.sqlalchemy_store" if self._database else "mlflow")
         self.client, self.experiment_id = _within(wait, self._open, lambda: _last_write(self._database))
@@ -88,9 +96,6 @@ class Store:
     def _open(self) -> tuple[Any, str]:
         from mlflow import MlflowClient, MlflowException
 
-        # MLflow tells of making tables by a screenful of lines, urllib3 of each retry: our one warning says it all.
-        for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         database = self._database
         if database is not None:
             _make_whole(database)
@@ -137,7 +142,21 @@ class Store:
         name = run_name(self.params, tags.get("dvc_experiment"))
         run_id = self.client.create_run(self.experiment_id, tags=dict(tags), run_name=name).info.run_id
         self.put_params(run_id, known={})
+        if "data_hash" in tags:
+            self._put_data(run_id, tags["data_hash"])
         return run_id
+
+    def _put_data(self, run_id: str, data_hash: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = {key: value for key, value in self.params.flat().items() if key.startswith("data.")}
+        name, digest = self.data_name(data_hash)
+        data = Dataset(name, digest, "params.yaml", without_secrets(json.dumps(source)))
+        self.client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+    def data_name(self, data_hash: str) -> tuple[str, str]:
+        """Name and digest of a data set in MLflow, which takes 36 characters of a digest."""
+        return self.params.data.source.value, data_hash[:36]
 
     def put_params(self, run_id: str, known: Mapping[str, str], values: Mapping[str, Any] | None = None) -> None:
         """Logs what is not `known` yet of `values` (default: all): MLflow refuses another value for a logged one."""
@@ -148,11 +167,11 @@ class Store:
         for start in range(0, len(entries), BATCH):
             self.client.log_batch(run_id, params=entries[start : start + BATCH])
 
-    def put_metrics(self, run_id: str, rows: Iterable[tuple[str, float, int, int]]) -> None:
-        """Rows of (name, value, step, milliseconds since 1970)."""
+    def put_metrics(self, run_id: str, rows: Iterable[tuple[str, float, int, int]], **of: str) -> None:
+        """Rows of (name, value, step, milliseconds since 1970); `of` a `model_id`, and a data set's name and digest."""
         from mlflow.entities import Metric
 
-        metrics = [Metric(name, value, when, step) for name, value, step, when in rows]
+        metrics = [Metric(name, value, when, step, **of) for name, value, step, when in rows]
         for start in range(0, len(metrics), 10 * BATCH):
             self.client.log_batch(run_id, metrics=metrics[start : start + 10 * BATCH])
 
@@ -173,7 +192,7 @@ class Store:
         for file in sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]:
             inner = file.relative_to(path).parent if path.is_dir() else Path(".")
             target = Path(folder or ".") / inner
-            if (size := file.stat().st_size) <= self._largest:
+            if (size := file.stat().st_size) <= self.largest:
                 self.client.log_artifact(run_id, str(file), target.as_posix() if target.name else None)
                 continue
             here = Path(".").resolve()
