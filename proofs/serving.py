@@ -33,6 +33,7 @@ from benchmarks.measure import Claim
 from proofs.project import ROOT, workplace
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.records import images_of, load_questions
+from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.helm.files import read_results, write_scenario
 from vlm_vqa.evaluation.helm.run import CONFIG, RESULTS, SCENARIO, run_helm
 from vlm_vqa.inference.predictor import Predictor
@@ -67,7 +68,11 @@ def chat(question: str, picture: bytes) -> bytes:
 
 
 async def load(
-    address: str, bodies: Sequence[bytes], clients: int, seconds: float, kill: tuple[subprocess.Popen, int] | None = None
+    address: str,
+    bodies: Sequence[bytes],
+    clients: int,
+    seconds: float,
+    kill: tuple[subprocess.Popen, int] | None = None,
 ) -> tuple[list[tuple[int, str]], list[str], float]:
     """Ask from many clients at once until the time is over, or, where a process and a signal are given, after
     `BEFORE_KILL` send it the signal and ask until every client has had an error.
@@ -111,6 +116,8 @@ def under_load(
 
     with server(export) as (_, address):
         answers, errors, lasted = asyncio.run(load(address, bodies, clients, seconds))
+    if not answers:
+        raise UserError(f"the server at {address} has answered nothing: {errors[:1]}")
     what = f"{clients} clients for {seconds:g} s"
     rate = len(answers) / lasted
     claims = [
@@ -173,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write `serving.json`."""
     parser = measure.parser("serving", __doc__, "proofs", clients=64, seconds=60, questions=500)
     parser.add_argument("--export", type=Path, default=EXPORT, metavar="FOLDER", help="an exported model")
-    parser.add_argument("--helm", type=measure.positive, metavar="N", help="ask N questions by HELM's OpenAI client, too")
+    parser.add_argument(
+        "--helm", type=measure.positive, metavar="N", help="ask N questions by HELM's OpenAI client, too"
+    )
     options = measure.parse(parser, arguments)
     params = load_params()
     rows = load_questions(RECORDS, "val").select(range(options.questions)).to_list()

@@ -1,18 +1,13 @@
-"""`vlm-vqa serve`: the trained function over OpenAI's protocol, and a refusal in its words for all that is not a question."""
+"""`vlm-vqa serve`: the trained function over OpenAI's protocol, and a refusal in words for what is no question."""
 
 import base64
+import dataclasses
 import io
 import json
-import os
-import re
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import zlib
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -22,9 +17,11 @@ from starlette.testclient import TestClient
 from tests.inference.test_export import DATA, RESULTS
 from vlm_vqa.errors import UserError
 from vlm_vqa.inference import serving
+from vlm_vqa.inference.export import write_export
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.layout import Row, visible
-from vlm_vqa.model.vlm import text_hidden, text_logits
+from vlm_vqa.model.vlm import hash_weights, set_attention, text_hidden, text_logits, trained_state
+from vlm_vqa.params import Attention, Mask, load_params
 
 QUESTIONS = ["What color is the shape?", "Is there a  dog\nor <image><eos>?", "How many red dogs are there?"]
 MASKS = ("causal", "image-prefix", "prefix-lm")
@@ -32,24 +29,31 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def predictor(tiny):
-    """Return a function that makes a predictor of the tiny model, whose random weights give long, odd answers."""
+def export(tiny, tmp_path_factory):
+    """Return a function that exports the tiny model, whose random weights give long, odd answers, for a mask."""
 
-    def make(mask="image-prefix"):
-        layout = tiny.layout(mask)
-        facts = {"weights_hash": "w" * 64, "mask": mask, "num_patches": tiny.num_patches, "text_length": 64}
-        tiny.stock.generation_config.update(
-            max_new_tokens=7, do_sample=False, eos_token_id=layout.eos_id, pad_token_id=layout.pad_id
-        )
-        return Predictor(tiny.stock, tiny.processor, facts | {"instruction": layout.instruction}, max_new_tokens=7)
+    def write(mask="image-prefix"):
+        folder = tmp_path_factory.mktemp("export") / mask
+        params, instruction = load_params("presets/small.yaml"), tiny.layout(mask).instruction
+        prompt = dataclasses.replace(params.prompt, mask=Mask(mask), instruction=instruction, text_length=64)
+        params = dataclasses.replace(params, prompt=prompt, vision=dataclasses.replace(params.vision, num_patches=5))
+        training = {"weights_hash": hash_weights(trained_state(tiny.training))}
+        write_export(folder, tiny.stock, tiny.processor, params, training, RESULTS, DATA)
+        return folder
 
-    return make
+    return write
 
 
 @pytest.fixture(scope="module")
-def client(predictor):
+def front(export):
+    """What a request passes before the stock handler, of an image-prefix export."""
+    return serving.Front(Predictor.from_export(export(), "cpu"), 50_000_000, "secret")
+
+
+@pytest.fixture(scope="module")
+def client(front):
     """A client of the server in this process, by its key."""
-    app = serving.build_app(serving.Front(predictor(), 50_000_000, "secret"))
+    app = serving.build_app(front)
     with TestClient(app, "http://localhost", headers={"authorization": "Bearer secret"}) as found:
         yield found
 
@@ -79,7 +83,10 @@ USER = {"role": "user", "content": [PICTURE, QUESTION]}
 
 
 def body(*content, **fields):
-    return {"model": serving.MODEL, "messages": [{"role": "user", "content": list(content) or USER["content"]}]} | fields
+    return {
+        "model": serving.MODEL,
+        "messages": [{"role": "user", "content": list(content) or USER["content"]}],
+    } | fields
 
 
 def answer(response):
@@ -88,26 +95,29 @@ def answer(response):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_answers_and_logits_are_those_of_the_trained_function(predictor, mask):
-    ours = predictor(mask)
+def test_answers_and_logits_are_those_of_the_trained_function(export, mask):
+    ours = Predictor.from_export(export(mask), "cpu")
+    expected = ours.answer(QUESTIONS, pictures())
     front = serving.Front(ours, 50_000_000, None)
     with TestClient(serving.build_app(front), "http://localhost") as client:
         found = [
             answer(client.post(CHAT, json=body(part(address(png(image))), {"type": "text", "text": question})))
             for question, image in zip(QUESTIONS, pictures(), strict=True)
         ]
-    assert found == ours.answer(QUESTIONS, pictures()) and len(set(found)) > 1 and all(found)
+    assert found == expected and len(set(found)) > 1 and all(found)
     for question, image in zip(QUESTIONS, pictures(), strict=True):
         with torch.no_grad():
             served = ours.model(**front.inputs(question, png(image))).logits[0, -1]
             grid = ours.layout.collate([Row(0, (ours.layout.tokenize(question),))])
             allowed = visible(grid["segment_ids"], grid["position_ids"], grid["bidirectional"])
             features = ours.encode([image])
+            set_attention(ours.model, Attention.EAGER)
             hidden = text_hidden(ours.model, features, grid["input_ids"], grid["position_ids"], allowed)
+            ours.model.model.language_model.set_attn_implementation("eager")
             torch.testing.assert_close(served, text_logits(ours.model, hidden[0, -1]), rtol=0, atol=1e-5)
 
 
-def test_the_picture_is_seen_as_people_see_it(client, predictor):
+def test_the_picture_is_seen_as_people_see_it(front):
     upright = Image.new("RGB", (40, 20), "white")
     upright.paste((200, 0, 0), (0, 0, 10, 20))
     exif = Image.Exif()
@@ -115,13 +125,13 @@ def test_the_picture_is_seen_as_people_see_it(client, predictor):
     turned, hidden = io.BytesIO(), Image.new("RGBA", (40, 20), (0, 0, 0, 0))
     upright.transpose(Image.Transpose.ROTATE_90).save(turned, "PNG", exif=exif)
     hidden.paste((200, 0, 0, 255), (0, 0, 10, 20))
-    expected = predictor().answer(QUESTIONS[:1], [upright])[0]
+    expected = front.predictor.pixels([upright])
     for data in (png(upright), turned.getvalue(), png(hidden)):
-        assert answer(client.post(CHAT, json=body(part(address(data)), QUESTION))) == expected
+        assert front.inputs("Red?", data)["pixel_values"].equal(expected)
 
 
-def test_what_clients_send_beside_picture_and_question(client, predictor):
-    instruction = predictor().instruction
+def test_what_clients_send_beside_picture_and_question(client, front):
+    instruction = front.predictor.instruction
     expected = answer(client.post(CHAT, json=body()))
     helm = [{"type": "text", "text": instruction}, {"type": "text", "text": "\n"}, PICTURE, QUESTION]
     same = [
@@ -136,7 +146,7 @@ def test_what_clients_send_beside_picture_and_question(client, predictor):
     deltas = [json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events]
     assert "".join(deltas).strip() == expected
     (model,) = client.get("/v1/models").json()["data"]
-    assert (model["id"], model["weights_hash"]) == (serving.MODEL, "w" * 64)
+    assert (model["id"], model["weights_hash"]) == (serving.MODEL, front.predictor.weights_hash)
 
 
 def huge_png(width, height):
@@ -225,10 +235,10 @@ def test_the_stock_server_s_other_doors_are_not_there(client):
     assert client.post(CHAT, json=body(), headers={"host": "evil.example"}).status_code == 400
 
 
-def test_a_fault_of_ours_is_no_traceback_for_the_client(predictor, monkeypatch):
-    front = serving.Front(predictor(), 50_000_000, None)
+def test_a_fault_of_ours_is_no_traceback_for_the_client(front, monkeypatch):
     monkeypatch.setattr(front, "inputs", lambda *_: 1 / 0)
-    with TestClient(serving.build_app(front), "http://localhost", raise_server_exceptions=False) as client:
+    app = serving.build_app(front)
+    with TestClient(app, "http://localhost", False, headers={"authorization": "Bearer secret"}) as client:
         response = client.post(CHAT, json=body())
     assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
     assert "division" not in response.text and "Traceback" not in response.text

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from transformers import BatchFeature
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.utils import GenerationState
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
@@ -41,17 +43,16 @@ MODEL = "vlm-vqa"
 """The one model's name in requests."""
 KEY = "VLM_VQA_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost")
-BODY_BYTES = 16 * 2**20
+BODY_BYTES, READ_SECONDS = 16 * 2**20, 60
 AT_ONCE = 128
 """Connections; more are answered with 503. With `BODY_BYTES` it bounds memory."""
-READ_SECONDS = 60
 GRACE_SECONDS = 10
 """How long SIGTERM waits for answers that have begun."""
 _LONGEST = 10_000
-"""Characters of a question: tokenising megabytes, only to refuse them, takes seconds."""
+"""Characters of a question: megabytes take seconds to tokenise."""
 _READ = {"model", "messages", "stream", "max_tokens", "max_completion_tokens"}
 _IDLE = {"seed", "top_p", "user", "metadata", "store", "stream_options"}
-"""Fields that change no greedy answer."""
+"""What changes no greedy answer."""
 _ONLY = {"temperature": 0, "n": 1, "stop": [], "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False}
 
 
@@ -80,6 +81,8 @@ class Front:
 
     def __init__(self, predictor: Predictor, max_pixels: int, key: str | None):
         self.predictor, self.max_pixels, self.key = predictor, max_pixels, key
+        # The stock attention: ours knows rows only, for which it is always given a mask.
+        predictor.model.model.language_model.set_attn_implementation("eager")
         self.longest_answer: int = predictor.model.generation_config.max_new_tokens  # ty: ignore[invalid-assignment] - exports have it
         manager = ModelManager(model_timeout=-1)
         manager.force_model = MODEL
@@ -112,8 +115,9 @@ class Front:
         return JSONResponse({"status": "ok"})
 
     def inputs(self, question: str, picture: bytes) -> BatchFeature:
-        """Return what the stock model computes the trained function of: `input_ids`, `attention_mask`, `token_type_ids`, int64
-        [1, S], and `pixel_values` [1, 3, H, W].
+        """Return what the stock model computes the trained function of.
+
+        `input_ids`, `attention_mask` and `token_type_ids` are int64 [1, S], `pixel_values` [1, 3, H, W].
 
         Raises:
             UserError: the picture cannot be decoded or is too large, or the question is too long.
@@ -134,7 +138,9 @@ class Front:
     def _check_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "")
         if self.key is not None and not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
-            raise HTTPException(401, f"The key is missing or wrong: send the server's {KEY} as `Authorization: Bearer`.")
+            raise HTTPException(
+                401, f"The key is missing or wrong: send the server's {KEY} as `Authorization: Bearer`."
+            )
 
 
 async def read(request: Request) -> bytes:
@@ -178,9 +184,9 @@ def asked(body: dict[str, Any], instruction: str) -> tuple[str, bytes]:
     match body.get("messages"):
         case [{"role": "user", "content": content}]:
             pass
-        case [{"role": "system" | "developer", "content": str(system)}, {"role": "user", "content": content}] if (
-            clean(system) == clean(instruction)
-        ):
+        case [{"role": "system" | "developer", "content": str(system)}, {"role": "user", "content": content}] if clean(
+            system
+        ) in ("", clean(instruction)):
             pass
         case _:
             raise UserError(
@@ -198,7 +204,7 @@ def asked(body: dict[str, Any], instruction: str) -> tuple[str, bytes]:
                 raise UserError("messages: a part of the content is neither text nor image_url, or lacks it.")
     if len(pictures) != 1:
         raise UserError(f"messages: {len(pictures)} pictures; ask about one, as a part of type image_url.")
-    question = clean(" ".join(texts)).removeprefix(clean(instruction)).strip()
+    question = f"{clean(' '.join(texts))} ".removeprefix(f"{clean(instruction)} ").strip()
     if not question or len(question) > _LONGEST or any("\ud800" <= letter <= "\udfff" for letter in question):
         raise UserError(f"messages: the question is empty, longer than {_LONGEST:,} characters or not valid UTF-8.")
     head, _, data = pictures[0].partition(",")
@@ -211,38 +217,34 @@ def asked(body: dict[str, Any], instruction: str) -> tuple[str, bytes]:
 
 
 def max_tokens(body: dict[str, Any], longest: int) -> int:
-    """Return how many tokens an answer may have: what is asked for, at most as many as the export names."""
-    value = body.get("max_completion_tokens") or body.get("max_tokens")
-    if value is None:
-        return longest
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    """Return how many tokens an answer may have: as many as are asked for, and as the export names."""
+    value = body.get("max_completion_tokens") or body.get("max_tokens") or longest
+    if type(value) is not int or value < 1:
         raise UserError("max_tokens: not a whole number from 1.")
     return min(value, longest)
 
 
-def build_app(front: Front, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
-    """Return the server's three routes; errors have OpenAI's shape.
+async def refuse(_: Request, error: Exception) -> Response:
+    """Return an error in OpenAI's shape. What failed here stands in the log alone."""
+    status = getattr(error, "status_code", 400 if isinstance(error, UserError | ClientDisconnect) else 500)
+    what = getattr(error, "detail", str(error)) if status < 500 else "The server failed; its log says how."
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": what, "type": kind, "param": None, "code": None}}, status)
+
+
+def build_app(front: Front, hosts: Sequence[str] = LOOPBACK) -> Starlette:
+    """Return the server, of three routes.
 
     Args:
         hosts: names by which it may be called: on loopback no page of a browser reaches it by a name of its own.
     """
-
-    async def refuse(_: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 400 if isinstance(error, UserError) else 500
-        what = getattr(error, "detail", str(error)) if status < 500 else "The server failed; its log says how."
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        return JSONResponse({"error": {"message": what, "type": kind, "param": None, "code": None}}, status)
-
-    async def nobody(_request: Request, _error: Exception) -> Response:
-        return Response(status_code=400)
-
     routes = [
         Route("/v1/chat/completions", front.chat, methods=["POST"]),
         Route("/v1/models", front.models),
         Route("/health", front.health),
     ]
-    handlers: Any = {UserError: refuse, HTTPException: refuse, ClientDisconnect: nobody, Exception: refuse}
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))]
+    handlers: Any = dict.fromkeys((UserError, HTTPException, ClientDisconnect, Exception), refuse)
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
     return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware)
 
 
@@ -255,19 +257,16 @@ def serve(folder: Path, host: str, port: int, max_pixels: int) -> None:
     key = os.environ.get(KEY) or None
     if host not in LOOPBACK and key is None:
         raise UserError(f"--host {host} serves other machines: set {KEY} to a key that they must send.")
+    # The stock handler warns of every request.
+    set_verbosity_error()
+    disable_progress_bar()
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: cannot be used ({error}). Name others.") from error
     with listening:
         front = Front(Predictor.from_export(folder), max_pixels, key)
-        app = build_app(front, LOOPBACK if host in LOOPBACK else ("*",))
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            server_header=False,
-            limit_concurrency=AT_ONCE,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
+        app = build_app(front, LOOPBACK if host in LOOPBACK else ["*"])
+        limits: Any = {"limit_concurrency": AT_ONCE, "timeout_graceful_shutdown": GRACE_SECONDS}
         print(f"http://{host}:{listening.getsockname()[1]}/v1 (model {MODEL}; Ctrl-C ends it)", flush=True)
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", **limits)).run(sockets=[listening])
