@@ -1,12 +1,13 @@
 """The export served to many at once: no answer is wrong or lost, and when the server is killed nobody waits.
 
-    python -m proofs.serving [--clients 64] [--seconds 60] [--questions 500] [--helm 200]
+    python -m proofs.serving [--clients 64] [--seconds 60] [--questions 500] [--helm 200] [--inspect-ai FOLDER]
 
 Needs what the stages write (`make repro`); the questions are the first of val. Clients ask without a pause, each its own
 next question, over as many connections, from one process. "Wrong" is an answer that is not what the same weights give in
 this process, "lost" a request without an answer. Then the server is ended under the same load by SIGTERM and by SIGKILL:
 counted are the seconds until the last client has its answer or an error. `--helm N` asks N questions by HELM's own OpenAI
-client, and by ours, with HELM's own `vqa` run.
+client, and by ours, with HELM's own `vqa` run. `--inspect-ai FOLDER` asks all questions by inspect_ai, in an environment of
+its own that is made in FOLDER (360 MB from the package index) unless it is there, and compares answers and scores.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,32 @@ from vlm_vqa.data.records import images_of, load_questions
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.helm.files import read_results, write_scenario
 from vlm_vqa.evaluation.helm.run import CONFIG, RESULTS, SCENARIO, run_helm
+from vlm_vqa.evaluation.vqa_accuracy import score_answer
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.params import Params, load_params
 
 EXPORT, RECORDS = Path("models/export"), Path("data/records")
 MODEL = "vlm-vqa"
+INSPECT_AI = "inspect_ai==0.3.285"
+INSPECT_TASK = """
+import json, sys
+from inspect_ai import Task, eval
+from inspect_ai.dataset import MemoryDataset, Sample
+from inspect_ai.model import ChatMessageUser, ContentImage, ContentText
+from inspect_ai.scorer import exact
+
+samples = []
+for number, sample in enumerate(json.load(open("samples.json"))):
+    picture, question = sample["request"]["messages"][0]["content"]
+    content = [ContentImage(image=picture["image_url"]["url"]), ContentText(text=question["text"])]
+    samples.append(Sample(id=number, input=[ChatMessageUser(content=content)], target=sample["target"]))
+model = "openai-api/served/" + sample["request"]["model"]
+task = Task(dataset=MemoryDataset(samples), scorer=exact())
+(log,) = eval(task, model=model, model_base_url=sys.argv[1], log_dir="logs", display="none", max_connections=32)
+assert log.status == "success", log.error
+found = {sample.id: [sample.output.completion, sample.scores["exact"].as_str()] for sample in log.samples}
+json.dump([found[number] for number in range(len(samples))], open("found.json", "w"))
+"""
 BEFORE_KILL = 3.0
 """Seconds of load before the server is killed."""
 MOST_WAIT = 15.0
@@ -48,7 +70,7 @@ MOST_WAIT = 15.0
 
 
 @contextmanager
-def server(export: Path, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
+def server(export: Path, **environment: str) -> Generator[tuple[subprocess.Popen, str]]:
     """Yield the process of `vlm-vqa serve` and the address that it prints."""
     command = [sys.executable, "-m", "vlm_vqa.cli", "serve", str(export), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
@@ -159,7 +181,7 @@ def helm(
     deployments.write_text(yaml.safe_dump(content), encoding="utf-8")
     with chdir(folder):
         write_scenario(SCENARIO, rows, records)
-        run_helm(len(rows), params.evaluation.helm_threads, {})
+        run_helm(len(rows), params.evaluation.helm_threads, {"NLTK_DATA": str(Path(CONFIG, "nltk_data").absolute())})
         found = read_results(RESULTS, rows)
     return found.scores["bleu_1"], found.predictions
 
@@ -176,6 +198,31 @@ def by_helm(folder: Path, export: Path, params: Params, rows: Sequence[Mapping[s
     ]
 
 
+def by_inspect_ai(
+    folder: Path, export: Path, rows: Sequence[Mapping[str, Any]], bodies: Sequence[bytes], expected: Sequence[str]
+) -> list[Claim]:
+    """Return what is claimed of inspect_ai against the server: its answers, and its scores beside ours, by question."""
+    python = folder / "bin/python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", INSPECT_AI, "openai"], check=True)
+    samples = [
+        {"request": json.loads(body), "target": row["answers"][0]} for row, body in zip(rows, bodies, strict=True)
+    ]
+    own = {name: os.environ[name] for name in ("PATH", "HOME")} | {"SERVED_API_KEY": "none"}
+    with workplace(None) as place, server(export) as (_, address):
+        (place / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
+        subprocess.run([python.absolute(), "-c", INSPECT_TASK, address], cwd=place, env=own, check=True)
+        found = json.loads((place / "found.json").read_text(encoding="utf-8"))
+    wrong = sum(answer != ours for (answer, _), ours in zip(found, expected, strict=True))
+    ours = [score_answer(answer, row["answers"]) for answer, row in zip(expected, rows, strict=True)]
+    other = sum((score == "C") != (own == 1) for (_, score), own in zip(found, ours, strict=True))
+    return [
+        exactly(f"{INSPECT_AI}: answers that are wrong, of {len(found)}", wrong, 0),
+        exactly(f"{INSPECT_AI}: questions of another score than ours", other, 0),
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write `serving.json`."""
     parser = measure.parser("serving", __doc__, "proofs", clients=64, seconds=60, questions=500)
@@ -183,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--helm", type=measure.positive, metavar="N", help="ask N questions by HELM's OpenAI client, too"
     )
+    parser.add_argument("--inspect-ai", type=Path, metavar="FOLDER", help="ask by inspect_ai, which is installed there")
     options = measure.parse(parser, arguments)
     params = load_params()
     rows = load_questions(RECORDS, "val").select(range(options.questions)).to_list()
@@ -196,6 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.helm:
         with workplace(None) as folder:
             claims += by_helm(folder, options.export, params, rows[: options.helm])
+    if options.inspect_ai:
+        claims += by_inspect_ai(options.inspect_ai, options.export, rows, bodies, expected)
     details["different answers"] = len(set(expected))
     measure.write("serving", claims, details, {"questions and pictures": params.data.source.value})
 

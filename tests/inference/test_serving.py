@@ -4,16 +4,19 @@ import base64
 import dataclasses
 import io
 import json
+import signal
 import socket
 import struct
 import zlib
 
 import numpy as np
+import openai
 import pytest
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+from proofs.serving import server
 from tests.inference.test_export import DATA, RESULTS
 from vlm_vqa.errors import UserError
 from vlm_vqa.inference import serving
@@ -254,3 +257,23 @@ def test_it_starts_for_other_machines_with_a_key_only_and_on_a_free_port_only(tm
         serving.serve(tmp_path, "127.0.0.1", 99999, 1)
     with pytest.raises(UserError, match=r"no vlm_vqa\.json there"):
         serving.serve(tmp_path, "127.0.0.1", 0, 1)
+
+
+@pytest.mark.slow
+def test_the_process_answers_openai_s_own_client_and_a_signal_ends_it(export):
+    folder = export()
+    expected = Predictor.from_export(folder, "cpu").answer(QUESTIONS[:1], pictures()[:1])
+    with server(folder, **{serving.KEY: "secret"}) as (process, address):
+        openai_s = openai.OpenAI(base_url=address, api_key="secret", max_retries=0, timeout=60)
+        ask = openai_s.chat.completions.create
+        reply = ask(model=serving.MODEL, messages=[USER])
+        assert [reply.choices[0].message.content] == expected
+        assert [model.id for model in openai_s.models.list()] == [serving.MODEL]
+        with pytest.raises(openai.AuthenticationError, match=serving.KEY):
+            openai_s.with_options(api_key="other").models.list()
+        with pytest.raises(openai.BadRequestError, match="no file is opened"):
+            ask(model=serving.MODEL, messages=[{"role": "user", "content": [part("/etc/passwd"), QUESTION]}])
+        process.send_signal(signal.SIGINT)
+        assert process.wait(serving.GRACE_SECONDS + 20) == 130
+        with pytest.raises(openai.APIConnectionError):
+            ask(model=serving.MODEL, messages=[USER])

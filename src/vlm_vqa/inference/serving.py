@@ -83,7 +83,7 @@ class Front:
         self.predictor, self.max_pixels, self.key = predictor, max_pixels, key
         # The stock attention: ours knows rows only, for which it is always given a mask.
         predictor.model.model.language_model.set_attn_implementation("eager")
-        self.longest_answer: int = predictor.model.generation_config.max_new_tokens  # ty: ignore[invalid-assignment] - exports have it
+        self.longest_answer: int = predictor.model.generation_config.max_new_tokens
         manager = ModelManager(model_timeout=-1)
         manager.force_model = MODEL
         manager.loaded_models[f"{MODEL}@main"] = TimedModel(predictor.model, -1, processor=_Inputs(predictor))  # ty: ignore[invalid-argument-type]
