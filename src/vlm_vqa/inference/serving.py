@@ -181,12 +181,13 @@ def asked(body: dict[str, Any], instruction: str) -> tuple[str, bytes]:
     Raises:
         UserError: there is not exactly one of each, or the picture is not in the request itself.
     """
+    own = lambda text: clean(text) in ("", clean(instruction))  # noqa: E731
     match body.get("messages"):
         case [{"role": "user", "content": content}]:
             pass
-        case [{"role": "system" | "developer", "content": str(system)}, {"role": "user", "content": content}] if clean(
-            system
-        ) in ("", clean(instruction)):
+        case [{"role": "system" | "developer", "content": str(text)}, {"role": "user", "content": content}] if own(
+            text
+        ):
             pass
         case _:
             raise UserError(
