@@ -26,6 +26,7 @@ KNOWN = (
     "kills",
     "flips",
     "faults",
+    "serving",
 )
 
 

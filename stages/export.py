@@ -21,6 +21,7 @@ from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.export import CARD, join, read_training, write_export
 from vlm_vqa.inference.predictor import Predictor
+from vlm_vqa.inference.processor import unlike_trained
 from vlm_vqa.model.adapters import ADAPTER
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.params import load_params
@@ -41,18 +42,21 @@ def main() -> None:
     model = join(TRAINED, encoder, training["weights_hash"])
     processor = AutoProcessor.from_pretrained(TRAINED, trust_remote_code=False)
     write_export(EXPORT, model, processor, params, training, results, manifest, TRAINED / ADAPTER)
-    difference = compare(FeatureStore(FEATURES, {"encoder_hash": encoder.hash}), params.data.max_image_pixels)
+    predictor = Predictor.from_export(EXPORT, device="cpu")
+    features = FeatureStore(FEATURES, {"encoder_hash": encoder.hash})
+    difference = compare(predictor, features, params.data.max_image_pixels)
     logging.info("%s: features from its pixels differ from the stored ones by at most %.1e", EXPORT, difference)
+    if reason := unlike_trained(predictor.processor, predictor.layout):
+        logging.warning("%s: only its card's code computes what was trained: %s", EXPORT, reason)
     tracking.log_results(params, weights_hash=training["weights_hash"], files=[EXPORT / CARD])
 
 
-def compare(features: FeatureStore, max_pixels: int) -> float:
-    """Load the export as a user would and return how far its tower's features are from the ones trained on.
+def compare(predictor: Predictor, features: FeatureStore, max_pixels: int) -> float:
+    """Return how far the export's features, from pixels, are from the ones trained on.
 
     Raises:
         UserError: what was written is not what was trained.
     """
-    predictor = Predictor.from_export(EXPORT, device="cpu")
     images = list(itertools.islice(records.iter_images(RECORDS), CHECKED_IMAGES))
     pixels = [open_image(image.data, image.file_name, max_pixels) for image in images]
     stored = features.batch([image.image_id for image in images]).float()

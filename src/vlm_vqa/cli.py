@@ -304,6 +304,23 @@ def _publish(name: str, dry_run: bool, public: bool) -> None:
         print(f"dry run: nothing was sent; without --dry-run these files go to {name}")
 
 
+@command(
+    option("folder", type=Path, nargs="?", metavar="FOLDER", default=Path("models/export"), help="an exported model"),
+    option("--host", default="127.0.0.1", help="other than loopback needs a key: VLM_VQA_API_KEY"),
+    option("--port", type=int, default=8000, help="0 for any free one"),
+    option("--max-image-pixels", type=int, default=50_000_000, help="refuse larger pictures"),
+)
+def _serve(folder: Path, host: str, port: int, max_image_pixels: int) -> None:
+    """Answer OpenAI's chat completions with the exported model, to this machine."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise UserError("packages are missing. Install them: pip install 'vlm-vqa[serve]'")
+    from vlm_vqa.inference.serving import serve
+
+    serve(folder, host, port, max_image_pixels)
+
+
 @command()
 def _track() -> None:
     """Record the outputs here as an MLflow run, after `dvc pull` or when tracking had failed."""

@@ -156,11 +156,12 @@ def test_plain_transformers_gives_the_trained_models_logits_and_answers(tiny, tr
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_the_card_changes_the_token_types_but_for_prefix_lm(tiny, trained, tmp_path):
-    for mask, expected in (("image-prefix", (1, 0)), ("prefix-lm", (0, 0)), ("causal", (0, 1))):
+def test_the_card_says_first_whether_plain_use_is_right_and_sets_token_types_where_it_is_not(tiny, trained, tmp_path):
+    for mask, right in (("image-prefix", False), ("prefix-lm", True), ("causal", True)):
         export(tiny, trained, mask, tmp_path / mask)
-        code = snippet(tmp_path / mask)
-        assert (code.count('inputs["token_type_ids"] ='), code.count('inputs.pop("token_type_ids")')) == expected
+        use = (tmp_path / mask / "README.md").read_text().split("## Use\n\n")[1]
+        assert use.startswith("Whatever opens this folder" if right else "**Only the code below computes")
+        assert snippet(tmp_path / mask).count("token_type_ids") == (0 if right else 1)
 
 
 def test_the_card_pins_what_is_installed_and_is_the_same_in_every_wheel_of_a_version(trained, monkeypatch):

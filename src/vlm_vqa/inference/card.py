@@ -33,14 +33,21 @@ LICENSES = {
 }
 UNSCORED = "Those on val are in the project's `reports/evaluation.json` and in MLflow, found by the weights' hash."
 
-# The stock processor marks a whole prompt as one bidirectional block, which is prefix-lm.
-TYPE_IDS_LINES = {
-    Mask.PREFIX_LM: "",
+# Its processor marks a whole prompt as one bidirectional block, which is prefix-lm.
+TYPE_IDS_LINES = dict.fromkeys(Mask, "") | {
     Mask.IMAGE_PREFIX: (
         'inputs["token_type_ids"] = (inputs["input_ids"] != model.config.image_token_id).long()'
         "  # image-prefix: text is causal\n"
     ),
-    Mask.CAUSAL: 'inputs.pop("token_type_ids")  # causal: no block is bidirectional\n',
+}
+PLAIN_USE = dict.fromkeys(
+    Mask, "Whatever opens this folder with `transformers` computes the trained function: processor, pipeline or server."
+) | {
+    Mask.IMAGE_PREFIX: (
+        "**Only the code below computes the trained function.** The mask of the training is `image-prefix`, which no\n"
+        "processor of `transformers` expresses: with pipelines and servers the whole prompt sees the whole prompt. Their\n"
+        "answers are mostly the same, their probabilities are not the model's. For them, train with `prompt.mask: causal`."
+    )
 }
 
 ADAPTER_SECTION = f"""
@@ -88,7 +95,7 @@ def card(
         splits=splits,
         notes="\n".join(f"- {note}" for note in data["notes"]),
         mask=params.prompt.mask.value,
-        instruction=repr(params.prompt.instruction),
+        plain_use=PLAIN_USE[params.prompt.mask],
         type_ids=TYPE_IDS_LINES[params.prompt.mask],
         adapter="" if params.train.lora is None else ADAPTER_SECTION.format(peft=version("peft")),
         hashes="\n".join(f"- {name}: `{value}`" for name, value in sorted(training.items())),

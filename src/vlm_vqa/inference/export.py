@@ -11,6 +11,7 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, Pal
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.card import KINDS, card
 from vlm_vqa.inference.predictor import FACTS_FILE
+from vlm_vqa.inference.processor import export_processor
 from vlm_vqa.model.adapters import ADAPTER
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_trained, special_tokens, trained_state
@@ -67,6 +68,7 @@ def write_export(
     """Write model, processor, facts and card.
 
     Args:
+        processor: of the training; that of the export is made of it.
         training: as `read_training` gives it.
         results: `reports/train.json`.
         data: the manifest of `data/records`.
@@ -123,10 +125,11 @@ def _write_model(
         max_new_tokens=params.evaluation.max_new_tokens, do_sample=False, **special_tokens(processor.tokenizer)
     )
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    mask, instruction = params.prompt.mask, params.prompt.instruction
+    export_processor(processor, mask, instruction, model.config.vision_config).save_pretrained(folder)
     facts = {
-        "instruction": params.prompt.instruction,
-        "mask": params.prompt.mask.value,
+        "instruction": instruction,
+        "mask": mask.value,
         "num_patches": params.vision.num_patches,
         "text_length": params.prompt.text_length,
         "step": results["kept_step"],

@@ -120,11 +120,13 @@ class Predictor:
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Return what the tower makes of images: [B, T, E]."""
-        pixels = self.processor.image_processor(
-            images=[crop_elongated(image.convert("RGB"), self.processor.image_processor) for image in images],
-            return_tensors="pt",
-        ).pixel_values
-        return self.model.model.vision_tower(pixels.to(self.model.device)).last_hidden_state
+        return self.model.model.vision_tower(self.pixels(images).to(self.model.device)).last_hidden_state
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return what the tower reads of images: [B, 3, H, W]."""
+        resize = self.processor.image_processor
+        cut = [crop_elongated(image.convert("RGB"), resize) for image in images]
+        return resize(images=cut, return_tensors="pt").pixel_values
 
     def answer_features(
         self, questions: Sequence[str], features: Tensor, images: Sequence[int] | None = None
