@@ -32,7 +32,13 @@ SMALL = [
     f"src/vlm_vqa/model/small_encoder/{name}"
     for name in ("config.json", "model.safetensors", "preprocessor_config.json")
 ]
-READ = {"fetch-vqav2": [PAGE], "extract-features": SMALL, "train": SMALL, "export": [*TEMPLATES, *SMALL], "helm-eval": []}
+READ = {
+    "fetch-vqav2": [PAGE],
+    "extract-features": SMALL,
+    "train": SMALL,
+    "export": [*TEMPLATES, *SMALL],
+    "helm-eval": [],
+}
 """What a stage reads of the package beside Python files."""
 
 

@@ -21,7 +21,7 @@ from proofs.project import with_changes
 from tests.tiny_model import tiny_base, write_adapter
 from vlm_vqa.errors import UserError
 from vlm_vqa.inference.card import PACKAGES, card
-from vlm_vqa.inference.export import join, read_training, stock_model, write_base, write_export
+from vlm_vqa.inference.export import read_training, write_base, write_export
 from vlm_vqa.inference.predictor import FACTS_FILE, Predictor
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import Row, visible
@@ -62,9 +62,7 @@ RESULTS = {"steps": 1, "kept_step": 1, "kept_because": "the last step"}
 
 def export(tiny, trained, mask, target):
     folder, encoder, params = trained(mask)
-    training = read_training(folder)
-    model = join(folder, encoder, training["weights_hash"])
-    write_export(target, model, tiny.processor, params, training, RESULTS, DATA)
+    write_export(target, folder, encoder, params, read_training(folder), RESULTS, DATA)
 
 
 def picture(path):
@@ -209,18 +207,16 @@ def test_an_export_is_the_same_bytes_twice(tiny, trained, tmp_path):
 def test_an_export_brings_its_adapter_which_gives_its_logits_on_the_base_by_the_cards_words(
     tiny, trained, tmp_path, monkeypatch
 ):
-    _, encoder, params = trained("image-prefix")
+    folder, encoder, params = trained("image-prefix")
     lora = LoraParams(rank=2, alpha=3.0, dropout=0.1, targets=("q_proj", "v_proj"))
     params = dataclasses.replace(params, train=dataclasses.replace(params.train, lora=lora))
-    merged = write_adapter(tiny_base(tiny), params, tmp_path / "adapter")
+    merged = write_adapter(tiny_base(tiny), params, folder / "adapter")
+    save_trained(tiny.training.config, merged, folder)
     monkeypatch.chdir(tmp_path)
     before = write_base(tmp_path / "base", tiny.training, encoder, tiny.processor, params)
     with pytest.raises(UserError, match="base is there already"):
         write_base(tmp_path / "base", tiny.training, encoder, tiny.processor, params)
-    model = stock_model(tiny.training.config, encoder)
-    model.load_state_dict(merged, strict=False)
-    training = {"weights_hash": hash_weights(merged)}
-    write_export(tmp_path / "export", model, tiny.processor, params, training, RESULTS, DATA, tmp_path / "adapter")
+    write_export(tmp_path / "export", folder, encoder, params, {"weights_hash": hash_weights(merged)}, RESULTS, DATA)
 
     facts = read_folder(tmp_path / "export/adapter/adapter.json", "sealed", "")
     base, exported = (read_folder(tmp_path / name / FACTS_FILE, "sealed", "") for name in ("base", "export"))
@@ -253,16 +249,20 @@ def test_the_export_says_which_step_it_is_and_by_which_questions_it_was_selected
 ):
     changed = {"validation": ValidationParams(**validation)}
     export(
-        tiny, lambda mask: (*trained(mask)[:2], dataclasses.replace(trained(mask)[2], **changed)), "prefix-lm", tmp_path
+        tiny,
+        lambda mask: (*trained(mask)[:2], dataclasses.replace(trained(mask)[2], **changed)),
+        "prefix-lm",
+        tmp_path / "export",
     )
-    found = Predictor.from_export(tmp_path).selection
+    found = Predictor.from_export(tmp_path / "export").selection
     assert found == {"step": 1, "step_is": "the last step", "selected_on": selected_on}
 
 
 def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_path):
-    folder, encoder, _ = trained("image-prefix")
+    folder, encoder, params = trained("image-prefix")
     with pytest.raises(UserError, match="training wrote 000000000000"):
-        join(folder, encoder, "0" * 64)
+        write_export(tmp_path / "export", folder, encoder, params, {"weights_hash": "0" * 64}, RESULTS, DATA)
+    assert not (tmp_path / "export").exists()
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="model.safetensors: damaged.*vlm-vqa repair train"):
         read_training(folder)
