@@ -25,6 +25,7 @@ KNOWN = (
     "data_scale",
     "kills",
     "flips",
+    "consumers",
     "faults",
     "serving",
 )

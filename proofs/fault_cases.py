@@ -28,7 +28,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.sources import download, official_archives
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.hashing import hash_files, write_json
-from vlm_vqa.inference.export import join, write_export
+from vlm_vqa.inference.export import write_export
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import (
     TRAINING_FILE,
@@ -278,8 +278,7 @@ def make_export(folder: Path) -> str:
     write_folder(folder / "trained" / TRAINING_FILE, {"weights_hash": weights_hash})
     data = {"source": "drawn", "notes": [], "splits": {}}
     results = {"steps": 0, "kept_step": 0, "kept_because": "the last step"}
-    model = join(folder / "trained", encoder, weights_hash)
-    write_export(folder / "export", model, processor, params, {"weights_hash": weights_hash}, results, data)
+    write_export(folder / "export", folder / "trained", encoder, params, {"weights_hash": weights_hash}, results, data)
     (folder / "picture.jpg").write_bytes(vqav2.draw_picture((60, 40), seed=0))
     command("ask", str(folder / "picture.jpg"), "What is it?", "--model", str(folder / "export"))
     return ""

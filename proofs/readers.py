@@ -16,7 +16,7 @@ from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import iter_images, load_questions, read_manifest
 from vlm_vqa.evaluation.gallery import draw_gallery
 from vlm_vqa.hashing import hash_files, hash_json
-from vlm_vqa.inference.export import join, read_training, write_export
+from vlm_vqa.inference.export import read_training, write_export
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.params import load_params
@@ -73,13 +73,9 @@ def read_trained(root: Path, encoder: Encoder) -> str:
         read_manifest(root / "data/records"),
         read_training(folder),
     )
-    model, processor = (
-        join(folder, encoder, training["weights_hash"]),
-        AutoProcessor.from_pretrained(folder, trust_remote_code=False),
-    )
     results = {"steps": 1, "kept_step": 1, "kept_because": "the last step"}
     with tempfile.TemporaryDirectory() as place:
-        write_export(Path(place) / "export", model, processor, params, training, results, manifest)
+        write_export(Path(place) / "export", folder, encoder, params, training, results, manifest)
         return hash_files((path for path in Path(place).rglob("*") if path.is_file()), place)
 
 
@@ -96,8 +92,14 @@ def read_export(root: Path, encoder: Encoder) -> str:
         folder, attn_implementation="eager", local_files_only=True, trust_remote_code=False
     )
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    texts = [f"<image>{predictor.instruction}\n{question}" for question in QUESTIONS]
-    inputs = processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+    contents = [
+        [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        for picture, question in zip(pictures, QUESTIONS, strict=True)
+    ]
+    inputs = processor.apply_chat_template(
+        [[{"role": "user", "content": content}] for content in contents],
+        tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True},
+    )  # fmt: skip
     inputs.pop("labels", None)
     with torch.no_grad():
         logits = model(**inputs).logits

@@ -12,24 +12,25 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor
 
 from vlm_vqa import cores, tracking
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.inference.export import CARD, join, read_training, write_export
+from vlm_vqa.inference.export import CARD, read_training, write_export
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.inference.processor import unlike_trained
-from vlm_vqa.model.adapters import ADAPTER
 from vlm_vqa.model.encoder import load_encoder
+from vlm_vqa.model.vlm import WEIGHTS_FILE, StoredWeights, hash_weights, trained_state
 from vlm_vqa.params import load_params
 from vlm_vqa.pipeline import entrypoint
 
 RECORDS, FEATURES = Path("data/records"), Path("data/features")
 TRAINED, EXPORT = Path("models/trained"), Path("models/export")
 CHECKED_IMAGES = 8
+COMPUTED = {torch.float32: 0.0, torch.bfloat16: 0.05}
+"""By how much of the largest feature another may be off, where a tower computes in this type."""
 
 
 def main() -> None:
@@ -39,10 +40,8 @@ def main() -> None:
     training = read_training(TRAINED)
     manifest = records.read_manifest(RECORDS)
     results = json.loads(Path("reports/train.json").read_text(encoding="utf-8"))
-    model = join(TRAINED, encoder, training["weights_hash"])
-    processor = AutoProcessor.from_pretrained(TRAINED, trust_remote_code=False)
-    write_export(EXPORT, model, processor, params, training, results, manifest, TRAINED / ADAPTER)
-    predictor = Predictor.from_export(EXPORT, device="cpu")
+    write_export(EXPORT, TRAINED, encoder, params, training, results, manifest)
+    predictor = Predictor.from_export(EXPORT, device="cpu", dtype=getattr(torch, params.export.dtype))
     features = FeatureStore(FEATURES, {"encoder_hash": encoder.hash})
     difference = compare(predictor, features, params.data.max_image_pixels)
     logging.info("%s: features from its pixels differ from the stored ones by at most %.1e", EXPORT, difference)
@@ -55,14 +54,17 @@ def compare(predictor: Predictor, features: FeatureStore, max_pixels: int) -> fl
     """Return how far the export's features, from pixels, are from the ones trained on.
 
     Raises:
-        UserError: what was written is not what was trained.
+        UserError: what plain transformers reads is not what was trained, up to the rounding of the types.
     """
+    dtype = predictor.model.dtype
+    if hash_weights(trained_state(predictor.model)) != hash_weights(StoredWeights(TRAINED / WEIGHTS_FILE, dtype)):
+        raise UserError(f"{EXPORT}: it has other weights than {TRAINED}. {make_again('export')}")
     images = list(itertools.islice(records.iter_images(RECORDS), CHECKED_IMAGES))
     pixels = [open_image(image.data, image.file_name, max_pixels) for image in images]
     stored = features.batch([image.image_id for image in images]).float()
-    difference = (predictor.encode(pixels) - stored).abs().max().item()
-    # Stored coarsely, a feature is off by its rounding; anything larger means another encoder or processor.
-    tolerance = features.tolerance * stored.abs().max()
+    difference = (predictor.encode(pixels).float() - stored).abs().max().item()
+    # Stored coarsely, or computed so, a feature is off by its rounding; more means another encoder or processor.
+    tolerance = (features.tolerance + COMPUTED[dtype]) * stored.abs().max()
     if not difference <= tolerance:
         raise UserError(
             f"{EXPORT}: its tower sees other features than {FEATURES} holds: they differ by {difference:.1e} where "

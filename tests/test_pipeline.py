@@ -25,13 +25,20 @@ def test_the_five_stages_stand_in_order():
         assert f"stages/{name.replace('-', '_')}.py" in stage["deps"]
 
 
-PAGE, CARD = "src/vlm_vqa/fetch/data_report.html.j2", "src/vlm_vqa/inference/card.md"
+PAGE = "src/vlm_vqa/fetch/data_report.html.j2"
+TEMPLATES = ["src/vlm_vqa/inference/card.md", "src/vlm_vqa/inference/chat_template.jinja"]
 CLIENT = "src/vlm_vqa/evaluation/helm/client.py"
 SMALL = [
     f"src/vlm_vqa/model/small_encoder/{name}"
     for name in ("config.json", "model.safetensors", "preprocessor_config.json")
 ]
-READ = {"fetch-vqav2": [PAGE], "extract-features": SMALL, "train": SMALL, "export": [CARD, *SMALL], "helm-eval": []}
+READ = {
+    "fetch-vqav2": [PAGE],
+    "extract-features": SMALL,
+    "train": SMALL,
+    "export": [*TEMPLATES, *SMALL],
+    "helm-eval": [],
+}
 """What a stage reads of the package beside Python files."""
 
 

@@ -1,6 +1,7 @@
 """A tiny model of the real classes, with the weights of one stock PaliGemma shared by all forms of it."""
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +17,20 @@ from transformers import (
 )
 
 from vlm_vqa.model.adapters import add_adapters, merge_adapters, projector_of, save_adapter
+from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import TokenLayout
-from vlm_vqa.model.vlm import VISION_PREFIX, build_processor, hash_weights, initial_model, train_tokenizer
-from vlm_vqa.params import LanguageConfig, LanguageParams, Mask
+from vlm_vqa.model.vlm import (
+    TRAINING_FILE,
+    VISION_PREFIX,
+    build_processor,
+    hash_weights,
+    initial_model,
+    save_trained,
+    train_tokenizer,
+    trained_state,
+)
+from vlm_vqa.params import LanguageConfig, LanguageParams, Mask, load_params
+from vlm_vqa.sealed import write_folder
 
 INSTRUCTION = "Answer in one word."
 TEXTS = ["What color is the shape?", "Is there a red circle?", "How many dogs are there?", "yes", "no", INSTRUCTION]
@@ -71,6 +83,21 @@ def write_adapter(model, params, folder, seed=0):
     merged = merge_adapters(weights, params.train.lora)
     save_adapter(folder, weights, projector, params, hash_weights(merged))
     return merged
+
+
+def write_trained(tiny, folder, mask):
+    """Write what a training with this mask leaves; return (folder, encoder, params)."""
+    save_trained(tiny.training.config, trained_state(tiny.training), folder)
+    tiny.processor.save_pretrained(folder)
+    write_folder(folder / TRAINING_FILE, {"weights_hash": hash_weights(trained_state(tiny.training))})
+    tower = Dinov2Model(tiny.encoder_config)
+    state = tiny.stock.state_dict()
+    tower.load_state_dict({k.removeprefix(VISION_PREFIX): v for k, v in state.items() if k.startswith(VISION_PREFIX)})
+    encoder = Encoder(tower.eval(), tiny.processor.image_processor, "hash", tiny.num_patches)
+    params = load_params("presets/small.yaml")
+    prompt = dataclasses.replace(params.prompt, mask=Mask(mask), instruction=INSTRUCTION, text_length=64)
+    vision = dataclasses.replace(params.vision, num_patches=tiny.num_patches)
+    return folder, encoder, dataclasses.replace(params, prompt=prompt, vision=vision)
 
 
 def save_paligemma(folder, texts=TEXTS, vocabulary=300, kind="gemma2"):

@@ -660,6 +660,15 @@ class TrainParams(Section):
         return values
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportParams(Section):
+    """The folder that plain transformers opens."""
+
+    dtype: Wide = Dtype.FLOAT32
+    """Type of its weights. `bfloat16` halves them, for whoever computes in it: that is the trained function up to rounding.
+    This project's own evaluation computes in float32 with them."""
+
+
 @dataclass(frozen=True)
 class EvaluationParams(Section):
     """What `helm-eval` measures."""
@@ -712,6 +721,7 @@ class Params(Section):
     prompt: PromptParams
     validation: ValidationParams = ValidationParams()
     train: TrainParams
+    export: ExportParams = ExportParams()
     evaluation: EvaluationParams
     tracking: TrackingParams
 
@@ -759,7 +769,7 @@ def _as_written(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
     """Leave out the keys that came later where they ask for nothing: what was made before them keeps its hashes."""
-    whole = {"model": ModelParams(), "validation": ValidationParams()}
+    whole = {"model": ModelParams(), "validation": ValidationParams(), "export": ExportParams()}
     off = {key: json.loads(json.dumps(asdict(value, dict_factory=_as_written))) for key, value in whole.items()}
     kept = {key: value for key, value in sections.items() if key not in off or value != off[key]}
     later = {

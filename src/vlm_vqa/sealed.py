@@ -89,6 +89,14 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
         write_json(part, {**content, SEAL: hash_json(content)})
 
 
+def find_sealed(path: Path) -> dict[str, Any] | None:
+    """Return what `write_sealed` was given, or None where `read_sealed` would raise."""
+    try:
+        return read_sealed(path, "sealed", "")
+    except UserError:
+        return None
+
+
 def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
     """Return what `write_sealed` was given; UserError if it is missing, damaged, or unsealed as those of earlier versions.
 

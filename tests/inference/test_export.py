@@ -15,18 +15,27 @@ import pytest
 import torch
 from packaging.version import Version
 from PIL import Image
-from transformers import AutoModelForImageTextToText, Dinov2Model
+from transformers import AutoModelForImageTextToText
 
 from proofs.project import with_changes
-from tests.tiny_model import tiny_base, write_adapter
+from tests.tiny_model import tiny_base, write_adapter, write_trained
 from vlm_vqa.errors import UserError
 from vlm_vqa.inference.card import PACKAGES, card
-from vlm_vqa.inference.export import join, read_training, stock_model, write_base, write_export
+from vlm_vqa.inference.export import read_training, write_base, write_export
 from vlm_vqa.inference.predictor import FACTS_FILE, Predictor
-from vlm_vqa.model.encoder import Encoder
 from vlm_vqa.model.layout import Row, visible
 from vlm_vqa.model.vlm import hash_weights, save_trained, text_hidden, text_logits, trained_state
-from vlm_vqa.params import Keep, LoraParams, Mask, ModelParams, Start, ValidateOn, ValidationParams, load_params
+from vlm_vqa.params import (
+    Dtype,
+    ExportParams,
+    Keep,
+    LoraParams,
+    Mask,
+    ModelParams,
+    Start,
+    ValidateOn,
+    ValidationParams,
+)
 from vlm_vqa.sealed import read_folder, write_folder
 
 QUESTIONS = ["What color is the shape?", "Is there a dog?", "How many red dogs are there?"]
@@ -36,25 +45,7 @@ DATA = {"source": "directory", "notes": ["a note"], "splits": {"train": {"questi
 @pytest.fixture
 def trained(tiny, tmp_path):
     """Return a function that writes a trained folder for a mask: (folder, encoder, params)."""
-
-    def write(mask):
-        folder = tmp_path / f"trained-{mask}"
-        save_trained(tiny.training.config, trained_state(tiny.training), folder)
-        tiny.processor.save_pretrained(folder)
-        write_folder(folder / "training.json", {"weights_hash": hash_weights(trained_state(tiny.training))})
-        tower = Dinov2Model(tiny.encoder_config)
-        prefix = "model.vision_tower."
-        state = tiny.stock.state_dict()
-        tower.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        encoder = Encoder(tower.eval(), tiny.processor.image_processor, "hash", tiny.num_patches)
-        params = load_params("presets/small.yaml")
-        prompt = dataclasses.replace(
-            params.prompt, mask=Mask(mask), instruction=tiny.layout(mask).instruction, text_length=64
-        )
-        vision = dataclasses.replace(params.vision, num_patches=tiny.num_patches)
-        return folder, encoder, dataclasses.replace(params, prompt=prompt, vision=vision)
-
-    return write
+    return lambda mask: write_trained(tiny, tmp_path / f"trained-{mask}", mask)
 
 
 RESULTS = {"steps": 1, "kept_step": 1, "kept_because": "the last step"}
@@ -62,9 +53,7 @@ RESULTS = {"steps": 1, "kept_step": 1, "kept_because": "the last step"}
 
 def export(tiny, trained, mask, target):
     folder, encoder, params = trained(mask)
-    training = read_training(folder)
-    model = join(folder, encoder, training["weights_hash"])
-    write_export(target, model, tiny.processor, params, training, RESULTS, DATA)
+    write_export(target, folder, encoder, params, read_training(folder), RESULTS, DATA)
 
 
 def picture(path):
@@ -209,18 +198,16 @@ def test_an_export_is_the_same_bytes_twice(tiny, trained, tmp_path):
 def test_an_export_brings_its_adapter_which_gives_its_logits_on_the_base_by_the_cards_words(
     tiny, trained, tmp_path, monkeypatch
 ):
-    _, encoder, params = trained("image-prefix")
+    folder, encoder, params = trained("image-prefix")
     lora = LoraParams(rank=2, alpha=3.0, dropout=0.1, targets=("q_proj", "v_proj"))
     params = dataclasses.replace(params, train=dataclasses.replace(params.train, lora=lora))
-    merged = write_adapter(tiny_base(tiny), params, tmp_path / "adapter")
+    merged = write_adapter(tiny_base(tiny), params, folder / "adapter")
+    save_trained(tiny.training.config, merged, folder)
     monkeypatch.chdir(tmp_path)
     before = write_base(tmp_path / "base", tiny.training, encoder, tiny.processor, params)
     with pytest.raises(UserError, match="base is there already"):
         write_base(tmp_path / "base", tiny.training, encoder, tiny.processor, params)
-    model = stock_model(tiny.training.config, encoder)
-    model.load_state_dict(merged, strict=False)
-    training = {"weights_hash": hash_weights(merged)}
-    write_export(tmp_path / "export", model, tiny.processor, params, training, RESULTS, DATA, tmp_path / "adapter")
+    write_export(tmp_path / "export", folder, encoder, params, {"weights_hash": hash_weights(merged)}, RESULTS, DATA)
 
     facts = read_folder(tmp_path / "export/adapter/adapter.json", "sealed", "")
     base, exported = (read_folder(tmp_path / name / FACTS_FILE, "sealed", "") for name in ("base", "export"))
@@ -253,16 +240,51 @@ def test_the_export_says_which_step_it_is_and_by_which_questions_it_was_selected
 ):
     changed = {"validation": ValidationParams(**validation)}
     export(
-        tiny, lambda mask: (*trained(mask)[:2], dataclasses.replace(trained(mask)[2], **changed)), "prefix-lm", tmp_path
+        tiny,
+        lambda mask: (*trained(mask)[:2], dataclasses.replace(trained(mask)[2], **changed)),
+        "prefix-lm",
+        tmp_path / "export",
     )
-    found = Predictor.from_export(tmp_path).selection
+    found = Predictor.from_export(tmp_path / "export").selection
     assert found == {"step": 1, "step_is": "the last step", "selected_on": selected_on}
 
 
+def test_an_export_in_bfloat16_and_in_several_files_is_the_trained_weights_rounded(
+    tiny, trained, tmp_path, monkeypatch
+):
+    folder, encoder, params = trained("causal")
+    params = dataclasses.replace(params, export=ExportParams(dtype=Dtype.BFLOAT16))
+    monkeypatch.setattr("vlm_vqa.inference.export.SHARD", "60KB")
+    write_export(tmp_path / "export", folder, encoder, params, read_training(folder), RESULTS, DATA)
+    assert len(list((tmp_path / "export").glob("model-*-of-*.safetensors"))) > 1
+    assert read_folder(tmp_path / "export" / FACTS_FILE, "sealed", "")["dtype"] == "bfloat16"
+    whole = trained_state(tiny.training) | {f"model.vision_tower.{k}": v for k, v in encoder.model.state_dict().items()}
+    stored = Predictor.from_export(tmp_path / "export", device="cpu", dtype=torch.bfloat16).model.state_dict()
+    for read in (stored, Predictor.from_export(tmp_path / "export", device="cpu").model.state_dict()):
+        assert set(read) - {"lm_head.weight"} == set(whole)
+        assert all(torch.equal(read[name].float(), value.bfloat16().float()) for name, value in whole.items())
+    assert all(value.dtype == torch.bfloat16 for value in stored.values())
+
+
+def test_a_bare_generate_is_greedy_short_and_ends_at_eos_also_after_another_save(tiny, trained, tmp_path):
+    export(tiny, trained, "causal", tmp_path / "export")
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "export")
+    stock.save_pretrained(tmp_path / "again")
+    tokenizer = tiny.processor.tokenizer
+    for folder in ("export", "again"):
+        found = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        del found["transformers_version"]
+        assert found == {
+            "do_sample": False, "max_new_tokens": 10, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+        }  # fmt: skip
+
+
 def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_path):
-    folder, encoder, _ = trained("image-prefix")
+    folder, encoder, params = trained("image-prefix")
     with pytest.raises(UserError, match="training wrote 000000000000"):
-        join(folder, encoder, "0" * 64)
+        write_export(tmp_path / "export", folder, encoder, params, {"weights_hash": "0" * 64}, RESULTS, DATA)
+    assert not (tmp_path / "export").exists()
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="model.safetensors: damaged.*vlm-vqa repair train"):
         read_training(folder)

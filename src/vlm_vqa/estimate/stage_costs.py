@@ -59,7 +59,7 @@ def stage_costs(params: Params, size: DatasetSize, machine: Machine, launches: P
         _fetch(params, size, machine),
         _extract(params, size, machine, vision, extraction),
         _train(params, size, machine, model, encoder, training),
-        _export(model, vision),
+        _export(params, model, vision),
         _evaluate(params, size, machine, model, vision),
     ]
 
@@ -154,11 +154,12 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
     return found | {"last checkpoint": last, "whole weights": end}
 
 
-def _export(model: Model, vision: Tower) -> Stage:
-    whole = 4 * (model.saved + tower_parameters(vision))
-    join = BASE | {"model": whole, "encoder": 4 * tower_parameters(vision)}
-    host = {"join": join, "check": join | {"the exported model": whole}}
-    return Stage("export", {"models/export": whole + 4 * model.adapter}, host, {}, None, {})
+def _export(params: Params, model: Model, vision: Tower) -> Stage:
+    weights, tower = model.saved + tower_parameters(vision), {"encoder": 4 * tower_parameters(vision)}
+    stored = (2 if params.export.dtype is Dtype.BFLOAT16 else 4) * weights
+    # Of a stored float32 tensor the file's own pages are written on; one of 16 bits is made of it.
+    host = {"write": BASE | tower | {"weights": stored}, "check": BASE | tower | {"the exported model": stored}}
+    return Stage("export", {"models/export": stored + 4 * model.adapter}, host, {}, None, {})
 
 
 def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model, vision: Tower) -> Stage:

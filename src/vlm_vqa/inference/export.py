@@ -2,48 +2,44 @@
 
 import copy
 import shutil
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+from torch import Tensor
+from transformers import (
+    AutoProcessor,
+    GenerationConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+)
 
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.inference.card import KINDS, card
 from vlm_vqa.inference.predictor import FACTS_FILE
 from vlm_vqa.inference.processor import export_processor
 from vlm_vqa.model.adapters import ADAPTER
+from vlm_vqa.model.checkpoint import HEAD
 from vlm_vqa.model.encoder import Encoder
-from vlm_vqa.model.vlm import TRAINING_FILE, hash_weights, load_trained, special_tokens, trained_state
+from vlm_vqa.model.vlm import (
+    TRAINING_FILE,
+    VISION_PREFIX,
+    WEIGHTS_FILE,
+    StoredWeights,
+    hash_weights,
+    special_tokens,
+    trained_state,
+)
 from vlm_vqa.params import Params
 from vlm_vqa.sealed import aside, read_folder, write_folder
 
 CARD = "README.md"
+SHARD = "5GB"
+"""A larger model is stored in several files, of so much at most."""
 RETRAIN = make_again("train")
-
-
-def join(folder: str | Path, encoder: Encoder, weights_hash: str) -> PaliGemmaForConditionalGeneration:
-    """Join the trained weights of `folder` and the frozen tower into one stock model, float32, in evaluation mode.
-
-    Call `read_training` before it: that finds damaged files.
-
-    Raises:
-        UserError: the weights do not have the hash that training named.
-    """
-    model = stock_model(PaliGemmaConfig.from_pretrained(folder, trust_remote_code=False), encoder)
-    load_trained(model, folder)
-    if (found := hash_weights(trained_state(model))) != weights_hash:
-        raise UserError(f"{folder}: the weights have hash {found[:12]}, training wrote {weights_hash[:12]}. {RETRAIN}")
-    return model
-
-
-def stock_model(config: PaliGemmaConfig, encoder: Encoder) -> PaliGemmaForConditionalGeneration:
-    """Return a stock model, float32, in evaluation mode, with the encoder as its tower and nothing else in it yet."""
-    # A copy: the configuration may be another model's own, whose attention this would change.
-    config = copy.deepcopy(config)
-    model = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="eager", dtype=torch.float32)
-    model.model.vision_tower.load_state_dict({name: v.float() for name, v in encoder.model.state_dict().items()})
-    return model.eval()
 
 
 def read_training(folder: str | Path) -> dict[str, str]:
@@ -57,32 +53,39 @@ def read_training(folder: str | Path) -> dict[str, str]:
 
 def write_export(
     folder: Path,
-    model: PaliGemmaForConditionalGeneration,
-    processor: PaliGemmaProcessor,
+    trained: Path,
+    encoder: Encoder,
     params: Params,
     training: dict[str, str],
     results: dict[str, Any],
     data: dict[str, Any],
-    adapter: Path | None = None,
 ) -> None:
-    """Write model, processor, facts and card.
+    """Write model, processor, facts and card, and the adapter, if `train.lora` has made one.
 
     Args:
-        processor: of the training; that of the export is made of it.
+        trained: where the train stage has left weights, processor and adapter; call `read_training` before, which finds
+            damaged files.
         training: as `read_training` gives it.
         results: `reports/train.json`.
         data: the manifest of `data/records`.
-        adapter: where it is, if `train.lora` has made one.
+
+    Raises:
+        UserError: the weights do not have the hash that training named.
     """
+    weights, named = StoredWeights(trained / WEIGHTS_FILE), training["weights_hash"]
+    if (found := hash_weights(weights)) != named:
+        raise UserError(f"{trained}: the weights have hash {found[:12]}, training wrote {named[:12]}. {RETRAIN}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if params.train.lora is not None and adapter is not None:
+    if params.train.lora is not None:
         # DVC's files cannot be written to, which a copy need not keep.
-        shutil.copytree(adapter, folder / ADAPTER, copy_function=shutil.copyfile)
-    parts: Any = (model.config.vision_config, model.config.text_config)
+        shutil.copytree(trained / ADAPTER, folder / ADAPTER, copy_function=shutil.copyfile)
+    config = PaliGemmaConfig.from_pretrained(trained, trust_remote_code=False)
+    parts: Any = (config.vision_config, config.text_config)
     kinds = tuple(KINDS[part.model_type] for part in parts)
     (folder / CARD).write_text(card(params, training, results, data, kinds), encoding="utf-8")
-    _write_model(folder, model, processor, params, training["weights_hash"], results, params.validation.selected_on)
+    processor = AutoProcessor.from_pretrained(trained, trust_remote_code=False)
+    _write_model(folder, weights, config, encoder, processor, params, named, results, params.validation.selected_on)
 
 
 def write_base(
@@ -102,32 +105,44 @@ def write_base(
     if folder.exists():
         raise UserError(f"{folder} is there already. Name a new folder.")
     weights = trained_state(start)
-    model, weights_hash = stock_model(start.config, encoder), hash_weights(weights)
-    model.load_state_dict(weights, strict=False)
-    model.tie_weights()
+    weights_hash = hash_weights(weights)
     results = {"kept_step": 0, "kept_because": "before the first step"}
     with aside(folder) as part:
-        _write_model(part, model, processor, params, weights_hash, results, "nothing")
+        _write_model(part, weights, start.config, encoder, processor, params, weights_hash, results, "nothing")
     return weights_hash
 
 
 def _write_model(
     folder: Path,
-    model: PaliGemmaForConditionalGeneration,
+    weights: Mapping[str, Tensor],
+    config: PaliGemmaConfig,
+    encoder: Encoder,
     processor: PaliGemmaProcessor,
     params: Params,
     weights_hash: str,
     results: dict[str, Any],
     selected_on: str,
 ) -> None:
-    """Write model and processor, and seal them with what else is in the folder."""
-    model.generation_config.update(
+    """Join trained weights and tower in one stock model and write it with its processor, sealed with what else is there.
+
+    Nothing is held twice: the model has shapes alone, and what `StoredWeights` reads in its own type is the file's pages.
+    """
+    dtype = getattr(torch, params.export.dtype)
+    with torch.device("meta"):
+        # Of a copy: the configuration may be another model's own, whose attention this would change.
+        model = PaliGemmaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
+    tower = ((VISION_PREFIX + name, value) for name, value in encoder.model.state_dict().items())
+    state = {name: value.detach().to(dtype).contiguous() for name, value in chain(tower, weights.items())}
+    shapes = {name: value.shape for name, value in model.state_dict().items() if name != HEAD}
+    assert shapes == {name: value.shape for name, value in state.items()}, "the model has other weights than these"
+    model.generation_config = GenerationConfig(
         max_new_tokens=params.evaluation.max_new_tokens, do_sample=False, **special_tokens(processor.tokenizer)
     )
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     mask, instruction = params.prompt.mask, params.prompt.instruction
-    export_processor(processor, mask, instruction, model.config.vision_config).save_pretrained(folder)
+    export_processor(processor, mask, instruction, config.vision_config).save_pretrained(folder)
     facts = {
+        "dtype": params.export.dtype.value,
         "instruction": instruction,
         "mask": mask.value,
         "num_patches": params.vision.num_patches,

@@ -21,8 +21,8 @@ from vlm_vqa.params import Attention, Mask
 from vlm_vqa.sealed import read_folder
 
 FACTS_FILE = "vlm_vqa.json"
-"""Beside an export's stock files: mask, instruction, text_length, num_patches, the hash of the trained weights, which step's
-they are and by what they were selected, and the SHA-256 of every other file."""
+"""Beside an export's stock files: mask, instruction, text_length, num_patches, the hash of the trained weights, the type in
+which they are stored, which step's they are and by what they were selected, and the SHA-256 of every other file."""
 
 
 class Candidate(NamedTuple):
@@ -62,9 +62,13 @@ class Predictor:
 
     @classmethod
     def from_export(
-        cls, folder: str | Path = "models/export", device: str | None = None, max_new_tokens: int = 10
+        cls,
+        folder: str | Path = "models/export",
+        device: str | None = None,
+        max_new_tokens: int = 10,
+        dtype: torch.dtype = torch.float32,
     ) -> "Predictor":
-        """Load an exported folder, every file as it was exported.
+        """Load an exported folder, every file as it was exported, to compute in `dtype`.
 
         Raises:
             UserError: there is no export, it is damaged or incomplete, or its weights are not those that were trained.
@@ -73,7 +77,7 @@ class Predictor:
         if not os.path.isfile(folder / FACTS_FILE):
             raise UserError(f"{folder}: no {FACTS_FILE} there. Run the export stage first: `dvc repro export`.")
         try:
-            return cls._load(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), max_new_tokens)
+            return cls._load(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"), max_new_tokens, dtype)
         except (UserError, torch.OutOfMemoryError, MemoryError):
             raise
         # On damaged files the libraries raise whatever their code meets first.
@@ -85,13 +89,13 @@ class Predictor:
             ) from error
 
     @classmethod
-    def _load(cls, folder: Path, device: str, max_new_tokens: int) -> "Predictor":
+    def _load(cls, folder: Path, device: str, max_new_tokens: int, dtype: torch.dtype) -> "Predictor":
         """Load a folder, asking no hub for what it lacks, and try its parts on each other."""
         facts = read_folder(folder / FACTS_FILE, "the seal of an export", make_again("export"))
-        _check_size(folder)
+        _check_size(folder, getattr(torch, facts.get("dtype", "float32")))
         model, found = PaliGemmaForConditionalGeneration.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
             folder,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation="eager",
             use_safetensors=True,
             trust_remote_code=False,
@@ -120,7 +124,9 @@ class Predictor:
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Return what the tower makes of images: [B, T, E]."""
-        return self.model.model.vision_tower(self.pixels(images).to(self.model.device)).last_hidden_state
+        return self.model.model.vision_tower(
+            self.pixels(images).to(self.model.device, self.model.dtype)
+        ).last_hidden_state
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Return what the tower reads of images: [B, 3, H, W]."""
@@ -164,7 +170,7 @@ class Predictor:
         return self.model, self.layout, features, tokens, places, self.max_new_tokens
 
 
-def _check_size(folder: Path) -> None:
+def _check_size(folder: Path, dtype: torch.dtype) -> None:
     """Refuse a config.json that is not of these weights before gigabytes are made of it: what it lacks, transformers fills
     in with a model of three billion weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -173,5 +179,5 @@ def _check_size(folder: Path) -> None:
     assert known and config.model_type == "paligemma", f"config.json is of a {kinds}"
     with torch.device("meta"):
         named = sum(weight.numel() for weight in PaliGemmaForConditionalGeneration(config).parameters())
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // dtype.itemsize
     assert 0.9 * named < stored < 1.1 * named + 2**20, f"config.json is of {named} weights, {stored} are there"

@@ -72,9 +72,9 @@ def unlike_trained(processor: PaliGemmaProcessor | LlavaProcessor, layout: Token
             return f"prompt.instruction holds {token}, text to the training, a sign of its own to a stock tokenizer"
     question = "What is in the picture?"
     content = [{"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": question}]
-    chat = [{"role": "user", "content": content}]
-    found = processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0]
-    if found != layout.collate([Row(0, (layout.tokenize(question),))])["input_ids"][0].tolist():
+    chat: Any = [{"role": "user", "content": content}]
+    found: Any = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    if found["input_ids"][0] != layout.collate([Row(0, (layout.tokenize(question),))])["input_ids"][0].tolist():
         return "its processor makes other tokens of a question than training read"
     return None
 

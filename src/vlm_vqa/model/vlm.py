@@ -10,14 +10,14 @@ all rows, no padding), M supervised positions, E image feature width, D hidden w
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -418,10 +418,27 @@ def save_trained(config: PaliGemmaConfig, state: Mapping[str, Tensor], folder: s
     weights.chmod(0o644)
 
 
-def load_trained(model: PaliGemmaForConditionalGeneration, folder: str | Path) -> None:
-    """Read what `save_trained` wrote into `model`. Whether that is what was trained, `hash_weights` says."""
-    model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE), strict=False)
-    model.tie_weights()
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, such as `save_trained` wrote, each read when it is asked for.
+
+    Read in its own type, a tensor is the file's pages, which the system takes back when it is let go.
+    """
+
+    def __init__(self, file: Path, dtype: torch.dtype = torch.float32):
+        self._file, self._dtype = file, dtype
+        with safe_open(file, "pt") as stored:
+            self._names = list(stored.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        # Opened for each: all tensors that an open file has given keep all of its pages.
+        with safe_open(self._file, "pt") as stored:
+            return stored.get_tensor(name).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:
