@@ -297,7 +297,10 @@ def test_a_line_is_written_whatever_its_neighbours_look_like(tmp_path):
     assert "    false  # none\n  official: null\n  hub: null\n  table: null\n" in written and written.endswith(
         "\n\n# last"
     )
-    assert "    '2' # kept\n  restart_optimizer: false\n  stall_seconds: 600\n\nevaluation:" in written
+    assert (
+        "    '2' # kept\n  restart_optimizer: false\n  stall_seconds: 600\n\nexport:\n  dtype: float32\n\nevaluation:"
+        in written
+    )
     flow = yaml.safe_load(first_version(COMMITTED))
     path.write_text(yaml.safe_dump(flow, default_flow_style=True, sort_keys=False, width=9999))
     before = path.read_text()
@@ -369,7 +372,9 @@ def test_a_section_that_asks_for_nothing_changes_no_hash(values):
     for name, arguments in (("hash", ()), ("training_hash", ()), ("recipe_hash", (4,))):
         one, two, three = (getattr(params, name)(*arguments) for params in (without, whole, on))
         assert one == two != three
-    before = {key: value for key, value in whole.as_dict().items() if key not in ("model", "validation", "tracking")}
+    before = {
+        key: value for key, value in whole.as_dict().items() if key not in ("model", "validation", "export", "tracking")
+    }
     before["train"] = {key: value for key, value in before["train"].items() if "projector" not in key}
     del before["train"]["embedding_learning_rate"], before["evaluation"]["gate"]
     assert without.hash() == hash_json(before)
@@ -413,7 +418,7 @@ def test_what_cannot_be_validated_is_refused_by_name(values, change, words):
 
 def test_only_what_came_later_may_be_missing(values):
     for name, section in values.items():
-        for key in [*section] if isinstance(section, dict) and name not in ("model", "validation") else []:
+        for key in [*section] if isinstance(section, dict) and name not in ("model", "validation", "export") else []:
             if key not in LATER.get(name, []):
                 kept = {other: value for other, value in section.items() if other != key}
                 with pytest.raises(UserError, match=f"missing key {name}.{key}"):
@@ -441,7 +446,7 @@ def test_every_parameter_file_names_the_schema_that_lies_beside_it(path):
 def test_every_key_has_its_meaning_in_the_schema():
     made = schema.schema()
     groups = [made, *(group for group in made["$defs"].values() if "properties" in group)]
-    assert len(groups) == 19
+    assert len(groups) == 20
     for group in groups:
         for name, node in group["properties"].items():
             about = (
