@@ -1,7 +1,6 @@
 """`vlm-vqa serve`: the trained function over OpenAI's protocol, and a refusal in words for what is no question."""
 
 import base64
-import dataclasses
 import io
 import json
 import signal
@@ -18,13 +17,14 @@ from starlette.testclient import TestClient
 
 from proofs.serving import server
 from tests.inference.test_export import DATA, RESULTS
+from tests.tiny_model import write_trained
 from vlm_vqa.errors import UserError
 from vlm_vqa.inference import serving
-from vlm_vqa.inference.export import write_export
+from vlm_vqa.inference.export import read_training, write_export
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.layout import Row, visible
-from vlm_vqa.model.vlm import hash_weights, set_attention, text_hidden, text_logits, trained_state
-from vlm_vqa.params import Attention, Mask, load_params
+from vlm_vqa.model.vlm import set_attention, text_hidden, text_logits
+from vlm_vqa.params import Attention
 
 QUESTIONS = ["What color is the shape?", "Is there a  dog\nor <image><eos>?", "How many red dogs are there?"]
 MASKS = ("causal", "image-prefix", "prefix-lm")
@@ -37,11 +37,8 @@ def export(tiny, tmp_path_factory):
 
     def write(mask="image-prefix"):
         folder = tmp_path_factory.mktemp("export") / mask
-        params, instruction = load_params("presets/small.yaml"), tiny.layout(mask).instruction
-        prompt = dataclasses.replace(params.prompt, mask=Mask(mask), instruction=instruction, text_length=64)
-        params = dataclasses.replace(params, prompt=prompt, vision=dataclasses.replace(params.vision, num_patches=5))
-        training = {"weights_hash": hash_weights(trained_state(tiny.training))}
-        write_export(folder, tiny.stock, tiny.processor, params, training, RESULTS, DATA)
+        trained, encoder, params = write_trained(tiny, tmp_path_factory.mktemp("trained"), mask)
+        write_export(folder, trained, encoder, params, read_training(trained), RESULTS, DATA)
         return folder
 
     return write
