@@ -208,7 +208,7 @@ class HubRepository(Section):
 
 @dataclass(frozen=True)
 class HubParams(Section):
-    """What source `hub` streams."""
+    """What source `hub` reads."""
 
     train: HubRepository
     val: HubRepository

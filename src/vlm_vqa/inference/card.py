@@ -89,6 +89,7 @@ def card(
         python="{}.{}".format(*sys.version_info),
         packages=pins,
         tower_kind=kinds[0],
+        processor="LlavaProcessor" if params.prompt.mask is Mask.CAUSAL else "PaliGemmaProcessor",
         gemma=kinds[1],
         **_starts(params),
         source=data["source"],
