@@ -70,7 +70,7 @@ class Data:
             return
         try:
             self._blind = QuestionOnlyBaseline(
-                load_questions(records, "train", ["question", "question_type", "answers"])
+                load_questions(records, "train", ["image_id", "question", "question_type", "answers"])
             )
             self._draw(Path(records), Path(scratch), max_pixels, seed)
         except UserError as error:
