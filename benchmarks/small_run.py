@@ -49,11 +49,19 @@ def scores(project: Path) -> dict[str, Any]:
     return {
         "this model": [report["vqa_accuracy"]["overall"], report["helm"]["bleu_1"]],
         **{name: [one["vqa_accuracy"], one["bleu_1"]] for name, one in report["baselines"].items()},
+        "by answer type": {
+            who: {group: [one[key] for key in ("mean", "low", "high")] for group, one in _groups(found).items()}
+            for who, found in report["intervals"]["vqa_accuracy"].items()
+        },
         "questions": len(given),
         "wrong": sum(score == 0 for score in given),
         "helm_instances": report["helm"]["instances"],
         "weights_hash": report["model"]["weights_hash"],
     }
+
+
+def _groups(found: dict[str, Any]) -> dict[str, Any]:
+    return {"all": found["overall"]} | found["per_answer_type"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
