@@ -261,12 +261,16 @@ def test_the_small_run_is_what_was_measured():
     found = results("small_run")["details"]
     scores, seconds = found["scores"], found["seconds"]
     names = {"this model": "**this model**", "shuffled_images": "the same model, shuffled images",
-             "prior": "question-only baseline"}  # fmt: skip
+             "blank_image": "the same model, a grey picture", "prior": "question-only baseline"}  # fmt: skip
     for page in ("README.md", "docs/evaluation.md"):
         rows = {cells[0]: cells[1:] for cells in table_rows(PAGES[page])}
         for key, name in names.items():
             accuracy, bleu = scores[key]
             assert rows[name][:2] == [f"{accuracy:.4f}", f"{bleu:.3f}"], (page, name)
+            groups = scores["by answer type"]["model" if key == "this model" else key]
+            mean, low, high = groups["all"]
+            shown = [f"{low:.4f} .. {high:.4f}", f"{groups['yes/no'][0]:.4f}", f"{groups['other'][0]:.4f}"]
+            assert rows[name][2:5] == shown and mean == pytest.approx(accuracy), (page, name)
         assert f"All {scores['questions']:,} " in PAGES[page]
         assert f"HELM on the {scores['helm_instances']:,} of them" in " ".join(PAGES[page].split())
     minutes, rest = divmod(round(sum(seconds.values())), 60)
