@@ -228,6 +228,17 @@ def test_a_table_over_seeds_is_what_was_measured(name, what):
         )
 
 
+def test_what_intervals_hold_is_what_was_counted():
+    found = results("coverage")
+    false, caught = (claim["ratio"] for claim in found["claims"][2:])
+    assert false == 0 and f"saw a true drop by a point in {caught:.1%}".replace("%", " %") in FLAT
+    for name in ("means", "differences"):
+        held = found["details"][name].values()
+        shown = f"between {min(held):.1%} and {max(held):.1%}".replace("%", " %")
+        assert f"{found['details']['sets']:,} synthetic sets of each of {len(held)} kinds" in FLAT and shown in FLAT
+        assert f"in the mean {sum(held) / len(held):.1%}".replace("%", " %") in FLAT
+
+
 def test_full_scale_is_what_was_measured():
     real, data, features = results("real_shape"), results("data_scale"), results("features")
     missed = [claim["what"] for result in (real, data, features) for claim in result["claims"] if claim["met"] is False]
