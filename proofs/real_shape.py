@@ -180,7 +180,7 @@ def prediction(params: Params, data: QuestionDataset) -> Stage:
     """Return what preflight predicts for the train stage with these very questions."""
     tokens = [data.tokens(place, 0) for place in range(len(data))]
     sample = tuple((image, len(one.prompt), len(one.answer)) for image, one in zip(data.image_ids, tokens, strict=True))
-    size = DatasetSize(len(data), len(data), 2 * len(set(data.image_ids)), 0, 0, "these questions", sample)
+    size = DatasetSize(len(data), len(data), 2 * len(set(data.image_ids)), 0, 0, "these questions", sample, sample)
     device = find_device("cpu", on_cpu=True, launch="cpu")
     machine = Machine(device, device.memory, shutil.disk_usage("/").free, *CPU_UTILISATION, bandwidth=1e6)
     stages = stage_costs(params, size, machine, ROOT / "launch")
