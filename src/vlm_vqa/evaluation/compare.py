@@ -55,9 +55,13 @@ class Paired:
         """One sentence for people."""
         found, smallest = self.difference, smallest_difference(self.difference)
         shown = "no difference is shown" if found.low <= 0 <= found.high else "better" if found.low > 0 else "worse"
+        counts = (
+            f"{self.better} questions better and {self.worse} worse of {found.questions:,} on {found.images:,} images"
+        )
+        if not self.better + self.worse:
+            return f"{shown}: {counts}"
         return (
-            f"{shown}: {found.mean:+.4f} (95 % interval {found.low:+.4f} .. {found.high:+.4f}, p = {self.p:.2g}), "
-            f"{self.better} questions better and {self.worse} worse of {found.questions:,} on {found.images:,} images; "
+            f"{shown}: {found.mean:+.4f} (95 % interval {found.low:+.4f} .. {found.high:+.4f}, p = {self.p:.2g}), {counts}; "
             f"a true difference of {smallest:.4f} would be shown in four of five cases"
         )
 
