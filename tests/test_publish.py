@@ -180,7 +180,8 @@ def test_the_head_says_to_the_hub_what_the_weights_are_of():
 def test_scores_with_hostile_names_and_intervals_pass_the_hubs_own_parser():
     text = card(load_params(REPO / "presets/small.yaml"), {}, {}, DATA)
     assert text.count(UNSCORED) == 1 and "model-index" not in text
-    report = REPORT | {"answer_accuracy": {"overall": 0.7, "questions": 5, "interval": [0.6, 0.8]}}
+    intervals = {"answer_accuracy": {"model": {"overall": {"low": 0.6, "high": 0.8}}}}
+    report = REPORT | {"answer_accuracy": {"overall": 0.7, "questions": 5}, "intervals": intervals}
     report["baselines"] = {"prior": {"bleu_1": 0.6, "answer_accuracy": 0.5}}
     filled = scored(text, report, "a: b # c", "null")
     data = ModelCard(filled).data

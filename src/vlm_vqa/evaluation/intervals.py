@@ -33,8 +33,8 @@ class Interval:
 def of_mean(scores: npt.ArrayLike, images: npt.ArrayLike) -> Interval:
     """Return the interval of a mean score.
 
-    Wilson's interval for as many independent questions as would have this clustered error: near 0 and 1, where a score of
-    0.997 has few wrong answers to tell by, the usual mean +- t times error holds the truth in 54 of 100 cases, this in 93.
+    Wilson's interval for as many independent questions as would have this clustered error: near 0 and 1, where few wrong
+    answers tell, the usual mean +- t times error holds the truth too seldom.
 
     Args:
         scores: of each question, in 0..1.

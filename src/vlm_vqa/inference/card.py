@@ -137,8 +137,8 @@ def scored(text: str, report: dict[str, Any], source: str, name: str) -> str:
     accuracy = "answer_accuracy" if "answer_accuracy" in report else "vqa_accuracy"
     words, scores, helm = accuracy.replace("_", " ").replace("vqa", "VQA"), report[accuracy], report["helm"]
     found = {
-        ("accuracy", words): (scores["overall"], scores.get("interval"), scores["questions"], accuracy),
-        ("bleu", "BLEU-1, by HELM"): (helm["bleu_1"], helm.get("interval"), helm["instances"], "bleu_1"),
+        ("accuracy", words): (scores["overall"], _interval(report, accuracy), scores["questions"], accuracy),
+        ("bleu", "BLEU-1, by HELM"): (helm["bleu_1"], _interval(report, "bleu_1"), helm["instances"], "bleu_1"),
     }
     lines = ["| score | value | of | baselines |", "|---|---|---|---|"]
     for (_, title), (value, interval, questions, key) in found.items():
@@ -190,3 +190,9 @@ def _starts(params: Params) -> dict[str, str]:
 
 def _seen(model: str | None) -> str:
     return next((seen for name, seen in SEEN.items() if (model or "").startswith(name)), "")
+
+
+def _interval(report: dict[str, Any], score: str) -> list[float] | None:
+    """Return the ends of the model's 95 % interval; None in reports of earlier versions."""
+    found = report.get("intervals", {}).get(score)
+    return [found["model"]["overall"][end] for end in ("low", "high")] if found else None
