@@ -12,8 +12,8 @@ undisturbed for each launch. A trial begins where none to four of the stages are
 
 and after one to four such calls the command is called once more and left alone. It must succeed; dvc.lock must be the
 undisturbed run's to the byte, and every output what dvc.lock says; no process may have lived for more than 10 s after its
-parent; no traceback may have been printed, by killed calls neither, but torchrun's own report of a process that ended
-before it could say why, which is counted apart. Where DVC refuses its own torn lock file, which no stage
+parent; no traceback may have been printed, by killed calls neither, but one of fsspec's that Ctrl-C leaves in DVC's own
+process, which is counted apart. Where DVC refuses its own torn lock file, which no stage
 of ours can mend, the bare `dvc repro` is followed by `make repro`'s command; the counts say how often.
 
 Shared with the undisturbed run: the packages, the sample, and outputs and DVC's cache of the stages that are done when a
@@ -64,8 +64,8 @@ WATCHED = {
 }
 PATIENCE = 600.0
 TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(.*)")
-LAUNCHER = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
-"""How torchrun ends its own report of a process that a signal has ended before it could say why."""
+FSSPEC = "AttributeError: 'function' object has no attribute 'close'"
+"""What fsspec's finalizer makes of an executor that DVC was interrupted in."""
 
 
 @dataclass
@@ -176,9 +176,9 @@ def after(states: States, call: tree.Call, kill: dict[str, Any]) -> list[str]:
     }
     where = f"{kill['signal']} to {kill['victim']} ({kill['moment']}, stage {kill['stage']})"
     found = tracebacks(call)
-    kill["launcher_reports"] = sum(LAUNCHER in text for text in found)
+    kill["fsspec"] = sum(FSSPEC in text for text in found)
     problems = [wrong] if wrong else []
-    problems += [f"a traceback: {text}" for text in found if LAUNCHER not in text]
+    problems += [f"a traceback: {text}" for text in found if FSSPEC not in text]
     return [f"{where}: {text} ({keep(states, call)})" for text in problems]
 
 
@@ -253,7 +253,7 @@ def report(trials: Sequence[Trial], options: argparse.Namespace) -> None:
     )
     for key in ("signal", "moment", "stage"):
         print("  " + ", ".join(f"{name} {count}" for name, count in Counter(kill[key] for kill in kills).most_common()))
-    print(f"  torchrun's own report after {sum(bool(kill.get('launcher_reports')) for kill in kills)} kills")
+    print(f"  fsspec's traceback in DVC after {sum(bool(kill['fsspec']) for kill in kills)} kills")
     print(f"  dvc repro alone sufficed in {sum(not t.refused for t in bare)} of {len(bare)} trials that end with it")
     for trial in trials:
         if trial.problems:

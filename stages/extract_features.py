@@ -1,7 +1,7 @@
 """Stage 2: encode every image once with the frozen vision tower and store its features.
 
 Reads data/records; writes data/features, and before that data/features.parts, from where a run that was ended goes on.
-Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/extract_features.py`.
+Started by `accelerate launch --config_file launch/NAME.yaml stages/extract_features.py`.
 """
 
 import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback

@@ -1,7 +1,7 @@
 """Stage train: fine-tune Gemma 2 and the projector on stored image features.
 
 Reads data/records and data/features; writes models/trained and, under reports/, train.json, train_curve.csv and validation.
-Started by `accelerate launch --quiet --config_file launch/NAME.yaml stages/train.py`.
+Started by `accelerate launch --config_file launch/NAME.yaml stages/train.py`.
 """
 
 import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
