@@ -34,12 +34,12 @@ from vlm_vqa.data.records import read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.adapters import add_adapters, merge_adapters
 from vlm_vqa.model.encoder import load_encoder
-from vlm_vqa.model.vlm import freeze_embeddings, initial_model
+from vlm_vqa.model.vlm import VlmForTraining, freeze_embeddings, initial_model
 from vlm_vqa.params import LoraParams, Mask, Optimizer, Params, load_params
 from vlm_vqa.training import checkpoint_state, launch
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.optimizer import local, state_types
-from vlm_vqa.training.prepare import FEATURES, RECORDS, prepare
+from vlm_vqa.training.prepare import FEATURES, RECORDS, build_once, prepare
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments
 
 ONE = "cpu"
@@ -146,13 +146,20 @@ def _trainer(
     count = min(len(data), steps * QUESTIONS)
     data.head(count)
     train = dataclasses.replace(train, num_train_epochs=math.ceil(steps * QUESTIONS / count))
-    model = initial_model(params.language, encoder.model.config, processor, params.seed)
-    start = folder / "start.safetensors"
-    if name == ONE and not start.exists():
-        save_file({key: value.detach() for key, value in checkpoint_state.named_parameters(model).items()}, start)
-    if case.lora is not None:
-        freeze_embeddings(model)
-        add_adapters(model, case.lora)
+
+    def build() -> VlmForTraining:
+        model, start = (
+            initial_model(params.language, encoder.model.config, processor, params.seed),
+            folder / "start.safetensors",
+        )
+        if name == ONE and not start.exists():
+            save_file({key: value.detach() for key, value in checkpoint_state.named_parameters(model).items()}, start)
+        if case.lora is not None:
+            freeze_embeddings(model)
+            add_adapters(model, case.lora)
+        return model
+
+    model = build_once(build, running)
     misled = case.spoilt and running.process == running.processes - 1
     collator = Collator(layout, Misleading(features) if misled else features)
     arguments = training_arguments(train, params.seed, folder / "unused", running)

@@ -30,7 +30,7 @@ from vlm_vqa.pipeline import entrypoint
 from vlm_vqa.training import checkpoint_files, launch
 from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator, QuestionDataset
-from vlm_vqa.training.prepare import FEATURES, RECORDS, model_to_train, prepare
+from vlm_vqa.training.prepare import FEATURES, RECORDS, build_once, model_to_train, prepare
 from vlm_vqa.training.throughput import peak_memory_gib
 from vlm_vqa.training.trainer import CURVE_COLUMNS, ProgressCallback, VqaTrainer, training_arguments, write_curve
 from vlm_vqa.training.validation import COLUMNS, SCORE, Validation, validations
@@ -76,7 +76,8 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         if running.main:
             images = images_of(RECORDS, (row["image_id"] for row in validation.shown))
             picture = AnswersPicture(validation.shown, METRICS[validation.metric], validation.describe(), images)
-    model = model_to_train(params, encoder, processor)
+    model = build_once(lambda: model_to_train(params, encoder, processor), running)
+    projector = projector_of(model) if running.main else {}
 
     lost = {f"dropped_{name}": str(one["dropped"]) for name, one in manifest["splits"].items() if one.get("dropped")}
     with tracking.training_run(params, key=key, tags=made_of | lost) as run:
@@ -84,7 +85,6 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         arguments = training_arguments(params.train, params.seed, folder, running)
         callbacks = [ProgressCallback(run, picture)]
         trainer = VqaTrainer(model, arguments, params.train, data, collator, callbacks, running, watchdog, validation)
-        projector = projector_of(trainer.model)
         result = trainer.run()
         weights = trainer.whole_weights()
         if not running.main:

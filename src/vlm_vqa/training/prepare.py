@@ -1,14 +1,18 @@
 """What a training starts from: questions as examples, the processor made for them, the model before its first step."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import distributed, nn
 from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
 from vlm_vqa.data.held_out import divide
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.hf_hub import SETTINGS
-from vlm_vqa.launch_file import read_launch
+from vlm_vqa.launch_file import Strategy, read_launch
 from vlm_vqa.model import checkpoint
 from vlm_vqa.model.adapters import add_adapters, merge_adapter
 from vlm_vqa.model.encoder import Encoder
@@ -25,6 +29,8 @@ from vlm_vqa.model.vlm import (
 )
 from vlm_vqa.params import Answers, Params, Start
 from vlm_vqa.training.dataset import QuestionDataset
+from vlm_vqa.training.launch import Launch
+from vlm_vqa.training.shards import make_room
 
 RECORDS, FEATURES = Path("data/records"), Path("data/features")
 """Where the two stages before have written, from the project's folder."""
@@ -84,3 +90,27 @@ def model_to_train(params: Params, encoder: Encoder, processor: PaliGemmaProcess
     if params.train.lora is not None:
         add_adapters(model, params.train.lora)
     return model
+
+
+def build_once(build: Callable[[], VlmForTraining], running: Launch) -> VlmForTraining:
+    """Build a model on process 0; the others of a launch get its shape, and the trainer or DDP gives them its weights.
+
+    So a machine holds the weights once at the start, however many processes it has, and reads them once. DeepSpeed divides
+    what each process brings: there all build it.
+    """
+    if running.processes == 1 or running.strategy.deepspeed:
+        return build()
+    model = build() if running.main else None
+    shape: list[Any] = [None if model is None else shape_of(model)]
+    distributed.broadcast_object_list(shape)
+    if model is not None:
+        return model
+    (model,) = shape
+    return model if running.strategy is Strategy.FSDP2 else make_room(model, running.device)
+
+
+def shape_of(model: VlmForTraining) -> VlmForTraining:
+    """Return a copy whose parameters have shape and type alone; buffers, which nobody sends, are real."""
+    return copy.deepcopy(
+        model, {id(one): nn.Parameter(one.to("meta"), one.requires_grad) for one in model.parameters()}
+    )

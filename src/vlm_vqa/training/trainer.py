@@ -32,6 +32,7 @@ from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
 from vlm_vqa.training.optimizer import build_optimizer, describe_group, has_8bit_work, state_types
 from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
+from vlm_vqa.training.shards import send_rows, take_weights
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
 from vlm_vqa.training.validation import ANSWERS, COLUMNS, SCORE, Validation, best_step, is_over, validations
 from vlm_vqa.training.watchdog import Phase, Watchdog
@@ -129,6 +130,8 @@ class VqaTrainer(Trainer):
         self.pass_losses: list[Tensor] = []
         if train.weights_dtype is Dtype.BFLOAT16:
             model.to(torch.bfloat16)
+        # FSDP2 divides shapes; each process then gets its rows.
+        self.sent = take_weights(model) if launch.strategy is Strategy.FSDP2 else {}
         args.eval_on_start = validation is not None
         super().__init__(model=model, args=args, train_dataset=data, data_collator=collator, callbacks=list(callbacks))
         for callback in callbacks:
@@ -169,6 +172,8 @@ class VqaTrainer(Trainer):
         """Build the optimizer of `params.train`; the Trainer's own knows neither clipping nor rounding."""
         if self.optimizer is None:
             model = model or self.model
+            if self.launch.strategy is Strategy.FSDP2:
+                send_rows(self.model, self.sent, self.args.device)
             decayed = set(self.get_decay_parameter_names(model))
             self.optimizer = build_optimizer(self.train_settings, model, decayed, self.args.seed)
             if self.train_settings.projector_steps and self.launch.strategy.deepspeed:

@@ -1,0 +1,92 @@
+"""One process builds the model: the others get its shape, and FSDP2's their rows, with nothing held twice."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributed, nn
+
+from tests.training.test_checkpoint_state import acting_as
+from vlm_vqa.model.adapters import add_adapters
+from vlm_vqa.params import LoraParams
+from vlm_vqa.training import prepare, shards
+from vlm_vqa.training.checkpoint_state import named_parameters, rows_held
+from vlm_vqa.training.launch import Strategy
+from vlm_vqa.training.optimizer import local
+
+
+@pytest.fixture(params=["plain", "adapters"])
+def model(tiny, request):
+    found = copy.deepcopy(tiny.training)
+    if request.param == "adapters":
+        add_adapters(found, LoraParams(2, 4.0, 0.0, ("q_proj",)))
+    return found
+
+
+def running(strategy, process, processes=2):
+    return SimpleNamespace(strategy=strategy, process=process, processes=processes, main=process == 0, device="cpu")
+
+
+def building(model, strategy, process, monkeypatch):
+    """Return what a process of two gets, process 0 being played by what it would send, and whether it has built one."""
+    built = []
+
+    def receive(things):
+        things[0] = things[0] or prepare.shape_of(model)
+
+    monkeypatch.setattr(distributed, "broadcast_object_list", receive)
+    found = prepare.build_once(lambda: built.append(1) or model, running(strategy, process))
+    return found, bool(built)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.DDP, Strategy.FSDP2])
+def test_the_first_process_builds_and_the_others_get_the_shape(model, strategy, monkeypatch):
+    assert building(model, strategy, 0, monkeypatch) == (model, True)
+    found, built = building(model, strategy, 1, monkeypatch)
+    assert not built
+    theirs, ours = named_parameters(found), named_parameters(model)
+    assert [*theirs] == [*ours]
+    for name, one in theirs.items():
+        assert (one.shape, one.dtype, one.requires_grad) == (
+            ours[name].shape,
+            ours[name].dtype,
+            ours[name].requires_grad,
+        )
+        assert one.is_meta == (strategy is Strategy.FSDP2)
+    assert found.lm_head.weight is found.model.language_model.embed_tokens.weight
+    # Nobody sends a buffer.
+    for name, buffer in found.named_buffers():
+        torch.testing.assert_close(buffer, model.get_buffer(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.ZERO2, Strategy.ZERO3])
+def test_under_deepspeed_each_process_builds(model, strategy, monkeypatch):
+    assert building(model, strategy, 1, monkeypatch) == (model, True)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_process_holds_its_rows_and_what_was_sent_is_let_go(model, world):
+    whole = {name: one.detach().clone() for name, one in named_parameters(model).items()}
+    for rank in range(world):
+        mine = copy.deepcopy(model)
+        taken = shards.take_weights(mine)
+        assert taken.keys() == whole.keys() and all(one.is_meta for one in mine.parameters())
+        with acting_as(rank, world) as divide:
+            divide(mine)
+            # Of the fake group only its first process receives what is sent: itself.
+            sent = copy.deepcopy(taken)
+            receiver = pytest.MonkeyPatch()
+            receiver.setattr(distributed, "get_rank", lambda: 0)
+            shards.send_rows(mine, sent, torch.device("cpu"))
+            receiver.undo()
+            assert not sent
+            for name, one in named_parameters(mine).items():
+                rows = whole[name][slice(*rows_held(one))]
+                torch.testing.assert_close(local(one.detach()), rows, rtol=0, atol=0)
+            assert isinstance(mine.lm_head, nn.Linear)
+            assert mine.lm_head.weight is mine.model.language_model.embed_tokens.weight
+
+
+def test_a_shape_has_no_weights_to_take(model):
+    assert shards.take_weights(prepare.shape_of(model)) == {}
