@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.workflow import MARKER, Runner
+
 ROOT = Path(__file__).parents[1]
 
 LOCK = {
@@ -249,6 +251,28 @@ def test_who_may_write_runs_nothing_of_the_change(workflow):
                 )
     # What a pull request's author can choose never becomes part of a script.
     assert not [step["run"] for step in steps(workflow) if "${{" in step.get("run", "")]
+
+
+def test_there_is_one_comment_and_it_says_what_the_last_run_said(tmp_path):
+    """Found by its beginning: neither a person's that quotes it nor another one of the account's is touched."""
+    runner = Runner(ROOT / ".github/workflows/helm-eval.yml", tmp_path / "temp")
+    others = [{"id": 0, "user": "User", "body": MARKER}, {"id": 1, "user": "Bot", "body": f"Other {MARKER}"}]
+    runner.comments = others
+    text = tmp_path / "temp/comparison/comparison.md"
+    text.parent.mkdir()
+    for said in ("Passed.", "FAILED.", None):
+        text.unlink(missing_ok=True) if said is None else text.write_text(said)
+        done = runner.run("comment", tmp_path, dict(os.environ))
+        assert done.returncode == 0, done.stderr
+        assert runner.comments[:2] == others and len(runner.comments) == 3
+        shown, links = runner.comments[2]["body"].split("\n\n\n" if said is None else "\n\n")
+        assert shown == f"{MARKER}\n{said or '## HELM evaluation: the run has failed'}"
+        assert links.startswith(
+            "Of commit abc: [the run](https://hub/me/project/actions/runs/1), [all reports](https://hub/artifact) as"
+        )
+    # Where GitHub does not answer, no second comment is written.
+    runner.comments = {"no": "list"}
+    assert runner.run("comment", tmp_path, dict(os.environ)).returncode != 0 and len(runner.comments) == 1
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import yaml
 from proofs.project import ROOT, Project, sample_params
 from tests import golden
 from tests.dvc_project import flip
-from tests.workflow import Runner
+from tests.workflow import MARKER, Runner
 from vlm_vqa.hashing import code_hash, imported
 from vlm_vqa.training.trainer import CURVE_COLUMNS, write_curve
 from vlm_vqa.training.validation import COLUMNS, LOSS, SCORE
@@ -228,7 +228,7 @@ def pulled_and_evaluated(box, folder):
     clone = Project.at(folder / "clone")
     shared_environment(clone.folder / ".venv")
 
-    runner = Runner(ROOT / ".github/workflows/helm-eval.yml", folder / "temp", EXPRESSIONS)
+    runner = Runner(ROOT / ".github/workflows/helm-eval.yml", folder / "temp")
     others = [{"id": 0, "user": "User", "body": MARKER}, {"id": 1, "user": "Bot", "body": f"Other {MARKER}"}]
     runner.comments = others
     environment = clone.environment(PYTHONPATH="src:.", DVC_SITE_CACHE_DIR=str(folder / "site"))
@@ -273,22 +273,6 @@ def pulled_and_evaluated(box, folder):
     outcome, comment = evaluated()
     assert outcome.returncode == 1 and "The DVC remote store does not have all of models/export" in comment
     assert "`dvc push`" in comment and md5 in comment
-
-
-MARKER = "<!-- HELM evaluation of VLM-VQA -->"
-EXPRESSIONS = {
-    "vars.HELM_EVAL_WHEELS || 'cpu'": "cpu",
-    "inputs.mode != 'default' && inputs.mode || vars.HELM_EVAL_MODE || 'reproduce'": "pull",
-    "github.event.pull_request.base.sha || inputs.base": "HEAD~1",
-    "secrets.DVC_CONFIG_LOCAL": "[core]\n    no_scm = false",
-    "github.token": "a token that comments",
-    "github.repository": "me/project",
-    "github.event.pull_request.number": "7",
-    "github.event.pull_request.head.sha": "abc",
-    "github.server_url": "https://hub",
-    "github.run_id": "1",
-    "needs.evaluate.outputs.reports": "https://hub/artifact",
-}
 
 
 def shared_environment(folder):

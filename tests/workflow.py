@@ -9,7 +9,23 @@ from pathlib import Path
 
 import yaml
 
-# `gh api` over a file of comments; every call is written down.
+# Of helm-eval.yml: what its comment begins with, and what GitHub would put in for pull request 7.
+MARKER = "<!-- HELM evaluation of VLM-VQA -->"
+EXPRESSIONS = {
+    "vars.HELM_EVAL_WHEELS || 'cpu'": "cpu",
+    "inputs.mode != 'default' && inputs.mode || vars.HELM_EVAL_MODE || 'reproduce'": "pull",
+    "github.event.pull_request.base.sha || inputs.base": "HEAD~1",
+    "secrets.DVC_CONFIG_LOCAL": "[core]\n    no_scm = false",
+    "github.token": "a token that comments",
+    "github.repository": "me/project",
+    "github.event.pull_request.number": "7",
+    "github.event.pull_request.head.sha": "abc",
+    "github.server_url": "https://hub",
+    "github.run_id": "1",
+    "needs.evaluate.outputs.reports": "https://hub/artifact",
+}
+
+# `gh api` over a file of comments.
 GH = """#!{python}
 import json, os, re, sys
 from pathlib import Path
@@ -37,9 +53,9 @@ else:
 class Runner:
     """Runs jobs of a workflow in `folder`; `temp` is the job's RUNNER_TEMP, `comments` are those of pull request 7."""
 
-    def __init__(self, workflow: Path, temp: Path, expressions: dict[str, str]):
+    def __init__(self, workflow: Path, temp: Path):
         self.jobs = yaml.safe_load(workflow.read_text())["jobs"]
-        self.temp, self.expressions, self._store = temp, expressions, temp / "comments.json"
+        self.temp, self._store = temp, temp / "comments.json"
         temp.mkdir()
         programs = temp / "programs"
         programs.mkdir()
@@ -77,6 +93,6 @@ class Runner:
     def _filled(self, values: dict[str, str]) -> dict[str, str]:
         """Put in what GitHub would; an expression that is not known is a KeyError."""
         return {
-            name: re.sub(r"\$\{\{ *(.*?) *\}\}", lambda found: self.expressions[found[1]], str(value))
+            name: re.sub(r"\$\{\{ *(.*?) *\}\}", lambda found: EXPRESSIONS[found[1]], str(value))
             for name, value in values.items()
         }
