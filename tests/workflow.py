@@ -72,22 +72,21 @@ class Runner:
         self._store.write_text(json.dumps(value))
 
     def run(self, job: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
-        """Run a job's steps until one fails, and those that always run; return the first that failed, or the last."""
+        """Run a job's steps until one fails, and those that always run; return its code and what all have said."""
         given = self._filled(self.jobs[job].get("env", {}))
         common = {**environment, **given, "PATH": self.path, "RUNNER_TEMP": str(self.temp)}
         common["GITHUB_STEP_SUMMARY"] = str(self.temp / "summary.md")
         conditions = {None: True, "always()": True, "env.MODE == 'pull'": given.get("MODE") == "pull"}
-        outcome = None
+        outcome = subprocess.CompletedProcess(job, 0, "", "")
         for step in (step for step in self.jobs[job]["steps"] if "run" in step):
-            failed = outcome is not None and outcome.returncode != 0
-            if not conditions[step.get("if")] or failed and step.get("if") != "always()":
+            if not conditions[step.get("if")] or outcome.returncode and step.get("if") != "always()":
                 continue
             done = subprocess.run(
                 ["bash", "-e", "-c", step["run"]], cwd=folder, env={**common, **self._filled(step.get("env", {}))},
                 capture_output=True, text=True, timeout=900,
             )  # fmt: skip
-            outcome = outcome if failed else done
-        assert outcome is not None, "a job without a step to run"
+            outcome.returncode = outcome.returncode or done.returncode
+            outcome.stdout, outcome.stderr = outcome.stdout + done.stdout, outcome.stderr + done.stderr
         return outcome
 
     def _filled(self, values: dict[str, str]) -> dict[str, str]:
