@@ -256,7 +256,8 @@ def pulled_and_evaluated(box, folder):
         "no difference is shown" in comment
         and "Of commit abc: [the run](https://hub/me/project/actions/runs/1)" in comment
     )
-    assert re.search(r"^model +[|o-]*o[|o-]* +\d\.\d{4}$", comment, re.M) and "[all reports](https://hub/artifact)" in comment
+    assert re.search(r"^model +[|o-]*o[|o-]* +\d\.\d{4}$", comment, re.M)
+    assert "[all reports](https://hub/artifact)" in comment
     assert (runner.temp / "summary.md").read_text() in comment
 
     # Parameters that nobody has trained with: refused by name, in the same comment.
