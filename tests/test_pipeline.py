@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import yaml
 from proofs.project import ROOT, Project, sample_params
 from tests import golden
 from tests.dvc_project import flip
+from tests.workflow import MARKER, Runner
 from vlm_vqa.hashing import code_hash, imported
 from vlm_vqa.training.trainer import CURVE_COLUMNS, write_curve
 from vlm_vqa.training.validation import COLUMNS, LOSS, SCORE
@@ -140,7 +143,7 @@ def stages_run(project, *options, terminal=None):
 
 
 @pytest.mark.slow
-def test_real_pictures_through_all_stages(tmp_path, shared_data):
+def test_real_pictures_through_all_stages(tmp_path, tmp_path_factory, shared_data):
     project = Project(tmp_path, sample_params(shared_data))
     terminal = []
     assert stages_run(project, terminal=terminal) == STAGES
@@ -175,6 +178,7 @@ def test_real_pictures_through_all_stages(tmp_path, shared_data):
     assert stages_run(project) == ["train", "export", "helm-eval"]
     compared_in_the_terminal(project)
     damaged_and_repaired(project)
+    pulled_and_evaluated(project, tmp_path_factory.mktemp("ci"))
 
 
 def damaged_and_repaired(project):
@@ -208,3 +212,73 @@ def compared_in_the_terminal(project):
         assert len(lines) > 1 and max(map(len, lines)) <= 100 and "…" not in done.stdout, done.stdout + done.stderr
         assert set(columns) <= set(done.stdout.split()), done.stdout
     assert {"0.001", f"{scores['accuracy']:.5g}"} <= set(done.stdout.split())
+
+
+def pulled_and_evaluated(box, folder):
+    """A machine has trained and pushed; the workflow's own steps evaluate in a clone, train nothing, and comment once."""
+    for name in (".ci", ".gitignore", "Makefile", "pyproject.toml", "constraints.txt"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, box.folder / name)
+    git = "git -c user.name=a -c user.email=a@b.c"
+    done = box.command(
+        f"dvc remote add --default store {folder}/store && git add . && {git} commit -qm run && dvc push"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    subprocess.run(["git", "clone", "--quiet", box.folder, folder / "clone"], check=True)
+    clone = Project.at(folder / "clone")
+    shared_environment(clone.folder / ".venv")
+
+    runner = Runner(ROOT / ".github/workflows/helm-eval.yml", folder / "temp")
+    others = [{"id": 0, "user": "User", "body": MARKER}, {"id": 1, "user": "Bot", "body": f"Other {MARKER}"}]
+    runner.comments = others
+    environment = clone.environment(PYTHONPATH="src:.", DVC_SITE_CACHE_DIR=str(folder / "site"))
+
+    def evaluated():
+        """Run both jobs, in between what GitHub's actions do."""
+        shutil.rmtree(runner.temp / "comparison", ignore_errors=True)
+        outcome = runner.run("evaluate", clone.folder, environment)
+        (runner.temp / "comparison").mkdir()
+        shutil.copy(runner.temp / "comparison.md", runner.temp / "comparison")
+        commented = runner.run("comment", folder, environment)
+        assert commented.returncode == 0, commented.stdout + commented.stderr
+        assert len(runner.comments) == 3 and runner.comments[:2] == others
+        return outcome, runner.comments[2]["body"]
+
+    outcome, comment = evaluated()
+    said = outcome.stdout + outcome.stderr
+    assert outcome.returncode == 0, said[-4000:]
+    assert [name for name in STAGES if f"Running stage '{name}'" in said] == ["helm-eval"]
+    assert not (clone.folder / "models/trained").exists() and not (clone.folder / ".dvc/config.local").exists()
+    # What is evaluated there is what was evaluated here, to the last byte.
+    assert clone.command("git status --porcelain").stdout == ""
+    assert comment.startswith(f"{MARKER}\n## HELM evaluation against `HEAD~1`") and "Passed: the interval of" in comment
+    assert (
+        "no difference is shown" in comment
+        and "Of commit abc: [the run](https://hub/me/project/actions/runs/1)" in comment
+    )
+    assert re.search(r"^model +[|o-]*o[|o-]* +\d\.\d{4}$", comment, re.M)
+    assert "[all reports](https://hub/artifact)" in comment
+    assert (runner.temp / "summary.md").read_text() in comment
+
+    # Parameters that nobody has trained with: refused by name, in the same comment.
+    clone.set({"train.weight_decay": 0.5})
+    outcome, comment = evaluated()
+    assert outcome.returncode == 1 and "dvc.lock does not belong to the committed parameters" in outcome.stderr
+    assert 'train: changed deps: {"params.yaml": {"train": "modified"}}' in comment and "not run" in comment
+    # A remote that lacks a file of the export.
+    shutil.rmtree(clone.folder / "models")
+    shutil.rmtree(clone.folder / ".dvc/cache")
+    assert clone.command("git checkout params.yaml").returncode == 0
+    md5 = re.search(r"path: models/export\n +hash: md5\n +md5: (\S+)", (clone.folder / "dvc.lock").read_text())[1]
+    (folder / "store/files/md5" / md5[:2] / md5[2:]).unlink()
+    outcome, comment = evaluated()
+    assert outcome.returncode == 1 and "The DVC remote store does not have all of models/export" in comment
+    assert "`dvc push`" in comment and md5 in comment
+
+
+def shared_environment(folder):
+    """Make an environment that is the tests' own, and that `make` finds ready."""
+    folder.mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (folder / name).symlink_to(Path(sys.prefix) / name)
+    (folder / ".ready").write_text("cpu\n")

@@ -311,6 +311,7 @@ def look_at_helms_page(project, instances):
         pages = {
             place: "Instance id: id9", "#/leaderboard": "BLEU-1", "#/models": "VLM-VQA (DINOv2 + Gemma 2)",
             "#/scenarios": "short-answer question answering", "#/runs": "vqa:model=",
+            "#/leaderboard/vqa_base": "VHELM's PQEM",
         }  # fmt: skip
         seen, asked = chromium.look(project / "helm-web", address, pages, project)
     finally:
