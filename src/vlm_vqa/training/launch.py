@@ -5,6 +5,7 @@ processes becomes one. So every fact of the launch file is compared with what re
 and the optimizer were turned into with what the launch means (`check_prepared`).
 """
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -142,6 +143,8 @@ def _keep_deepspeed_on_cpu() -> None:
     which every later run waits for ever.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
+    if importlib.util.find_spec("deepspeed") is None:
+        return
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
