@@ -199,9 +199,14 @@ def named(data: Mapping[str, str] | None) -> str:
 
 
 def write(
-    name: str, claims: list[Claim], details: Mapping[str, Any], data: Mapping[str, str], folder: Path | None = None
+    name: str,
+    claims: list[Claim],
+    details: Mapping[str, Any],
+    data: Mapping[str, str],
+    folder: Path | None = None,
+    quiet: bool = False,
 ) -> None:
-    """Write `NAME.json` into a folder, by default `RESULTS`, and print the claims.
+    """Write `NAME.json` into a folder, by default `RESULTS`, and print the claims unless `quiet`.
 
     Args:
         data: what was measured with and where it is from, such as questions and `vqav2.REAL` or `vqav2.DRAWN`.
@@ -214,7 +219,8 @@ def write(
         "details": dict(details),
     }
     write_json(folder / f"{name}.json", content)
-    print(f"{named(data)}\n{table(claims)}", flush=True)
+    if not quiet:
+        print(f"{named(data)}\n{table(claims)}", flush=True)
 
 
 def table(claims: list[Claim]) -> str:
