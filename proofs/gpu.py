@@ -38,6 +38,7 @@ MARK = "gpu_checks "
 NOT_RUN, TIME = "not run", "time"
 START_SECONDS = 60
 """In which a process is to have imported everything."""
+PROGRAM = (sys.executable, "-m", "proofs.gpu_checks")
 OPTIONAL = ("bitsandbytes", "deepspeed", "datasets", "torchvision")
 """Packages of the whole environment that the checks do without, some of what they check not."""
 
@@ -115,7 +116,7 @@ class Worker:
     """A process that runs checks, seen from outside."""
 
     def __init__(self, names: Sequence[str], ends: float, tiny: bool):
-        command = [sys.executable, "-m", "proofs.gpu_checks", *names, "--until", str(ends), *([TINY] if tiny else [])]
+        command = [*PROGRAM, *names, "--until", str(ends), *([TINY] if tiny else [])]
         # A group of its own: what a check has started ends with it.
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True

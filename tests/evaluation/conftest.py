@@ -14,7 +14,7 @@ from PIL import Image
 from tests.sealing import seal_records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import Layout
-from vlm_vqa.data.records import image_features, question_features, iter_images
+from vlm_vqa.data.records import image_features, iter_images, question_features
 from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.params import HELM_INSTRUCTION, StoreDtype
 

@@ -21,7 +21,7 @@ from tests import chromium
 from tests.evaluation.second_opinion import recomputed, recomputed_difference
 from tests.sealing import seal_records
 from vlm_vqa.data.feature_store import FeatureStore
-from vlm_vqa.data.records import question_features, load_questions
+from vlm_vqa.data.records import load_questions, question_features
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation import evaluate as module
 from vlm_vqa.evaluation.bleu import mean_bleu_1
