@@ -6,7 +6,8 @@ alone and are plain tensors: bitsandbytes has no sharded operations, and needs n
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,12 +18,12 @@ from vlm_vqa.hashing import hash_json
 from vlm_vqa.model.vlm import PROJECTOR
 from vlm_vqa.params import Dtype, Optimizer, TrainParams
 
-try:
+if TYPE_CHECKING or find_spec("bitsandbytes"):
     from bitsandbytes import functional as bnb
     from bitsandbytes.optim import AdamW8bit
-except ModuleNotFoundError:
-    # `build_optimizer` says so where it is needed; torch's own AdamW is not.
-    bnb, AdamW8bit = None, torch.optim.AdamW  # ty: ignore[invalid-assignment] - a stand-in
+else:
+    # torch's own AdamW does without; `build_optimizer` says so where it is needed.
+    bnb, AdamW8bit = None, torch.optim.AdamW
 
 HISTORY = 100
 """Gradient norms remembered for each parameter."""
