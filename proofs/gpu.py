@@ -36,7 +36,7 @@ TINY = "--tiny"
 MARK = "gpu_checks "
 """Begins a line that is for us."""
 NOT_RUN, TIME = "not run", "time"
-START_SECONDS = 60
+START_SECONDS = 120
 """In which a process is to have imported everything."""
 PROGRAM = (sys.executable, "-m", "proofs.gpu_checks")
 OPTIONAL = ("bitsandbytes", "deepspeed", "datasets", "torchvision")

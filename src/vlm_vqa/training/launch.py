@@ -5,10 +5,10 @@ processes becomes one. So every fact of the launch file is compared with what re
 and the optimizer were turned into with what the launch means (`check_prepared`).
 """
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def _keep_deepspeed_on_cpu() -> None:
     which every later run waits for ever.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
-    if importlib.util.find_spec("deepspeed") is None:
+    if find_spec("deepspeed") is None:
         return
     import deepspeed
 
