@@ -101,7 +101,7 @@ def write_records(folder: Path, images: Sequence[bytes]) -> None:
     """Write images as the fetch stage stores them, in groups of a hundred."""
     folder.mkdir()
     path = folder / records.image_shard(0, 1)
-    schema = records.IMAGE_FEATURES.arrow_schema
+    schema = records.image_features().arrow_schema
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
         for start in range(0, len(images), 100):
             rows = [

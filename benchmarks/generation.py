@@ -28,7 +28,6 @@ from transformers import BitImageProcessor, Dinov2Config, PaliGemmaProcessor
 from benchmarks import measure, workload
 from benchmarks.measure import Claim, Timing
 from benchmarks.workload import TOKENIZER_LIMIT, read_questions
-from vlm_vqa.evaluation.evaluate import answer_questions
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.vlm import VlmForTraining, build_processor, initial_model, train_tokenizer
 from vlm_vqa.params import HELM_INSTRUCTION, LanguageConfig, LanguageParams, Mask, load_params
@@ -253,6 +252,9 @@ def answerer_of(shape: Shape, model: VlmForTraining, processor: PaliGemmaProcess
 
 def as_evaluation(shape: Shape, predictor: Predictor, features: Features, asked: Sequence[Question]) -> list[str]:
     """Answer as the evaluation answers a validation split."""
+    # Its scores need packages that a machine which is only timed may lack.
+    from vlm_vqa.evaluation.evaluate import answer_questions
+
     return answer_questions(predictor, features, asked, shape.batch_size, "questions")
 
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +114,13 @@ def matmul_rate(m: int, k: int, n: int, dtype: torch.dtype, seconds: float = 2.0
     run = lambda: torch.nn.functional.linear(a, b)  # noqa: E731
     run()
     synchronize()
-    start, products = time.perf_counter(), 0
+    # Enough at once that a GPU does not wait for the host.
+    start, products, at_once = time.perf_counter(), 0, 1 if device().type == "cpu" else 20
     while time.perf_counter() - start < seconds:
-        run()
+        for _ in range(at_once):
+            run()
         synchronize()
-        products += 1
+        products += at_once
     return products * 2 * m * k * n / (time.perf_counter() - start)
 
 
@@ -138,8 +140,16 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{package: version(package) for package in VERSIONS},
+        **{package: installed(package) for package in VERSIONS},
     }
+
+
+def installed(package: str) -> str | None:
+    """Return the version of an installed package, None where there is none: not every program needs each."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def parser(name: str, doc: str, package: str = "benchmarks", **counts: int) -> argparse.ArgumentParser:
@@ -189,9 +199,14 @@ def named(data: Mapping[str, str] | None) -> str:
 
 
 def write(
-    name: str, claims: list[Claim], details: Mapping[str, Any], data: Mapping[str, str], folder: Path | None = None
+    name: str,
+    claims: list[Claim],
+    details: Mapping[str, Any],
+    data: Mapping[str, str],
+    folder: Path | None = None,
+    quiet: bool = False,
 ) -> None:
-    """Write `NAME.json` into a folder, by default `RESULTS`, and print the claims.
+    """Write `NAME.json` into a folder, by default `RESULTS`, and print the claims unless `quiet`.
 
     Args:
         data: what was measured with and where it is from, such as questions and `vqav2.REAL` or `vqav2.DRAWN`.
@@ -204,7 +219,8 @@ def write(
         "details": dict(details),
     }
     write_json(folder / f"{name}.json", content)
-    print(f"{named(data)}\n{table(claims)}", flush=True)
+    if not quiet:
+        print(f"{named(data)}\n{table(claims)}", flush=True)
 
 
 def table(claims: list[Claim]) -> str:

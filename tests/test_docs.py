@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from benchmarks.__main__ import DEFAULT
-from proofs import strategies
+from proofs import gpu, strategies
 from proofs.trainings import table
 from scripts import parameters_page
 from vlm_vqa import cli
@@ -257,6 +257,17 @@ def test_full_scale_is_what_was_measured():
     assert f"{narrow:.2f} of the rate in bfloat16, {wide:.2f} in int8" in FLAT
     error = features["details"]["relative_error_of_a_token"]["int8"]["median"]
     assert f"relative error of a token {error:.1%} (median)".replace("%", " %") in FLAT
+
+
+def test_what_a_gpu_does_is_what_was_measured_or_said_to_be_unknown():
+    measured, shown = (
+        ROOT / "benchmarks/results/gpu.json",
+        [PAGES[name].lower() for name in ("README.md", "docs/gpu.md")],
+    )
+    if measured.exists():
+        assert gpu.page(results("gpu")) in PAGES["docs/gpu.md"]
+    assert {"not yet measured" in page for page in shown} == {not measured.exists()}
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGES["docs/gpu.md"], flags=re.MULTILINE)) == set(gpu.CHECKS)
 
 
 def test_what_validation_costs_is_what_preflight_says():

@@ -40,7 +40,7 @@ def read(folder, kind, split):
 def test_questions_keep_the_order_and_all_answers_of_their_file(stored, split):
     source, folder = stored
     loaded = records.load_questions(folder, split)
-    assert loaded.features == records.QUESTION_FEATURES
+    assert loaded.features == records.question_features()
     questions, annotations = read(source, "questions", split), read(source, "annotations", split)
     assert [row["question"] for row in questions] == loaded["question"]
     for question, annotation, row in zip(questions, annotations, loaded, strict=True):
@@ -75,10 +75,10 @@ def test_plain_datasets_reads_the_files(stored, tmp_path):
     _, folder = stored
     load = partial(datasets.load_dataset, "parquet", split="train", cache_dir=str(tmp_path / "cache"))
     train = load(data_files=str(folder / "questions-train.parquet"))
-    assert train.features == records.QUESTION_FEATURES
+    assert train.features == records.question_features()
     assert train.to_list() == records.load_questions(folder, "train").to_list()
     images = load(data_files=sorted(map(str, folder.glob("images-*.parquet"))))
-    assert images.features == records.IMAGE_FEATURES
+    assert images.features == records.image_features()
     for row, image in zip(images, records.iter_images(folder), strict=True):
         assert row["image"].size == (row["width"], row["height"]) == (32, 24)
         ours = open_image(image.data, image.file_name, PIXELS)

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.sealing import seal_records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import Layout
-from vlm_vqa.data.records import IMAGE_FEATURES, QUESTION_FEATURES, iter_images
+from vlm_vqa.data.records import image_features, iter_images, question_features
 from vlm_vqa.features.writer import FeatureStoreWriter, Shard
 from vlm_vqa.params import HELM_INSTRUCTION, StoreDtype
 
@@ -108,7 +108,7 @@ def records(tmp_path) -> Path:
     folder = tmp_path / "data" / "records"
     folder.mkdir(parents=True)
     for split, images, first in (("train", 4, 100), ("val", 8, 500)):
-        questions = datasets.Dataset.from_list(question_rows(images, first), features=QUESTION_FEATURES)
+        questions = datasets.Dataset.from_list(question_rows(images, first), features=question_features())
         questions.to_parquet(folder / f"questions-{split}.parquet")
     ids = [(100 + image, image % 2 == 0) for image in range(4)] + [(500 + image, image % 2 == 0) for image in range(8)]
     rows = [
@@ -116,7 +116,7 @@ def records(tmp_path) -> Path:
          "image": {"bytes": _picture(red), "path": None}}
         for image_id, red in ids
     ]  # fmt: skip
-    datasets.Dataset.from_list(rows, features=IMAGE_FEATURES).to_parquet(folder / "images-00000-of-00001.parquet")
+    datasets.Dataset.from_list(rows, features=image_features()).to_parquet(folder / "images-00000-of-00001.parquet")
     seal_records(folder, data_hash="d", splits={"val": {"answers_per_question": {"10": 16}}})
     return folder
 

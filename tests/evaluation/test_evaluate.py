@@ -21,7 +21,7 @@ from tests import chromium
 from tests.evaluation.second_opinion import recomputed, recomputed_difference
 from tests.sealing import seal_records
 from vlm_vqa.data.feature_store import FeatureStore
-from vlm_vqa.data.records import QUESTION_FEATURES, load_questions
+from vlm_vqa.data.records import load_questions, question_features
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation import evaluate as module
 from vlm_vqa.evaluation.bleu import mean_bleu_1
@@ -155,7 +155,7 @@ def test_answers_of_nothing_and_questions_seen_in_training_are_told(
     project, records, features, params, load, no_helm, caplog, monkeypatch
 ):
     Path("models/export/model.json").write_text('{"red": ""}')
-    both = datasets.Dataset.from_list(load_questions(records, "val").to_list(), features=QUESTION_FEATURES)
+    both = datasets.Dataset.from_list(load_questions(records, "val").to_list(), features=question_features())
     both.to_parquet(records / "questions-train.parquet")
     seal_records(records, data_hash="d", splits=TEN)
     monkeypatch.setattr(module, "_check_agreement", lambda *_: 1.0)
@@ -170,7 +170,7 @@ def few_answers(records, answers):
     rows = [
         row | {"answers": answers[at % len(answers)]} for at, row in enumerate(load_questions(records, "val").to_list())
     ]
-    datasets.Dataset.from_list(rows, features=QUESTION_FEATURES).to_parquet(path)
+    datasets.Dataset.from_list(rows, features=question_features()).to_parquet(path)
     counts = collections.Counter(str(len(row["answers"])) for row in rows)
     seal_records(records, data_hash="d", splits={"val": {"answers_per_question": dict(counts)}})
 

@@ -172,7 +172,7 @@ def test_one_answer_gives_the_rows_of_vqav2s_layout_with_it_ten_times(made, tmp_
     }
     fetch(replace(params, **changed), tmp_path / "official")
     same = [
-        key for key in records.QUESTION_FEATURES if key not in ("answers", "answer_confidences", "original_image_id")
+        key for key in records.question_features() if key not in ("answers", "answer_confidences", "original_image_id")
     ]
     for split in records.SPLITS:
         one, ten = made.questions(split), made.questions(split, "official")

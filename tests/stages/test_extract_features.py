@@ -75,7 +75,7 @@ def write_records(images: dict[int, bytes]) -> None:
     for image_id, data in sorted(images.items()):
         row = {"image_id": image_id, "file_name": f"{image_id}.jpg", "width": 1, "height": 1, "sha256": ""}
         rows.append({**row, "image": {"bytes": data, "path": None}})
-    table = datasets.Dataset.from_list(rows, features=records.IMAGE_FEATURES).data.table
+    table = datasets.Dataset.from_list(rows, features=records.image_features()).data.table
     pq.write_table(table, folder / "images-00000-of-00001.parquet", row_group_size=3)
     seal_records(folder, data_hash="d" * 64, images=len(images))
 

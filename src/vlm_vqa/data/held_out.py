@@ -1,17 +1,19 @@
 """Which questions validate while training, and which are trained on."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset as Records
 
 from vlm_vqa.data.records import load_questions, picture_ids
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import Params, ValidateOn
 
+if TYPE_CHECKING:
+    from datasets import Dataset as Records
 
-def divide(records: Records, params: Params, folder: Any) -> tuple[Records, Records]:
+
+def divide(records: "Records", params: Params, folder: Any) -> "tuple[Records, Records]":
     """Divide the training questions into those that are trained on and the dev part, which has images of its own.
 
     Pictures of equal bytes go the same way, whatever their ids.
@@ -30,7 +32,7 @@ def divide(records: Records, params: Params, folder: Any) -> tuple[Records, Reco
     return records.select(np.flatnonzero(~chosen)), records.select(np.flatnonzero(chosen))
 
 
-def validation_questions(params: Params, folder: Any) -> tuple[Records, Records]:
+def validation_questions(params: Params, folder: Any) -> "tuple[Records, Records]":
     """Return the questions that validate, and those of the trained ones that are measured beside them.
 
     Raises:

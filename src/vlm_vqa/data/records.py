@@ -13,16 +13,18 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.table import InMemoryTable
 
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.sealed import open_checked, read_sealed
+
+if TYPE_CHECKING:
+    # Imported where it is needed: what only counts or names records does without.
+    import datasets
 
 log = logging.getLogger(__name__)
 
@@ -32,27 +34,29 @@ SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 REPORT = "report.html"
 
-_TEXT = datasets.Value("string")
-QUESTION_FEATURES = datasets.Features(
-    dict.fromkeys(("question_id", "image_id"), datasets.Value("int64"))
-    | dict.fromkeys(("question", "question_type", "answer_type", "multiple_choice_answer"), _TEXT)
-    # One to n each, in their file's order; confidences are empty where nobody gave any.
-    | dict.fromkeys(("answers", "answer_confidences"), datasets.Sequence(_TEXT))
-    # What the source calls them, where that is no whole number or was not distinct.
-    | dict.fromkeys(("original_question_id", "original_image_id"), _TEXT)
-)
-IMAGE_FEATURES = datasets.Features(
-    {
-        "image_id": datasets.Value("int64"),
-        "file_name": datasets.Value("string"),
-        "width": datasets.Value("int32"),
-        "height": datasets.Value("int32"),
-        "sha256": datasets.Value("string"),
-        "image": datasets.Image(),
-    }
-)
-
 _REMAKE = make_again("fetch-vqav2")
+
+
+def question_features() -> "datasets.Features":
+    """Return the columns of a file of questions."""
+    from datasets import Features, Sequence, Value
+
+    return Features(
+        dict.fromkeys(("question_id", "image_id"), Value("int64"))
+        | dict.fromkeys(("question", "question_type", "answer_type", "multiple_choice_answer"), Value("string"))
+        # One to n each, in their file's order; confidences are empty where nobody gave any.
+        | dict.fromkeys(("answers", "answer_confidences"), Sequence(Value("string")))
+        # What the source calls them, where that is no whole number or was not distinct.
+        | dict.fromkeys(("original_question_id", "original_image_id"), Value("string"))
+    )
+
+
+def image_features() -> "datasets.Features":
+    """Return the columns of a file of images."""
+    from datasets import Features, Image, Value
+
+    kinds = {"image_id": "int64", "file_name": "string", "width": "int32", "height": "int32", "sha256": "string"}
+    return Features({**{name: Value(kind) for name, kind in kinds.items()}, "image": Image()})
 
 
 class ImageRecord(NamedTuple):
@@ -68,14 +72,17 @@ def questions_file(split: str) -> str:
     return f"questions-{split}.parquet"
 
 
-def load_questions(folder: str | Path, split: str, columns: list[str] | None = None) -> datasets.Dataset:
-    """Return a split's questions in memory, in the order of its questions file; columns are `QUESTION_FEATURES`, or some.
+def load_questions(folder: str | Path, split: str, columns: list[str] | None = None) -> "datasets.Dataset":
+    """Return a split's questions in memory, in the order of its questions file; columns: `question_features`, or some.
 
     Raises:
         UserError: the file is missing, damaged or of another schema.
     """
+    import datasets
+    from datasets.table import InMemoryTable
+
     path = Path(folder) / questions_file(split)
-    with _open_parquet(path, QUESTION_FEATURES, read_manifest(folder)["files"]) as file:
+    with _open_parquet(path, question_features(), read_manifest(folder)["files"]) as file:
         try:
             table = file.read(columns)
         except (OSError, pa.ArrowException) as error:
@@ -107,7 +114,7 @@ def _shards(folder: str | Path) -> Iterator[tuple[Path, pq.ParquetFile]]:
     if missing := [path.name for path in paths if not path.is_file()]:
         raise UserError(f"{folder}: the image files are not complete ({', '.join(missing)} missing). {_REMAKE}")
     for path in paths:
-        with _open_parquet(path, IMAGE_FEATURES, files) as file:
+        with _open_parquet(path, image_features(), files) as file:
             yield path, file
 
 
@@ -193,14 +200,14 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _open_parquet(path: Path, features: datasets.Features, files: dict[str, Any]) -> pq.ParquetFile:
+def _open_parquet(path: Path, features: "datasets.Features", files: dict[str, Any]) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(open_checked(path, files[path.name], _REMAKE))
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing. {_REMAKE}") from error
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_in_a_line(error)}). {_REMAKE}") from error
-    if datasets.Features.from_arrow_schema(file.schema_arrow) != features:
+    if type(features).from_arrow_schema(file.schema_arrow) != features:
         file.close()
         raise UserError(f"{path}: columns are not those of the records ({file.schema_arrow.names}). {_REMAKE}")
     return file

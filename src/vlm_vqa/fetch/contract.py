@@ -136,7 +136,7 @@ class Row(NamedTuple):
 
     where: str  # file and id, for messages
     image_name: str
-    record: dict[str, Any]  # as `records.QUESTION_FEATURES`
+    record: dict[str, Any]  # as `records.question_features`
 
 
 @dataclass

@@ -39,7 +39,7 @@ class Texts:
         self._examples: dict[str, list[tuple[int, _Row]]] = {}
 
     def add(self, row: _Row, where: str = "") -> None:
-        """Count one row of `records.QUESTION_FEATURES`; `where` it stands, for messages."""
+        """Count one row of `records.question_features`; `where` it stands, for messages."""
         # A column that came later counts only where it says something: the hash of data that lack it is as ever.
         said = {key: value for key, value in row.items() if value is not None}
         self.digest.update(json.dumps(said, sort_keys=True).encode() + b"\n")
@@ -101,7 +101,7 @@ class Images:
         self.conflicts: set[int] = set()  # ids that stand for different images
 
     def add(self, row: _Row, changes: Iterable[str], look: Look) -> None:
-        """Count one row of `records.IMAGE_FEATURES`."""
+        """Count one row of `records.image_features`."""
         self.digest.update(f"{row['image_id']} {row['sha256']}\n".encode())
         self.count += 1
         self.bytes += len(row["image"]["bytes"])

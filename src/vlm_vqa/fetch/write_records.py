@@ -165,7 +165,7 @@ def _read(
 def _store_questions(split: Split, part: Path, violations: Violations) -> Texts:
     """Write a split's questions, in their file's order, and return what they are about."""
     texts, violations.split = Texts(split), split.split
-    schema = records.QUESTION_FEATURES.arrow_schema
+    schema = records.question_features().arrow_schema
 
     def counted() -> Iterator[dict[str, Any]]:
         for where, image_name, row in tqdm(split.rows(violations), f"{split.split} questions", unit="question"):
@@ -226,7 +226,7 @@ def _check_texts(texts: list[Texts], data: DataParams, violations: Violations) -
 _Place = tuple[ImageFiles, str]  # where an image is: among which files, and by which name
 _Problems = list[tuple[ViolationKind, str]]
 _Seen = tuple[dict[str, Any], list[str], Look]
-"""An image's row of `IMAGE_FEATURES`, what was changed to see it, and how it looks."""
+"""An image's row of `image_features`, what was changed to see it, and how it looks."""
 
 
 def _wanted_images(texts: list[Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
@@ -316,7 +316,7 @@ def _most_bytes(max_pixels: int) -> int:
 
 def _write_shards(rows: Iterable[dict[str, Any]], part: Path) -> None:
     """Write image rows into files of about `_BYTES_PER_SHARD`, named when their number is known."""
-    schema = records.IMAGE_FEATURES.arrow_schema
+    schema = records.image_features().arrow_schema
     shards: list[Path] = []
     groups = _groups(rows, _IMAGES_PER_GROUP)
     for first in groups:

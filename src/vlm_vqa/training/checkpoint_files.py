@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -145,16 +146,19 @@ def nothing_but_tensors(checkpoint: Path | None) -> Generator[None]:
     Tensors, plain values and three classes of DeepSpeed's settings are read. At anything else reading stops with a
     UserError, before it: a checkpoint is data, whoever wrote it.
     """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    settings: list[Any] = []
+    if find_spec("deepspeed"):
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
 
+        settings = [LossScaler, ZeroStageEnum, fragment_address]
     # torch's own switches. The first overrules what the caller of torch.load asks for; both at once are an error.
     force, opposite = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name) for name in (force, opposite) if name in os.environ}
     os.environ[force] = "1"
     try:
-        with serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with serialization.safe_globals(settings):
             yield
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset as Records
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -18,6 +18,9 @@ from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, TooManyTokens
 from vlm_vqa.params import Answers, TooLong
 from vlm_vqa.training.launch import on_main_process
 from vlm_vqa.training.sampler import PlannedRow
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Records
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class QuestionDataset(Dataset):
 
     def __init__(
         self,
-        records: Records,
+        records: "Records",
         layout: TokenLayout,
         too_long: TooLong,
         answers: Answers = Answers.MAJORITY,

@@ -8,6 +8,7 @@ and the optimizer were turned into with what the launch means (`check_prepared`)
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,8 @@ def _keep_deepspeed_on_cpu() -> None:
     which every later run waits for ever.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
+    if find_spec("deepspeed") is None:
+        return
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

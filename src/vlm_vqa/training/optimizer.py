@@ -6,17 +6,24 @@ alone and are plain tensors: bitsandbytes has no sharded operations, and needs n
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import bitsandbytes
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.model.vlm import PROJECTOR
 from vlm_vqa.params import Dtype, Optimizer, TrainParams
+
+if TYPE_CHECKING or find_spec("bitsandbytes"):
+    from bitsandbytes import functional as bnb
+    from bitsandbytes.optim import AdamW8bit
+else:
+    # torch's own AdamW does without; `build_optimizer` says so where it is needed.
+    bnb, AdamW8bit = None, torch.optim.AdamW
 
 HISTORY = 100
 """Gradient norms remembered for each parameter."""
@@ -28,7 +35,7 @@ CHUNK = 1 << 24
 """Values of bfloat16 weights that are updated at once: what bounds the memory of their float32 copies."""
 
 
-class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
+class ClippedAdamW8bit(AdamW8bit):
     """8-bit AdamW that clips each parameter's gradient to a percentile of its own last 100 norms.
 
     bitsandbytes dropped `percentile_clipping` in 0.50, and the Trainer never forwarded it before; this is the rule of
@@ -195,8 +202,14 @@ def build_optimizer(train: TrainParams, model: nn.Module, decayed: set[str], see
     Args:
         decayed: names of the parameters that weight decay acts on.
         seed: of stochastic rounding.
+
+    Raises:
+        UserError: it is bitsandbytes', which is not installed.
     """
     groups = list(_groups(train, model, decayed))
+    if bnb is None and (train.optimizer is Optimizer.ADAMW_BNB_8BIT or train.weights_dtype is Dtype.BFLOAT16):
+        asked = f"{train.optimizer.value} on {train.weights_dtype.value} weights"
+        raise UserError(f"train.optimizer: {asked} needs bitsandbytes, which is not installed. Run `make setup`.")
     if train.optimizer is Optimizer.ADAMW_BNB_8BIT:
         return ClippedAdamW8bit(
             groups, lr=train.learning_rate, percentile_clipping=train.percentile_clipping, seed=seed

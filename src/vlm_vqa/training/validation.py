@@ -12,11 +12,10 @@ Rows are divided among the processes of a launch; each runs equally many forward
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset as Records
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -24,6 +23,9 @@ from vlm_vqa.data.records import said_answers
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, TooManyTokens
 from vlm_vqa.params import HELM_MAX_TOKENS, Mask, Params, TooLong, ValidateOn
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Records
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class Part:
     """Some questions as branches in rows, and how a model's outputs on them become figures."""
 
     def __init__(
-        self, records: Records, layout: TokenLayout, too_long: TooLong, score_of: Score, a_row: int, a_batch: int
+        self, records: "Records", layout: TokenLayout, too_long: TooLong, score_of: Score, a_row: int, a_batch: int
     ):
         """Tokenise the questions with all their answers, each of which `score_of` scores beside those of its question.
 
@@ -133,8 +135,8 @@ class Validation:
         params: Params,
         layout: TokenLayout,
         collate: Collate,
-        held: Records,
-        trained: Records,
+        held: "Records",
+        trained: "Records",
         other_image: Mapping[int, int],
         metrics: Mapping[str, Score],
         process: int = 0,
