@@ -2,8 +2,8 @@
 
 Counted as in PaLM's model FLOPs utilisation (arXiv 2204.02311, appendix B): matrix products alone, two FLOPs for a
 multiplication and its addition, and the gradients of a product twice the product. What an implementation adds does
-not count: padding, pairs of a grid that do not see each other, logits of positions without a label, rows that teach
-nothing, and what activation checkpointing computes a second time.
+not count: padding, pairs of a grid that do not see each other, logits of positions without a label and what the last layer
+makes of them but keys and values, rows that teach nothing, and what activation checkpointing computes a second time.
 """
 
 from collections.abc import Iterable
@@ -18,9 +18,10 @@ from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Mask
 FORMULA = (
     "6 x parameters of the layers' linear maps x real tokens + 4 x projector's parameters x image tokens + "
     "6 x hidden x vocabulary x supervised tokens + "
-    "12 x heads x head width x layers x (query, key) pairs that see each other"
+    "12 x heads x head width x layers x (query, key) pairs that see each other; "
+    "in the last layer, of tokens that are not supervised, keys and values alone"
 )
-"""With trained embeddings; see `cost` for frozen ones."""
+"""With all weights trained; see `cost` for others."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Work:
     """Tokens to predict."""
     pairs: int
     """(query, key) pairs where the query sees the key."""
+    supervised_pairs: int
+    """Those of supervised queries."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Cost:
     image_token: int
     supervised: int
     pair: int
+    supervised_pair: int
 
     def flops(self, work: Work) -> int:
         """Return the model FLOPs of `work`."""
