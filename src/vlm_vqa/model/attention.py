@@ -15,12 +15,14 @@ Shapes: B rows, S tokens of the longest row, P tokens of a prefix, R = S - P, N 
 padding), X = N - B P, H query heads, G query heads a key head, C head width, Q queries, K keys.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_vqa.model.layout import PREFIX_SEGMENT, additive_mask, visible
@@ -28,6 +30,8 @@ from vlm_vqa.params import Attention
 
 ROW_ATTENTION = "vlm_vqa_rows"
 """Name under which transformers knows `row_attention`."""
+RECOMPUTES = "recomputes_scores"
+"""Attribute of an attention module that keeps no scores for the backward pass; see `train.attention_checkpointing`."""
 IMPLEMENTATION = {Attention.EAGER: ROW_ATTENTION, Attention.FLEX: "flex_attention"}
 
 
@@ -158,7 +162,10 @@ def row_attention(
     mask = attention_mask if rows is None else rows
     assert mask is not None, "transformers has lost the mask"
     if isinstance(mask, PackedRows):
-        return mask.attend(query, key, value, **options), None
+        attend = functools.partial(mask.attend, **options)
+        if getattr(module, RECOMPUTES, False):
+            return checkpoint(attend, query, key, value, use_reentrant=False), None
+        return attend(query, key, value), None
     return _attend(query, key, value, mask, **options), None
 
 

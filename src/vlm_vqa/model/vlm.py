@@ -36,7 +36,7 @@ from transformers import (
 from vlm_vqa.errors import UserError
 from vlm_vqa.hf_hub import SETTINGS, WANTED, download_snapshot
 from vlm_vqa.model import checkpoint
-from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
+from vlm_vqa.model.attention import IMPLEMENTATION, RECOMPUTES, PackedRows, packed_mask
 from vlm_vqa.model.last_layer import Asked, narrow
 from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, ModelParams
@@ -321,6 +321,12 @@ def set_attention(model: PaliGemmaForConditionalGeneration, attention: Attention
     # transformers falls back to another one where it thinks a class cannot do it.
     used = {layer.self_attn.config._attn_implementation for layer in model.model.language_model.layers}
     assert used == {IMPLEMENTATION[attention]}, f"layers attend by {used}, not by {attention.value}"
+
+
+def recompute_scores(model: VlmForTraining) -> None:
+    """Compute eager attention once more in the backward pass, so that its scores, the largest tensors, are not kept."""
+    for layer in model.model.language_model.layers:
+        setattr(layer.self_attn, RECOMPUTES, True)
 
 
 def freeze_embeddings(model: VlmForTraining) -> None:
