@@ -10,7 +10,15 @@ from transformers import PaliGemmaConfig
 from tests.tiny_model import tiny_base
 from vlm_vqa.model.adapters import add_adapters
 from vlm_vqa.model.layout import Row, rows_of, visible
-from vlm_vqa.model.vlm import VlmForTraining, initial_model, set_attention, text_hidden, text_logits
+from vlm_vqa.model.vlm import (
+    VlmForTraining,
+    initial_model,
+    recompute_scores,
+    set_attention,
+    set_dropout,
+    text_hidden,
+    text_logits,
+)
 from vlm_vqa.params import PROJECTIONS, Attention, LoraParams, Mask
 
 ASKED = [
@@ -179,6 +187,18 @@ def test_the_last_layer_at_supervised_positions_gives_the_whole_ones_loss_and_gr
     assert relative(gradient, whole_gradient) < 1e-6
     torch.testing.assert_close(logits, whole_logits)
     assert set(seen[: len(seen) // 2]) == {len(logits)} and min(seen[len(seen) // 2 :]) > 5 * len(logits) / 2
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_recomputed_scores_change_nothing(tiny, features, mask):
+    """With dropout: what is dropped is dropped again."""
+    plain, again, results = tiny_base(tiny), tiny_base(tiny), []
+    recompute_scores(again)
+    for model in (plain, again):
+        set_dropout(model, 0.2)
+        torch.manual_seed(3)
+        results.append(run(tiny, model, features, rows(tiny, mask=mask), mask))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][2], results[1][2])
 
 
 @pytest.mark.parametrize("mask", MASKS)
