@@ -323,10 +323,10 @@ def set_attention(model: PaliGemmaForConditionalGeneration, attention: Attention
     assert used == {IMPLEMENTATION[attention]}, f"layers attend by {used}, not by {attention.value}"
 
 
-def recompute_scores(model: VlmForTraining) -> None:
+def recompute_scores(model: VlmForTraining, on: bool = True) -> None:
     """Compute eager attention once more in the backward pass, so that its scores, the largest tensors, are not kept."""
     for layer in model.model.language_model.layers:
-        setattr(layer.self_attn, RECOMPUTES, True)
+        setattr(layer.self_attn, RECOMPUTES, on)
 
 
 def freeze_embeddings(model: VlmForTraining) -> None:
