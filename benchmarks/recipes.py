@@ -4,8 +4,8 @@
     dynamic             the same, padded to the longest row of the micro-batch, as nanoVLM and LLaVA do
     supervised_logits   the same as reference, logits at supervised positions only
     dynamic_supervised  both
-    ours                `VlmForTraining`: the questions of an image share a row, no padding, supervised logits, the last layer
-                        at supervised positions
+    ours                `VlmForTraining`: the questions of an image share a row, no padding, logits and the last layer at
+                        supervised positions only
     whole_last_layer    the same, the last layer at all positions
     recomputed_scores   ours, attention's scores computed a second time in the backward pass
     recomputed_layers   ours, all layers computed a second time there

@@ -167,7 +167,9 @@ def large_shape(
         "dynamic": "the micro-batch of median width timed, times the positions of all over its own",
         "ours": "all micro-batches timed",
         "extrapolation": "a round's step with the fewest layers and that round's one layer for each of the others",
-        "spread": {one.what: (one.high - one.low) / one.ratio for one in large_claims(timings, shape.num_hidden_layers)},
+        "spread": {
+            one.what: (one.high - one.low) / one.ratio for one in large_claims(timings, shape.num_hidden_layers)
+        },
         "share_of_the_machine": share_details,
     }
     return large_claims(timings, shape.num_hidden_layers) + shares, details

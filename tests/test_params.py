@@ -227,7 +227,10 @@ def test_flex_attention_with_dropout_is_refused(values):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optimizer_in_backward": True, "max_grad_norm": 0.5}, "optimizer_in_backward is true, but train.max_grad_norm is 0.5"),
+        (
+            {"optimizer_in_backward": True, "max_grad_norm": 0.5},
+            "optimizer_in_backward is true, but train.max_grad_norm is 0.5",
+        ),
         (
             {"optimizer_in_backward": True, "max_grad_norm": 0, "gradient_accumulation_steps": 2},
             "optimizer_in_backward is true, but train.gradient_accumulation_steps is 2",

@@ -649,16 +649,18 @@ class TrainParams(Section):
                 )
             case "optimizer_in_backward" if value and (passes := above.get("gradient_accumulation_steps", 1)) > 1:
                 return (
-                    f"is true, but train.gradient_accumulation_steps is {passes}: a weight cannot be updated before all of a "
-                    "step's passes have added to its gradient. Set that to 1, or this to false."
+                    f"is true, but train.gradient_accumulation_steps is {passes}: a weight cannot be updated before all "
+                    "passes of a step have added to its gradient. Set that to 1, or this to false."
                 )
             case "optimizer_in_backward" if value and (norm := above.get("max_grad_norm")):
                 return (
-                    f"is true, but train.max_grad_norm is {norm:g}: the norm of all gradients is not known before the last of "
-                    "them is there. Set that to 0, or this to false."
+                    f"is true, but train.max_grad_norm is {norm:g}: the norm of all gradients is not known before the last "
+                    "of them is there. Set that to 0, or this to false."
                 )
             case "attention_checkpointing" if value and above.get("gradient_checkpointing"):
-                return "is true, but train.gradient_checkpointing is, too, which recomputes all. Set one of them to false."
+                return (
+                    "is true, but train.gradient_checkpointing is, too, which recomputes all. Set one of them to false."
+                )
             case "attention_checkpointing" if value and above.get("attention") is Attention.FLEX:
                 return "is true, but train.attention is flex_attention, which keeps no scores. Set this to false."
             case "rounding" if value is Rounding.STOCHASTIC and weights is Dtype.FLOAT32:

@@ -91,7 +91,9 @@ def test_model_flops_follow_torchs_own_count(candidates, workload):
         ours.run()
     counted = counter.get_flop_counts()["Global"]
     linear = counted[torch.ops.aten.mm] + counted[torch.ops.aten.addmm]
-    pairs, last_pairs = (sum(count(workload.layout, row) for row in workload.rows) for count in (visible_pairs, supervised_pairs))
+    pairs, last_pairs = (
+        sum(count(workload.layout, row) for row in workload.rows) for count in (visible_pairs, supervised_pairs)
+    )
     attention = 12 * TINY.num_attention_heads * TINY.head_dim * ((TINY.num_hidden_layers - 1) * pairs + last_pairs)
     assert training_step.model_flops(TINY, VOCABULARY, workload, workload.rows) == linear + attention
     assert attention <= counted[torch.ops.aten.bmm]

@@ -117,7 +117,9 @@ MODES = {
     "dropout": {"dropout": 0.1},
     "recomputed scores": {"attention_checkpointing": True},
     "autocast, dropout and recomputed scores": {
-        "compute_dtype": "bfloat16", "dropout": 0.1, "attention_checkpointing": True,
+        "compute_dtype": "bfloat16",
+        "dropout": 0.1,
+        "attention_checkpointing": True,
     },
     "autocast and dropout": {"compute_dtype": "bfloat16", "dropout": 0.1},
 }

@@ -169,9 +169,7 @@ def checkpointed(tiny):
 
 
 def one_layer(tiny):
-    language = dataclasses.replace(
-        tiny.language, config=dataclasses.replace(tiny.language.config, num_hidden_layers=1)
-    )
+    language = dataclasses.replace(tiny.language, config=dataclasses.replace(tiny.language.config, num_hidden_layers=1))
     return initial_model(language, tiny.encoder_config, tiny.processor, seed=2)
 
 
@@ -179,7 +177,9 @@ def one_layer(tiny):
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_last_layer_at_supervised_positions_gives_the_whole_ones_loss_and_gradients(tiny, features, mask, build):
     model, seen = build(tiny), []
-    model.model.language_model.layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0][0])))
+    model.model.language_model.layers[-1].mlp.register_forward_pre_hook(
+        lambda _, inputs: seen.append(len(inputs[0][0]))
+    )
     loss, logits, gradient = run(tiny, model, features, rows(tiny, mask=mask), mask)
     model.narrow_last_layer = False
     whole_loss, whole_logits, whole_gradient = run(tiny, model, features, rows(tiny, mask=mask), mask)

@@ -76,7 +76,9 @@ def test_the_whole_formula_is_torchs_count_where_all_see_all(tiny):
     assert price.flops(work) == sum(counted.values()) - beside
 
 
-@pytest.mark.parametrize("lora", [None, LoraParams(rank=3, alpha=1.0, dropout=0.0, targets=("q_proj", "v_proj", "up_proj"))])
+@pytest.mark.parametrize(
+    "lora", [None, LoraParams(rank=3, alpha=1.0, dropout=0.0, targets=("q_proj", "v_proj", "up_proj"))]
+)
 def test_adapters_and_a_last_layer_of_all_positions_are_what_torch_counts(tiny, lora):
     layout = tiny.layout("image-prefix")
     rows, model = make_rows(layout), copy.deepcopy(tiny.training)

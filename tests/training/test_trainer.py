@@ -191,7 +191,9 @@ def test_updates_in_the_backward_pass_are_the_steps_own(make, options):
     at_end.trainer = early
     early.add_callback(at_end)
     for parameter in (parameters := [one for one in early.model.parameters() if one.requires_grad]):
-        parameter.register_post_accumulate_grad_hook(lambda _: graded.append(sum(p.grad is not None for p in parameters)))
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: graded.append(sum(p.grad is not None for p in parameters))
+        )
     usual.train()
     early.train()
     assert early.state.global_step == 21 and early.facts["updates"] == "in the backward pass"

@@ -134,7 +134,9 @@ class Step:
         common = asked * 8 * shape.hidden_size + (tokens + asked) * 2 * size * shape.head_dim
         layers = tokens * shape.hidden_size * size * shape.num_hidden_layers
         if not self.train.gradient_checkpointing:
-            layers = (shape.num_hidden_layers - 1) * self.layer_activations(one) + self.layer_activations(one, last=True)
+            layers = (shape.num_hidden_layers - 1) * self.layer_activations(one) + self.layer_activations(
+                one, last=True
+            )
         return layers + common + one.work.image_tokens * self.model.features * 4
 
     def layer_backward(self, one: Batch) -> int:

@@ -130,9 +130,7 @@ def _block_mask(
         same_row = (row[query] == row[key]) & ((segment[key] == PREFIX_SEGMENT) | (segment[key] == segment[query]))
         return same_row & ((position[key] <= position[query]) | (block[query] & block[key]))
 
-    return create_block_mask(
-        sees, B=None, H=None, Q_LEN=len(queries), KV_LEN=len(places_N), device=places_N.device
-    )
+    return create_block_mask(sees, B=None, H=None, Q_LEN=len(queries), KV_LEN=len(places_N), device=places_N.device)
 
 
 def row_attention(
