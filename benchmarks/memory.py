@@ -2,7 +2,8 @@
 
     python -m benchmarks.memory
 
-Two layers of Gemma 2 2B's shape, of which ours computes the last at supervised positions only, with vocabulary 256,000, float32, optimizer apart:
+Two layers of Gemma 2 2B's shape, the last of which ours computes at supervised positions only, with vocabulary 256,000,
+float32, optimizer apart:
 
     step         the reference's first two of ten equal micro-batches (the second adds to gradients), all of ours
     frozen step  the same with the token embedding, which is the output head too, frozen

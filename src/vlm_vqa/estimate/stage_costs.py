@@ -107,8 +107,8 @@ def _train(
     layers = cost(model.language, 0, 0)
     layers = layers if train.gradient_checkpointing else replace(layers, token=0, supervised=0)
     again = layers.flops(work) // 3 * (train.gradient_checkpointing or train.attention_checkpointing)
-    trained = {"frozen_embeddings": model.freeze_embeddings, "lora": model.lora}
-    flops = cost(model.language, model.vocabulary, model.features, **trained).flops(work)
+    sizes = model.language, model.vocabulary, model.features
+    flops = cost(*sizes, frozen_embeddings=model.freeze_embeddings, lora=model.lora).flops(work)
     hours = machine.hours(flops + again, train.compute_dtype, launch.processes)
     facts: dict[str, Any] = {"strategy": launch.strategy.value, "processes": launch.processes, "steps": batches.steps}
     facts |= {"questions_a_step": batches.questions_a_step, "questions_a_row": round(batches.questions_a_row, 2)}

@@ -37,6 +37,8 @@ def narrow(layer: nn.Module) -> None:
 
 
 class _Layer(nn.Module):
+    input_layernorm: nn.Module
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -56,6 +58,15 @@ class _Layer(nn.Module):
 
 
 class _Attention(nn.Module):
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    config: Any
+    head_dim: int
+    scaling: float
+    attention_dropout: float
+
     def forward(
         self,
         hidden_states: Tensor,

@@ -104,8 +104,8 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
         asked = supervised.new_zeros(1) if flex and not len(supervised) else supervised
         shape = {"closed_prefix": closed, "dtype": embeds_1ND.dtype}
         mask, narrow_mask = packed_mask(attention, prefix_places, rest_places, *grid, asked, **shape)
-        options = {"asked": Asked(asked, narrow_mask)} if self.narrow_last_layer else {}
-        hidden_ND = _run_layers(self, embeds_1ND, mask, position_ids.flatten()[places_N][None], **options)[0]
+        last = Asked(asked, narrow_mask) if self.narrow_last_layer else None
+        hidden_ND = _run_layers(self, embeds_1ND, mask, position_ids.flatten()[places_N][None], asked=last)[0]
         # Only supervised positions pass through the last layer, and through the output head, which is wide.
         hidden_MD = hidden_ND[: len(supervised)] if self.narrow_last_layer else hidden_ND[supervised]
         assert not self.narrow_last_layer or len(hidden_ND) == len(asked), "the last layer is not narrowed"
@@ -170,20 +170,21 @@ def _run_layers(
     mask: Tensor | PackedRows | BlockMask,
     position_ids: Tensor,
     cache: Cache | None = None,
-    **options: Any,
+    asked: Asked | None = None,
 ) -> Tensor:
-    """Run Gemma 2 on embeddings [B, S, D] and return its last hidden states, alike."""
+    """Run Gemma 2 on embeddings [B, S, D] and return its last hidden states, alike, or of what is `asked` for."""
     masks: dict[str, Any] = {"attention_mask": {"full_attention": mask, "sliding_attention": mask}}
     if language_of(model.config).model_type == "gemma":
         # It hands on what transformers knows as a mask, and any other argument.
         masks = {"rows": mask} if isinstance(mask, PackedRows) else {"attention_mask": mask}
+    if asked is not None:
+        masks["asked"] = asked
     return model.model.language_model(
         inputs_embeds=embeds,
         **masks,
         position_ids=position_ids,
         past_key_values=cache,
         use_cache=cache is not None,
-        **options,
     ).last_hidden_state
 
 

@@ -183,7 +183,7 @@ class InBackward:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, step: Callable[[], int]):
-        """Take groups as `build_optimizer` makes them, of the parameters that get gradients; `step` tells this one's number."""
+        """Take groups as `build_optimizer` makes them, of what gets gradients; `step` tells which one this is."""
         self._norms: dict[Tensor, Tensor] = {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
