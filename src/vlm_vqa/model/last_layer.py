@@ -33,7 +33,7 @@ class Asked:
 def narrow(layer: nn.Module) -> None:
     """Let a decoder layer of Gemma 2, or of a Gemma, take `asked`; the names of its class and of its weights stay."""
     for module, part in ((layer, _Layer), (layer.self_attn, _Attention)):
-        module.__class__ = type(type(module).__name__, (part, type(module)), {})  # ty: ignore[invalid-assignment]
+        module.__class__ = type(type(module).__name__, (part, type(module)), {})
 
 
 class _Layer(nn.Module):
