@@ -4,7 +4,11 @@
     dynamic             the same, padded to the longest row of the micro-batch, as nanoVLM and LLaVA do
     supervised_logits   the same as reference, logits at supervised positions only
     dynamic_supervised  both
-    ours                `VlmForTraining`: the questions of an image share a row, no padding, supervised logits
+    ours                `VlmForTraining`: the questions of an image share a row, no padding, logits and the last layer at
+                        supervised positions only
+    whole_last_layer    the same, the last layer at all positions
+    recomputed_scores   ours, attention's scores computed a second time in the backward pass
+    recomputed_layers   ours, all layers computed a second time there
 
 All use the image-prefix mask; for the stock class that is `token_type_ids` 0 at image tokens and 1 at text. The stock class
 has a module in place of its vision tower that hands the given features on. Every loss is the sum over supervised tokens,
@@ -16,6 +20,7 @@ Shapes: B rows, S tokens of a row, D hidden width.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -28,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from benchmarks import measure
 from benchmarks.workload import Workload
 from vlm_vqa.model.layout import IGNORED, QuestionTokens, Row, TokenLayout
-from vlm_vqa.model.vlm import VlmForTraining, initial_model, text_logits
+from vlm_vqa.model.vlm import VlmForTraining, initial_model, recompute_scores, text_logits
 from vlm_vqa.params import LanguageConfig, LanguageParams
 from vlm_vqa.training.sampler import divide
 
@@ -54,17 +59,46 @@ class Recipe:
     loss: Callable[[dict[str, Tensor]], Tensor]
     dtype: torch.dtype = torch.float32
     """bfloat16 computes by autocast."""
+    switch: Callable[[bool], None] = lambda on: None
+    """Switches on, and off again, what the model is to do otherwise than by itself."""
 
     def run(self, batches: Sequence[MicroBatch] | None = None) -> float:
         """Leave the gradients of `batches` (by default the whole step) in the parameters; return the loss."""
         self.model.zero_grad(set_to_none=True)
         total = 0.0
         for batch in self.batches if batches is None else batches:
-            with torch.autocast(measure.device().type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            with self.forward():
                 loss = self.loss(batch.inputs)
             loss.backward()
             total += loss.item()
         return total
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Switch on what a forward pass is to run with."""
+        self.switch(True)
+        with torch.autocast(measure.device().type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            yield
+        self.switch(False)
+
+    def first_layer(self, batches: Sequence[MicroBatch]) -> Callable[[], None]:
+        """Return what computes the first layer alone, forward and backward, on what it is given of these batches."""
+        layer: Any = self.model.get_submodule("model.language_model.layers.0")
+        given: list[tuple[Any, Any]] = []
+        handle = layer.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
+        with torch.no_grad(), self.forward():
+            for batch in batches:
+                self.loss(batch.inputs)
+        handle.remove()
+
+        def run() -> None:
+            layer.zero_grad(set_to_none=True)
+            for (hidden,), options in given:
+                with self.forward():
+                    made = layer(hidden.detach().requires_grad_(), **options)
+                made.backward(torch.ones_like(made))
+
+        return run
 
     @property
     def positions(self) -> int:
@@ -152,6 +186,25 @@ def ours(model: VlmForTraining, workload: Workload, tokens: int | None = None, *
     ]
     supervised = workload.supervised
     return Recipe(model, batches, lambda inputs: model(**inputs, num_items_in_batch=supervised)["loss"], **options)
+
+
+def whole_last_layer(model: VlmForTraining, workload: Workload, **options: Any) -> Recipe:
+    """Ours with a last layer that computes all positions."""
+    return ours(model, workload, switch=lambda on: setattr(model, "narrow_last_layer", not on), **options)
+
+
+def recomputed_scores(model: VlmForTraining, workload: Workload, **options: Any) -> Recipe:
+    """Ours with train.attention_checkpointing."""
+    return ours(model, workload, switch=lambda on: recompute_scores(model, on), **options)
+
+
+def recomputed_layers(model: VlmForTraining, workload: Workload, **options: Any) -> Recipe:
+    """Ours with train.gradient_checkpointing."""
+
+    def switch(on: bool) -> None:
+        (model.gradient_checkpointing_enable if on else model.gradient_checkpointing_disable)()
+
+    return ours(model, workload, switch=switch, **options)
 
 
 def pack(workload: Workload, tokens: int | None = None) -> list[list[Row]]:

@@ -1,20 +1,21 @@
 """How fast an optimizer step's loss and gradients come, against the reference recipe and against the machine.
 
-    python -m benchmarks.training_step [--dtype bfloat16] [--rounds 3] [--rounds-deepest 2]
+    python -m benchmarks.training_step [--dtype bfloat16] [--rounds 7] [--rounds-deepest 3]
 
 The same 60 questions are computed by each recipe of `benchmarks.recipes`, optimizer apart, in turn:
 
     small shape           all recipes, the whole step; before that all must give the same loss and the same gradients
-    Gemma 2 2B's layers   reference, dynamic and ours with 1, 2 and 4 layers (the deepest in rounds of its own number) and
-                          vocabulary 256,000; a line through these is drawn on to 26 layers
+    Gemma 2 2B's layers   reference and ours, and ours as variants, with 2 and 4 layers and vocabulary 256,000; in the rounds
+                          with 2 layers also one layer alone, of which 24 more make the figures at 26 layers
     share of the machine  model FLOP/s of one of our micro-batches over the rate of the same matrix products alone
 
-About 35 minutes on 2 quiet cores, 28 with `--rounds 2`; 18 GiB of memory.
+A round computes all that a ratio needs, one after another, and its spread is that of the rounds. About 40 minutes on 2 quiet
+cores; 18 GiB of memory. `--rounds 1 --rounds-deepest 1` shows that it works.
 """
 
 import gc
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -35,8 +36,9 @@ from vlm_vqa.params import LanguageConfig
 # Gemma 2 2B's proportions but for the head width: 8 query and 4 key heads, MLP 4 times as wide.
 SMALL, SMALL_VOCABULARY = LanguageConfig(512, 2048, 4, 8, 4, 64), 32_000
 GEMMA_2B, GEMMA_VOCABULARY = LanguageConfig(2304, 9216, 26, 8, 4, 256), 256_000
-DEPTHS = (1, 2, 4)
-DYNAMIC_DEPTHS = (1, 2)
+DEPTHS = (2, 4)
+LAYER = "one layer, "
+"""Before the name of a recipe whose first layer is timed alone."""
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 """Relative, in float32."""
 PROBE_TOKENS = 128
@@ -47,14 +49,16 @@ SMALL_CLAIMS = {
     "supervised logits alone": ("reference", "supervised_logits", None),
     "padding to the longest alone": ("reference", "dynamic", None),
     "supervised logits and padding to the longest": ("reference", "dynamic_supervised", None),
-    "sharing and packing on top of both": ("dynamic_supervised", "ours", None),
+    "sharing and packing on top of both": ("dynamic_supervised", "whole_last_layer", None),
+    "the last layer at supervised positions": ("whole_last_layer", "ours", None),
+    "attention's scores recomputed, not all layers": ("recomputed_layers", "recomputed_scores", None),
 }
 """What is claimed, the slower recipe, the faster one, and how many times faster it is to be."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `training_step.json`."""
-    parser = measure.parser("training_step", __doc__, rounds=3, rounds_deepest=2)
+    parser = measure.parser("training_step", __doc__, rounds=7, rounds_deepest=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: by autocast")
     options = measure.parse(parser, arguments)
     dtype = getattr(torch, options.dtype)
@@ -98,9 +102,13 @@ def all_recipes(model: VlmForTraining, workload: Workload, dtype: torch.dtype) -
     """Return every recipe over the parameters of `model`, reference first."""
     stock = recipes.stock_model(model)
     ways = (recipes.reference, recipes.dynamic, recipes.supervised_logits, recipes.dynamic_supervised)
-    return {way.__name__: way(stock, workload, dtype=dtype) for way in ways} | {
-        "ours": recipes.ours(model, workload, dtype=dtype)
-    }
+    return {way.__name__: way(stock, workload, dtype=dtype) for way in ways} | variants(model, workload, dtype)
+
+
+def variants(model: VlmForTraining, workload: Workload, dtype: torch.dtype) -> dict[str, Recipe]:
+    """Return our own recipes."""
+    ways = (recipes.ours, recipes.whole_last_layer, recipes.recomputed_scores, recipes.recomputed_layers)
+    return {way.__name__: way(model, workload, dtype=dtype) for way in ways}
 
 
 def check_agreement(candidates: Mapping[str, Recipe]) -> dict[str, float]:
@@ -145,7 +153,7 @@ def large_shape(
         few = replace(shape, num_hidden_layers=depth)
         print(named(few, vocabulary), flush=True)
         model = recipes.build_model(few, vocabulary, workload)
-        timings[depth] = time_depth(model, workload, number, depth in DYNAMIC_DEPTHS, dtype)
+        timings[depth] = time_depth(model, workload, number, depth == min(rounds), dtype)
         if depth == max(rounds):
             # The deepest is nearest to the real model, where the embedding's dense gradient is a small part of the work.
             shares, share_details = machine_share(model, few, vocabulary, workload, number)
@@ -158,76 +166,78 @@ def large_shape(
         "reference": "one micro-batch timed, times the positions of all over its own: its ten are of one shape",
         "dynamic": "the micro-batch of median width timed, times the positions of all over its own",
         "ours": "all micro-batches timed",
-        "extrapolation": "least-squares line over the layers, of the medians; the spread is that of single rounds",
+        "extrapolation": "a round's step with the fewest layers and that round's one layer for each of the others",
+        "spread": {
+            one.what: (one.high - one.low) / one.ratio for one in large_claims(timings, shape.num_hidden_layers)
+        },
         "share_of_the_machine": share_details,
     }
     return large_claims(timings, shape.num_hidden_layers) + shares, details
 
 
 def large_claims(timings: Mapping[int, Mapping[str, Timing]], layers: int) -> list[Claim]:
-    """Claim the measured ratios and those extrapolated to `layers`."""
-    timed_once = "reference: 1 of 10 equal micro-batches timed"
-    claims = [
-        measure.claim(f"2B shape, {count(depth)}: whole step", of["reference"], of["ours"], note=timed_once)
-        for depth, of in timings.items()
-    ]
-    claims.append(
-        extrapolated_claim(f"2B shape, {layers} layers: whole step", "reference", timings, layers, target=5.0)
-    )
-    padded = {depth: of for depth, of in timings.items() if "dynamic" in of}
-    deepest = padded[max(padded)]
-    what = "against padding to the longest, full logits"
-    claims.append(measure.claim(f"2B shape, {count(max(padded))}: {what}", deepest["dynamic"], deepest["ours"]))
-    claims.append(extrapolated_claim(f"2B shape, {layers} layers: {what}", "dynamic", padded, layers))
-    return claims
+    """Claim the measured ratios and those at `layers`."""
+    pairs = {
+        "whole step": ("reference", "ours", 8.5),
+        "the last layer at supervised positions": ("whole_last_layer", "ours", None),
+        "attention's scores recomputed, not all layers": ("recomputed_layers", "recomputed_scores", None),
+        "what recomputed scores cost": ("recomputed_scores", "ours", None),
+        "against padding to the longest, full logits": ("dynamic", "ours", None),
+    }
+    made = []
+    for what, (slow, fast, target) in pairs.items():
+        for depth, of in timings.items():
+            if slow in of:
+                made.append(measure.claim(f"2B shape, {count(depth)}: {what}", of[slow], of[fast]))
+        many = (at_depth(timings, name, layers) for name in (slow, fast))
+        made.append(measure.claim(f"2B shape, {layers} layers: {what}", *many, target=target, note="extrapolated"))
+    return made
+
+
+def at_depth(timings: Mapping[int, Mapping[str, Timing]], name: str, layers: int) -> Timing:
+    """Return what a step with `layers` takes in each round: that with the fewest, and one more layer for each other."""
+    fewest = min(timings)
+    of = timings[fewest]
+    each = zip(of[name].seconds, of[f"{LAYER}{name}"].seconds, strict=True)
+    return Timing(tuple(step + (layers - fewest) * layer for step, layer in each))
 
 
 def time_depth(
-    model: VlmForTraining, workload: Workload, rounds: int, with_dynamic: bool, dtype: torch.dtype
+    model: VlmForTraining, workload: Workload, rounds: int, with_layers: bool, dtype: torch.dtype
 ) -> dict[str, Timing]:
-    """Return the seconds of a whole step by each recipe; those of the stock class from one micro-batch."""
+    """Return the seconds of a whole step by each recipe; those of the stock class from one micro-batch.
+
+    Args:
+        with_layers: time the first layer of each alone, too, and padding to the longest.
+    """
     stock = recipes.stock_model(model)
     candidates = {"reference": recipes.reference(stock, workload, dtype=dtype)}
-    if with_dynamic:
+    if with_layers:
         candidates["dynamic"] = recipes.dynamic(stock, workload, dtype=dtype)
-    candidates["ours"] = recipes.ours(model, workload, dtype=dtype)
-    timed = {name: [median_batch(one)] for name, one in candidates.items()} | {"ours": candidates["ours"].batches}
+    timed = {name: [median_batch(one)] for name, one in candidates.items()}
+    factor = {name: one.positions / timed[name][0].positions for name, one in candidates.items()}
+    mine = variants(model, workload, dtype)
+    candidates |= mine
+    timed |= {name: one.batches for name, one in mine.items()}
+    runs: dict[str, Callable[[], object]] = {name: partial(one.run, timed[name]) for name, one in candidates.items()}
+    if with_layers:
+        runs |= {f"{LAYER}{name}": one.first_layer(timed[name]) for name, one in candidates.items()}
+        # It is the same as that of ours, and so is its noise.
+        del runs[f"{LAYER}whole_last_layer"]
     # Enough to warm up: the products are large, and a whole round of the reference takes minutes.
     candidates["ours"].run(timed["ours"][-1:])
-    timings = measure.alternate(
-        {name: partial(one.run, timed[name]) for name, one in candidates.items()}, rounds, warm_up=0
-    )
-    factor = {name: one.positions / sum(part.positions for part in timed[name]) for name, one in candidates.items()}
-    return {name: Timing(tuple(one * factor[name] for one in timing.seconds)) for name, timing in timings.items()}
+    timings = measure.alternate(runs, rounds, warm_up=0)
+    if with_layers:
+        timings[f"{LAYER}whole_last_layer"] = timings[f"{LAYER}ours"]
+    return {
+        name: Timing(tuple(one * factor.get(name.removeprefix(LAYER), 1.0) for one in timing.seconds))
+        for name, timing in timings.items()
+    }
 
 
 def median_batch(recipe: Recipe) -> MicroBatch:
     """Return the recipe's micro-batch with the median number of positions."""
     return sorted(recipe.batches, key=lambda batch: batch.positions)[len(recipe.batches) // 2]
-
-
-def extrapolate(seconds: Mapping[int, float], layers: int) -> float:
-    """Draw the least-squares line through seconds by layers on to `layers`."""
-    slope, intercept = np.polyfit(list(seconds), list(seconds.values()), 1)
-    return float(slope * layers + intercept)
-
-
-def extrapolated_claim(
-    what: str, slow: str, timings: Mapping[int, Mapping[str, Timing]], layers: int, target: float | None = None
-) -> Claim:
-    """Claim how many times faster than `slow` ours is at `layers`: of the medians, with the spread of single rounds."""
-
-    def ratio(pick) -> float:
-        both = ({depth: pick(of[name]) for depth, of in timings.items()} for name in (slow, "ours"))
-        one, other = (extrapolate(seconds, layers) for seconds in both)
-        return one / other
-
-    of_medians = ratio(lambda timing: timing.median)
-    # Only rounds that every depth has.
-    rounds = min(len(of["ours"].seconds) for of in timings.values())
-    ratios = [of_medians, *(ratio(lambda timing, number=number: timing.seconds[number]) for number in range(rounds))]
-    note = "extrapolated from " + ", ".join(str(depth) for depth in timings)
-    return Claim(what, of_medians, min(ratios), max(ratios), target, note=note)
 
 
 def machine_share(
@@ -270,7 +280,9 @@ def model_flops(shape: LanguageConfig, vocabulary: int, workload: Workload, rows
 
 def products(shape: LanguageConfig, vocabulary: int, tokens: int, supervised: int) -> dict[tuple[int, int, int], int]:
     """Return how often each product [m, k] @ [k, n] occurs: the linear maps' outputs, input and weight gradients."""
-    maps = [(tokens, *one) for one in linear_maps(shape)] * shape.num_hidden_layers
+    maps = [(tokens, *one) for one in linear_maps(shape)] * (shape.num_hidden_layers - 1)
+    # Of the last layer only keys and values are of all tokens.
+    maps += [(tokens if place in (1, 2) else supervised, *one) for place, one in enumerate(linear_maps(shape))]
     counts: dict[tuple[int, int, int], int] = {}
     for m, k, n in [*maps, (supervised, shape.hidden_size, vocabulary)]:
         for product in ((m, k, n), (m, n, k), (n, m, k)):

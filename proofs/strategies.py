@@ -62,13 +62,18 @@ class Case:
     lora: LoraParams | None = None
     phased: bool = False
     """Projector and embedding have rates of their own, and the projector alone is trained for the first third."""
+    in_backward: bool = False
+    """Weights are updated in the backward pass, and attention's scores computed a second time there; nothing is clipped to a
+    global norm."""
     spoilt: bool = False
     """The last process reads other images: what the comparison must notice."""
 
     def runs_under(self, name: str) -> bool:
-        """Whether a launch can do it: ZeRO hides the norms that clipping needs, and one process has no other."""
+        """Whether a launch can do it: ZeRO hides the norms that clipping needs, it and DDP add gradients up in buckets, and
+        one process has no other."""
         clipped = self.percentile_clipping != 100 and "zero" in name
-        return not clipped and (not self.spoilt or name == "cpu-ddp")
+        in_buckets = self.in_backward and name not in (ONE, "cpu-fsdp2", "cpu-fsdp2-uneven")
+        return not clipped and not in_buckets and (not self.spoilt or name == "cpu-ddp")
 
 
 CASES = (
@@ -86,6 +91,14 @@ CASES = (
         optimizer=Optimizer.ADAMW_BNB_8BIT,
         percentile_clipping=95,
         phased=True,
+    ),
+    Case("updates in the backward pass", in_backward=True),
+    Case(
+        "updates in the backward pass, phase, 8 bits, clipped",
+        optimizer=Optimizer.ADAMW_BNB_8BIT,
+        percentile_clipping=95,
+        phased=True,
+        in_backward=True,
     ),
     Case("one process misled", spoilt=True),
 )
@@ -139,6 +152,9 @@ def _trainer(
         questions_per_row=per_row,
         dataloader_workers=0,
         save_steps=10**9,
+        max_grad_norm=0.0 if case.in_backward else params.train.max_grad_norm,
+        optimizer_in_backward=case.in_backward,
+        attention_checkpointing=case.in_backward,
         **(apart if case.phased else {}),
     )
     running = launch.start(train, folder)

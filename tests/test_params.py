@@ -224,6 +224,43 @@ def test_flex_attention_with_dropout_is_refused(values):
         parse_params(values)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"optimizer_in_backward": True, "max_grad_norm": 0.5},
+            "optimizer_in_backward is true, but train.max_grad_norm is 0.5",
+        ),
+        (
+            {"optimizer_in_backward": True, "max_grad_norm": 0, "gradient_accumulation_steps": 2},
+            "optimizer_in_backward is true, but train.gradient_accumulation_steps is 2",
+        ),
+        (
+            {"attention_checkpointing": True, "gradient_checkpointing": True},
+            "attention_checkpointing is true, but train.gradient_checkpointing is, too",
+        ),
+        (
+            {"attention_checkpointing": True, "attention": "flex_attention"},
+            "attention_checkpointing is true, but train.attention is flex_attention",
+        ),
+    ],
+)
+def test_what_saves_memory_is_refused_where_it_cannot(values, changes, words):
+    for key, value in changes.items():
+        put(values, f"train.{key}", value)
+    with pytest.raises(UserError, match=f"train.{words}"):
+        parse_params(values)
+
+
+def test_what_saves_memory_changes_the_hash_only_where_it_is_asked_for(values):
+    before = parse_params(values).training_hash()
+    for key in ("optimizer_in_backward", "attention_checkpointing"):
+        values["train"].pop(key, None)
+        assert parse_params(values).training_hash() == before
+    put(values, "train.attention_checkpointing", True)
+    assert parse_params(values).training_hash() != before
+
+
 def test_a_missing_key_is_refused_by_name(values):
     del values["train"]["dropout"], values["data"]["source"]
     with pytest.raises(UserError, match="missing key data.source.*\n.*missing key train.dropout"):

@@ -116,21 +116,26 @@ def _strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
 
 def check_params(train: TrainParams, strategy: Strategy) -> None:
     """Refuse, by UserError, parameters that a strategy would drop."""
+    zero, ddp = strategy.deepspeed, strategy is Strategy.DDP
     refused = {
         "percentile_clipping": (
-            train.percentile_clipping not in (0, 100),
+            zero and train.percentile_clipping not in (0, 100),
             "joins all parameters into pieces that hide each parameter's norm. Set it to 100 (off), or use DDP or FSDP2.",
         ),
         "weights_dtype": (
-            train.weights_dtype is not Dtype.FLOAT32,
+            zero and train.weights_dtype is not Dtype.FLOAT32,
             "keeps float32 weights of its own. Set it to float32, or use DDP or FSDP2.",
         ),
         "restart_optimizer": (
-            train.restart_optimizer,
+            zero and train.restart_optimizer,
             "cannot do that. Set it to false, or delete the folder below checkpoints/ to start again.",
         ),
+        "optimizer_in_backward": (
+            (zero or ddp) and train.optimizer_in_backward,
+            "adds the gradients of all processes up in buckets of its own. Set it to false, or use FSDP2 or one process.",
+        ),
     }
-    for key, (wrong, why) in refused.items() if strategy.deepspeed else ():
+    for key, (wrong, why) in refused.items():
         if wrong:
             value = str(getattr(train, key)).lower()
             raise UserError(f"train.{key} is {value}, but {strategy.value} (train.launch {train.launch}) {why}")

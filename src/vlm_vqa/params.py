@@ -588,8 +588,11 @@ class TrainParams(Section):
     """How the learning rate falls to 0 after warm-up; `constant_with_warmup` keeps it."""
     warmup_ratio: Share
     """Share of all optimizer steps over which the learning rate rises from 0."""
-    max_grad_norm: Annotated[float, Range(1e30)]
-    """Global gradient norm is clipped to this."""
+    max_grad_norm: Annotated[float, Range(1e30, least=0)]
+    """Global gradient norm is clipped to this; 0 is off."""
+    optimizer_in_backward: Truth = False
+    """Update each weight in the backward pass, as soon as its gradient is there, which is freed at once: the memory of all
+    gradients is saved. Wants one pass a step, no clipping to a global norm, and one process or FSDP2."""
     num_train_epochs: Count
     """Times that each training question is seen."""
     compute_dtype: Wide
@@ -601,6 +604,9 @@ class TrainParams(Section):
     down by chance, in proportion, they move on average as float32 weights do."""
     gradient_checkpointing: Truth
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    attention_checkpointing: Truth = False
+    """Recompute in the backward pass attention's scores alone, which are most of the activations that long rows leave and
+    little of the work. For `attention: eager`; flex_attention keeps none."""
     logging_steps: Count
     """Optimizer steps between log lines and points of the loss curve."""
     save_steps: Count
@@ -641,6 +647,22 @@ class TrainParams(Section):
                     "is bfloat16, but train.compute_dtype is float32: set that to bfloat16, train.rounding to stochastic. "
                     "Or set both the other way round, to compute in 16 bits over float32 weights."
                 )
+            case "optimizer_in_backward" if value and (passes := above.get("gradient_accumulation_steps", 1)) > 1:
+                return (
+                    f"is true, but train.gradient_accumulation_steps is {passes}: a weight cannot be updated before all "
+                    "passes of a step have added to its gradient. Set that to 1, or this to false."
+                )
+            case "optimizer_in_backward" if value and (norm := above.get("max_grad_norm")):
+                return (
+                    f"is true, but train.max_grad_norm is {norm:g}: the norm of all gradients is not known before the last "
+                    "of them is there. Set that to 0, or this to false."
+                )
+            case "attention_checkpointing" if value and above.get("gradient_checkpointing"):
+                return (
+                    "is true, but train.gradient_checkpointing is, too, which recomputes all. Set one of them to false."
+                )
+            case "attention_checkpointing" if value and above.get("attention") is Attention.FLEX:
+                return "is true, but train.attention is flex_attention, which keeps no scores. Set this to false."
             case "rounding" if value is Rounding.STOCHASTIC and weights is Dtype.FLOAT32:
                 return "is stochastic, but train.weights_dtype is float32; set it to nearest."
             case "rounding" if value is Rounding.NEAREST and weights is Dtype.BFLOAT16:
@@ -772,8 +794,9 @@ def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
     whole = {"model": ModelParams(), "validation": ValidationParams(), "export": ExportParams()}
     off = {key: json.loads(json.dumps(asdict(value, dict_factory=_as_written))) for key, value in whole.items()}
     kept = {key: value for key, value in sections.items() if key not in off or value != off[key]}
-    later = {
-        "train": {"projector_learning_rate": None, "embedding_learning_rate": None, "projector_steps": 0},
+    later: dict[str, dict[str, Any]] = {
+        "train": {"projector_learning_rate": None, "embedding_learning_rate": None, "projector_steps": 0}
+        | dict.fromkeys(("optimizer_in_backward", "attention_checkpointing"), False),
         "evaluation": {"gate": Gate.ACCURACY},
     }
     for name in later.keys() & kept.keys():

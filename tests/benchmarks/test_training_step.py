@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import memory, recipes, training_step
 from benchmarks.measure import Timing
 from benchmarks.workload import TRAIN_IMAGES, TRAIN_QUESTIONS, draw_step, questions_per_image, read_questions
-from vlm_vqa.model.flops import visible_pairs
+from vlm_vqa.model.flops import supervised_pairs, visible_pairs
 from vlm_vqa.model.layout import IGNORED, TokenLayout, visible
 from vlm_vqa.params import LanguageConfig
 
@@ -91,8 +91,10 @@ def test_model_flops_follow_torchs_own_count(candidates, workload):
         ours.run()
     counted = counter.get_flop_counts()["Global"]
     linear = counted[torch.ops.aten.mm] + counted[torch.ops.aten.addmm]
-    pairs = sum(visible_pairs(workload.layout, row) for row in workload.rows)
-    attention = 12 * TINY.num_attention_heads * TINY.head_dim * TINY.num_hidden_layers * pairs
+    pairs, last_pairs = (
+        sum(count(workload.layout, row) for row in workload.rows) for count in (visible_pairs, supervised_pairs)
+    )
+    attention = 12 * TINY.num_attention_heads * TINY.head_dim * ((TINY.num_hidden_layers - 1) * pairs + last_pairs)
     assert training_step.model_flops(TINY, VOCABULARY, workload, workload.rows) == linear + attention
     assert attention <= counted[torch.ops.aten.bmm]
 
@@ -101,32 +103,42 @@ def test_products_hold_all_linear_flops(workload):
     tokens, supervised = 100, 7
     listed = training_step.products(TINY, VOCABULARY, tokens, supervised)
     flops = sum(2 * m * k * n * count for (m, k, n), count in listed.items())
-    layers = 6 * tokens * sum(one * other for one, other in training_step.linear_maps(TINY)) * TINY.num_hidden_layers
+    maps = [one * other for one, other in training_step.linear_maps(TINY)]
+    keys = maps[1] + maps[2]
+    layers = 6 * tokens * ((TINY.num_hidden_layers - 1) * sum(maps) + keys) + 6 * supervised * (sum(maps) - keys)
     assert flops == layers + 6 * TINY.hidden_size * VOCABULARY * supervised
 
 
-def test_extrapolation():
-    """5 + 3 a layer against 1 + 1 a layer: at 26 layers 83 against 27."""
-    assert training_step.extrapolate({1: 8, 2: 11, 4: 17}, 26) == pytest.approx(83)
+def test_many_layers_are_a_rounds_step_and_its_one_layer():
+    """5 + 3 a layer against 1 + 1 a layer: at 26 layers 83 against 27; a round that is slow is slow in all that it times."""
+    rounds = (1.0, 2.0, 1.0)
     timings = {
-        depth: {"slow": Timing((5.0 + 3 * depth,) * 3), "ours": Timing((1.0 + depth, 1.0 + 2 * depth, 1.0 + depth))}
-        for depth in (1, 2, 4)
-    }
-    timings[4] = {name: Timing(timing.seconds[:2]) for name, timing in timings[4].items()}
-    timings[4]["ours"] = Timing((5.0, 9.0))
-    claim = training_step.extrapolated_claim("x", "slow", timings, 26, target=5.0)
-    # Medians of ours: 2, 3 and 7.
-    assert claim.ratio == pytest.approx(83 / training_step.extrapolate({1: 2, 2: 3, 4: 7}, 26))
-    assert claim.low == pytest.approx(83 / 53) and claim.high == pytest.approx(83 / 27)
-    assert claim.met is False
+        2: {"slow": Timing(tuple(11 * one for one in rounds)), "ours": Timing(tuple(3 * one for one in rounds)),
+            f"{training_step.LAYER}slow": Timing(tuple(3 * one for one in rounds)),
+            f"{training_step.LAYER}ours": Timing(rounds)},
+        4: {"slow": Timing((17.0,)), "ours": Timing((5.0,))},
+    }  # fmt: skip
+    assert training_step.at_depth(timings, "slow", 26).seconds == (83, 166, 83)
+    assert training_step.at_depth(timings, "ours", 26).seconds == (27, 54, 27)
+
+
+def test_a_layer_alone_is_the_models_own(candidates):
+    """Its gradients are what the whole model's step gives it where the same comes back to it."""
+    ours, given = candidates["ours"], []
+    layer = ours.model.model.language_model.layers[0]
+    handle = layer.register_forward_hook(lambda *_: given.append(1))
+    ours.first_layer(ours.batches)()
+    handle.remove()
+    assert len(given) == 2 * len(ours.batches)
+    assert all(weight.grad is not None for weight in layer.parameters())
 
 
 def test_small_shape_on_a_tiny_one(workload):
     claims, details = training_step.small_shape(workload, TINY, VOCABULARY, 1, torch.float32)
-    assert [claim.target for claim in claims] == [8.0, None, None, None, None]
+    assert [claim.target for claim in claims] == [8.0] + [None] * 6
     seconds = details["seconds"]
     assert claims[0].ratio == pytest.approx(seconds["reference"][0] / seconds["ours"][0])
-    assert claims[-1].ratio == pytest.approx(seconds["dynamic_supervised"][0] / seconds["ours"][0])
+    assert claims[5].ratio == pytest.approx(seconds["whole_last_layer"][0] / seconds["ours"][0])
 
 
 def test_large_shape_on_a_tiny_one(workload, monkeypatch):
@@ -135,12 +147,11 @@ def test_large_shape_on_a_tiny_one(workload, monkeypatch):
         training_step.measure, "matmul_rate", lambda *shape, **_: 1e9 if torch.float32 in shape else 1e8
     )
     shape = replace(TINY, num_hidden_layers=26)
-    claims, details = training_step.large_shape(workload, shape, VOCABULARY, {1: 2, 2: 1}, torch.float32)
-    assert [claim.what.split(":")[0] for claim in claims] == [
-        "2B shape, 1 layer", "2B shape, 2 layers", "2B shape, 26 layers", "2B shape, 2 layers", "2B shape, 26 layers",
-        "2B shape, 2 layers",
-    ]  # fmt: skip
-    assert [claim.target for claim in claims] == [None, None, 5.0, None, None, 0.6]
+    claims, details = training_step.large_shape(workload, shape, VOCABULARY, {2: 2, 3: 1}, torch.float32)
+    depths = [claim.what.split(":")[0].removeprefix("2B shape, ") for claim in claims]
+    assert depths == ["2 layers", "3 layers", "26 layers"] * 4 + ["2 layers", "26 layers", "3 layers"]
+    assert [claim.target for claim in claims if claim.target] == [8.5, 0.6]
+    assert claims[2].low <= claims[2].ratio <= claims[2].high and claims[2].what in details["spread"]
     share = details["share_of_the_machine"]
     assert share["float32"]["machine_flop_per_second"] == pytest.approx(1e9)
     assert share["bfloat16"]["step"].startswith("not measured")

@@ -10,7 +10,7 @@ from vlm_vqa.estimate.questions import Batch
 from vlm_vqa.estimate.shapes import Model, model_of
 from vlm_vqa.model.flops import Work, rows_work
 from vlm_vqa.model.layout import Row
-from vlm_vqa.model.vlm import freeze_embeddings, initial_model, set_dropout
+from vlm_vqa.model.vlm import freeze_embeddings, initial_model, recompute_scores, set_dropout
 from vlm_vqa.params import Mask
 from vlm_vqa.training import optimizer as training_optimizer
 from vlm_vqa.training.launch import Strategy
@@ -82,12 +82,15 @@ class Saved:
         return sum(size for size, _ in self.kept.values())
 
 
-def forward(tiny, train_params, mask, changes, layers):
+def forward(tiny, train_params, mask, changes, layers, narrow=True):
     """Run a real forward pass; return the bytes that autograd kept, the step and the pass that predict them."""
     train = train_params(freeze_embeddings=True, **changes)
     config = dataclasses.replace(tiny.language.config, num_hidden_layers=layers)
     real = initial_model(dataclasses.replace(tiny.language, config=config), tiny.encoder_config, tiny.processor, seed=0)
     set_dropout(real, train.dropout)
+    real.narrow_last_layer = narrow
+    if train.attention_checkpointing:
+        recompute_scores(real)
     freeze_embeddings(real)
     if train.weights_dtype.value == "bfloat16":
         real.to(torch.bfloat16)
@@ -112,6 +115,12 @@ MODES = {
     "autocast": {"compute_dtype": "bfloat16"},
     "bfloat16": NARROW,
     "dropout": {"dropout": 0.1},
+    "recomputed scores": {"attention_checkpointing": True},
+    "autocast, dropout and recomputed scores": {
+        "compute_dtype": "bfloat16",
+        "dropout": 0.1,
+        "attention_checkpointing": True,
+    },
     "autocast and dropout": {"compute_dtype": "bfloat16", "dropout": 0.1},
 }
 
@@ -123,6 +132,20 @@ def test_a_layers_activations_are_what_autograd_keeps(tiny, train_params, mask, 
     two, _, _ = forward(tiny, train_params, mask, MODES[mode], 2)
     three, step, one = forward(tiny, train_params, mask, MODES[mode], 3)
     assert three - two == step.layer_activations(one)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mask", [mask.value for mask in Mask])
+def test_the_last_layer_keeps_less_as_predicted(tiny, train_params, mask, mode):
+    whole, _, _ = forward(tiny, train_params, mask, MODES[mode], 2, narrow=False)
+    narrow, step, one = forward(tiny, train_params, mask, MODES[mode], 2)
+    shape, tokens, asked = step.model.language, one.work.tokens, one.work.supervised
+    # The last norm is of fewer tokens, too; their angles come beside those of all.
+    angles = 2 * asked * shape.head_dim * (2 if MODES[mode].get("weights_dtype") else 4)
+    norm = (tokens - asked) * (8 * shape.hidden_size + 4)
+    predicted = step.layer_activations(one) - step.layer_activations(one, last=True) + norm - angles
+    # To the byte, but for the tokens' places.
+    assert predicted - (whole - narrow) in (0, 8 * asked)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -165,7 +188,7 @@ def test_what_the_strategies_divide(reference_step):
 
 
 def test_only_autocast_copies_weights(reference_step):
-    batch = Batch(Work(1000, 900, 5, 10_000), 4, 0, 280)
+    batch = Batch(Work(1000, 900, 5, 10_000, 50), 4, 0, 280)
     copied = {"16-bit weights": 2 * 26 * 77_856_768, "16-bit output head": 2 * 257_153 * 2304}
     for strategy, processes, changes in (
         (Strategy.SINGLE, 1, {}),

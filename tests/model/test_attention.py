@@ -1,11 +1,25 @@
 """Packed rows: the loss and gradients of one row per question, no leaks between questions, and no padding computed."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
+from transformers import PaliGemmaConfig
 
+from tests.tiny_model import tiny_base
+from vlm_vqa.model.adapters import add_adapters
 from vlm_vqa.model.layout import Row, rows_of, visible
-from vlm_vqa.model.vlm import set_attention, text_hidden, text_logits
-from vlm_vqa.params import Attention, Mask
+from vlm_vqa.model.vlm import (
+    VlmForTraining,
+    initial_model,
+    recompute_scores,
+    set_attention,
+    set_dropout,
+    text_hidden,
+    text_logits,
+)
+from vlm_vqa.params import PROJECTIONS, Attention, LoraParams, Mask
 
 ASKED = [
     (0, "What color is the shape?", "red"),
@@ -130,18 +144,75 @@ def test_gradient_checkpointing_changes_nothing(tiny, model, features, mask):
     torch.testing.assert_close(again[2], plain[2])
 
 
-@pytest.mark.slow  # compiles
+def with_adapters(tiny):
+    model = tiny_base(tiny)
+    add_adapters(model, LoraParams(rank=4, alpha=8.0, dropout=0.0, targets=PROJECTIONS))
+    # peft's own begin with zeros, which hide half of the gradients.
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def gemma(tiny):
+    config = copy.deepcopy(tiny.training.config).to_dict()
+    config["text_config"] = {**config["text_config"], "model_type": "gemma"}
+    model = VlmForTraining._from_config(PaliGemmaConfig.from_dict(config), attn_implementation="eager")
+    set_attention(model, Attention.EAGER)
+    return model.train()
+
+
+def checkpointed(tiny):
+    model = tiny_base(tiny)
+    model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def one_layer(tiny):
+    language = dataclasses.replace(tiny.language, config=dataclasses.replace(tiny.language.config, num_hidden_layers=1))
+    return initial_model(language, tiny.encoder_config, tiny.processor, seed=2)
+
+
+@pytest.mark.parametrize("build", [tiny_base, checkpointed, with_adapters, gemma, one_layer])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_last_layer_at_supervised_positions_gives_the_whole_ones_loss_and_gradients(tiny, features, mask, build):
+    model, seen = build(tiny), []
+    model.model.language_model.layers[-1].mlp.register_forward_pre_hook(
+        lambda _, inputs: seen.append(len(inputs[0][0]))
+    )
+    loss, logits, gradient = run(tiny, model, features, rows(tiny, mask=mask), mask)
+    model.narrow_last_layer = False
+    whole_loss, whole_logits, whole_gradient = run(tiny, model, features, rows(tiny, mask=mask), mask)
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    assert relative(gradient, whole_gradient) < 1e-6
+    torch.testing.assert_close(logits, whole_logits)
+    assert set(seen[: len(seen) // 2]) == {len(logits)} and min(seen[len(seen) // 2 :]) > 5 * len(logits) / 2
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_recomputed_scores_change_nothing(tiny, features, mask):
+    """With dropout: what is dropped is dropped again."""
+    plain, again, results = tiny_base(tiny), tiny_base(tiny), []
+    recompute_scores(again)
+    for model in (plain, again):
+        set_dropout(model, 0.2)
+        torch.manual_seed(3)
+        results.append(run(tiny, model, features, rows(tiny, mask=mask), mask))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][2], results[1][2])
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_flex_attention_equals_eager(tiny, model, features, mask):
-    """Forward only: torch has no backward of flex attention on CPUs."""
+    """Forward only: torch has no backward of flex attention on CPUs; and what it compiles there for a second shape does not
+    build (torch 2.14.1), so it runs as torch defines it."""
     model.eval()
-    # What it compiles for a second shape does not build on CPUs (torch 2.14.1).
-    torch.compiler.reset()
     batch = tiny.layout(mask).collate(rows(tiny, mask=mask))
     images = features[[row.image_id for row in rows(tiny, mask=mask)]]
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         eager = model(images, **batch)["logits"]
         set_attention(model, Attention.FLEX)
         flex = model(images, **batch)["logits"]
+        nothing = model(images[:1], **tiny.layout(mask).collate([Row(1, ())]))
     torch.testing.assert_close(flex, eager, rtol=1e-4, atol=1e-5)
     assert not torch.equal(flex, eager), "the same bits: flex attention did not run"
+    assert len(nothing["logits"]) == 0

@@ -86,6 +86,15 @@ def test_what_zero_would_drop_is_refused_by_name(changes, words):
     check_params(train, Strategy.FSDP2)
 
 
+def test_updates_in_the_backward_pass_are_refused_where_gradients_are_added_up_in_buckets():
+    train = dataclasses.replace(TRAIN, optimizer_in_backward=True, max_grad_norm=0.0)
+    for strategy in (Strategy.DDP, Strategy.ZERO2, Strategy.ZERO3):
+        with pytest.raises(UserError, match=f"train.optimizer_in_backward is true, but {strategy.value} .*buckets"):
+            check_params(train, strategy)
+    for strategy in (Strategy.SINGLE, Strategy.FSDP2):
+        check_params(train, strategy)
+
+
 # --- what started ----------------------------------------------------------------------------------------------------
 
 

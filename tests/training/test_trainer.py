@@ -141,6 +141,7 @@ def test_a_run_repeats_itself_and_another_seed_does_not(make):
             },
         ),
         (5, {"optimizer": Optimizer.ADAMW_TORCH, "questions_per_row": 1, "dropout": 0.1}),
+        (3, {"optimizer_in_backward": True, "max_grad_norm": 0.0, "attention_checkpointing": True, "dropout": 0.1}),
     ],
 )
 def test_an_interrupted_run_goes_on(make, tmp_path, stop, options):
@@ -165,6 +166,49 @@ def test_an_interrupted_run_goes_on(make, tmp_path, stop, options):
     resumed.run()
     assert resumed.state.global_step == straight.state.global_step == 6
     torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
+
+
+BFLOAT16 = {"weights_dtype": Dtype.BFLOAT16, "compute_dtype": Dtype.BFLOAT16, "rounding": Rounding.STOCHASTIC}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": Optimizer.ADAMW_TORCH, "projector_steps": 2, "projector_learning_rate": 3e-2},
+        {"optimizer": Optimizer.ADAMW_BNB_8BIT, "percentile_clipping": 50, "embedding_learning_rate": 2e-3},
+        {"optimizer": Optimizer.ADAMW_TORCH, **BFLOAT16},
+        {"lora": LoraParams(rank=2, alpha=4.0, dropout=0.0, targets=("q_proj",)), "freeze_embeddings": True},
+    ],
+    ids=["torch", "8 bits", "bfloat16", "lora"],
+)
+def test_updates_in_the_backward_pass_are_the_steps_own(make, options):
+    """To the bit, after 21 steps; and no two gradients are there at once."""
+    usual, early = (
+        make(name, num_train_epochs=7, max_grad_norm=0.0, optimizer_in_backward=name == "early", **options)
+        for name in ("usual", "early")
+    )
+    graded, at_end = [], Watch()
+    at_end.trainer = early
+    early.add_callback(at_end)
+    for parameter in (parameters := [one for one in early.model.parameters() if one.requires_grad]):
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: graded.append(sum(p.grad is not None for p in parameters))
+        )
+    usual.train()
+    early.train()
+    assert early.state.global_step == 21 and early.facts["updates"] == "in the backward pass"
+    assert hash_weights(trained_state(early.model)) == hash_weights(trained_state(usual.model))
+    assert set(graded) == {1} and at_end.graded == [set()] * 21
+    norms = [[entry["grad_norm"] for entry in one.state.log_history if "loss" in entry] for one in (early, usual)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2 if "weights_dtype" in options else 1e-5)
+
+
+def test_a_gradient_that_is_no_number_stops_updates_in_the_backward_pass(make):
+    trainer = make(max_grad_norm=0.0, optimizer_in_backward=True)
+    with torch.no_grad():
+        next(iter(trainer.model.model.language_model.layers)).mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="step 1: loss is not a number"):
+        trainer.train()
 
 
 def test_workers_change_nothing(make):
@@ -278,7 +322,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **_):
         graded = {name: [p.grad for p in part if p.grad is not None] for name, part in self.parts(self.trainer).items()}
         self.graded.append({name for name, gradients in graded.items() if gradients})
-        self.norms.append(torch.cat([one.flatten() for part in graded.values() for one in part]).norm().item())
+        self.norms.append(sum(one.norm() ** 2 for part in graded.values() for one in part) ** 0.5)
 
     def on_step_end(self, args, state, control, **_):
         self.note()

@@ -69,7 +69,12 @@ class Step:
     def gradients(self) -> Parts:
         """Gradients, and DDP's copy of them; FSDP2 divides them among ranks after every batch."""
         copied = self.model.trained * self.weight * (self.strategy is Strategy.DDP)
-        return {"gradients": self.held(self.updated()) * self.kept, "DDP's buckets": copied}
+        held = self.largest() if self.train.optimizer_in_backward else self.held(self.updated())
+        return {"gradients": held * self.kept, "DDP's buckets": copied}
+
+    def largest(self) -> int:
+        """Count the elements of the largest parameter that a rank updates."""
+        return max(self.held([one]) for one in self.updated())
 
     def gathered(self) -> Parts:
         """What a rank holds of the others' weights and gradients while it computes."""
@@ -87,36 +92,58 @@ class Step:
             found["gathered weights"] = live * self.seen
         return found
 
-    def layer_activations(self, one: Batch) -> int:
-        """Bytes that autograd keeps of a layer; exact for plain weights (tests/estimate/test_memory.py), else a bound."""
-        shape, tokens, size = self.model.language, one.work.tokens, self.compute
-        width, inner = shape.hidden_size, shape.intermediate_size
+    def layer_activations(self, one: Batch, last: bool = False) -> int:
+        """Bytes that autograd keeps of a layer; exact for plain weights (tests/estimate/test_memory.py), else a bound.
+
+        Of the last one keys and values are of all tokens, the rest is of supervised ones.
+        """
+        shape, size, every = self.model.language, self.compute, one.work.tokens
+        width, inner, asked = shape.hidden_size, shape.intermediate_size, one.work.supervised if last else every
         queries, keys = (heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads))
-        # Each of 4 norms computes in float32 and keeps its input, its output before the weight, and a scale a token.
-        norms = 4 * (tokens * (2 * 4 * width + 4) + 4 * width)
+        # Each of 4 norms computes in float32 and keeps its input, its output before the weight, and a scale a token; the
+        # last layer's first is of all tokens, too.
+        norms = sum(count * (2 * 4 * width + 4) + 4 * width for count in [asked] * 4 + [every] * last)
         # Autocast casts for each of queries, keys, values, gate, up anew.
-        linear = tokens * size * ((5 if self.autocast else 2) * width + queries + 4 * inner)
+        linear = asked * size * ((3 if self.autocast else 2) * width + queries + 4 * inner)
+        linear += every * size * (2 if self.autocast else last) * width
         # Rotation by float32 angles makes float32 of queries and keys, which stay whole where only some are spread out.
-        spread = tokens * ((4 if self.autocast else size) * (queries + keys) + size * keys)
-        grids = size * one.rows * (one.width * queries + 2 * (one.width + one.prefix) * keys)
+        spread = (4 if self.autocast else size) * (asked * queries + every * keys) + every * size * keys
+        scores = 0 if self.train.attention_checkpointing else self.attention_activations(one, last)
+        return norms + linear + spread + scores
+
+    def attention_activations(self, one: Batch, last: bool = False) -> int:
+        """What of them is grids of queries, keys and values, and their scores."""
+        shape, size = self.model.language, self.compute
+        queries, keys = (heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads))
+        # In the last layer no prefix attends to itself.
+        asking, again = (one.width - one.prefix, 0) if last else (one.width, one.prefix)
+        grids = size * one.rows * (asking * queries + 2 * (one.width + again) * keys)
         if self.train.attention is Attention.FLEX:
-            return norms + linear + spread + grids
+            return grids
         # Of scores: tanh, float32 softmax, and the weights where they are of another type.
         dropped = 0 if self.train.dropout == 0 else (1 if self.gpu else size) + (size if size == 4 else 0)
-        return norms + linear + spread + grids + one.pairs * shape.num_attention_heads * (8 + dropped)
+        pairs = one.rows * asking * one.width if last else one.pairs
+        return grids + pairs * shape.num_attention_heads * (8 + dropped)
 
     def activations(self, one: Batch) -> int:
         """What the forward pass leaves for the backward pass."""
         shape, tokens = self.model.language, one.work.tokens
         size = 4 if self.autocast or self.weight == self.compute == 4 else 2
-        common = tokens * (8 * shape.hidden_size + 2 * size * shape.head_dim)
-        each = tokens * shape.hidden_size * size if self.train.gradient_checkpointing else self.layer_activations(one)
-        return shape.num_hidden_layers * each + common + one.work.image_tokens * self.model.features * 4
+        # The last norm, and the angles of positions.
+        asked = one.work.supervised
+        common = asked * 8 * shape.hidden_size + (tokens + asked) * 2 * size * shape.head_dim
+        layers = tokens * shape.hidden_size * size * shape.num_hidden_layers
+        if not self.train.gradient_checkpointing:
+            layers = (shape.num_hidden_layers - 1) * self.layer_activations(one) + self.layer_activations(
+                one, last=True
+            )
+        return layers + common + one.work.image_tokens * self.model.features * 4
 
     def layer_backward(self, one: Batch) -> int:
         """What the backward pass through a layer adds: its gradients, and activations if they are computed again."""
         shape, size, recomputes = self.model.language, self.compute, self.train.gradient_checkpointing
         again = self.layer_activations(one) if recomputes else 0
+        again += self.attention_activations(one) if self.train.attention_checkpointing else 0
         mlp = one.work.tokens * (3 * shape.intermediate_size * size + 6 * 4 * shape.hidden_size)
         attention = one.pairs * shape.num_attention_heads * (8 + 2 * size) * (self.train.attention is Attention.EAGER)
         matrix = shape.hidden_size * shape.intermediate_size * (size + self.weight * (self.autocast or size == 4))
@@ -129,14 +156,13 @@ class Step:
 
     def update(self) -> int:
         """Temporary copies of the optimizer."""
-        parts, eight = self.updated(), self.train.optimizer is Optimizer.ADAMW_BNB_8BIT
-        largest = max(self.held([one]) for one in parts)
+        eight, largest = self.train.optimizer is Optimizer.ADAMW_BNB_8BIT, self.largest()
         if self.weight == 2:
             # Weights, gradient, moments, denominator, random bits; a CPU's 8-bit states are unpacked beside them.
             return min(CHUNK, largest) * (20 if self.gpu else 28)
         if self.gpu and not self.strategy.deepspeed:
             # torch updates all parameters in one go, over a list of denominators.
-            return 4 * (largest if eight else self.held(parts))
+            return 4 * (largest if eight or self.train.optimizer_in_backward else self.held(self.updated()))
         return largest * (20 if eight and not self.strategy.deepspeed else 8)
 
     def moments(self, sample: Iterable[Batch]) -> Moments:

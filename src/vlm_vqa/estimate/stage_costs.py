@@ -10,7 +10,7 @@ from vlm_vqa.estimate.memory import Moments, Parts, Step, copies, total
 from vlm_vqa.estimate.questions import DatasetSize, plan_batches, validation_work
 from vlm_vqa.estimate.shapes import Model, Tower, model_of, tower_parameters, vision_of
 from vlm_vqa.launch_file import LaunchFile, check_params, read_launch
-from vlm_vqa.model.flops import Work, class_tokens, cost, lora_token_cost, vision_flops, vision_linear_maps
+from vlm_vqa.model.flops import Work, class_tokens, cost, vision_flops, vision_linear_maps
 from vlm_vqa.params import CHECKPOINT, Dtype, Keep, Mask, Optimizer, Params, StoreDtype, ValidateOn
 
 BASE = {"Python and libraries": round(1.1 * GIB)}
@@ -103,11 +103,12 @@ def _train(
     work, rank = batches.work, step.moments(batches.sample)
     host = _train_host(params, step, launch, encoder, batches.steps, rank)
     gpu = {} if launch.on_cpu else _on_gpu(rank, launch.processes)
-    whole = cost(model.language, model.vocabulary, model.features, frozen_embeddings=model.freeze_embeddings)
-    # Activation checkpointing computes the layers' forward pass once more.
-    again = (whole.token * work.tokens // 3 + whole.pair * work.pairs // 3) * train.gradient_checkpointing
-    token = whole.token if model.lora is None else lora_token_cost(model.language, model.lora)
-    flops = replace(whole, token=token).flops(work)
+    # Activation checkpointing computes the layers' forward pass once more, or the attention of it.
+    layers = cost(model.language, 0, 0)
+    layers = layers if train.gradient_checkpointing else replace(layers, token=0, supervised=0)
+    again = layers.flops(work) // 3 * (train.gradient_checkpointing or train.attention_checkpointing)
+    sizes = model.language, model.vocabulary, model.features
+    flops = cost(*sizes, frozen_embeddings=model.freeze_embeddings, lora=model.lora).flops(work)
     hours = machine.hours(flops + again, train.compute_dtype, launch.processes)
     facts: dict[str, Any] = {"strategy": launch.strategy.value, "processes": launch.processes, "steps": batches.steps}
     facts |= {"questions_a_step": batches.questions_a_step, "questions_a_row": round(batches.questions_a_row, 2)}
@@ -170,7 +171,7 @@ def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model,
     reading = {"batch_size": evaluation.batch_size, "gradient_accumulation_steps": 1, "questions_per_row": shared}
     read = plan_batches(replace(params, train=replace(params.train, num_train_epochs=1, **reading)), 1, size)
     # Read with the right images and with shuffled ones; HELM's instances come from pixels, a row each.
-    forward = cost(shape, model.vocabulary, model.features)
+    forward = cost(shape, model.vocabulary, model.features, everywhere=True)
     work = Work(*(round(2 * questions / size.train * getattr(read.work, name)) for name in Work.__dataclass_fields__))
     largest = max(read.sample, key=lambda one: one.rows * one.width)
     instance = vision_flops(vision, params.vision.num_patches) + forward.token // 3 * largest.width

@@ -15,12 +15,14 @@ Shapes: B rows, S tokens of the longest row, P tokens of a prefix, R = S - P, N 
 padding), X = N - B P, H query heads, G query heads a key head, C head width, Q queries, K keys.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_vqa.model.layout import PREFIX_SEGMENT, additive_mask, visible
@@ -28,6 +30,8 @@ from vlm_vqa.params import Attention
 
 ROW_ATTENTION = "vlm_vqa_rows"
 """Name under which transformers knows `row_attention`."""
+RECOMPUTES = "recomputes_scores"
+"""Attribute of an attention module that keeps no scores for the backward pass; see `train.attention_checkpointing`."""
 IMPLEMENTATION = {Attention.EAGER: ROW_ATTENTION, Attention.FLEX: "flex_attention"}
 
 
@@ -41,17 +45,22 @@ class PackedRows:
     rest_places_X: Tensor
     """int64, place b * R + r of each token after the prefixes; every real place once."""
     rest_mask_B1RS: Tensor
+    asked_M: Tensor | None = None
+    """int64, which of the X tokens the queries are of; None: they are of all N packed ones."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """Return [1, N, H, C] for packed queries [1, H, N, C] and keys and values [1, H / G, N, C]."""
-        prefix_query, prefix_key, prefix_value = (self._prefixes(states) for states in (query, key, value))
-        rest_query, rest_key, rest_value = (self._spread(states) for states in (query, key, value))
+        """Return [1, N, H, C] for packed queries [1, H, N, C] and keys and values [1, H / G, N, C]; or M for N queries."""
+        places, whole, start = self.rest_places_X, self.asked_M is None, len(self.rest_mask_B1RS) * self.prefix
+        query_places = places if self.asked_M is None else places[self.asked_M]
+        rest_query = self._spread(query[:, :, start if whole else 0 :], query_places)
+        rest_key, rest_value = (self._spread(states[:, :, start:], places) for states in (key, value))
+        prefix_key, prefix_value = (self._prefixes(states) for states in (key, value))
         keys, values = torch.cat([prefix_key, rest_key], dim=2), torch.cat([prefix_value, rest_value], dim=2)
         rest_BRHC = _attend(rest_query, keys, values, self.rest_mask_B1RS, **options)
-        rest_XHC = rest_BRHC.flatten(0, 1).index_select(0, self.rest_places_X)
-        if not self.prefix:
+        rest_XHC = rest_BRHC.flatten(0, 1).index_select(0, query_places)
+        if not (self.prefix and whole):
             return rest_XHC[None]
-        prefix_BPHC = _attend(prefix_query, prefix_key, prefix_value, self.prefix_mask_11PP, **options)
+        prefix_BPHC = _attend(self._prefixes(query), prefix_key, prefix_value, self.prefix_mask_11PP, **options)
         return torch.cat([prefix_BPHC.flatten(0, 1), rest_XHC])[None]
 
     def _prefixes(self, packed_1HNC: Tensor) -> Tensor:
@@ -59,11 +68,11 @@ class PackedRows:
         rows = len(self.rest_mask_B1RS)
         return packed_1HNC[0, :, : rows * self.prefix].unflatten(1, (rows, self.prefix)).transpose(0, 1)
 
-    def _spread(self, packed_1HNC: Tensor) -> Tensor:
-        """Return [B, H, R, C], zero at padding."""
+    def _spread(self, packed_1HXC: Tensor, places_X: Tensor) -> Tensor:
+        """Return [B, H, R, C], zero where no token stands."""
         rows, _, width, _ = self.rest_mask_B1RS.shape
-        rest_XHC = packed_1HNC[0, :, rows * self.prefix :].transpose(0, 1)
-        grid = rest_XHC.new_zeros(rows * width, *rest_XHC.shape[1:]).index_copy(0, self.rest_places_X, rest_XHC)
+        rest_XHC = packed_1HXC[0].transpose(0, 1)
+        grid = rest_XHC.new_zeros(rows * width, *rest_XHC.shape[1:]).index_copy(0, places_X, rest_XHC)
         return grid.unflatten(0, (rows, width)).transpose(1, 2)
 
 
@@ -74,21 +83,25 @@ def packed_mask(
     segment_ids: Tensor,
     position_ids: Tensor,
     bidirectional: Tensor,
+    asked: Tensor,
     closed_prefix: bool,
     dtype: torch.dtype,
-) -> "PackedRows | BlockMask":
-    """Return what every layer is given as its attention mask.
+) -> tuple["PackedRows | BlockMask", "PackedRows | BlockMask"]:
+    """Return what every layer is given as its attention mask, and the same for the queries of `asked` tokens alone.
 
     Args:
         attention: the model's attention implementation, one of `IMPLEMENTATION`'s values.
         prefix_places: int64 [B, P]; rest_places: int64 [X]; segment_ids, position_ids: int64 [B, S]; bidirectional: bool
             [B, S]; as `TokenLayout.collate` gives them.
+        asked: int64 [M], places of packed tokens, none of a closed prefix.
         closed_prefix: nothing in a prefix sees what follows it.
         dtype: of the scores.
     """
     places_N = torch.cat([prefix_places.flatten(), rest_places])
     if attention == IMPLEMENTATION[Attention.FLEX]:
-        return _block_mask(places_N, segment_ids, position_ids, bidirectional)
+        every = torch.arange(len(places_N), device=places_N.device)
+        grids = segment_ids, position_ids, bidirectional
+        return _block_mask(places_N, every, *grids), _block_mask(places_N, asked, *grids)
     assert attention == ROW_ATTENTION, f"attention {attention!r} cannot read packed rows"
     mask = additive_mask(visible(segment_ids, position_ids, bidirectional), dtype)
     width = segment_ids.shape[1]
@@ -96,25 +109,28 @@ def packed_mask(
     rest = rest_places if closed_prefix else places_N
     row = rest // width
     # Prefixes differ in no way that a mask could see.
-    return PackedRows(
+    rows = PackedRows(
         prefix=prefix,
         prefix_mask_11PP=mask[:1, :, :prefix, :prefix],
         rest_places_X=row * (width - prefix) + (rest - row * width - prefix),
         rest_mask_B1RS=mask[:, :, prefix:],
     )
+    return rows, replace(rows, asked_M=asked - len(mask) * prefix)
 
 
-def _block_mask(places_N: Tensor, segment_ids: Tensor, position_ids: Tensor, bidirectional: Tensor) -> BlockMask:
+def _block_mask(
+    places_N: Tensor, queries: Tensor, segment_ids: Tensor, position_ids: Tensor, bidirectional: Tensor
+) -> BlockMask:
     row = places_N // segment_ids.shape[1]
     segment, position, block = (grid.flatten()[places_N] for grid in (segment_ids, position_ids, bidirectional))
 
-    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def sees(_batch: Tensor, _head: Tensor, number: Tensor, key: Tensor) -> Tensor:
         """`layout.visible`, token by token; packed rows hold no padding."""
+        query = queries[number]
         same_row = (row[query] == row[key]) & ((segment[key] == PREFIX_SEGMENT) | (segment[key] == segment[query]))
         return same_row & ((position[key] <= position[query]) | (block[query] & block[key]))
 
-    tokens = len(places_N)
-    return create_block_mask(sees, B=None, H=None, Q_LEN=tokens, KV_LEN=tokens, device=places_N.device)
+    return create_block_mask(sees, B=None, H=None, Q_LEN=len(queries), KV_LEN=len(places_N), device=places_N.device)
 
 
 def row_attention(
@@ -144,7 +160,10 @@ def row_attention(
     mask = attention_mask if rows is None else rows
     assert mask is not None, "transformers has lost the mask"
     if isinstance(mask, PackedRows):
-        return mask.attend(query, key, value, **options), None
+        attend = functools.partial(mask.attend, **options)
+        if getattr(module, RECOMPUTES, False):
+            return checkpoint(attend, query, key, value, use_reentrant=False), None
+        return attend(query, key, value), None
     return _attend(query, key, value, mask, **options), None
 
 

@@ -2,8 +2,8 @@
 
 Counted as in PaLM's model FLOPs utilisation (arXiv 2204.02311, appendix B): matrix products alone, two FLOPs for a
 multiplication and its addition, and the gradients of a product twice the product. What an implementation adds does
-not count: padding, pairs of a grid that do not see each other, logits of positions without a label, rows that teach
-nothing, and what activation checkpointing computes a second time.
+not count: padding, pairs of a grid that do not see each other, logits of positions without a label and what the last layer
+makes of them but keys and values, rows that teach nothing, and what activation checkpointing computes a second time.
 """
 
 from collections.abc import Iterable
@@ -18,9 +18,10 @@ from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Mask
 FORMULA = (
     "6 x parameters of the layers' linear maps x real tokens + 4 x projector's parameters x image tokens + "
     "6 x hidden x vocabulary x supervised tokens + "
-    "12 x heads x head width x layers x (query, key) pairs that see each other"
+    "12 x heads x head width x layers x (query, key) pairs that see each other; "
+    "in the last layer, of tokens that are not supervised, keys and values alone"
 )
-"""With trained embeddings; see `cost` for frozen ones."""
+"""With all weights trained; see `cost` for others."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Work:
     """Tokens to predict."""
     pairs: int
     """(query, key) pairs where the query sees the key."""
+    supervised_pairs: int
+    """Those of supervised queries."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Cost:
     image_token: int
     supervised: int
     pair: int
+    supervised_pair: int
 
     def flops(self, work: Work) -> int:
         """Return the model FLOPs of `work`."""
@@ -58,7 +62,13 @@ def model_cost(config: PaliGemmaConfig, *, frozen_embeddings: bool) -> Cost:
 
 
 def cost(
-    shape: LanguageConfig | Gemma2Config, vocabulary: int, feature_width: int, *, frozen_embeddings: bool = False
+    shape: LanguageConfig | Gemma2Config,
+    vocabulary: int,
+    feature_width: int,
+    *,
+    frozen_embeddings: bool = False,
+    lora: LoraParams | None = None,
+    everywhere: bool = False,
 ) -> Cost:
     """Return what each unit of work costs: `FORMULA`.
 
@@ -66,13 +76,24 @@ def cost(
         vocabulary: rows of the embedding, which is the output head too.
         feature_width: inputs of the projector.
         frozen_embeddings: the output head's weight has no gradient; its input, the hidden state, still has one.
+        lora: adapters are trained, the layers' maps have no gradients.
+        everywhere: the last layer computes every position, as in generation.
     """
+    maps = {
+        name: (6 if lora is None else 4) * one * other
+        + (6 * lora.rank * (one + other) if lora is not None and name in lora.targets else 0)
+        for name, (one, other) in zip(PROJECTIONS, linear_maps(shape), strict=True)
+    }
+    # Of the last layer, what is asked of supervised positions alone; a pair of it is one of theirs.
+    asked = 0 if everywhere else sum(maps.values()) - maps["k_proj"] - maps["v_proj"]
+    pair, last = 12 * shape.num_attention_heads * shape.head_dim, not everywhere
     return Cost(
-        token=6 * shape.num_hidden_layers * sum(one * other for one, other in linear_maps(shape)),
+        token=shape.num_hidden_layers * sum(maps.values()) - asked,
         # The projector's input is stored: it needs no gradient.
         image_token=4 * feature_width * shape.hidden_size,
-        supervised=(4 if frozen_embeddings else 6) * shape.hidden_size * vocabulary,
-        pair=12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim,
+        supervised=(4 if frozen_embeddings else 6) * shape.hidden_size * vocabulary + asked,
+        pair=(shape.num_hidden_layers - last) * pair,
+        supervised_pair=last * pair,
     )
 
 
@@ -81,13 +102,6 @@ def linear_maps(shape: LanguageConfig | Gemma2Config) -> list[tuple[int, int]]:
     queries, keys = (heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads))
     width, mlp = shape.hidden_size, shape.intermediate_size
     return [(width, queries), (width, keys), (width, keys), (queries, width), (width, mlp), (width, mlp), (mlp, width)]
-
-
-def lora_token_cost(shape: LanguageConfig | Gemma2Config, lora: LoraParams) -> int:
-    """Return what a token costs where only adapters are trained: `Cost.token` without the gradients of the layers' maps."""
-    maps = dict(zip(PROJECTIONS, linear_maps(shape), strict=True))
-    adapters = sum(lora.rank * sum(maps[name]) for name in lora.targets)
-    return shape.num_hidden_layers * (4 * sum(one * other for one, other in maps.values()) + 6 * adapters)
 
 
 def class_tokens(config: Any) -> int:
@@ -122,6 +136,7 @@ def rows_work(layout: TokenLayout, rows: Iterable[Row]) -> Work:
         image_tokens=len(taught) * layout.num_patches,
         supervised=sum(len(tokens.answer) for row in taught for tokens in row.questions),
         pairs=sum(visible_pairs(layout, row) for row in taught),
+        supervised_pairs=sum(supervised_pairs(layout, row) for row in taught),
     )
 
 
@@ -134,6 +149,13 @@ def visible_pairs(layout: TokenLayout, row: Row) -> int:
     questions = sum(_causal_pairs(prefix, prefix + len(tokens.read)) for tokens in row.questions)
     among_image = _causal_pairs(0, image) if layout.mask is Mask.CAUSAL else image**2
     return among_image + _causal_pairs(image, prefix) + questions
+
+
+def supervised_pairs(layout: TokenLayout, row: Row) -> int:
+    """Count those whose query is supervised, from a question's newline to its last answer token: it sees all before it."""
+    prefix = layout.num_patches + len(layout.prefix)
+    starts = ((one, prefix + len(one.read)) for one in row.questions)
+    return sum(_causal_pairs(end - len(one.answer), end) for one, end in starts)
 
 
 def _causal_pairs(start: int, end: int) -> int:

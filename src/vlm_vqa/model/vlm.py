@@ -36,7 +36,8 @@ from transformers import (
 from vlm_vqa.errors import UserError
 from vlm_vqa.hf_hub import SETTINGS, WANTED, download_snapshot
 from vlm_vqa.model import checkpoint
-from vlm_vqa.model.attention import IMPLEMENTATION, PackedRows, packed_mask
+from vlm_vqa.model.attention import IMPLEMENTATION, RECOMPUTES, PackedRows, packed_mask
+from vlm_vqa.model.last_layer import Asked, narrow
 from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, ModelParams
 
@@ -61,10 +62,13 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
     # might divide by the accumulation steps a second time.
     accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = ["vision_tower"]
+    narrow_last_layer = True
+    """The last layer computes supervised positions alone; false is for comparisons."""
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__(config)
         self.model.vision_tower = nn.Identity()
+        narrow(self.model.language_model.layers[-1])
 
     def forward(
         self,
@@ -95,10 +99,17 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
         embeds_1ND = torch.cat([prefixes.flatten(0, 1), rest_XD])[None]
         attention, grid = language_of(self.config)._attn_implementation, (segment_ids, position_ids, bidirectional)
         closed = prefix_places.shape[1] > image_features.shape[1]
-        mask = packed_mask(attention, prefix_places, rest_places, *grid, closed_prefix=closed, dtype=embeds_1ND.dtype)
-        hidden_ND = _run_layers(self, embeds_1ND, mask, position_ids.flatten()[places_N][None])[0]
-        # Only supervised positions pass through the output head, which is wide.
-        logits_MV = text_logits(self, hidden_ND[supervised])
+        # Flex attention wants a query, where nothing is taught, too: of one that nobody reads.
+        flex = attention == IMPLEMENTATION[Attention.FLEX]
+        asked = supervised.new_zeros(1) if flex and not len(supervised) else supervised
+        shape = {"closed_prefix": closed, "dtype": embeds_1ND.dtype}
+        mask, narrow_mask = packed_mask(attention, prefix_places, rest_places, *grid, asked, **shape)
+        last = Asked(asked, narrow_mask) if self.narrow_last_layer else None
+        hidden_ND = _run_layers(self, embeds_1ND, mask, position_ids.flatten()[places_N][None], asked=last)[0]
+        # Only supervised positions pass through the last layer, and through the output head, which is wide.
+        hidden_MD = hidden_ND[: len(supervised)] if self.narrow_last_layer else hidden_ND[supervised]
+        assert not self.narrow_last_layer or len(hidden_ND) == len(asked), "the last layer is not narrowed"
+        logits_MV = text_logits(self, hidden_MD)
         labels_M = labels.flatten()[places_N[supervised]]
         total = nn.functional.cross_entropy(logits_MV.float(), labels_M, reduction="sum")
         return {
@@ -159,12 +170,15 @@ def _run_layers(
     mask: Tensor | PackedRows | BlockMask,
     position_ids: Tensor,
     cache: Cache | None = None,
+    asked: Asked | None = None,
 ) -> Tensor:
-    """Run Gemma 2 on embeddings [B, S, D] and return its last hidden states, alike."""
+    """Run Gemma 2 on embeddings [B, S, D] and return its last hidden states, alike, or of what is `asked` for."""
     masks: dict[str, Any] = {"attention_mask": {"full_attention": mask, "sliding_attention": mask}}
     if language_of(model.config).model_type == "gemma":
         # It hands on what transformers knows as a mask, and any other argument.
         masks = {"rows": mask} if isinstance(mask, PackedRows) else {"attention_mask": mask}
+    if asked is not None:
+        masks["asked"] = asked
     return model.model.language_model(
         inputs_embeds=embeds,
         **masks,
@@ -261,6 +275,7 @@ def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
         model = VlmForTraining._from_config(config, attn_implementation="eager")
     model.model.language_model = lm.model
     model.lm_head = lm.lm_head
+    narrow(lm.model.layers[-1])
     # One configuration object for the frame and its language model: what is saved is what ran.
     lm.model.config = model.config.text_config
     for layer in lm.model.layers:
@@ -307,6 +322,12 @@ def set_attention(model: PaliGemmaForConditionalGeneration, attention: Attention
     # transformers falls back to another one where it thinks a class cannot do it.
     used = {layer.self_attn.config._attn_implementation for layer in model.model.language_model.layers}
     assert used == {IMPLEMENTATION[attention]}, f"layers attend by {used}, not by {attention.value}"
+
+
+def recompute_scores(model: VlmForTraining, on: bool = True) -> None:
+    """Compute eager attention once more in the backward pass, so that its scores, the largest tensors, are not kept."""
+    for layer in model.model.language_model.layers:
+        setattr(layer.self_attn, RECOMPUTES, on)
 
 
 def freeze_embeddings(model: VlmForTraining) -> None:

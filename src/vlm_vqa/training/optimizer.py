@@ -5,7 +5,8 @@ alone and are plain tensors: bitsandbytes has no sharded operations, and needs n
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -77,7 +78,7 @@ class ClippedAdamW8bit(AdamW8bit):
                 if self.percentile:
                     self.state[parameter]["gnorm_vec"] = torch.zeros(HISTORY, dtype=torch.float32, device=rows.device)
             self.state[parameter]["step"] += 1
-        if self.percentile:
+        if self.percentile and work:
             self._clip([parameter for *_, parameter in work])
         for number, group, gindex, pindex, parameter in work:
             self._update(number, self.get_config(gindex, pindex, group), parameter)
@@ -180,6 +181,37 @@ def local(tensor: Tensor) -> Tensor:
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether this process holds only a part of a tensor."""
     return isinstance(tensor, DTensor) and any(isinstance(placement, Shard) for placement in tensor.placements)
+
+
+class InBackward:
+    """Updates each parameter in the backward pass, as soon as its gradient is whole, and frees that.
+
+    The optimizer's own step, after it, then finds nothing to do.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, step: Callable[[], int]):
+        """Take groups as `build_optimizer` makes them, of what gets gradients; `step` tells which one this is."""
+        self._norms: dict[Tensor, Tensor] = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(partial(self._update, optimizer, group["from_step"], step))
+
+    def _update(self, optimizer: torch.optim.Optimizer, first: int, step: Callable[[], int], parameter: Tensor) -> None:
+        assert parameter not in self._norms and parameter.grad is not None, "a gradient came in two parts"
+        if step() >= first:
+            self._norms[parameter] = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
+            # It passes over all that have no gradient: all others.
+            optimizer.step()
+        parameter.grad = None
+
+    def take_norm(self) -> Tensor:
+        """Return the norm of the step's gradients, float32 [], over all processes."""
+        sharded = any(map(is_sharded, self._norms))
+        squared = torch.stack(list(self._norms.values())).square().sum()
+        self._norms.clear()
+        if sharded:
+            distributed.all_reduce(squared)
+        return squared.sqrt()
 
 
 def state_types(optimizer: torch.optim.Optimizer) -> list[str]:

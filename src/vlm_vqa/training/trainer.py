@@ -24,13 +24,13 @@ from transformers.trainer_utils import SaveStrategy
 from vlm_vqa.cores import Crowd, waits
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import model_cost
-from vlm_vqa.model.vlm import VlmForTraining
+from vlm_vqa.model.vlm import VlmForTraining, recompute_scores
 from vlm_vqa.params import Attention, Dtype, Keep, Optimizer, TrainParams
 from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
-from vlm_vqa.training.optimizer import build_optimizer, describe_group, has_8bit_work, state_types
+from vlm_vqa.training.optimizer import InBackward, build_optimizer, describe_group, has_8bit_work, state_types
 from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
 from vlm_vqa.training.shards import send_rows, take_weights
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
@@ -128,8 +128,11 @@ class VqaTrainer(Trainer):
         self.writer = checkpoint_files.Writer(self.folder, launch.process, launch.processes, args.save_total_limit)
         self.opened: checkpoint_state.Checkpoint | None = None
         self.pass_losses: list[Tensor] = []
+        self.in_backward: InBackward | None = None
         if train.weights_dtype is Dtype.BFLOAT16:
             model.to(torch.bfloat16)
+        if train.attention_checkpointing:
+            recompute_scores(model)
         # FSDP2 divides shapes; each process then gets its rows.
         self.sent = take_weights(model) if launch.strategy is Strategy.FSDP2 else {}
         args.eval_on_start = validation is not None
@@ -225,6 +228,9 @@ class VqaTrainer(Trainer):
     def _prepare_for_training(self, *args: Any, **options: Any) -> tuple[nn.Module, DataLoader]:
         model, loader = super()._prepare_for_training(*args, **options)
         self.facts |= check_prepared(self.launch, model, self.inner_optimizer)
+        if self.train_settings.optimizer_in_backward:
+            self.in_backward = InBackward(self.inner_optimizer, lambda: self.state.global_step + 1)
+            self.facts["updates"] = "in the backward pass"
         if self.launch.processes > 1 and self.opened is None:
             # All have built the same model from the same seed; dropout must not be the same everywhere.
             torch.manual_seed(self.args.seed + self.launch.process)
@@ -298,9 +304,10 @@ class VqaTrainer(Trainer):
         """Return the gradient's norm over all processes, after making sure that it is a number.
 
         It is the one moment of a step at which the host waits for the device, and it comes before weights are touched
-        (under DeepSpeed after, within the same step).
+        (under DeepSpeed and with train.optimizer_in_backward after, within the same step).
         """
         self.heartbeat(Phase.UPDATING)
+        grad_norm = grad_norm if self.in_backward is None else self.in_backward.take_norm()
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         loss = torch.stack(self.pass_losses).sum()
