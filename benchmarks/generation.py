@@ -28,7 +28,7 @@ from transformers import BitImageProcessor, Dinov2Config, PaliGemmaProcessor
 from benchmarks import measure, workload
 from benchmarks.measure import Claim, Timing
 from benchmarks.workload import TOKENIZER_LIMIT, read_questions
-from vlm_vqa.evaluation.evaluate import answer_questions
+from vlm_vqa.evaluation.answering import answer_questions
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.vlm import VlmForTraining, build_processor, initial_model, train_tokenizer
 from vlm_vqa.params import HELM_INSTRUCTION, LanguageConfig, LanguageParams, Mask, load_params

@@ -13,7 +13,7 @@ from benchmarks import measure
 from proofs.project import with_changes
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
-from vlm_vqa.evaluation.evaluate import answer_questions
+from vlm_vqa.evaluation.answering import answer_questions
 from vlm_vqa.evaluation.vqa_accuracy import accuracy
 from vlm_vqa.hashing import write_json
 from vlm_vqa.inference.predictor import Predictor

@@ -134,6 +134,21 @@ class Predictor:
         cut = [crop_elongated(image.convert("RGB"), resize) for image in images]
         return resize(images=cut, return_tensors="pt").pixel_values
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest question that the model takes, its image and answer among them."""
+        return self.layout.num_patches + self.layout.text_length
+
+    def count_tokens(self, question: str) -> int:
+        """Count what a question adds to its row."""
+        return len(self.layout.tokenize(question).read)
+
+    def grid(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Return how many rows, and of how many tokens, questions of such lengths about one image take."""
+        prefix = self.layout.num_patches + len(self.layout.prefix)
+        shared = self.layout.mask is not Mask.PREFIX_LM
+        return (1, prefix + sum(tokens)) if shared else (len(tokens), prefix + max(tokens))
+
     def answer_features(
         self, questions: Sequence[str], features: Tensor, images: Sequence[int] | None = None
     ) -> list[Candidate]:
