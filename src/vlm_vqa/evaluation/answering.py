@@ -132,13 +132,15 @@ def answer_asks(
     running = running or alone()
     batches = plan_batches(asks, predictor, batch_size)
     found: dict[int, list[Candidate]] = {}
-    begun, total = time.monotonic(), sum(len(part) for batch in batches for part in batch)
+    total = sum(len(part) for batch in batches for part in batch)
     with tqdm(total=total, desc=what, unit="answer", mininterval=1, disable=not running.main) as bar:
         for number in running.claim(range(len(batches))):
             asked = asked_in(batches[number])
             answers = kept.find(asked) if kept else None
             if answers is None:
+                begun = time.monotonic()
                 answers = answer_batch(batches[number], predictor, store)
+                running.add("milliseconds", round(1000 * (time.monotonic() - begun)))
                 running.add("answered", len(asked))
                 if kept:
                     kept.keep(asked, answers)
@@ -150,8 +152,9 @@ def answer_asks(
             bar.update(running.add("done") - bar.n)
     if not running.main:
         return {}
-    seconds, answered = time.monotonic() - begun, running.add("answered")
-    log.info("%d answers by %d process(es), %.1f a second", answered, running.size, answered / seconds)
+    answered, milliseconds = running.add("answered"), running.add("milliseconds")
+    rate = 1000 * answered / max(milliseconds, 1)
+    log.info("%d answers by %d process(es), %.1f a second and process", answered, running.size, rate)
     answers: dict[Ask, Candidate] = {}
     for number, batch in enumerate(batches):
         # What is not found here another process has kept.
