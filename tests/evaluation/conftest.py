@@ -26,6 +26,7 @@ MARKUP = 'is <b>it</b> red & "so"? ![](http://127.0.0.1:9/a.png) <img src="http:
 FAKE_PREDICTOR = f'''
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class Fake:
         self.selection = dict(step=facts.get("step"), step_is=facts.get("step_is"), selected_on=facts.get("selected_on"))
         self.instruction = facts.get("instruction", {HELM_INSTRUCTION!r})
         self.red = facts.get("red", "red")
-        self.fails = facts.get("fails")
+        self.fails, self.seconds = facts.get("fails"), facts.get("seconds", 0)
         self.encoded, self.longest_row = 0, 1000
 
     def encode(self, images):
@@ -60,6 +61,7 @@ class Fake:
     def answer_features(self, questions, features, images=None):
         if self.fails:
             raise RuntimeError(self.fails)
+        time.sleep(self.seconds)
         features = np.asarray(features, dtype=np.float32).reshape(len(features), -1)
         features = features[list(range(len(questions)) if images is None else images)]
         return [Candidate(self.red if row[0] > row[2] else "blue", float(row.max()) / 255) for row in features]
