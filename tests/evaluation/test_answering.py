@@ -130,4 +130,4 @@ def test_progress_and_rate_are_told(caplog, monkeypatch):
     monkeypatch.setattr(answering.time, "monotonic", iter(range(100)).__next__)
     with caplog.at_level("INFO"):
         answer_asks(ASKS, Predictor(), Store(), 100, "x")
-    assert "12 answers by 1 process(es), 4.0 a second and process" in caplog.text
+    assert "12 answers by 1 process(es), 6.0 a second and process" in caplog.text
