@@ -75,4 +75,4 @@ audit:  ## ask PyPI's advisories about constraints.txt
 	PYTHON=$(PYTHON) scripts/audit
 
 clean:  ## remove what runs have made; .venv and the MLflow store stay
-	rm -rf data/records data/features data/features.parts models checkpoints benchmark_output helm-web site
+	rm -rf data/records data/features data/features.parts data/answers.parts models checkpoints benchmark_output helm-web site

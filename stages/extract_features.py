@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vlm_vqa import cores
+from vlm_vqa import cores, workers
 from vlm_vqa.checks import check_here
 from vlm_vqa.data import records
 from vlm_vqa.data.feature_store import Layout
-from vlm_vqa.features import extract, workers
-from vlm_vqa.features.workers import POLL_SECONDS, WorkerGroup
+from vlm_vqa.features import extract
 from vlm_vqa.features.writer import FeatureStoreWriter
 from vlm_vqa.hashing import code_hash
 from vlm_vqa.model import encoder
 from vlm_vqa.model.encoder import Encoder, load_encoder
 from vlm_vqa.params import Params, VisionParams, load_params
 from vlm_vqa.pipeline import entrypoint
+from vlm_vqa.workers import POLL_SECONDS, WorkerGroup
 
 RECORDS = Path("data/records")
 FEATURES = Path("data/features")

@@ -1,14 +1,16 @@
-"""Stage helm-eval: HELM's own `vqa` run, VQA accuracy or answer accuracy, and the baselines, over the exported model."""
+"""Stage helm-eval: HELM's own `vqa` run, VQA accuracy or answer accuracy, and the baselines, over the exported model.
+
+Started by `accelerate launch --config_file launch/NAME.yaml stages/helm_eval.py`; until it has ended, answers are kept in
+data/answers.parts, from where a run that was ended goes on.
+"""
 
 import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceback
 
 # isort: split
 import logging
 
-import torch
-
-from vlm_vqa import cores, tracking
-from vlm_vqa.evaluation.evaluate import evaluate
+from vlm_vqa import tracking, workers
+from vlm_vqa.evaluation.evaluate import evaluate, take_part
 from vlm_vqa.evaluation.vqa_accuracy import metric_in
 from vlm_vqa.params import load_params
 from vlm_vqa.pipeline import entrypoint
@@ -18,8 +20,10 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     params = load_params()
-    torch.set_num_threads(cores.threads().count)
-    report, files = evaluate(params)
+    running = workers.join(workers.named(params.evaluation.launch), key="evaluation.launch")
+    if not running.main:
+        return take_part(params, running)
+    report, files = evaluate(params, running=running)
     metric = metric_in(report)
     words = metric.replace("_", " ").replace("vqa", "VQA")
     for name, shown in {"bleu_1": "bleu_1", metric: words}.items():

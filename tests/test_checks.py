@@ -68,6 +68,10 @@ def test_random_files_through_the_parser(tmp_path):
             "train.restart_optimizer is true, but ZeRO-2",
         ),
         ({"vision": {"launch": "cpu-fsdp2"}}, "vision.launch is 'cpu-fsdp2', which divides a model"),
+        (
+            {"evaluation": {"launch": "zero3"}},
+            "evaluation.launch is 'zero3', which divides a model",
+        ),
         ({"vision": {"model": "./none"}}, "vision.model is './none', but no model's config.json is there"),
         (
             {"model": {"start": Start.CHECKPOINT, "checkpoint": "./none"}},

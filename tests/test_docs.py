@@ -83,6 +83,7 @@ def test_paths_are_there(page):
     made_by_a_run = (
         "data/records",
         "data/features",
+        "data/answers.parts",
         "data/archives",
         "benchmarks/results.here",
         "reports/helm_pred",

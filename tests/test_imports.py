@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "vlm_vqa"
 # From below to above: a room imports only itself, rooms of lower lines and lone files that allow it.
 LEVELS = (
     ("errors", "secrets", "hashing", "files", "cores", "prefetch", "sealed", "yaml_file"),
-    ("params", "hf_hub", "launch_file", "pipeline"),
+    ("params", "hf_hub", "launch_file", "pipeline", "workers"),
     ("data",),
     ("model",),
     ("fetch", "features", "training", "inference"),
@@ -33,6 +33,8 @@ BESIDE = {
     "cores": {"errors"},
     "launch_file": {"params"},
     "hf_hub": {"params"},
+    "workers": {"launch_file"},
+    "pipeline": {"launch_file", "params", "workers"},
 }
 
 

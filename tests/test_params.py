@@ -273,13 +273,23 @@ LATER = {"data": ["official", "hub", "table", "bad_records", "most_dropped", "do
          "train": ["answers", "lora", "questions_per_row", "attention", "freeze_embeddings", "dataloader_workers",
                    "rounding", "restart_optimizer", "stall_seconds", "projector_learning_rate",
                    "embedding_learning_rate", "projector_steps"],
-         "evaluation": ["gate"]}  # fmt: skip
+         "evaluation": ["launch", "compute_dtype", "gate"]}  # fmt: skip
 """Keys that the first version did not have; those that DVC fills in (vision.launch) have to be there."""
+
+
+def lacking(text, section, name):
+    """Return a file's text without a key of a section."""
+    text, count = re.subn(rf"^({section}:\n(?: .*\n)*?)  {name}: .*\n", r"\1", text, flags=re.M)
+    assert count == 1, name
+    return text
 
 
 def first_version(text):
     """Return a file's text as the first version had it."""
-    return re.sub(rf"^  ({'|'.join(sum(LATER.values(), []))}): .*\n", "", text, flags=re.M)
+    for section, names in LATER.items():
+        for name in names:
+            text = lacking(text, section, name)
+    return text
 
 
 @pytest.mark.parametrize("preset", ["small", "vqav2-reference"])
@@ -296,23 +306,24 @@ def test_a_file_of_the_first_version_means_what_it_meant(tmp_path, caplog, prese
               "questions_per_row": 64 if preset == "small" else 1}  # fmt: skip
     path.write_text(whole)
     values = load_params(path).as_dict()
-    assert params == parse_params(values | {"train": values["train"] | before})
+    evaluation = values["evaluation"] | {"launch": None, "compute_dtype": "float32"}
+    assert params == parse_params(values | {"train": values["train"] | before, "evaluation": evaluation})
     (said,) = caplog.messages
     assert said.startswith(
         f"{path} lacks data.official, data.hub, data.table, data.bad_records, data.most_dropped, data.doubtful, "
         "train.answers, train.lora, train.questions_per_row, "
     )
-    assert said.endswith("600, accuracy, as before; `vlm-vqa check --write` adds them.")
+    assert said.endswith("600, null, float32, accuracy, as before; `vlm-vqa check --write` adds them.")
 
 
 @pytest.mark.parametrize("key", [f"{section}.{name}" for section, names in LATER.items() for name in names])
 def test_a_key_that_came_later_may_be_missing_and_is_written_in_its_place(tmp_path, caplog, key):
-    path, name = tmp_path / "params.yaml", key.rpartition(".")[2]
+    path, (section, name) = tmp_path / "params.yaml", key.split(".")
     before = COMMITTED.replace("rounding: nearest", "rounding: nearest  # as ever").replace("row: 32", "row: 64")
-    text, count = re.subn(rf"^  {name}: .*\n", "", before, flags=re.M)
-    path.write_text(text)
+    before = before.replace("evaluation:\n  launch: cpu", "evaluation:\n  launch: null")
+    path.write_text(lacking(before, section, name))
     params = load_params(path)
-    assert count == 1 and caplog.messages[0].startswith(f"{path} lacks {key}: taken as ")
+    assert caplog.messages[0].startswith(f"{path} lacks {key}: taken as ")
     assert fill_in(path) == [key] and load_params(path) == params and len(caplog.messages) == 1
     assert path.read_text() == before.replace(
         "nearest  # as ever", "nearest" if name == "rounding" else "nearest  # as ever"
@@ -413,7 +424,7 @@ def test_a_section_that_asks_for_nothing_changes_no_hash(values):
         key: value for key, value in whole.as_dict().items() if key not in ("model", "validation", "export", "tracking")
     }
     before["train"] = {key: value for key, value in before["train"].items() if "projector" not in key}
-    del before["train"]["embedding_learning_rate"], before["evaluation"]["gate"]
+    del before["train"]["embedding_learning_rate"], before["evaluation"]["gate"], before["evaluation"]["compute_dtype"]
     assert without.hash() == hash_json(before)
 
 

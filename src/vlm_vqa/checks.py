@@ -55,6 +55,8 @@ def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -
     A prediction or a check may be about another machine: there, what nltk lacks is only said. UserError names the parameter.
     """
     read_copies(params.vision.launch, launches)
+    if params.evaluation.launch is not None:
+        read_copies(params.evaluation.launch, launches, "evaluation.launch")
     check_params(params.train, read_launch(params.train.launch, launches).strategy)
     for key, model in (("vision.model", params.vision.model), ("language.model", params.language.model)):
         if is_local(model) and not os.path.isfile(os.path.join(os.path.expanduser(model), "config.json")):

@@ -50,7 +50,11 @@ class LaunchFile(NamedTuple):
 
     def compare(self, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         """Compare facts that the file asks for with what has started; UserError if one differs."""
-        stage = {"train.launch": "train", "vision.launch": "extract-features"}[self.key]
+        stage = {
+            "train.launch": "train",
+            "vision.launch": "extract-features",
+            "evaluation.launch": "helm-eval",
+        }[self.key]
         command = f"accelerate launch --config_file {self.path} stages/{stage.replace('-', '_')}.py"
         for fact, value in wanted.items():
             if found[fact] != value:
@@ -76,12 +80,12 @@ def read_launch(name: str, folder: str | Path = "launch", key: str = "train.laun
     return LaunchFile(path, key, _strategy_of(asked, path), *sizes, asked["use_cpu"])
 
 
-def read_copies(name: str, folder: str | Path = "launch") -> LaunchFile:
-    """Read a launch of extract-features, whose processes each hold the whole encoder; UserError if it says otherwise."""
-    asked = read_launch(name, folder, "vision.launch")
+def read_copies(name: str, folder: str | Path = "launch", key: str = "vision.launch") -> LaunchFile:
+    """Read a launch of processes that each hold the whole model, as those but training's; UserError if it says otherwise."""
+    asked = read_launch(name, folder, key)
     if asked.strategy not in (Strategy.SINGLE, Strategy.DDP) or asked.machines != 1:
-        copied = "the encoder is copied to processes of one machine. Set vision.launch to cpu, cpu-ddp or ddp."
-        raise UserError(f"vision.launch is {name!r}, which divides a model or spans machines; {copied}")
+        copied = f"here it is copied to processes of one machine. Set {key} to cpu, cpu-ddp or ddp."
+        raise UserError(f"{key} is {name!r}, which divides a model or spans machines; {copied}")
     return asked
 
 

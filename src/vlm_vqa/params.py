@@ -688,13 +688,15 @@ class ExportParams(Section):
 
     dtype: Wide = Dtype.FLOAT32
     """Type of its weights. `bfloat16` halves them, for whoever computes in it: that is the trained function up to rounding.
-    This project's own evaluation computes in float32 with them."""
+    This project's own evaluation computes in evaluation.compute_dtype with them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationParams(Section):
     """What `helm-eval` measures."""
 
+    launch: Launch | None = None
+    """Name of the accelerate config in `launch/` that helm-eval runs under; null is one process, on a GPU if there is."""
     vqa_questions: Count | None
     """Validation questions for VQA or answer accuracy, the first of HELM's own random order; null is all."""
     helm_instances: Count
@@ -704,7 +706,9 @@ class EvaluationParams(Section):
     punkt_tab: Punkt
     """nltk data for HELM's metrics: `bundled` (in this repo, offline) or `installed` (nltk's own, downloaded)."""
     batch_size: Count
-    """Questions answered at once."""
+    """Questions answered at once, of at most so many times the tokens of the longest that the model takes."""
+    compute_dtype: Wide = Dtype.FLOAT32
+    """Type in which answers are computed: `float32` or `bfloat16`."""
     max_new_tokens: Annotated[int, Range(HELM_MAX_TOKENS)]
     """Longest answer, in tokens."""
     gate: Gate = Gate.ACCURACY
@@ -797,7 +801,7 @@ def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
     later: dict[str, dict[str, Any]] = {
         "train": {"projector_learning_rate": None, "embedding_learning_rate": None, "projector_steps": 0}
         | dict.fromkeys(("optimizer_in_backward", "attention_checkpointing"), False),
-        "evaluation": {"gate": Gate.ACCURACY},
+        "evaluation": {"gate": Gate.ACCURACY, "launch": None, "compute_dtype": Dtype.FLOAT32},
     }
     for name in later.keys() & kept.keys():
         asked = kept[name].items()

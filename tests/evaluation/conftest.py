@@ -26,40 +26,49 @@ MARKUP = 'is <b>it</b> red & "so"? ![](http://127.0.0.1:9/a.png) <img src="http:
 FAKE_PREDICTOR = f'''
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.inference.predictor import Candidate
 
 
 class Fake:
-    """Answers "red" or "blue" by the pixels; `model.json` in its folder can change what it does."""
+    """Answers "red" or "blue" by the pixels; `vlm_vqa.json` in its folder can change what it does."""
 
     def __init__(self, folder):
-        facts = json.loads((Path(folder) / "model.json").read_text())
+        facts = json.loads((Path(folder) / "vlm_vqa.json").read_text())
         self.weights_hash = facts.get("weights_hash", "w" * 64)
         self.mask = "image-prefix"
         self.selection = dict(step=facts.get("step"), step_is=facts.get("step_is"), selected_on=facts.get("selected_on"))
         self.instruction = facts.get("instruction", {HELM_INSTRUCTION!r})
         self.red = facts.get("red", "red")
-        self.fails = facts.get("fails")
-        self.encoded = self.loads = 0
+        self.fails, self.seconds = facts.get("fails"), facts.get("seconds", 0)
+        self.encoded, self.longest_row = 0, 1000
 
     def encode(self, images):
         self.encoded += len(images)
         return np.array([np.asarray(image, dtype=np.float32).mean((0, 1)) for image in images])
 
+    def count_tokens(self, question):
+        return len(question)
+
+    def grid(self, tokens):
+        return 1, 100 + sum(tokens)
+
     def answer_features(self, questions, features, images=None):
         if self.fails:
             raise RuntimeError(self.fails)
+        time.sleep(self.seconds)
         features = np.asarray(features, dtype=np.float32).reshape(len(features), -1)
         features = features[list(range(len(questions)) if images is None else images)]
-        return [self.red if row[0] > row[2] else "blue" for row in features]
+        return [Candidate(self.red if row[0] > row[2] else "blue", float(row.max()) / 255) for row in features]
 
 
-def load(folder, max_new_tokens=10):
-    if not (Path(folder) / "model.json").exists():
+def load(folder, **how):
+    if not (Path(folder) / "vlm_vqa.json").exists():
         raise UserError(f"{{folder}}: no export there.")
     return Fake(folder)
 '''
@@ -129,8 +138,9 @@ def project(tmp_path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "fake_predictor.py").write_text(FAKE_PREDICTOR)
     (tmp_path / "models" / "export").mkdir(parents=True)
-    (tmp_path / "models" / "export" / "model.json").write_text("{}")
+    (tmp_path / "models" / "export" / "vlm_vqa.json").write_text("{}")
     shutil.copy(ROOT / "presets/small.yaml", tmp_path / "params.yaml")
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
     config = tmp_path / "evaluation" / "helm"
     config.mkdir(parents=True)
     for name in ("model_metadata.yaml", "run_entries.conf", "schema.yaml"):

@@ -79,7 +79,7 @@ def test_a_retrained_model_never_gets_old_answers(fresh):
     assert text(client().make_request(request())) == "red"
     load.cache_clear()
     facts = {"weights_hash": "v" * 64, "red": "crimson"}
-    (fresh / "models" / "export" / "model.json").write_text(json.dumps(facts))
+    (fresh / "models" / "export" / "vlm_vqa.json").write_text(json.dumps(facts))
     retrained = client().make_request(request())
     assert not retrained.cached and text(retrained) == "crimson"
 
@@ -110,7 +110,7 @@ def test_every_error_is_fatal_and_not_retried(fresh, picture, asked, message):
 
 
 def test_a_failing_model_is_reported_with_its_traceback(fresh):
-    (fresh / "models" / "export" / "model.json").write_text('{"fails": "out of memory"}')
+    (fresh / "models" / "export" / "vlm_vqa.json").write_text('{"fails": "out of memory"}')
     result = client().make_request(request())
     assert "RuntimeError('out of memory')" in result.error and "Traceback" in result.error
 
@@ -118,7 +118,7 @@ def test_a_failing_model_is_reported_with_its_traceback(fresh):
 def test_a_model_that_does_not_load_is_tried_once(fresh, monkeypatch):
     import fake_predictor
 
-    (fresh / "models" / "export" / "model.json").unlink()
+    (fresh / "models" / "export" / "vlm_vqa.json").unlink()
     loads = []
     real = fake_predictor.load
     monkeypatch.setattr(fake_predictor, "load", lambda *a, **k: loads.append(1) or real(*a, **k))

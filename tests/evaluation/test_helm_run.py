@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_what_the_client_refuses_is_the_one_message(project, records):
-    (project / "models" / "export" / "model.json").write_text('{"instruction": "Say something."}')
+    (project / "models" / "export" / "vlm_vqa.json").write_text('{"instruction": "Say something."}')
     questions = load_questions(records, "val").to_list()
     write_scenario(SCENARIO, questions, records)
     with pytest.raises(UserError, match="HELM asks with .* trained with 'Say something.'.*helm-run.log"):

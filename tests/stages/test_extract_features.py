@@ -31,12 +31,13 @@ from transformers.image_utils import load_image
 
 from stages import extract_features
 from tests.sealing import seal_records
+from vlm_vqa import workers
 from vlm_vqa.cores import Threads
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore, Layout
 from vlm_vqa.errors import UserError
-from vlm_vqa.features import extract, workers
+from vlm_vqa.features import extract
 from vlm_vqa.model.encoder import SMALL_ENCODER, Encoder, load_encoder
 from vlm_vqa.params import load_params
 

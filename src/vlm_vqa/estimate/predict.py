@@ -95,7 +95,7 @@ def predict(path: Path, asked: Asked, records: Path = RECORDS, launches: Path = 
         # Several are for where none of them alone is enough.
         if not any(less.items() <= changes.items() for less, _ in options) and (needed := tried(changes)):
             options.append((changes, needed))
-    keys = ["train.compute_dtype", "train.weights_dtype"]
+    keys = ["train.compute_dtype", "train.weights_dtype", "evaluation.compute_dtype"]
     keys = keys if read_launch(params.vision.launch, launches).on_cpu else ["vision.compute_dtype", *keys]
     lacks = list(machine.device.lacks([key for key in keys if params.flat()[key] == "bfloat16"]))
     return Prediction(params, str(path), machine, launch.processes, asked.price, stages, checks, options, lacks)

@@ -49,9 +49,13 @@ class Stage(NamedTuple):
 def stage_costs(params: Params, size: DatasetSize, machine: Machine, launches: Path) -> list[Stage]:
     """Return the prediction of every stage; UserError if a launch or a shape is not known, or cannot do what is asked."""
     training, extraction = (read_launch(section.launch, launches) for section in (params.train, params.vision))
+    asked = params.evaluation.launch or ("gpu" if machine.device.gpu else "cpu")
+    answering = read_launch(asked, launches)
     check_params(params.train, training.strategy)
-    if not (extraction.on_cpu or machine.device.gpu):
-        raise UserError(f"vision.launch {params.vision.launch} runs on GPUs, --device is cpu. Set vision.launch: cpu.")
+    for key, launch in (("vision", extraction), ("evaluation", answering)):
+        if not (launch.on_cpu or machine.device.gpu):
+            name = f"{key}.launch {launch.path.stem}"
+            raise UserError(f"{name} runs on GPUs, --device is cpu. Set {key}.launch: cpu.")
     model, vision = model_of(params), vision_of(params)
     # As extraction computes it; training loads it to compare it with the stored features.
     encoder = tower_parameters(vision) * (4 if params.vision.compute_dtype is Dtype.FLOAT32 else 2)
@@ -60,7 +64,7 @@ def stage_costs(params: Params, size: DatasetSize, machine: Machine, launches: P
         _extract(params, size, machine, vision, extraction),
         _train(params, size, machine, model, encoder, training),
         _export(params, model, vision),
-        _evaluate(params, size, machine, model, vision),
+        _evaluate(params, size, machine, model, vision, answering),
     ]
 
 
@@ -163,7 +167,9 @@ def _export(params: Params, model: Model, vision: Tower) -> Stage:
     return Stage("export", {"models/export": stored + 4 * model.adapter}, host, {}, None, {})
 
 
-def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model, vision: Tower) -> Stage:
+def _evaluate(
+    params: Params, size: DatasetSize, machine: Machine, model: Model, vision: Tower, launch: LaunchFile
+) -> Stage:
     shape, evaluation = model.language, params.evaluation
     questions = min(evaluation.vqa_questions or size.val, size.val)
     # Questions are answered in batches of images, as training reads them in passes of one step each.
@@ -177,18 +183,26 @@ def _evaluate(params: Params, size: DatasetSize, machine: Machine, model: Model,
     instance = vision_flops(vision, params.vision.num_patches) + forward.token // 3 * largest.width
     flops = replace(forward, image_token=0).flops(work) // 3 + evaluation.helm_instances * instance
     note = "a lower bound: single tokens are bound by memory, and HELM's own metrics take a minute"
-    # All in float32, on a padded grid, most in three copies.
-    weights, grid = {"float32 model": 4 * (model.saved + tower_parameters(vision))}, largest.rows * largest.width
+    # All in one type, on a padded grid, most in three copies.
+    dtype = evaluation.compute_dtype
+    each = 2 if dtype is Dtype.BFLOAT16 else 4
+    weights = {f"{dtype.value} model": each * (model.saved + tower_parameters(vision))}
+    grid = largest.rows * largest.width
     held = weights | {
-        "keys and values": 4 * grid * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim,
-        "a layer's MLP": 3 * 4 * grid * shape.intermediate_size,
-        "attention scores": 3 * 4 * grid * largest.width * shape.num_attention_heads,
+        "keys and values": each * grid * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim,
+        "a layer's MLP": 3 * each * grid * shape.intermediate_size,
+        "attention scores": 3 * each * grid * largest.width * shape.num_attention_heads,
         "logits": 3 * 4 * evaluation.batch_size * model.vocabulary,
     }
-    host, gpu = (weights, _on_gpu({"answering": held}, 1)) if machine.device.gpu else (held, {})
+    # HELM's program has the main process's model meanwhile.
+    count = launch.processes
+    host, gpu = (held, {}) if launch.on_cpu else (weights, _on_gpu({"answering": held}, count))
     disk = {"HELM's pictures and reports": evaluation.helm_instances * size.image_bytes}
-    facts = {"questions": questions, "flop": flops, "note": note}
-    return Stage("helm-eval", disk, {"answering": BASE | host}, gpu, machine.hours(flops, Dtype.FLOAT32, 1), facts)
+    hours = machine.hours(flops, dtype, count)
+    if launch.on_cpu and machine.device.gpu:
+        hours, note = None, "evaluation.launch runs on the host's CPU, whose rate is not known"
+    facts = {"questions": questions, "flop": flops, "processes": count, "note": note}
+    return Stage("helm-eval", disk, {"answering": copies(count, BASE | host)}, gpu, hours, facts)
 
 
 def _on_gpu(moments: Moments, processes: int) -> Moments:

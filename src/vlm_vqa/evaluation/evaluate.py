@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from PIL import Image
-from tqdm import tqdm
+import torch
 
+from vlm_vqa import cores
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions, metric_of, read_manifest
 from vlm_vqa.errors import UserError, make_again
+from vlm_vqa.evaluation.answering import KEPT_ANSWERS, Ask, KeptAnswers, answer_asks
 from vlm_vqa.evaluation.baselines import QuestionOnlyBaseline, shuffled_images
 from vlm_vqa.evaluation.bleu import bleu_1, mean_bleu_1, prepare_punkt
 from vlm_vqa.evaluation.helm.files import (
@@ -29,16 +29,19 @@ from vlm_vqa.evaluation.helm.files import (
 from vlm_vqa.evaluation.helm.run import CONFIG, RESULTS, SCENARIO, run_helm
 from vlm_vqa.evaluation.score_table import BLIND, MODEL, compared, rounded
 from vlm_vqa.evaluation.vqa_accuracy import METRICS, Accuracy, accuracy, score_people
-from vlm_vqa.hashing import write_json
-from vlm_vqa.inference.predictor import Predictor
+from vlm_vqa.hashing import code_hash, sha256_file, write_json
+from vlm_vqa.inference.predictor import FACTS_FILE, Candidate, Predictor
 from vlm_vqa.params import EvaluationParams, Params
+from vlm_vqa.workers import WorkerGroup, alone
 
 RECORDS, FEATURES, EXPORT, REPORTS = map(Path, ("data/records", "data/features", "models/export", "reports"))
 LEAST_AGREEMENT = 0.99
 """HELM sees pixels, accuracy is counted from stored features: fewer equal answers, but for one, are no rounding."""
 
-BLANK, BLANK_SIZE = (128, 128, 128), (224, 224)
-IN_A_ROW = 8
+PROBABILITY_DIGITS = 6
+
+KEPT = Path("data/answers.parts")
+"""Until the stage has ended."""
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,9 @@ Row = Mapping[str, Any]
 
 
 def evaluate(
-    params: Params, load_predictor: Callable[..., Predictor] = Predictor.from_export
+    params: Params,
+    load_predictor: Callable[..., Predictor] = Predictor.from_export,
+    running: WorkerGroup | None = None,
 ) -> tuple[dict[str, Any], list[Path]]:
     """Evaluate the exported model; return the report, and the files written into the reports: `evaluation.json`,
     `metrics.json` (a few of its figures, for DVC), `predictions.parquet`, `scores.parquet` (what git keeps of it for the
@@ -54,27 +59,27 @@ def evaluate(
 
     Args:
         params: `evaluation`, `prompt.instruction` and `seed` count.
-        load_predictor: (folder, max_new_tokens=) -> the model that answers from features; HELM's client loads its own.
+        load_predictor: (folder, device=, max_new_tokens=, dtype=) -> the model of the features; HELM's client has its own.
+        running: by default this process alone. The others of a launch `take_part`, HELM's time included.
 
     UserError if something is missing or does not fit; as far as it can be known, before any inference.
     """
+    running = running or alone()
     environment = prepare_punkt(params.evaluation.punkt_tab, CONFIG / "nltk_data")
-    validation = load_questions(RECORDS, "val").to_list()
-    questions, at_helm = _choose(validation, params.evaluation)
-    manifest = read_manifest(RECORDS)
-    metric = metric_of(manifest)
+    asked = _Asked(params)
+    questions, at_helm, metric = asked.questions, asked.at_helm, metric_of(asked.manifest)
     counted = ["image_id", "question", "question_type", "answers"]
     training = load_questions(RECORDS, "train").select_columns(counted).to_list()
     prior = QuestionOnlyBaseline(training, score_of=METRICS[metric])
-    others = shuffled_images((row["image_id"] for row in questions), params.seed)
-    store = FeatureStore(FEATURES, {"data_hash": manifest["data_hash"]})
+    instances = [questions[at] for at in at_helm]
 
-    helm = _ask_helm([questions[at] for at in at_helm], params.evaluation, environment)
-    predictor = load_predictor(EXPORT, max_new_tokens=params.evaluation.max_new_tokens)
-    given = _answer_all(predictor, store, questions, others, prior, params.evaluation.batch_size)
+    kept = _keep(params, asked, running)
+    helm = _ask_helm(instances, params.evaluation, {**environment, **_clients(kept, running)})
+    predictor, found = _answer_all(params, load_predictor, asked, running, kept)
+    probabilities = [round(found[ask].probability, PROBABILITY_DIGITS) for ask in asked.own]
+    given = asked.given(found, prior)
     agreement = _check_agreement(helm.predictions, [given[MODEL][at] for at in at_helm])
     scored = {who: _accuracy(metric, questions, answers) for who, answers in given.items()}
-    instances = [questions[at] for at in at_helm]
     bleu = {who: [bleu_1(answers[at], questions[at]["answers"]) for at in at_helm] for who, answers in given.items()}
     report = {
         "helm": {name: helm.scores[name] for name in SCORES} | {"instances": len(at_helm)},
@@ -92,37 +97,82 @@ def evaluate(
         report["people"] = sum(score_people(row["answers"]) for row in questions) / len(questions)
     scores = {who: [*one.per_question.values()] for who, one in scored.items()}
     report = rounded(report | compared({metric: (scores, questions), "bleu_1": (bleu, instances)}))
-    predictions = _predictions(questions, given, others, metric, scores[MODEL])
+    predictions = _predictions(questions, given, asked.others, metric, scores[MODEL], probabilities)
     at_question = dict(zip(at_helm, bleu[MODEL], strict=True))
     columns = {"accuracy": scores[MODEL], "bleu_1": [at_question.get(at) for at in range(len(questions))]}
-    table = predictions.select(["question_id", "image_id", "question", "prediction"])
+    table = predictions.select(["question_id", "image_id", "question", "prediction", "probability"])
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values, pa.float64()))
     files = _write(metric, report, {"predictions": predictions, "scores": table})
     files += write_extract(REPORTS / "helm", helm, instances)
+    kept.remove()
     return report, files
 
 
-def _answer_all(
-    predictor: Predictor,
-    store: FeatureStore,
-    questions: Sequence[Row],
-    others: Mapping[int, int],
-    prior: QuestionOnlyBaseline,
-    batch_size: int,
-) -> dict[str, list[str]]:
-    """Return what model and baselines answer, in the questions' order."""
-    # A picture is read once, for its own questions and for those of another.
-    borrowed = [{**row, "image_id": others[row["image_id"]]} for row in questions]
-    both = answer_questions(
-        predictor, store, [*questions, *borrowed], batch_size, "questions, of their image and another"
-    )
-    return {
-        MODEL: both[: len(questions)],
-        BLIND: [prior.answer(row["question"], row["question_type"]) for row in questions],
-        "shuffled_images": both[len(questions) :],
-        "blank_image": answer_blank(predictor, [row["question"] for row in questions], batch_size),
+def take_part(
+    params: Params, running: WorkerGroup, load_predictor: Callable[..., Predictor] = Predictor.from_export
+) -> None:
+    """Answer beside the main process, which evaluates: it says where answers are kept once it has checked everything."""
+    kept = KeptAnswers(Path(running.wait_for("kept")))
+    _answer_all(params, load_predictor, _Asked(params), running, kept)
+
+
+class _Asked:
+    """What is asked: the same in all processes."""
+
+    def __init__(self, params: Params):
+        """UserError if records or features are missing, or not of each other."""
+        self.manifest = read_manifest(RECORDS)
+        self.questions, self.at_helm = _choose(load_questions(RECORDS, "val").to_list(), params.evaluation)
+        self.others = shuffled_images((row["image_id"] for row in self.questions), params.seed)
+        self.store = FeatureStore(FEATURES, {"data_hash": self.manifest["data_hash"]})
+        self.own = [Ask(row["image_id"], row["question"]) for row in self.questions]
+        self.borrowed = [Ask(self.others[row["image_id"]], row["question"]) for row in self.questions]
+        self.blank = [Ask(None, row["question"]) for row in self.questions]
+
+    def given(self, found: Mapping[Ask, Candidate], prior: QuestionOnlyBaseline) -> dict[str, list[str]]:
+        """Return what model and baselines answer, in the questions' order."""
+        return {
+            MODEL: [found[ask].answer for ask in self.own],
+            BLIND: [prior.answer(row["question"], row["question_type"]) for row in self.questions],
+            "shuffled_images": [found[ask].answer for ask in self.borrowed],
+            "blank_image": [found[ask].answer for ask in self.blank],
+        }
+
+
+def _keep(params: Params, asked: _Asked, running: WorkerGroup) -> KeptAnswers:
+    """Open what is kept of the answers that this model, these data, parameters, code and device give; tell all where."""
+    device, export = running.device, EXPORT / FACTS_FILE
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    decided_by = {
+        # It names every file of the export by hash; where there is none, nothing will be answered.
+        "export": sha256_file(export) if export.is_file() else None,
+        "records": asked.manifest,
+        "features": asked.store.manifest,
+        "params": params.as_dict()["evaluation"] | {"launch": None},
+        "code": [code_hash(__file__), code_hash(Path(__file__).with_name("helm") / "client.py")],
+        "computed_by": [name, torch.__version__],
     }
+    kept = KeptAnswers.begin(KEPT, decided_by)
+    running.broadcast("kept", str(kept.folder))
+    return kept
+
+
+def _clients(kept: KeptAnswers, running: WorkerGroup) -> dict[str, str]:
+    """Return what HELM's client learns from its environment."""
+    return {KEPT_ANSWERS: str(kept.folder), cores.VARIABLE: str(running.threads.count)}
+
+
+def _answer_all(
+    params: Params, load_predictor: Callable[..., Predictor], asked: _Asked, running: WorkerGroup, kept: KeptAnswers
+) -> tuple[Predictor, dict[Ask, Candidate]]:
+    """Answer everything from features, together with the other processes; return the model and, in the main one, answers."""
+    how = params.evaluation
+    dtype = getattr(torch, how.compute_dtype.value)
+    predictor = load_predictor(EXPORT, device=str(running.device), max_new_tokens=how.max_new_tokens, dtype=dtype)
+    every = [*asked.own, *asked.borrowed, *asked.blank]
+    what = "questions, of their image, another and a grey one"
+    return predictor, answer_asks(every, predictor, asked.store, how.batch_size, what, running, kept)
 
 
 def _predictions(
@@ -131,11 +181,13 @@ def _predictions(
     others: Mapping[int, int],
     metric: str,
     scores: list[float],
+    probabilities: list[float],
 ) -> pa.Table:
     """Return everything that was answered, question by question."""
     names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")
     table = {name: [row[name] for row in questions] for name in names} | {
         "prediction": given[MODEL],
+        "probability": probabilities,
         {"vqa_accuracy": "score"}.get(metric, metric): scores,
         "shuffled_image_id": [others[row["image_id"]] for row in questions],
         "prediction_shuffled": given["shuffled_images"],
@@ -143,50 +195,6 @@ def _predictions(
         "prediction_prior": given[BLIND],
     }
     return pa.table(table)
-
-
-def answer_questions(
-    predictor: Predictor,
-    store: FeatureStore,
-    questions: Sequence[Row],
-    batch_size: int,
-    what: str,
-) -> list[str]:
-    """Answer every question from stored features, in batches that keep an image's questions together.
-
-    Args:
-        questions: rows with `question_id`, `image_id`, `question`; answers come in their order.
-        what: stands beside the progress bar.
-    """
-    order = sorted(range(len(questions)), key=lambda at: (questions[at]["image_id"], questions[at]["question_id"]))
-    answers = [""] * len(questions)
-    with tqdm(total=len(questions), desc=what, unit="answer", mininterval=1) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            shown = [questions[at]["image_id"] for at in batch]
-            distinct, rows = np.unique(shown, return_inverse=True)
-            asked = [questions[at]["question"] for at in batch]
-            given = predictor.answer_features(asked, store.batch(distinct.tolist()), rows.tolist())
-            for at, answer in zip(batch, given, strict=True):
-                answers[at] = answer
-            bar.update(len(batch))
-    return answers
-
-
-def answer_blank(predictor: Predictor, questions: Sequence[str], batch_size: int) -> list[str]:
-    """Answer every question about a grey picture; of equal questions one is asked."""
-    asked = sorted(set(questions))
-    blank = predictor.encode([Image.new("RGB", BLANK_SIZE, BLANK)])
-    answers: dict[str, str] = {}
-    for start in tqdm(
-        range(0, len(asked), batch_size), desc="questions about a grey picture", unit="batch", mininterval=1
-    ):
-        batch = asked[start : start + batch_size]
-        # All in one row would be more than Gemma 2's sliding window holds.
-        places = [at // IN_A_ROW for at in range(len(batch))]
-        given = predictor.answer_features(batch, blank[[0] * (places[-1] + 1)], places)
-        answers |= zip(batch, given, strict=True)
-    return [answers[question] for question in questions]
 
 
 def _choose(validation: Sequence[Row], evaluation: EvaluationParams) -> tuple[list[Row], list[int]]:

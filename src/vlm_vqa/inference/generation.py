@@ -1,18 +1,18 @@
 """Greedy answers to batches of questions; questions of one image share its prefix where the mask allows it.
 
-Shapes: Q questions, I images, R rows, J questions of the fullest row, S tokens of a row (image tokens included), K keys seen
-so far, T image tokens, E feature width, D hidden width, V vocabulary.
+Shapes: Q questions, A of them that go on, I images, R rows, J questions of the fullest row, S tokens of a row (image tokens
+included), K keys seen so far, T image tokens, E feature width, D hidden width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PaliGemmaForConditionalGeneration
 
-from vlm_vqa.model.layout import PAD_SEGMENT, PREFIX_SEGMENT, QuestionTokens, Row, TokenLayout, rows_of, visible
+from vlm_vqa.model.layout import PAD_SEGMENT, PREFIX_SEGMENT, QuestionTokens, TokenLayout, rows_of, visible
 from vlm_vqa.model.vlm import language_of, text_hidden, text_logits
 from vlm_vqa.params import Mask
 
@@ -37,7 +37,7 @@ def generate(
     questions: Sequence[QuestionTokens],
     images: Sequence[int],
     max_new_tokens: int,
-) -> list[list[int]]:
+) -> list[Scored]:
     """Answer every question with the likeliest token at each step, stopping at `<eos>`.
 
     Consecutive questions of one image are read as one row, and so are their answers: each step appends a token for every
@@ -51,11 +51,17 @@ def generate(
         images: which of the I images each question is about.
 
     Returns:
-        Q lists of token ids, `<eos>` left out.
+        Q answers.
     """
-    steps = [token_Q for _, token_Q in _greedy(model, layout, features, questions, images, max_new_tokens)]
-    answers = torch.stack(steps, dim=1).tolist()
-    return [list(takewhile(lambda token: token != layout.eos_id, answer)) for answer in answers]
+    tokens, logs = ([[] for _ in questions] for _ in range(2))
+    for going, logits_AV, token_A in _greedy(model, layout, features, questions, images, max_new_tokens):
+        logits_AV = logits_AV.float()
+        # Of the chosen alone: a softmax over all would cost a copy of them.
+        log_A = logits_AV.amax(dim=-1) - logits_AV.logsumexp(dim=-1)
+        for at, token, log in zip(going, token_A.tolist(), log_A.tolist(), strict=True):
+            tokens[at].append(token)
+            logs[at].append(log)
+    return [Scored(*one) for one in zip(tokens, map(sum, logs), strict=True)]
 
 
 @torch.inference_mode()
@@ -116,15 +122,14 @@ class _Step(NamedTuple):
 
 def _scored(model, layout, features, questions, images, max_new_tokens) -> list[list[_Step]]:
     """Answer greedily and return every question's steps, that of `<eos>` the last; the arguments are `generate`'s."""
-    columns = []
-    for logits_QV, token_Q in _greedy(model, layout, features, questions, images, max_new_tokens):
-        logs_QV, own_Q1 = logits_QV.float().log_softmax(dim=-1), token_Q[:, None]
-        others = logs_QV.scatter(1, own_Q1, float("-inf")).topk(DEPARTURES)
-        columns.append((token_Q, logs_QV.gather(1, own_Q1)[:, 0], others.indices, others.values))
-    by_question = zip(*(torch.stack(column, dim=1).tolist() for column in zip(*columns, strict=True)), strict=True)
-    answers = [[_Step(*step) for step in zip(*one, strict=True)] for one in by_question]
-    ends = [next((n for n, step in enumerate(steps, 1) if step.token == layout.eos_id), None) for steps in answers]
-    return [steps[:end] for steps, end in zip(answers, ends, strict=True)]
+    answers = [[] for _ in questions]
+    for going, logits_AV, token_A in _greedy(model, layout, features, questions, images, max_new_tokens):
+        logs_AV, own_A1 = logits_AV.float().log_softmax(dim=-1), token_A[:, None]
+        others = logs_AV.scatter(1, own_A1, float("-inf")).topk(DEPARTURES)
+        columns = (token_A, logs_AV.gather(1, own_A1)[:, 0], others.indices, others.values)
+        for at, *step in zip(going, *(column.tolist() for column in columns), strict=True):
+            answers[at].append(_Step(*step))
+    return answers
 
 
 def _greedy(
@@ -134,49 +139,53 @@ def _greedy(
     questions: Sequence[QuestionTokens],
     images: Sequence[int],
     max_new_tokens: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each step's logits [Q, V] and likeliest tokens [Q] until all have ended; the arguments are `generate`'s.
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield, step by step until all have ended, which questions go on, their logits [A, V] and likeliest tokens [A].
 
-    A question that comes with an answer goes on after its tokens, `<eos>` not counted.
+    The arguments are `generate`'s. A question that comes with an answer goes on after its tokens, `<eos>` not counted. One
+    that has ended costs no further step, and a row's keys and values are dropped with the last of its questions.
     """
     device = features.device
     rows = rows_of(zip(images, questions, strict=True), layout.mask)
     batch = {name: value.to(device) for name, value in layout.collate(rows).items()}
     segments_RK, positions_RS = batch["segment_ids"], batch["position_ids"]
-    row_Q, number_Q, segment_RJ = _places(rows, layout.mask, device)
     cache = DynamicCache(config=language_of(model.config))
     allowed = visible(segments_RK, positions_RS, batch["bidirectional"])
     row_features = features[[row.image_id for row in rows]]
     hidden_RSD = text_hidden(model, row_features, batch["input_ids"], positions_RS, allowed, cache)
 
+    row_A, number_A = torch.tensor(
+        [(row, number) for row, one in enumerate(rows) for number in range(len(one.questions))], device=device
+    ).T
+    segment_A = torch.full_like(number_A, PREFIX_SEGMENT) if layout.mask is Mask.PREFIX_LM else number_A + 1
     # What follows a question is predicted where its last token stands.
-    own_RJS = (segments_RK[:, None] == segment_RJ[:, :, None]) & (segment_RJ != PAD_SEGMENT)[:, :, None]
-    last_RJ = torch.where(own_RJS, torch.arange(own_RJS.shape[2], device=device), 0).amax(dim=2)
-    hidden_QD = hidden_RSD[row_Q, last_RJ[row_Q, number_Q]]
-    position_RJ = positions_RS.gather(1, last_RJ)
-    token_RJ = torch.full_like(segment_RJ, layout.pad_id)
-    done_Q = torch.zeros(len(questions), dtype=torch.bool, device=device)
+    own_AS = segments_RK[row_A] == segment_A[:, None]
+    last_A = torch.where(own_AS, torch.arange(own_AS.shape[1], device=device), 0).amax(dim=1)
+    hidden_AD, position_A = hidden_RSD[row_A, last_A], positions_RS[row_A, last_A]
+    going = list(range(len(questions)))
     for step in range(1, max_new_tokens + 1):
-        logits_QV = text_logits(model, hidden_QD)
-        token_Q = logits_QV.argmax(dim=-1)
-        yield logits_QV, token_Q
-        done_Q |= token_Q == layout.eos_id
-        if done_Q.all() or step == max_new_tokens:
+        logits_AV = text_logits(model, hidden_AD)
+        token_A = logits_AV.argmax(dim=-1)
+        yield going, logits_AV, token_A
+        left = (token_A != layout.eos_id).nonzero()[:, 0]
+        if step == max_new_tokens or not len(left):
             return
-        token_RJ[row_Q, number_Q] = token_Q
-        position_RJ = position_RJ + 1
+        going = [going[at] for at in left.tolist()]
+        kept, row_A = row_A[left].unique(return_inverse=True)
+        token_A, segment_A, position_A = token_A[left], segment_A[left], position_A[left] + 1
+        if len(kept) < len(segments_RK):
+            cache.batch_select_indices(kept)
+            segments_RK = segments_RK[kept]
+        # Each question's number among those of its row that go on; rows ascend.
+        number_A = torch.arange(len(going), device=device) - torch.searchsorted(row_A, row_A)
+        grid = len(kept), int(number_A.max()) + 1
+
+        def laid_out(values_A: Tensor, fill: int, grid=grid, places=(row_A, number_A)) -> Tensor:
+            return values_A.new_full(grid, fill).index_put(places, values_A)
+
+        segment_RJ = laid_out(segment_A, PAD_SEGMENT)
         segments_RK = torch.cat([segments_RK, segment_RJ], dim=1)
         key, query = segments_RK[:, None], segment_RJ[:, :, None]
         allowed = (key == PREFIX_SEGMENT) | (key == query) & (key != PAD_SEGMENT)
-        hidden_QD = text_hidden(model, None, token_RJ, position_RJ, allowed, cache)[row_Q, number_Q]
-
-
-def _places(rows: Sequence[Row], mask: Mask, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each question's row and number in it, int64 [Q], and the segments of its tokens, int64 [R, J]."""
-    counts = torch.tensor([len(row.questions) for row in rows])
-    segment_RJ = torch.arange(1, int(counts.max()) + 1).expand(len(rows), -1).clone()
-    segment_RJ[segment_RJ > counts[:, None]] = PAD_SEGMENT
-    row_Q, number_Q = (segment_RJ != PAD_SEGMENT).nonzero(as_tuple=True)
-    if mask is Mask.PREFIX_LM:
-        segment_RJ[:] = PREFIX_SEGMENT
-    return row_Q.to(device), number_Q.to(device), segment_RJ.to(device)
+        token_RJ, position_RJ = laid_out(token_A, layout.pad_id), laid_out(position_A, 1)
+        hidden_AD = text_hidden(model, None, token_RJ, position_RJ, allowed, cache)[row_A, number_A]

@@ -119,7 +119,7 @@ class Predictor:
 
     def answer(self, questions: Sequence[str], images: Sequence[Image.Image]) -> list[str]:
         """Answer each question about its image, from pixels."""
-        return self.answer_features(questions, self.encode(images))
+        return [given.answer for given in self.answer_features(questions, self.encode(images))]
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
@@ -134,10 +134,25 @@ class Predictor:
         cut = [crop_elongated(image.convert("RGB"), resize) for image in images]
         return resize(images=cut, return_tensors="pt").pixel_values
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest question that the model takes, its image and answer among them."""
+        return self.layout.num_patches + self.layout.text_length
+
+    def count_tokens(self, question: str) -> int:
+        """Count what a question adds to its row."""
+        return len(self.layout.tokenize(question).read)
+
+    def grid(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Return how many rows, and of how many tokens, questions of such lengths about one image take."""
+        prefix = self.layout.num_patches + len(self.layout.prefix)
+        shared = self.layout.mask is not Mask.PREFIX_LM
+        return (1, prefix + sum(tokens)) if shared else (len(tokens), prefix + max(tokens))
+
     def answer_features(
         self, questions: Sequence[str], features: Tensor, images: Sequence[int] | None = None
-    ) -> list[str]:
-        """Answer Q questions as one batch; answers come without outer blanks.
+    ) -> list[Candidate]:
+        """Answer Q questions as one batch; answers come without outer blanks, each with its probability.
 
         Args:
             features: [I, T, E], of the images that the questions are about.
@@ -145,7 +160,7 @@ class Predictor:
                 image that stand together share its prefix, but under prefix-lm.
         """
         answers = generate(*self._asked(questions, features, images))
-        return [self.layout.decode(answer) for answer in answers]
+        return [Candidate(self.layout.decode(one.tokens), exp(one.log_probability)) for one in answers]
 
     def likeliest(
         self, questions: Sequence[str], features: Tensor, images: Sequence[int] | None = None, others: int = 2

@@ -1,6 +1,9 @@
 """`accelerate launch`, but for how it ends: in a line of words, not in tracebacks of the launcher's own.
 
     python -m vlm_vqa.pipeline.launcher --config_file launch/NAME.yaml stages/train.py
+    python -m vlm_vqa.pipeline.launcher --config_file evaluation.launch stages/helm_eval.py
+
+The second looks the launch up in params.yaml, where the key may be missing: DVC would fill in none of dvc.yaml's commands.
 
 A launcher that Ctrl-C reaches while it imports torch, or that is asked to end while its processes run, has no fault to show;
 and of a process that has failed, what it said itself is the report: torchrun's would bury it.
@@ -11,7 +14,7 @@ import signal
 import sys
 from collections.abc import Mapping
 
-from vlm_vqa.errors import GO_ON
+from vlm_vqa.errors import GO_ON, UserError
 from vlm_vqa.pipeline.early import end_quietly
 
 # Before the imports below, which take seconds; torchrun has a way of its own once its processes run.
@@ -22,6 +25,13 @@ from accelerate.commands import launch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from vlm_vqa import workers
+from vlm_vqa.launch_file import read_copies
+from vlm_vqa.params import load_params
+from vlm_vqa.pipeline.entrypoint import EXIT_USER_ERROR
+
+KEY = "evaluation.launch"
+
 # Which process it has sent which signal, in capitals, where one has already said what was wrong.
 for _name in ("agent.server.api", "multiprocessing.api"):
     logging.getLogger(f"torch.distributed.elastic.{_name}").disabled = True
@@ -30,7 +40,11 @@ for _name in ("agent.server.api", "multiprocessing.api"):
 def main() -> int:
     """Launch what the command line says; return 0, 128 + the signal that ended all, or a failed process's exit code."""
     try:
+        sys.argv = [launch_file() if word == KEY else word for word in sys.argv]
         launch.main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
@@ -40,6 +54,13 @@ def main() -> int:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, end_quietly)
     return 0
+
+
+def launch_file() -> str:
+    """Return the path of the launch that `evaluation.launch` names; UserError if it is none of whole models."""
+    # What the file lacks the stage will say.
+    logging.getLogger("vlm_vqa.params").disabled = True
+    return str(read_copies(workers.named(load_params().evaluation.launch), key=KEY).path)
 
 
 def report(failures: Mapping[int, ProcessFailure]) -> int:

@@ -3,6 +3,7 @@
 HELM builds it from `model_deployments.yaml`, whose `args` are the constructor's. It speaks `vlm_vqa` as any user would.
 """
 
+import os
 import pkgutil
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
 from helm.clients.client import Client
 from helm.common.hierarchical_logger import hlog
 from helm.common.media_object import TEXT_TYPE
@@ -19,9 +21,14 @@ from PIL import Image
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
+from vlm_vqa.evaluation.answering import KEPT_ANSWERS, KeptAnswers
 from vlm_vqa.evaluation.helm.batching import Asked, BatchWorker
 from vlm_vqa.evaluation.helm.run import ANSWERED, FAILED
+from vlm_vqa.hashing import sha256_bytes
+from vlm_vqa.inference.predictor import Candidate
+from vlm_vqa.launch_file import read_copies
 from vlm_vqa.params import Params, load_params
+from vlm_vqa.workers import named
 
 _LOADING = threading.Lock()
 
@@ -30,26 +37,40 @@ class LoadedModel:
     """The one model of this process (`shared_model`) and the worker that owns it."""
 
     def __init__(self, export: str, params: Params, predictor: str):
-        self.predictor = pkgutil.resolve_name(predictor)(export, max_new_tokens=params.evaluation.max_new_tokens)
+        asked = params.evaluation
+        device = "cpu" if read_copies(named(asked.launch), key="evaluation.launch").on_cpu else "cuda"
+        dtype = getattr(torch, asked.compute_dtype.value)
+        load = pkgutil.resolve_name(predictor)
+        self.predictor = load(export, device=device, max_new_tokens=asked.max_new_tokens, dtype=dtype)
+        kept = os.environ.get(KEPT_ANSWERS)
+        self._kept = KeptAnswers(Path(kept)) if kept else None
         self.max_image_pixels = params.data.max_image_pixels
         self._answered = 0
         # As many as HELM has threads, so that batches are full; the model gets them in pieces that fit it.
-        self._piece = params.evaluation.batch_size
-        self.worker = BatchWorker(self._answer, batch_size=params.evaluation.helm_threads)
+        self._piece = asked.batch_size
+        self.worker = BatchWorker(self._answer, batch_size=asked.helm_threads)
 
     def _answer(self, asked: Sequence[Asked], images: Sequence[Image.Image]) -> list[str]:
         answers: list[str] = []
         for start in range(0, len(asked), self._piece):
             piece = asked[start : start + self._piece]
-            # Each image is encoded once, however many questions there are about it.
-            distinct = dict(zip((one.image_key for one in piece), images[start:], strict=False))
-            row_of = {key: row for row, key in enumerate(distinct)}
-            features = self.predictor.encode(list(distinct.values()))
-            rows = [row_of[one.image_key] for one in piece]
-            answers += self.predictor.answer_features([one.question for one in piece], features, rows)
+            given = self._kept.find(piece) if self._kept else None
+            if given is None:
+                given = self._answer_piece(piece, images[start:])
+                if self._kept:
+                    self._kept.keep(piece, given)
+            answers += [one.answer for one in given]
         self._answered += len(answers)
         hlog(f"{ANSWERED} {self._answered}")
         return answers
+
+    def _answer_piece(self, piece: Sequence[Asked], images: Sequence[Image.Image]) -> list[Candidate]:
+        # Each image is encoded once, however many questions there are about it.
+        distinct = dict(zip((one.image_key for one in piece), images, strict=False))
+        row_of = {key: row for row, key in enumerate(distinct)}
+        features = self.predictor.encode(list(distinct.values()))
+        rows = [row_of[one.image_key] for one in piece]
+        return self.predictor.answer_features([one.question for one in piece], features, rows)
 
 
 @cache
@@ -74,7 +95,8 @@ class VlmVqaClient(Client):
     """Answers HELM's `vqa` requests with an exported model.
 
     Every error ends the run at once: a model on this machine that failed will fail again, and HELM would otherwise ask
-    for minutes. Nothing is cached: HELM's keys, the model's name and the image's path, stay when either is made anew.
+    for minutes. HELM's cache is not used: its keys, the model's name and the image's path, stay when either is made anew.
+    What an evaluation that was ended has answered is found by the picture's bytes, where the evaluation keeps it.
     """
 
     def __init__(
@@ -122,7 +144,7 @@ class VlmVqaClient(Client):
             raise UserError(f"{image_path}: {reason}. Run the helm-eval stage again.") from error
         image = open_image(data, image_path, model.max_image_pixels)
         begun = time.time()
-        answer = model.worker.ask(Asked(image_path, question), image)
+        answer = model.worker.ask(Asked(sha256_bytes(data), question), image)
         return RequestResult(
             success=True,
             cached=False,

@@ -1,8 +1,8 @@
-"""The worker group of an extraction: the processes that were asked for run, or none, and they divide the work.
+"""The worker group of an extraction or evaluation: the processes that were asked for run, or none, and they divide the work.
 
-Each holds a whole encoder and makes whole shards, so all they have in common is the launcher's store: which shard is the
-next, and how many images are done. The training's collectives, and its watch over many machines, are not needed here:
-torchrun ends all processes of its machine when one of them fails.
+Each holds a whole model and makes whole parts, so all they have in common is the launcher's store: which part is the next,
+and how many images or questions are done. The training's collectives, and its watch over many machines, are not needed
+here: torchrun ends all processes of its machine when one of them fails.
 """
 
 import json
@@ -59,17 +59,27 @@ class WorkerGroup:
         return self.store.add(what, more)
 
 
-def join(launch: str, folder: str | Path = "launch") -> WorkerGroup:
-    """Meet the other processes, and compare what has started with what `launch/NAME.yaml` asks for.
+def named(launch: str | None) -> str:
+    """Return the name of a launch; that of none is of one process, on a GPU where there is one."""
+    return launch or ("gpu" if torch.cuda.is_available() else "cpu")
+
+
+def alone() -> WorkerGroup:
+    """Return a group of this process, whatever has started it."""
+    return WorkerGroup(0, 1, torch.device("cpu"), distributed.HashStore(), cores.threads())
+
+
+def join(launch: str, folder: str | Path = "launch", key: str = "vision.launch") -> WorkerGroup:
+    """Meet the other processes, and compare what has started with what `launch/NAME.yaml`, which `key` names, asks for.
 
     The cores are divided among the processes, unless the user says how many threads each gets. That number changes no bit of
-    the features: torch divides the rows of a product among threads, not its sums (tests/stages/test_extract_features.py).
+    what is made: torch divides the rows of a product among threads, not its sums (tests/stages/test_extract_features.py).
 
     Raises:
         UserError: there is no such launch, it divides the model or spans machines, or what has started is something else.
             Or `OMP_NUM_THREADS` is no number of threads.
     """
-    asked = read_copies(launch, folder)
+    asked = read_copies(launch, folder, key)
     size, rank, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
     )
@@ -86,7 +96,7 @@ def join(launch: str, folder: str | Path = "launch") -> WorkerGroup:
     if size > 1:
         # torchrun describes its store in the environment.
         store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
-    group = WorkerGroup(rank, size, device, distributed.PrefixStore("extract-features", store), threads)
+    group = WorkerGroup(rank, size, device, distributed.PrefixStore(key, store), threads)
     group.add("arrived", 1)
     latest = time.monotonic() + JOIN_SECONDS
     while group.add("arrived") < size and time.monotonic() < latest:
