@@ -35,12 +35,12 @@ def test_every_stock_consumer_computes_the_trained_function(exported, mask):
     """In one process, for it takes seconds to start; the proof has one for each."""
     folder, cases = exported(mask)
     consumers = [one for one in STOCK if one.dtype is Dtype.FLOAT32]
-    answers, logits = consume(Consumer("all", "\n".join(one.script for one in consumers)), folder, cases)
-    expected, close = ours(folder, cases)
+    answers, shown = consume(Consumer("all", "\n".join(one.use for one in consumers)), folder, cases)
+    expected, right = ours(folder, cases)
     assert len(set(expected)) > 1, "all answers alike: the test would see nothing"
     for at, consumer in enumerate(consumers):
         rows = slice(3 * at, 3 * at + 3)
-        assert (logits[rows] - close).abs().max() < consumer.tolerance, consumer.name
+        assert (shown["logits"][rows] - right["logits"]).abs().max() < consumer.tolerance, consumer.name
         assert consumer.tolerance > EXACT or answers[rows] == expected, consumer.name
 
 
