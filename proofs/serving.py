@@ -93,7 +93,7 @@ generation_kwargs: {max_new_tokens: 16, temperature: 0}
 metric_list: [{metric: exact, aggregation: mean, higher_is_better: true}]
 metadata: [{version: 0}]
 ''')
-    model = {"model_version": sys.argv[2], "base_url": sys.argv[1], "api_key": "none", "timeout": 60}
+    model = f"model_version={sys.argv[2]},base_url={sys.argv[1]},api_key=none,timeout=60"
     tasks = TaskManager(include_path=".", include_defaults=False, model_name="openai")
     samples = simple_evaluate("openai", model, tasks=["served"], batch_size=1, task_manager=tasks)["samples"]["served"]
     samples.sort(key=lambda sample: sample["doc_id"])
