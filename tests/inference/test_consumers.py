@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proofs.consumers import CARD, EXACT, STOCK, Consumer, compare, consume, ours
+from proofs.consumers import CARD, EXACT, OTHER_MASK, STOCK, Consumer, claim, compare, consume, ours
 from tests.tiny_model import write_trained
 from vlm_vqa.inference.export import read_training, write_export
 from vlm_vqa.inference.processor import export_processor
@@ -52,4 +52,7 @@ def test_a_wrong_mask_is_seen_by_the_logits(tiny, exported):
     processor = export_processor(tiny.processor, Mask.PREFIX_LM, tiny.layout("causal").instruction, tiny.encoder_config)
     processor.save_pretrained(folder)
     for broken in (plain, *CARD):
-        assert compare(broken, folder, cases, right).difference > 100 * EXACT
+        found = compare(broken, folder, cases, right)
+        assert found.difference > 100 * EXACT
+        assert claim("causal", broken, found, len(cases)).met is False
+        assert claim("causal", OTHER_MASK, found, len(cases)).met
