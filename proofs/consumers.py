@@ -356,12 +356,11 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         difference = "-" if one is None or one["difference"] is None else f"{one['difference']:.0e}"
         return "" if one is None else f"{one['equal']}, {difference}"
 
-    names = dict.fromkeys(name for consumers in found.values() for name in consumers)
-    rows = [[name, *(cell(consumers.get(name)) for consumers in found.values())] for name in names]
-    return "\n".join(
-        f"| {' | '.join(cells)} |"
-        for cells in [["consumer", *(f"`{mask}`" for mask in found)], ["---"] * (len(found) + 1), *rows]
-    )
+    masks = [mask for mask in CONSUMERS if mask in found]
+    names = dict.fromkeys(one.name for mask in masks for one in CONSUMERS[mask])
+    rows = [[name, *(cell(found[mask].get(name)) for mask in masks)] for name in names]
+    head = ["consumer", *(f"`{mask}`" for mask in masks)], ["---"] * (len(masks) + 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (*head, *rows))
 
 
 def read_cases(folder: Path, count: int) -> list[tuple[Path, str]]:
