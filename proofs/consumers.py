@@ -25,7 +25,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import httpx
@@ -130,7 +130,7 @@ class Consumer:
     use: str | Callable[[Path, Cases], Results]
     """A script that fills `answers` and `logits`, or what asks the export in this folder."""
     tolerance: float = EXACT
-    dtype: Dtype = Dtype.FLOAT32
+    dtype: Literal[Dtype.FLOAT32, Dtype.BFLOAT16] = Dtype.FLOAT32
     """Of the export."""
     wrong: bool = False
     """The mask is another on purpose: the difference must be at least the tolerance."""
