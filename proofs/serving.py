@@ -1,13 +1,15 @@
 """The export served to many at once: no answer is wrong or lost, and when the server is killed nobody waits.
 
-    python -m proofs.serving [--clients 64] [--seconds 60] [--questions 500] [--helm 200] [--inspect-ai FOLDER]
+    python -m proofs.serving [--clients 64] [--seconds 60] [--questions 500] [--helm 200]
+                             [--inspect-ai FOLDER] [--lmms-eval FOLDER]
 
 Needs what the stages write (`make repro`); the questions are the first of val. Clients ask without a pause, each its own
 next question, over as many connections, from one process. "Wrong" is an answer that is not what the same weights give in
 this process, "lost" a request without an answer. Then the server is ended under the same load by SIGTERM and by SIGKILL:
 counted are the seconds until the last client has its answer or an error. `--helm N` asks N questions by HELM's own OpenAI
 client, and by ours, with HELM's own `vqa` run. `--inspect-ai FOLDER` asks all questions by inspect_ai, in an environment of
-its own that is made in FOLDER (360 MB from the package index) unless it is there, and compares answers and scores.
+its own that is made in FOLDER (360 MB from the package index) unless it is there, and compares answers and scores;
+`--lmms-eval FOLDER` does the same by lmms-eval, which brings a torch of its own (gigabytes).
 """
 
 import asyncio
@@ -53,15 +55,49 @@ from inspect_ai.scorer import exact
 
 samples = []
 for number, sample in enumerate(json.load(open("samples.json"))):
-    picture, question = sample["request"]["messages"][0]["content"]
-    content = [ContentImage(image=picture["image_url"]["url"]), ContentText(text=question["text"])]
+    content = [ContentImage(image=sample["picture"]), ContentText(text=sample["question"])]
     samples.append(Sample(id=number, input=[ChatMessageUser(content=content)], target=sample["target"]))
-model = "openai-api/served/" + sample["request"]["model"]
 task = Task(dataset=MemoryDataset(samples), scorer=exact())
+model = "openai-api/served/" + sys.argv[2]
 (log,) = eval(task, model=model, model_base_url=sys.argv[1], log_dir="logs", display="none", max_connections=32)
 assert log.status == "success", log.error
-found = {sample.id: [sample.output.completion, sample.scores["exact"].as_str()] for sample in log.samples}
+found = {sample.id: [sample.output.completion, sample.scores["exact"].as_str() == "C"] for sample in log.samples}
 json.dump([found[number] for number in range(len(samples))], open("found.json", "w"))
+"""
+LMMS_EVAL = "lmms_eval==0.7.3"
+LMMS_TASK = """
+import base64, io, json, pathlib, sys
+from PIL import Image
+
+def pictures(sample):
+    return [Image.open(io.BytesIO(base64.b64decode(sample["picture"].partition(",")[2])))]
+
+def score(sample, answers):
+    return {"exact": float(answers[0] == sample["target"])}
+
+if __name__ == "__main__":
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    pathlib.Path("served.yaml").write_text('''
+task: served
+dataset_path: json
+dataset_kwargs: {data_files: {test: samples.json}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function task.pictures
+doc_to_text: question
+doc_to_target: target
+process_results: !function task.score
+generation_kwargs: {max_new_tokens: 16, temperature: 0}
+metric_list: [{metric: exact, aggregation: mean, higher_is_better: true}]
+metadata: [{version: 0}]
+''')
+    model = f"model_version={sys.argv[2]},base_url={sys.argv[1]},api_key=none,timeout=60"
+    tasks = TaskManager(include_path=".", include_defaults=False, model_name="openai")
+    samples = simple_evaluate("openai", model, tasks=["served"], batch_size=1, task_manager=tasks)["samples"]["served"]
+    samples.sort(key=lambda sample: sample["doc_id"])
+    json.dump([[sample["filtered_resps"][0], sample["exact"] == 1] for sample in samples], open("found.json", "w"))
 """
 BEFORE_KILL = 3.0
 """Seconds of load before the server is killed."""
@@ -198,28 +234,42 @@ def by_helm(folder: Path, export: Path, params: Params, rows: Sequence[Mapping[s
     ]
 
 
-def by_inspect_ai(
-    folder: Path, export: Path, rows: Sequence[Mapping[str, Any]], bodies: Sequence[bytes], expected: Sequence[str]
+def by_others(
+    package: str,
+    task: str,
+    folder: Path,
+    export: Path,
+    rows: Sequence[Mapping[str, Any]],
+    bodies: Sequence[bytes],
+    expected: Sequence[str],
 ) -> list[Claim]:
-    """Return what is claimed of inspect_ai against the server: its answers, and its scores beside ours, by question."""
+    """Return what is claimed of another's evaluation against the server: its answers, and its scores beside ours.
+
+    Args:
+        package: what is installed in `folder`, an environment of its own.
+        task: a script that reads `samples.json` and writes each one's answer, and whether it is right, to `found.json`.
+    """
     python = folder / "bin/python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", INSPECT_AI, "openai"], check=True)
-    samples = [
-        {"request": json.loads(body), "target": row["answers"][0]} for row, body in zip(rows, bodies, strict=True)
-    ]
-    own = {name: os.environ[name] for name in ("PATH", "HOME")} | {"SERVED_API_KEY": "none"}
+        subprocess.run([python, "-m", "pip", "install", "--quiet", package, "openai"], check=True)
+    samples = []
+    for row, body in zip(rows, bodies, strict=True):
+        picture, question = json.loads(body)["messages"][0]["content"]
+        sample = {"picture": picture["image_url"]["url"], "question": question["text"], "target": row["answers"][0]}
+        samples.append(sample)
+    own = {name: os.environ[name] for name in ("PATH", "HOME")} | {"SERVED_API_KEY": "none", "HF_HUB_OFFLINE": "1"}
     with workplace(None) as place, server(export) as (_, address):
         (place / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
-        subprocess.run([python.absolute(), "-c", INSPECT_TASK, address], cwd=place, env=own, check=True)
+        (place / "task.py").write_text(task, encoding="utf-8")
+        subprocess.run([python.absolute(), "task.py", address, MODEL], cwd=place, env=own, check=True)
         found = json.loads((place / "found.json").read_text(encoding="utf-8"))
     wrong = sum(answer != ours for (answer, _), ours in zip(found, expected, strict=True))
     ours = [score_answer(answer, row["answers"]) for answer, row in zip(expected, rows, strict=True)]
-    other = sum((score == "C") != (own == 1) for (_, score), own in zip(found, ours, strict=True))
+    other = sum(right != (own == 1) for (_, right), own in zip(found, ours, strict=True))
     return [
-        exactly(f"{INSPECT_AI}: answers that are wrong, of {len(found)}", wrong, 0),
-        exactly(f"{INSPECT_AI}: questions of another score than ours", other, 0),
+        exactly(f"{package}: answers that are wrong, of {len(found)}", wrong, 0),
+        exactly(f"{package}: questions of another score than ours", other, 0),
     ]
 
 
@@ -231,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--helm", type=measure.positive, metavar="N", help="ask N questions by HELM's OpenAI client, too"
     )
     parser.add_argument("--inspect-ai", type=Path, metavar="FOLDER", help="ask by inspect_ai, which is installed there")
+    parser.add_argument("--lmms-eval", type=Path, metavar="FOLDER", help="ask by lmms-eval, which is installed there")
     options = measure.parse(parser, arguments)
     params = load_params()
     rows = load_questions(RECORDS, "val").select(range(options.questions)).to_list()
@@ -244,8 +295,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.helm:
         with workplace(None) as folder:
             claims += by_helm(folder, options.export, params, rows[: options.helm])
-    if options.inspect_ai:
-        claims += by_inspect_ai(options.inspect_ai, options.export, rows, bodies, expected)
+    for package, task, folder in (
+        (INSPECT_AI, INSPECT_TASK, options.inspect_ai),
+        (LMMS_EVAL, LMMS_TASK, options.lmms_eval),
+    ):
+        if folder:
+            claims += by_others(package, task, folder, options.export, rows, bodies, expected)
     details["different answers"] = len(set(expected))
     measure.write("serving", claims, details, {"questions and pictures": params.data.source.value})
 

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from benchmarks.__main__ import DEFAULT
-from proofs import gpu, strategies
+from proofs import consumers, gpu, strategies
+from proofs.serving import INSPECT_AI, LMMS_EVAL
 from proofs.trainings import table
 from scripts import parameters_page
 from vlm_vqa import cli
@@ -269,6 +270,23 @@ def test_what_a_gpu_does_is_what_was_measured_or_said_to_be_unknown():
         assert gpu.page(results("gpu")) in PAGES["docs/gpu.md"]
     assert {"not yet measured" in page for page in shown} == {not measured.exists()}
     assert set(re.findall(r"^\| `(\w+)` \|", PAGES["docs/gpu.md"], flags=re.MULTILINE)) == set(gpu.CHECKS)
+
+
+def test_who_computes_what_was_trained_is_what_was_measured():
+    found = results("consumers")
+    assert all(claim["met"] for claim in found["claims"])
+    assert consumers.table(found["details"]) in PAGES["docs/deployment.md"]
+    assert [every[consumers.WRONG]["equal"] for every in found["details"].values()] == [200] * 3
+    found = {claim["what"]: claim for claim in results("serving")["claims"]}
+    assert not [what for what, claim in found.items() if claim["met"] is False]
+    answers = int(next(what for what in found if what.startswith("64 clients for 60 s: answers that")).split()[-1])
+    waited = math.ceil(max(claim["ratio"] for what, claim in found.items() if "seconds until the last" in what))
+    bleu = next(claim["ratio"] for what, claim in found.items() if "OpenAI client: bleu_1" in what)
+    assert f"{answers:,} answers came, none of them wrong" in FLAT and f"its error at most {waited} s later" in FLAT
+    assert f"the `bleu_1` ({bleu:.3f}) of our client" in FLAT
+    for package in (INSPECT_AI, LMMS_EVAL):
+        assert package.replace("lmms_eval", "lmms-eval").replace("==", " ") in FLAT
+        assert f"{package}: answers that are wrong, of 500" in found
 
 
 def test_what_validation_costs_is_what_preflight_says():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proofs.consumers import CARD, EXACT, STOCK, Consumer, compare, consume, ours
+from proofs.consumers import CARD, EXACT, OTHER_MASK, STOCK, Consumer, claim, compare, consume, ours
 from tests.tiny_model import write_trained
 from vlm_vqa.inference.export import read_training, write_export
 from vlm_vqa.inference.processor import export_processor
@@ -35,12 +35,12 @@ def test_every_stock_consumer_computes_the_trained_function(exported, mask):
     """In one process, for it takes seconds to start; the proof has one for each."""
     folder, cases = exported(mask)
     consumers = [one for one in STOCK if one.dtype is Dtype.FLOAT32]
-    answers, logits = consume(Consumer("all", "\n".join(one.script for one in consumers)), folder, cases)
-    expected, close = ours(folder, cases)
+    answers, shown = consume(Consumer("all", "\n".join(str(one.use) for one in consumers)), folder, cases)
+    expected, right = ours(folder, cases)
     assert len(set(expected)) > 1, "all answers alike: the test would see nothing"
     for at, consumer in enumerate(consumers):
         rows = slice(3 * at, 3 * at + 3)
-        assert (logits[rows] - close).abs().max() < consumer.tolerance, consumer.name
+        assert (shown["logits"][rows] - right["logits"]).abs().max() < consumer.tolerance, consumer.name
         assert consumer.tolerance > EXACT or answers[rows] == expected, consumer.name
 
 
@@ -52,4 +52,7 @@ def test_a_wrong_mask_is_seen_by_the_logits(tiny, exported):
     processor = export_processor(tiny.processor, Mask.PREFIX_LM, tiny.layout("causal").instruction, tiny.encoder_config)
     processor.save_pretrained(folder)
     for broken in (plain, *CARD):
-        assert compare(broken, folder, cases, right).difference > 100 * EXACT
+        found = compare(broken, folder, cases, right)
+        assert found.difference is not None and found.difference > 100 * EXACT
+        assert claim("causal", broken, found, len(cases)).met is False
+        assert claim("causal", OTHER_MASK, found, len(cases)).met
