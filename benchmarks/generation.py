@@ -181,7 +181,7 @@ def per_one(timing: Timing, count: int) -> Timing:
 
 def one_answer(predictor: Predictor, features: Features, row: Question) -> str:
     """Ask a batch of one."""
-    return predictor.answer_features([row["question"]], features.batch([row["image_id"]]))[0]
+    return predictor.answer_features([row["question"]], features.batch([row["image_id"]]))[0].answer
 
 
 def check_equal(alone: Sequence[str], in_batches: Sequence[str]) -> None:
@@ -253,7 +253,7 @@ def answerer_of(shape: Shape, model: VlmForTraining, processor: PaliGemmaProcess
 
 def as_evaluation(shape: Shape, predictor: Predictor, features: Features, asked: Sequence[Question]) -> list[str]:
     """Answer as the evaluation answers a validation split."""
-    return answer_questions(predictor, features, asked, shape.batch_size, "questions")
+    return [given.answer for given in answer_questions(predictor, features, asked, shape.batch_size, "questions")]
 
 
 def as_helm(shape: Shape, predictor: Predictor, features: Features, asked: Sequence[Question]) -> list[str]:
@@ -268,8 +268,8 @@ def as_helm(shape: Shape, predictor: Predictor, features: Features, asked: Seque
             features.batch(images),
             [images.index(asked[at]["image_id"]) for at in batch],
         )
-        for at, answer in zip(batch, given, strict=True):
-            answers[at] = answer
+        for at, one in zip(batch, given, strict=True):
+            answers[at] = one.answer
     return answers
 
 

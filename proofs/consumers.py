@@ -182,7 +182,7 @@ def ours(folder: Path, cases: Cases) -> tuple[list[str], Tensor]:
     answers, logits = [], []
     for path, question in cases:
         features = predictor.encode([Image.open(path)])
-        answers += predictor.answer_features([question], features)
+        answers += [given.answer for given in predictor.answer_features([question], features)]
         batch = predictor.layout.collate([Row(0, (predictor.layout.tokenize(question),))])
         allowed = visible(batch["segment_ids"], batch["position_ids"], batch["bidirectional"])
         with torch.inference_mode():

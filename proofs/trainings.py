@@ -65,7 +65,7 @@ def train_and_score(
     predictor = Predictor(model, processor, facts, params.evaluation.max_new_tokens)
     validation = load_questions(RECORDS, "val").to_list()
     given = answer_questions(predictor, features, validation, params.evaluation.batch_size, "questions")
-    scored = accuracy({row["question_id"]: answer for row, answer in zip(validation, given, strict=True)}, validation)
+    scored = accuracy({row["question_id"]: one.answer for row, one in zip(validation, given, strict=True)}, validation)
     questions = min(len(data) * params.train.num_train_epochs, trainer.state.global_step * params.train.batch_size)
     return {"accuracy": scored.overall, "seconds": seconds, "steps": trainer.state.global_step, "questions": questions}
 

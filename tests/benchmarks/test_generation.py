@@ -36,7 +36,7 @@ def test_answers_that_depend_on_the_batch_stop_the_benchmark(monkeypatch):
 
     def by_batch(self, questions, features, images=None):
         answers = answer_features(self, questions, features, images)
-        return answers if len(questions) == 1 else [answer + "!" for answer in answers]
+        return answers if len(questions) == 1 else [one._replace(answer=one.answer + "!") for one in answers]
 
     monkeypatch.setattr(Predictor, "answer_features", by_batch)
     with pytest.raises(ValueError, match="10 of 10 answers differ, the first: .*!' in a batch"):

@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_vqa.errors import UserError
+from vlm_vqa.inference.predictor import Candidate
 
 
 class Fake:
@@ -55,7 +56,7 @@ class Fake:
             raise RuntimeError(self.fails)
         features = np.asarray(features, dtype=np.float32).reshape(len(features), -1)
         features = features[list(range(len(questions)) if images is None else images)]
-        return [self.red if row[0] > row[2] else "blue" for row in features]
+        return [Candidate(self.red if row[0] > row[2] else "blue", float(row.max()) / 255) for row in features]
 
 
 def load(folder, max_new_tokens=10):

@@ -109,7 +109,7 @@ def test_logits_before_the_first_step_are_stock_transformers(either, mask):
     asked = {name: value if name == "pixel_values" else value[:, :length] for name, value in inputs.items()}
     continued = stock.generate(**asked, max_new_tokens=5, do_sample=False)[0, length:].tolist()
     (answer,) = generate(model, layout, features, [layout.tokenize(QUESTION)], [0], 5)
-    assert answer and answer == continued[: len(answer)]
+    assert answer.tokens and answer.tokens == continued[: len(answer.tokens)]
 
 
 def test_an_adapter_is_merged_where_training_starts_and_of_another_base_refused_before_any_stage(either, tmp_path):

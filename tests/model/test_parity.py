@@ -91,9 +91,9 @@ def test_generation_equals_the_stock_class(tiny, mask, use_cache):
     )
     for row, answer in enumerate(ours):
         continued = stock[row, inputs["input_ids"].shape[1] :].tolist()
-        assert answer == continued[: len(answer)]
-        assert len(answer) == 6 or continued[len(answer)] == layout.eos_id
-    assert len({tuple(answer) for answer in ours}) > 1, "all answers alike: the test would see nothing"
+        assert answer.tokens == continued[: len(answer.tokens)]
+        assert len(answer.tokens) == 6 or answer.tokens[-1] == layout.eos_id
+    assert len({tuple(answer.tokens) for answer in ours}) > 1, "all answers alike: the test would see nothing"
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -108,8 +108,10 @@ def test_a_batch_answers_as_one_by_one(tiny, mask):
         generate(tiny.stock, layout, image_features[i : i + 1], [t], [0], 6)[0]
         for i, t in zip(images, tokens, strict=True)
     ]
-    assert together == alone
-    assert together[0] == together[3] and len({tuple(answer) for answer in together}) > 1
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    logs = [[answer.log_probability for answer in answers] for answers in (together, alone)]
+    assert logs[0] == pytest.approx(logs[1], abs=1e-5)
+    assert together[0].tokens == together[3].tokens and len({tuple(answer.tokens) for answer in together}) > 1
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -131,12 +133,10 @@ def test_answers_are_as_likely_as_reading_them_says(tiny, mask, most):
             hidden = text_hidden(tiny.stock, 3 * image_features[[image]], *asked)
             return text_logits(tiny.stock, hidden)[0, -len(answer) - 1 :].log_softmax(dim=-1)
 
-    def cut(answer):
-        return [*answer, layout.eos_id][:most]
-
     found, greedy = likeliest(*arguments), generate(*arguments)
     for question, image, answer, (first, *others) in zip(tokens, images, greedy, found, strict=True):
-        assert first.tokens == cut(answer) and len(others) == DEPARTURES
+        assert first.tokens == answer.tokens and len(others) == DEPARTURES
+        assert first.log_probability == pytest.approx(answer.log_probability, abs=1e-5)
         for one in (first, *others):
             logs = reading(question, image, one.tokens)[range(len(one.tokens)), one.tokens]
             assert one.log_probability == pytest.approx(logs.sum().item(), abs=1e-4)

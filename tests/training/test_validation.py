@@ -93,7 +93,7 @@ def greedy(trainer):
     features = trainer.data_collator.features.batch([row["image_id"] for row in held])
     with torch.no_grad():
         answers = generate(trainer.model.eval(), layout, features, asked, range(len(held)), max_new_tokens=20)
-    return [layout.decode(answer) for answer in answers]
+    return [layout.decode(answer.tokens) for answer in answers]
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,14 @@ from vlm_vqa.evaluation.helm.run import CONFIG, RESULTS, SCENARIO, run_helm
 from vlm_vqa.evaluation.score_table import BLIND, MODEL, compared, rounded
 from vlm_vqa.evaluation.vqa_accuracy import METRICS, Accuracy, accuracy, score_people
 from vlm_vqa.hashing import write_json
-from vlm_vqa.inference.predictor import Predictor
+from vlm_vqa.inference.predictor import Candidate, Predictor
 from vlm_vqa.params import EvaluationParams, Params
 
 RECORDS, FEATURES, EXPORT, REPORTS = map(Path, ("data/records", "data/features", "models/export", "reports"))
 LEAST_AGREEMENT = 0.99
 """HELM sees pixels, accuracy is counted from stored features: fewer equal answers, but for one, are no rounding."""
+
+PROBABILITY_DIGITS = 6
 
 BLANK, BLANK_SIZE = (128, 128, 128), (224, 224)
 IN_A_ROW = 8
@@ -71,7 +73,7 @@ def evaluate(
 
     helm = _ask_helm([questions[at] for at in at_helm], params.evaluation, environment)
     predictor = load_predictor(EXPORT, max_new_tokens=params.evaluation.max_new_tokens)
-    given = _answer_all(predictor, store, questions, others, prior, params.evaluation.batch_size)
+    given, probabilities = _answer_all(predictor, store, questions, others, prior, params.evaluation.batch_size)
     agreement = _check_agreement(helm.predictions, [given[MODEL][at] for at in at_helm])
     scored = {who: _accuracy(metric, questions, answers) for who, answers in given.items()}
     instances = [questions[at] for at in at_helm]
@@ -92,10 +94,10 @@ def evaluate(
         report["people"] = sum(score_people(row["answers"]) for row in questions) / len(questions)
     scores = {who: [*one.per_question.values()] for who, one in scored.items()}
     report = rounded(report | compared({metric: (scores, questions), "bleu_1": (bleu, instances)}))
-    predictions = _predictions(questions, given, others, metric, scores[MODEL])
+    predictions = _predictions(questions, given, others, metric, scores[MODEL], probabilities)
     at_question = dict(zip(at_helm, bleu[MODEL], strict=True))
     columns = {"accuracy": scores[MODEL], "bleu_1": [at_question.get(at) for at in range(len(questions))]}
-    table = predictions.select(["question_id", "image_id", "question", "prediction"])
+    table = predictions.select(["question_id", "image_id", "question", "prediction", "probability"])
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values, pa.float64()))
     files = _write(metric, report, {"predictions": predictions, "scores": table})
@@ -110,19 +112,21 @@ def _answer_all(
     others: Mapping[int, int],
     prior: QuestionOnlyBaseline,
     batch_size: int,
-) -> dict[str, list[str]]:
-    """Return what model and baselines answer, in the questions' order."""
+) -> tuple[dict[str, list[str]], list[float]]:
+    """Return what model and baselines answer, in the questions' order, and the probabilities of the model's answers."""
     # A picture is read once, for its own questions and for those of another.
     borrowed = [{**row, "image_id": others[row["image_id"]]} for row in questions]
     both = answer_questions(
         predictor, store, [*questions, *borrowed], batch_size, "questions, of their image and another"
     )
-    return {
-        MODEL: both[: len(questions)],
+    own, of_another = both[: len(questions)], both[len(questions) :]
+    answers = {
+        MODEL: [given.answer for given in own],
         BLIND: [prior.answer(row["question"], row["question_type"]) for row in questions],
-        "shuffled_images": both[len(questions) :],
+        "shuffled_images": [given.answer for given in of_another],
         "blank_image": answer_blank(predictor, [row["question"] for row in questions], batch_size),
     }
+    return answers, [round(given.probability, PROBABILITY_DIGITS) for given in own]
 
 
 def _predictions(
@@ -131,11 +135,13 @@ def _predictions(
     others: Mapping[int, int],
     metric: str,
     scores: list[float],
+    probabilities: list[float],
 ) -> pa.Table:
     """Return everything that was answered, question by question."""
     names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")
     table = {name: [row[name] for row in questions] for name in names} | {
         "prediction": given[MODEL],
+        "probability": probabilities,
         {"vqa_accuracy": "score"}.get(metric, metric): scores,
         "shuffled_image_id": [others[row["image_id"]] for row in questions],
         "prediction_shuffled": given["shuffled_images"],
@@ -151,7 +157,7 @@ def answer_questions(
     questions: Sequence[Row],
     batch_size: int,
     what: str,
-) -> list[str]:
+) -> list[Candidate]:
     """Answer every question from stored features, in batches that keep an image's questions together.
 
     Args:
@@ -159,7 +165,7 @@ def answer_questions(
         what: stands beside the progress bar.
     """
     order = sorted(range(len(questions)), key=lambda at: (questions[at]["image_id"], questions[at]["question_id"]))
-    answers = [""] * len(questions)
+    answers = [Candidate("", 0.0)] * len(questions)
     with tqdm(total=len(questions), desc=what, unit="answer", mininterval=1) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -185,7 +191,7 @@ def answer_blank(predictor: Predictor, questions: Sequence[str], batch_size: int
         # All in one row would be more than Gemma 2's sliding window holds.
         places = [at // IN_A_ROW for at in range(len(batch))]
         given = predictor.answer_features(batch, blank[[0] * (places[-1] + 1)], places)
-        answers |= zip(batch, given, strict=True)
+        answers |= zip(batch, (one.answer for one in given), strict=True)
     return [answers[question] for question in questions]
 
 

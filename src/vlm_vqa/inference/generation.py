@@ -5,7 +5,7 @@ so far, T image tokens, E feature width, D hidden width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ def generate(
     questions: Sequence[QuestionTokens],
     images: Sequence[int],
     max_new_tokens: int,
-) -> list[list[int]]:
+) -> list[Scored]:
     """Answer every question with the likeliest token at each step, stopping at `<eos>`.
 
     Consecutive questions of one image are read as one row, and so are their answers: each step appends a token for every
@@ -51,11 +51,15 @@ def generate(
         images: which of the I images each question is about.
 
     Returns:
-        Q lists of token ids, `<eos>` left out.
+        Q answers.
     """
-    steps = [token_Q for _, token_Q in _greedy(model, layout, features, questions, images, max_new_tokens)]
-    answers = torch.stack(steps, dim=1).tolist()
-    return [list(takewhile(lambda token: token != layout.eos_id, answer)) for answer in answers]
+    columns = []
+    for logits_QV, token_Q in _greedy(model, layout, features, questions, images, max_new_tokens):
+        # The greatest is that of the chosen token. Faster by far than logsumexp where there are 256,000.
+        columns.append((token_Q, logits_QV.float().log_softmax(dim=-1).amax(dim=-1)))
+    tokens, logs = (torch.stack(column, dim=1).tolist() for column in zip(*columns, strict=True))
+    ends = [answer.index(layout.eos_id) + 1 if layout.eos_id in answer else len(answer) for answer in tokens]
+    return [Scored(one[:end], sum(log[:end])) for one, log, end in zip(tokens, logs, ends, strict=True)]
 
 
 @torch.inference_mode()

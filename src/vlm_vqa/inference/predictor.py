@@ -119,7 +119,7 @@ class Predictor:
 
     def answer(self, questions: Sequence[str], images: Sequence[Image.Image]) -> list[str]:
         """Answer each question about its image, from pixels."""
-        return self.answer_features(questions, self.encode(images))
+        return [given.answer for given in self.answer_features(questions, self.encode(images))]
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
@@ -136,8 +136,8 @@ class Predictor:
 
     def answer_features(
         self, questions: Sequence[str], features: Tensor, images: Sequence[int] | None = None
-    ) -> list[str]:
-        """Answer Q questions as one batch; answers come without outer blanks.
+    ) -> list[Candidate]:
+        """Answer Q questions as one batch; answers come without outer blanks, each with its probability.
 
         Args:
             features: [I, T, E], of the images that the questions are about.
@@ -145,7 +145,7 @@ class Predictor:
                 image that stand together share its prefix, but under prefix-lm.
         """
         answers = generate(*self._asked(questions, features, images))
-        return [self.layout.decode(answer) for answer in answers]
+        return [Candidate(self.layout.decode(one.tokens), exp(one.log_probability)) for one in answers]
 
     def likeliest(
         self, questions: Sequence[str], features: Tensor, images: Sequence[int] | None = None, others: int = 2

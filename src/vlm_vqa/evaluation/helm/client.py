@@ -46,7 +46,8 @@ class LoadedModel:
             row_of = {key: row for row, key in enumerate(distinct)}
             features = self.predictor.encode(list(distinct.values()))
             rows = [row_of[one.image_key] for one in piece]
-            answers += self.predictor.answer_features([one.question for one in piece], features, rows)
+            given = self.predictor.answer_features([one.question for one in piece], features, rows)
+            answers += [one.answer for one in given]
         self._answered += len(answers)
         hlog(f"{ANSWERED} {self._answered}")
         return answers
