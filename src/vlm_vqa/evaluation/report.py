@@ -1,7 +1,8 @@
 """The report that people read, `reports/report.html`, and the same tables as Markdown, `reports/report.md`.
 
-Equal evaluations give equal bytes: no time, no host, no file outside, pictures and plots inside. Numbers are made here; words
-stand in `report.j2`, once for both, and the markup of either in `report_html.j2` and `report_md.j2`. All texts are escaped.
+Equal evaluations give equal bytes: no time, no host, no file outside, pictures and plots inside. Numbers are made here;
+words stand in `report.j2`, once for both, and the markup of either in `report_html.j2` and `report_md.j2`. All texts are
+escaped.
 """
 
 import csv
