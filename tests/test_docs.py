@@ -61,7 +61,7 @@ def test_make_targets_exist():
 
 def test_commands_and_options_of_vlm_vqa_exist(capsys):
     named = re.findall(r"\bvlm-vqa ([a-z][a-z-]+)([^`\n#]*)", TEXT)
-    assert {"ask", "gallery", "track", "preflight", "unlock"} <= {command for command, _ in named}
+    assert {"ask", "demo", "track", "preflight", "unlock"} <= {command for command, _ in named}
     for command, rest in named:
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])

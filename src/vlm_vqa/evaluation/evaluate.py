@@ -53,7 +53,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Path]]:
     """Evaluate the exported model; return the report, and the files written into the reports: `evaluation.json`,
     `metrics.json` (a few of its figures, for DVC), `predictions.parquet`, `scores.parquet` (what git keeps of it for the
-    next comparison), `helm/` and `helm_predictions.parquet`.
+    next comparison), `helm/`, `helm_predictions.parquet` and what people read (see `report.write_report`).
 
     Args:
         params: `evaluation`, `prompt.instruction` and `seed` count.

@@ -60,7 +60,7 @@ def write_report(
     pictures = _pictures(records, {rows[at]["image_id"] for places in shown.values() for at in places})
     training, validation = (_curve(folder / name) for name in ("train_curve.csv", "validation/curve.csv"))
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    values = {
+    values: dict[str, Any] = {
         "report": report,
         "metric": metric,
         "names": NAMES,

@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter
 
 GROUPS = 14
 COLOURS = ("#3b6fb6", "#e08a3c", "#8a8f98", "#a9788f", "#4f9d69")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vlm-vqa",
     "svg.fonttype": "none",
     "text.parse_math": False,
