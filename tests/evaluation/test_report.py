@@ -32,7 +32,7 @@ def evaluated(records, tmp_path):
     draw, rows = np.random.RandomState(0), load_questions(records, "val").to_list()
     for at, row in enumerate(rows):
         row["question"] = NASTY[at % len(NASTY)]
-        row["question_type"] = ["$is", EVIL, "a|b"][at % 3]
+        row["question_type"] = ["$is$", EVIL, "a|b"][at % 3]
         row["answers"] = [NASTY[(at + 6) % len(NASTY)]] * 6 + ["", "red", "blue", EVIL]
     scores = {who: draw.choice([0, 0.3, 0.6, 0.9, 1], len(rows)).tolist() for who in NAMES}
     bleu = {who: draw.rand(6).tolist() for who in NAMES}
@@ -152,7 +152,7 @@ def test_it_stands_alone_and_no_text_is_markup(evaluated):
     assert not page.tags & {"script", "iframe", "object", "embed", "link", "form", "base", "foreignobject"}
     assert not [name for name in page.attributes if name.startswith("on")] and "@import" not in html
     assert set(re.findall(r"url\((.)", html)) <= {"#"}
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "$is" in html and "東京" in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "$is$ (6)<" in html and "東京" in html
     assert "<script" not in markdown and "<img" not in markdown and "![" not in markdown and "](" not in markdown
     # No cell ends a row or begins another.
     rows = [line for line in markdown.splitlines() if line.startswith("|")]

@@ -274,7 +274,7 @@ def _run(params: Params, model: Mapping[str, Any], manifest: Mapping[str, Any]) 
         "mask": model["mask"],
         "parameters of the training": params.training_hash(),
         "seed": params.seed,
-        "data source": manifest["source"],
+        "data source": manifest.get("source"),
         "data": manifest["data_hash"],
     }
 
