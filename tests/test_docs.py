@@ -86,6 +86,8 @@ def test_paths_are_there(page):
         "data/archives",
         "benchmarks/results.here",
         "reports/helm_pred",
+        "reports/report.",
+        "reports/calibration",
         "reports/validation",
     )
     places = "presets|launch|evaluation|stages|src|scripts|tests|docs|benchmarks|proofs|reports|data|[.]ci"
