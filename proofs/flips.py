@@ -11,7 +11,7 @@ kind (`proofs.readers`) is done in a process of its own:
     checkpoint    chosen, verified and read as a training does that goes on
     trained       joined with the tower and exported
     export        loaded, asked in our way and in the stock way
-    predictions   drawn as `vlm-vqa gallery` does
+    predictions   read as a table
 
 A UserError that names the place is "detected", and what comes out to the byte as without the flip is "no effect". The rest
 are faults: "misnamed" a UserError that names another place, "raised" another exception, "hung", "died", and "silent".

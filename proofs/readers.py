@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import iter_images, load_questions, read_manifest
-from vlm_vqa.evaluation.gallery import draw_gallery
+from vlm_vqa.evaluation.helm.files import read_table
 from vlm_vqa.hashing import hash_files, hash_json
 from vlm_vqa.inference.export import read_training, write_export
 from vlm_vqa.inference.predictor import Predictor
@@ -110,12 +110,7 @@ def read_export(root: Path, encoder: Encoder) -> str:
 
 
 def read_predictions(root: Path, encoder: Encoder) -> str:
-    with tempfile.TemporaryDirectory() as place:
-        return hashlib.sha256(
-            draw_gallery(
-                root / "data/records", root / "reports/predictions.parquet", Path(place) / "a.png"
-            ).read_bytes()
-        ).hexdigest()
+    return hash_json(read_table(root / "reports/predictions.parquet").to_pydict())
 
 
 def digest(tensor: torch.Tensor) -> str:

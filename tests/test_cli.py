@@ -26,7 +26,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=True)
     assert "heavy: []" in done.stdout
-    for command in ("ask", "base", "check", "compare", "easy-vqa", "gallery", "helm-web", "track"):
+    for command in ("ask", "base", "check", "compare", "easy-vqa", "helm-web", "track"):
         assert f"\n    {command} " in done.stdout
 
 
@@ -76,7 +76,7 @@ def test_track_without_outputs_says_what_to_do(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    ["--help", "ask --help", "check", "check missing.yaml", "compare --base HEAD", "preflight --device H100", "gallery",
+    ["--help", "ask --help", "check", "check missing.yaml", "compare --base HEAD", "preflight --device H100",
      "ask missing.jpg what?", "track"],
 )  # fmt: skip
 def test_a_command_says_nothing_but_its_own(command, tmp_path):

@@ -62,7 +62,7 @@ def test_make_targets_exist():
 
 def test_commands_and_options_of_vlm_vqa_exist(capsys):
     named = re.findall(r"\bvlm-vqa ([a-z][a-z-]+)([^`\n#]*)", TEXT)
-    assert {"ask", "gallery", "track", "preflight", "unlock"} <= {command for command, _ in named}
+    assert {"ask", "demo", "track", "preflight", "unlock"} <= {command for command, _ in named}
     for command, rest in named:
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
@@ -88,6 +88,8 @@ def test_paths_are_there(page):
         "data/archives",
         "benchmarks/results.here",
         "reports/helm_pred",
+        "reports/report.",
+        "reports/calibration",
         "reports/validation",
     )
     places = "presets|launch|evaluation|stages|src|scripts|tests|docs|benchmarks|proofs|reports|data|[.]ci"

@@ -28,7 +28,8 @@ def test_the_five_stages_stand_in_order():
         assert f"stages/{name.replace('-', '_')}.py" in stage["deps"]
 
 
-PAGE = "src/vlm_vqa/fetch/data_report.html.j2"
+PAGES = [f"src/vlm_vqa/{name}.html.j2" for name in ("data/page", "fetch/data_report")]
+REPORT = [f"src/vlm_vqa/evaluation/{name}.j2" for name in ("report", "report_html", "report_md")]
 TEMPLATES = ["src/vlm_vqa/inference/card.md", "src/vlm_vqa/inference/chat_template.jinja"]
 CLIENT = "src/vlm_vqa/evaluation/helm/client.py"
 SMALL = [
@@ -36,11 +37,11 @@ SMALL = [
     for name in ("config.json", "model.safetensors", "preprocessor_config.json")
 ]
 READ = {
-    "fetch-vqav2": [PAGE],
+    "fetch-vqav2": PAGES,
     "extract-features": SMALL,
     "train": SMALL,
     "export": [*TEMPLATES, *SMALL],
-    "helm-eval": [],
+    "helm-eval": [PAGES[0], *REPORT],
 }
 """What a stage reads of the package beside Python files."""
 
@@ -58,7 +59,8 @@ def test_a_stage_declares_what_it_imports_and_no_more(name):
 OUTPUTS = ("data/records/manifest.json", "data/features/manifest.json", "models/trained/training.json", "reports/train.json",
            "reports/train_curve.csv", "reports/validation/curve.csv", "models/export/vlm_vqa.json", "reports/metrics.json",
            "reports/predictions.parquet", "reports/helm_predictions.parquet", "reports/evaluation.json",
-           "reports/scores.parquet", "reports/helm/stats.json")  # fmt: skip
+           "reports/scores.parquet", "reports/helm/stats.json", "reports/report.html", "reports/report.md",
+           "reports/calibration.csv")  # fmt: skip
 
 
 def test_a_comment_reruns_what_imports_it_and_no_more(tmp_path, shared_data):
@@ -74,12 +76,7 @@ def test_a_comment_reruns_what_imports_it_and_no_more(tmp_path, shared_data):
                 file.write("# A comment\n")
         return list(json.loads(project.command("dvc status --json").stdout))
 
-    assert (
-        stale_after(
-            "cli.py", "errors.py", "tracking/store.py", "evaluation/gallery.py", "model/small_encoder/README.md"
-        )
-        == []
-    )
+    assert stale_after("cli.py", "errors.py", "tracking/store.py", "model/small_encoder/README.md") == []
     assert stale_after("training/sampler.py") == ["train"]
     assert stale_after("fetch/sources/download.py", "evaluation/bleu.py") == ["fetch-vqav2", "train", "helm-eval"]
 

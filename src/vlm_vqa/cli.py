@@ -233,17 +233,6 @@ def _easy_vqa(folder: Path) -> None:
 
 
 @command(
-    option("--out", type=Path, metavar="FILE", default=Path("evaluation/helm/images/gallery.png"), help="PNG to write"),
-    option("--seed", type=int, default=0, help="another one draws other questions"),
-)
-def _gallery(out: Path, seed: int) -> None:
-    """Draw test questions with the model's answers, right and wrong ones."""
-    from vlm_vqa.evaluation.gallery import draw_gallery
-
-    print(f"wrote {draw_gallery(out_path=out, seed=seed)}")
-
-
-@command(
     option("--port", type=int, default=8000, help="0 for any free one"),
     option("--no-serve", action="store_true", help="only write helm-web/, for a web server of yours"),
 )

@@ -281,7 +281,7 @@ def test_the_card_sees_the_same(kind, mode, orientation):
 
 
 def test_nothing_else_opens_pictures():
-    """Records, features, `ask`, HELM's client, gallery and report see through one function."""
+    """Records, features, `ask`, HELM's client and both reports see through one function."""
     package = Path(vlm_vqa.__file__).parent
     found = {path.name for path in package.rglob("*.py") if re.search(r"Image\.open\(|load_image", path.read_text())}
     # Which writes easy-VQA's own drawings out.

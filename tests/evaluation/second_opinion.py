@@ -76,3 +76,16 @@ def t_quantile(freedom, probability=0.975):
         middle = (low + high) / 2
         low, high = (middle, high) if below(middle) < probability else (low, middle)
     return low
+
+
+def calibration(probabilities, scores, images):
+    """Return (questions, mean probability, score, low, high) of each tenth that is not empty, and the expected error."""
+    bins, gaps = [], 0.0
+    for tenth in range(10):
+        own = [i for i, p in enumerate(probabilities) if tenth / 10 <= p and (p < (tenth + 1) / 10 or tenth == 9)]
+        if own:
+            mean, low, high, _ = of_mean(np.array([scores[i] for i in own]), [images[i] for i in own])
+            probability = math.fsum(probabilities[i] for i in own) / len(own)
+            bins.append((len(own), probability, mean, low, high))
+            gaps += len(own) / len(scores) * abs(mean - probability)
+    return bins, gaps

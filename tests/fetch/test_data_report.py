@@ -6,48 +6,18 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from io import BytesIO
 
 import pyarrow.parquet as pq
 from PIL import Image
 
+from tests.html_page import Page
 from vlm_vqa.data import records
 from vlm_vqa.fetch.statistics import Texts, mean
 from vlm_vqa.fetch.write_records import fetch
 
 QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
 ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
-VOID = {"meta", "img"}
-
-
-class Page(HTMLParser):
-    """Reads a page: its text, its links and whether its tags are closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.rows, self.sources = [], {}, []
-        self._cells = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.sources += [value for key, value in attributes if key in ("src", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self._cells = []
-        if tag in ("td", "th"):
-            self._cells.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag == "tr" and self._cells:
-            self.rows.setdefault(self._cells[0], self._cells[1:])
-
-    def handle_data(self, data):
-        if {"td", "th"} & set(self.open):
-            self._cells[-1] += data
 
 
 def page(folder):

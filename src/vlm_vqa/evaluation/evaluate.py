@@ -27,6 +27,7 @@ from vlm_vqa.evaluation.helm.files import (
     write_table,
 )
 from vlm_vqa.evaluation.helm.run import CONFIG, RESULTS, SCENARIO, run_helm
+from vlm_vqa.evaluation.report import write_report
 from vlm_vqa.evaluation.score_table import BLIND, MODEL, compared, rounded
 from vlm_vqa.evaluation.vqa_accuracy import METRICS, Accuracy, accuracy, score_people
 from vlm_vqa.hashing import code_hash, sha256_file, write_json
@@ -55,7 +56,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Path]]:
     """Evaluate the exported model; return the report, and the files written into the reports: `evaluation.json`,
     `metrics.json` (a few of its figures, for DVC), `predictions.parquet`, `scores.parquet` (what git keeps of it for the
-    next comparison), `helm/` and `helm_predictions.parquet`.
+    next comparison), `helm/`, `helm_predictions.parquet` and what people read (see `report.write_report`).
 
     Args:
         params: `evaluation`, `prompt.instruction` and `seed` count.
@@ -100,11 +101,12 @@ def evaluate(
     predictions = _predictions(questions, given, asked.others, metric, scores[MODEL], probabilities)
     at_question = dict(zip(at_helm, bleu[MODEL], strict=True))
     columns = {"accuracy": scores[MODEL], "bleu_1": [at_question.get(at) for at in range(len(questions))]}
-    table = predictions.select(["question_id", "image_id", "question", "prediction", "probability"])
+    table = predictions.select(["question_id", "image_id", "question", "prediction"])
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values, pa.float64()))
     files = _write(metric, report, {"predictions": predictions, "scores": table})
     files += write_extract(REPORTS / "helm", helm, instances)
+    files += write_report(REPORTS, report, predictions, RECORDS, _run(params, report["model"], asked.manifest))
     kept.remove()
     return report, files
 
@@ -262,6 +264,21 @@ def _describe(prior: QuestionOnlyBaseline, training: Sequence[Row], questions: S
             "%.1f%% of the reported questions are training's too: all scores flatter, the baseline's most", 100 * seen
         )
     return {"way": prior.way, "cross_validated": prior.cross_validated, "counted_on_reported_questions": seen}
+
+
+def _run(params: Params, model: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the report says was run."""
+    return {
+        "weights": model["weights_hash"],
+        "step": model["step"],
+        "which is": model["step_is"],
+        "selected on": model["selected_on"],
+        "mask": model["mask"],
+        "parameters of the training": params.training_hash(),
+        "seed": params.seed,
+        "data source": manifest.get("source"),
+        "data": manifest["data_hash"],
+    }
 
 
 def _write(metric: str, report: Mapping[str, Any], tables: Mapping[str, pa.Table]) -> list[Path]:

@@ -4,22 +4,17 @@ It is hashed with the records, so equal data give equal bytes: no time, no host,
 are made here; words and markup stand in `data_report.html.j2`, which escapes every text of the data.
 """
 
-import base64
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from vlm_vqa.data.decoding import open_image
+from vlm_vqa.data import page
 from vlm_vqa.fetch.statistics import Images, Texts, mean, total
 from vlm_vqa.params import flatten
 
 ALIKE_SHOWN = 12  # pairs of pictures that look alike
-_THUMBNAIL = (300, 220)
 _ROWS = 15  # of a table of the most common values
 _COLOURS = ("#3b6fb6", "#e08a3c")
 """Of the two splits, in all charts."""
@@ -28,8 +23,7 @@ _COLOURS = ("#3b6fb6", "#e08a3c")
 def render_report(manifest: Mapping[str, Any], splits: Mapping[str, Texts], images: Images, max_pixels: int) -> str:
     """Return the page as HTML: of the records' manifest, of what was counted by split, and of the images of both splits,
     with the pictures of all examples; `max_pixels` is as for `decoding.open_image`."""
-    folder = FileSystemLoader(Path(__file__).parent)
-    pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    pages = page.environment(Path(__file__).parent)
     pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": flatten}
     pages.globals |= {"shares": _shares, "mean": mean, "some": _some, "total": total}  # ty: ignore[unsupported-operator] - typed by jinja2's own
     return pages.get_template("data_report.html.j2").render(
@@ -40,7 +34,7 @@ def render_report(manifest: Mapping[str, Any], splits: Mapping[str, Texts], imag
         images=_images(images, manifest["pictures"]),
         alike=images.alike[:ALIKE_SHOWN],
         pictures=images.pictures,
-        thumbnail=lambda image_id: _thumbnail(images.pictures[image_id], str(image_id), max_pixels),
+        thumbnail=lambda image_id: page.thumbnail(images.pictures[image_id], str(image_id), max_pixels),
     )
 
 
@@ -89,12 +83,3 @@ def _images(images: Images, pictures: Mapping[str, Any]) -> dict[str, str]:
         "median": f"{median_low(pixels.elements()) / 1e6:.3g} megapixels",
         "most common sizes": "; ".join(f"{w} x {h}: {_some(images.sizes[w, h], images.count)}" for w, h in common),
     } | {name: _some(count, images.count) for name, count in counts.items()}
-
-
-def _thumbnail(data: bytes, name: str, max_pixels: int) -> str:
-    """Return a picture as a data URL: what the model sees, made small."""
-    image = open_image(data, name, max_pixels)
-    image.thumbnail(_THUMBNAIL)
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

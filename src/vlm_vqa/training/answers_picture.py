@@ -1,6 +1,5 @@
 """A picture of what was said to a few validation questions at each validation: learning at a glance.
 
-Its page serves the gallery, too.
 Drawn with Pillow, which takes all text literally, measures it in pixels, and draws a box for what the font has no glyph of.
 The same history makes the same bytes.
 """
