@@ -17,7 +17,7 @@ LEVELS = (
     ("model",),
     ("fetch", "features", "training", "inference"),
     ("evaluation", "tracking"),
-    ("checks", "demo", "publish"),
+    ("checks", "demo", "promote", "publish", "sides"),
     ("estimate",),
     ("quick_start",),
     ("cli",),
@@ -33,6 +33,7 @@ BESIDE = {
     "cores": {"errors"},
     "launch_file": {"params"},
     "hf_hub": {"params"},
+    "promote": {"sides"},
 }
 
 

@@ -77,8 +77,8 @@ def test_only_the_gates_score_decides_but_all_are_shown():
 @pytest.mark.parametrize(
     ("lost", "gained", "passed", "shown"),
     [
-        (0, 0, True, "no difference is shown"),
-        (40, 40, True, "no difference is shown"),
+        (0, 0, True, "no difference shown"),
+        (40, 40, True, "no difference shown"),
         (44, 20, True, "worse"),  # a percent worse, but it may be a tenth of one
         (120, 20, False, "worse"),
         (0, 40, True, "better"),
