@@ -4,6 +4,8 @@
 and looks at what is left: in MLflow, in `vlm-vqa compare` and, where there is a Chromium, on the page of `mlflow ui`.
 """
 
+import contextlib
+import io
 import itertools
 import os
 import re
@@ -17,6 +19,7 @@ from typing import Any
 
 from benchmarks import measure, vqav2
 from proofs.project import Project, own_sample, workplace
+from vlm_vqa import cli
 from vlm_vqa.errors import UserError
 from vlm_vqa.tracking.store import view_url
 
@@ -120,7 +123,10 @@ def compare(project: Project, runs: Sequence[dict[str, Any]]) -> list[dict[str, 
     """Call `vlm-vqa compare` on every pair, one by its run and one by its experiment; hold it against MLflow's figures."""
     pairs = []
     for old, new in itertools.combinations(runs, 2):
-        said = call(project, f"python -m vlm_vqa.cli compare run:{old['run']} exp:{new['experiment']}")
+        words = ["compare", f"run:{old['run']}", f"exp:{new['experiment']}"]
+        with contextlib.chdir(project.folder), contextlib.redirect_stdout(io.StringIO()) as output:
+            cli.main(words)
+        said = output.getvalue()
         told = re.search(r": ([+-][\d.]+) \(95 % interval (\S+) .. (\S+), p = (\S+)\)", said)
         change, low, high, p = map(float, told.groups()) if told else (0.0, 0.0, 0.0, 1.0)
         verdict = re.search(r": (better|worse|no difference shown):", said)[1]

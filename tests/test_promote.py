@@ -39,7 +39,8 @@ def register(store, checkout, right, weights, data="d", status="FINISHED", repor
 def champion(checkout) -> str | None:  # noqa: F811
     """Return the version that has the alias."""
     client = MlflowClient(tracking_uri=f"sqlite:///{checkout / 'mlflow.db'}")
-    return client.get_registered_model("vlm-vqa").aliases.get("champion")
+    version = client.get_registered_model("vlm-vqa").aliases.get("champion")
+    return None if version is None else str(version)
 
 
 def test_the_first_is_made_and_a_better_one_follows(store, checkout, params, capsys):  # noqa: F811

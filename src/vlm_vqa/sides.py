@@ -67,7 +67,7 @@ def _bytes(path: Path) -> bytes | None:
 
 def _folder(name: str) -> Callable[[], Side] | None:
     """A checkout, its `reports`, or a folder that holds what those hold."""
-    folder = Path(name)
+    folder = Path(name or "nowhere")
     if folder.resolve().name == "reports" and not (folder / REPORT).is_file():
         folder = folder.resolve().parent
     if (folder / REPORT).is_file():
@@ -82,12 +82,12 @@ def _git(*arguments: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _revision(name: str, shown: str = "git revision") -> Callable[[], Side] | None:
+def _revision(name: str, shown: str = "") -> Callable[[], Side] | None:
     found = None if name.startswith("-") else _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     if found is None:
         return None
     commit = found.decode().strip()
-    return lambda: _side(f"{shown} {name.removeprefix(EXPERIMENTS)}", lambda place: _at(commit, place))
+    return lambda: _side(shown or f"git revision {name}", lambda place: _at(commit, place))
 
 
 def _at(commit: str, place: str) -> bytes | None:
@@ -109,7 +109,7 @@ def _experiment(name: str) -> Callable[[], Side] | None:
         raise UserError(
             f"{len(found)} experiments are called {name}: say which, by {' or '.join('git:' + one for one in found)}."
         )
-    return _revision(found[0], "experiment") if found else None
+    return _revision(found[0], f"experiment {name}") if found else None
 
 
 def _run(name: str) -> Callable[[], Side] | None:

@@ -82,7 +82,7 @@ def test_every_score_is_there_and_flips_are_those_that_are(two):
 def test_what_is_of_other_questions_truths_or_scores_is_refused(two, tmp_path):
     right = drawn(0.9)
     with pytest.raises(
-        UserError, match=r"folder a and folder b cannot be compared: they answered other questions \(300 and 298"
+        UserError, match=r"folder a and folder b cannot be .*: they answered other questions \(300 and 298"
     ):
         two(right, right[2:])
     two(right, right)
@@ -91,9 +91,8 @@ def test_what_is_of_other_questions_truths_or_scores_is_refused(two, tmp_path):
     with pytest.raises(UserError, match="one is scored by vqa_accuracy, the other by answer_accuracy"):
         compare_sides(side_of("a"), side_of("b"))
     write_evaluated(tmp_path / "b", right)
-    (tmp_path / "b/reports/evaluation.json").write_text(
-        report.replace(str(json.loads(report)["vqa_accuracy"]["overall"]), "0.5")
-    )
+    overall = str(json.loads(report)["vqa_accuracy"]["overall"])
+    (tmp_path / "b/reports/evaluation.json").write_text(report.replace(overall, "0.5"))
     with pytest.raises(UserError, match=r"evaluation\.json and scores\.parquet are not of one evaluation"):
         compare_sides(side_of("a"), side_of("b"))
 
