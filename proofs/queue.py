@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -161,16 +162,22 @@ def draw(project: Project, out: Path) -> dict[str, Any]:
                 if trial.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.2)
-        address = view_url(f"http://127.0.0.1:{port}", "1") + "&orderByKey=metrics.%60vqa_accuracy%60&orderByAsc=false"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=2200,700", "--virtual-time-budget=30000"]
+        address = view_url(f"http://127.0.0.1:{port}", "1")
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--window-size=2600,700",
+            "--virtual-time-budget=120000",
+        ]
         profile = f"--user-data-dir={project.folder / '.git/browser'}"
         for what in (f"--screenshot={out}", "--dump-dom"):
             done = subprocess.run(
                 [browser, *flags, profile, what, address], capture_output=True, text=True, timeout=300
             )
     finally:
-        os.killpg(server.pid, 15)
-        server.wait(30)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
     names = sorted(set(re.findall(r"(\w+-\w+): lr ", done.stdout)))
     return {"made": out.exists(), "experiments on it": names}
 

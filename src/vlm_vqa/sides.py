@@ -67,7 +67,9 @@ def _bytes(path: Path) -> bytes | None:
 
 def _folder(name: str) -> Callable[[], Side] | None:
     """A checkout, its `reports`, or a folder that holds what those hold."""
-    folder = Path(name or "nowhere")
+    if not name:
+        return None
+    folder = Path(name)
     if folder.resolve().name == "reports" and not (folder / REPORT).is_file():
         folder = folder.resolve().parent
     if (folder / REPORT).is_file():

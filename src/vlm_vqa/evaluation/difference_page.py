@@ -12,26 +12,25 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vlm_vqa.data.records import images_of, manifest_for_a_look
+from vlm_vqa.data.records import ImageRecord, images_of, manifest_for_a_look
 from vlm_vqa.evaluation.differences import Differences, Flip, Row
 from vlm_vqa.params import Gate
-from vlm_vqa.training.answers_picture import small
 
 SHOWN_AS_TEXT, SHOWN_ON_PAGE = 10, 24
 """Flipped questions, of each way; drawn by a seed where there are more."""
 
 
-def as_text(found: Differences, gate: Gate = Gate.ACCURACY) -> str:
+def as_text(found: Differences) -> str:
     """Return Markdown whose texts are as they were said, control characters apart: for a terminal."""
-    return _written(found, gate, _printable)
+    return _written(found, _printable)
 
 
-def as_markdown(found: Differences, gate: Gate = Gate.ACCURACY) -> str:
+def as_markdown(found: Differences) -> str:
     """Return Markdown that shows the data's texts literally: for a file or a pull request."""
-    return _written(found, gate, lambda text: _escaped(_printable(text)))
+    return _written(found, lambda text: _escaped(_printable(text)))
 
 
-def as_html(found: Differences, records: Path = Path("data/records"), gate: Gate = Gate.ACCURACY) -> str:
+def as_html(found: Differences, records: Path = Path("data/records")) -> str:
     """Return the page; with the questions' pictures where `records` are of both sides' data."""
     flips = {title: _drawn(some, SHOWN_ON_PAGE) for title, some in _titled(found).items()}
     shown = {flip.image_id for some in flips.values() for flip in some}
@@ -43,7 +42,7 @@ def as_html(found: Differences, records: Path = Path("data/records"), gate: Gate
     )
     return pages.get_template("difference_page.html.j2").render(
         found=found,
-        headline=headline(found, gate),
+        headline=headline(found),
         flips=flips,
         pictures=pictures,
         why_not=why_not,
@@ -73,35 +72,27 @@ def _drawn(flips: Sequence[Flip], most: int) -> list[Flip]:
 
 def _cells(row: Row) -> list[str]:
     """Return a row of the table of scores."""
-    paired = row.paired
-    figures = [f"{row.before:.4f}", f"{row.after:.4f}", f"{paired.difference.mean:+.4f}"]
+    paired, change = row.paired, row.paired.difference
+    figures = [f"{row.before:.4f}", f"{row.after:.4f}", f"{change.mean:+.4f}", "-", "-", "-"]
     if paired.better + paired.worse:
-        figures += [
-            f"{paired.difference.low:+.4f} .. {paired.difference.high:+.4f}",
-            f"{paired.p:.2g}",
-            f"{paired.smallest:.4f}",
-        ]
-    else:
-        figures += ["-", "-", "-"]
+        figures[3:] = f"{change.low:+.4f} .. {change.high:+.4f}", f"{paired.p:.2g}", f"{paired.smallest:.4f}"
     return [row.score, row.who, row.group, *figures, paired.verdict]
 
 
 COLUMNS = ("score", "of", "questions", "A", "B", "B - A", "95 % interval", "p", "shown from", "verdict on B")
 
 
-def _written(found: Differences, gate: Gate, said: Callable[[str], str]) -> str:
+def _written(found: Differences, said: Callable[[str], str]) -> str:
     old, new = (said(side.name) for side in found.sides)
-    lines = [f"A: {old}", "", f"B: {new}", "", f"**{said(headline(found, gate))}**", ""]
+    lines = [f"A: {old}", "", f"B: {new}", "", f"**{said(headline(found))}**", ""]
     lines += _table(COLUMNS, [[said(cell) for cell in _cells(row)] for row in found.rows])
     lines += [*(f"- {said(note)}" for note in found.notes), "", f"Parameters that differ: {_count(found.params)}", ""]
     lines += _table(("parameter", "A", "B"), [[said(cell) for cell in row] for row in found.params or ()])
     for title, flips in _titled(found).items():
         drawn = _drawn(flips, SHOWN_AS_TEXT)
         lines += [f"{title}{f', {len(drawn)} of them drawn' if len(drawn) < len(flips) else ''}", ""]
-        rows = [
-            [str(flip.question_id), *map(said, (flip.question, flip.said, flip.before, flip.after))] for flip in drawn
-        ]
-        lines += _table(("question", "", "people", "A", "B"), rows)
+        texts = [(str(flip.question_id), flip.question, flip.said, flip.before, flip.after) for flip in drawn]
+        lines += _table(("question", "", "people", "A", "B"), [[said(text) for text in row] for row in texts])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -138,6 +129,8 @@ def _why_no_pictures(found: Differences, records: Path) -> str:
     return f"{records} is not known to be the data of {' and '.join(unlike)}" if unlike else ""
 
 
-def _data_url(image) -> str:
+def _data_url(image: ImageRecord) -> str:
+    from vlm_vqa.training.answers_picture import small  # brings torch
+
     small(image).convert("RGB").save(file := BytesIO(), "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
