@@ -38,10 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.parse(parser, arguments)
     with workplace(options.folder) as place:
         project = Project.at(place / "queue")
-        if not (project.folder / "done").exists():
+        if not (project.folder / "queued").exists():
             shutil.rmtree(project.folder, ignore_errors=True)
             project = Project(project.folder, {**own_sample(place), **CHANGES})
-            run_queue(project)
+            fill_queue(project)
+        empty_queue(project)
         runs = look(project)
         compared = compare(project, runs)
         picture = draw(project, measure.RESULTS / "queue.png")
@@ -56,11 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.write("queue", claims, details, {"questions and pictures": vqav2.origin(vqav2.SAMPLE)})
 
 
-def run_queue(project: Project) -> None:
-    """Make and commit the records and features, queue all, start the queue and wait until it is empty."""
-    (project.folder / ".gitignore").write_text("/mlflow.db*\n/mlartifacts/\n__pycache__/\n/done\n")
+def fill_queue(project: Project) -> None:
+    """Make and commit the records and features, and queue all experiments."""
+    (project.folder / ".gitignore").write_text("/mlflow.db*\n/mlartifacts/\n__pycache__/\n/queued\n")
     call(project, "dvc repro --quiet extract-features && git add . && git commit --quiet --message start")
     call(project, QUEUE)
+    (project.folder / "queued").touch()
+
+
+def empty_queue(project: Project) -> None:
+    """Start the queue and wait until it is empty; UserError if an experiment failed."""
     call(project, "dvc queue start --jobs 1")
     try:
         until = time.monotonic() + PATIENCE
@@ -72,7 +78,6 @@ def run_queue(project: Project) -> None:
             raise UserError(f"not every experiment succeeded; `dvc queue logs NAME` in {project.folder}:\n{status}")
     finally:
         project.command("dvc queue stop --kill", **own(project))
-    (project.folder / "done").touch()
 
 
 def own(project: Project) -> dict[str, str]:
