@@ -59,7 +59,7 @@ class Paired:
     @property
     def smallest(self) -> float:
         """The true difference that these questions would show in four of five cases."""
-        return smallest_difference(self.difference)
+        return min(1.0, smallest_difference(self.difference))
 
     @property
     def verdict(self) -> str:

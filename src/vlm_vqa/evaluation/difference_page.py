@@ -75,7 +75,9 @@ def _cells(row: Row) -> list[str]:
     paired, change = row.paired, row.paired.difference
     figures = [f"{row.before:.4f}", f"{row.after:.4f}", f"{change.mean:+.4f}", "-", "-", "-"]
     if paired.better + paired.worse:
-        figures[3:] = f"{change.low:+.4f} .. {change.high:+.4f}", f"{paired.p:.2g}", f"{paired.smallest:.4f}"
+        figures[3:] = f"{change.low:+.4f} .. {change.high:+.4f}", f"{paired.p:.2g}", "-"
+    if change.error > 0:
+        figures[-1] = f"{paired.smallest:.4f}"
     return [row.score, row.who, row.group, *figures, paired.verdict]
 
 
