@@ -29,6 +29,7 @@ KNOWN = (
     "faults",
     "serving",
     "gpu",
+    "queue",
 )
 
 

@@ -172,13 +172,49 @@ def _base(folder: Path) -> None:
 
 
 @command(
-    option("--base", required=True, metavar="REV", help="git revision to compare with, such as main or HEAD~1"),
-    option("--tolerance", type=float, default=0.004, help="drop of the score that passes"),
+    option("old", nargs="?", metavar="A", help="git revision, DVC experiment, MLflow run id, or folder of reports"),
+    option("new", nargs="?", metavar="B", help="likewise (default: the working tree)"),
+    option(
+        "--base", metavar="REV", help="instead of A and B: git revision to hold this checkout against, such as main"
+    ),
+    option("--tolerance", type=float, default=0.004, help="with --base: drop of the score that passes"),
+    option("--allow-missing-base", action="store_true", help="with --base: pass where REV has no report yet"),
     option("--markdown", type=Path, metavar="FILE", help="write the comparison there too"),
-    option("--allow-missing-base", action="store_true", help="pass where REV has no report yet"),
+    option("--html", type=Path, metavar="FILE", help="of A and B: write a page with pictures"),
+    epilog=(
+        "B is compared with A: parameters, scores paired by question, the questions that flipped. A name that could be more"
+        " than one thing is said as folder:NAME, git:NAME, exp:NAME or run:NAME. With --base, exit 1 if scores surely fell."
+    ),
 )
-def _compare(base: str, tolerance: float, markdown: Path | None, allow_missing_base: bool) -> int:
-    """Compare scores with those committed at a git revision, question by question; exit 1 if they surely dropped."""
+def _compare(
+    old: str | None, new: str | None, base: str | None, tolerance: float, allow_missing_base: bool,
+    markdown: Path | None, html: Path | None,
+) -> int:  # fmt: skip
+    """Compare two evaluated models question by question, or hold this checkout against a git revision."""
+    if (old is None) == (base is None) or (base and html):
+        raise UserError("give A, or A and B, to compare them; or --base REV alone, without --html, for the gate")
+    if base is not None:
+        text, passed = _gate(base, tolerance, allow_missing_base)
+        files = {markdown: text}
+    else:
+        from vlm_vqa.evaluation.difference_page import as_html, as_markdown, as_text
+        from vlm_vqa.evaluation.differences import compare_sides
+        from vlm_vqa.sides import side_of, working_tree
+
+        assert old is not None, "checked above"
+        found = compare_sides(side_of(old), side_of(new) if new else working_tree())
+        text, passed = as_text(found), True
+        files = {markdown: as_markdown(found) if markdown else "", html: as_html(found) if html else ""}
+    for file, content in files.items():
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content, encoding="utf-8")
+    print(text)
+    return 0 if passed else 1
+
+
+def _gate(base: str, tolerance: float, allow_missing_base: bool) -> tuple[str, bool]:
+    """Return what there is to say of this checkout against a revision, and whether it passes."""
     from vlm_vqa.evaluation import compare
     from vlm_vqa.params import load_params
 
@@ -190,12 +226,7 @@ def _compare(base: str, tolerance: float, markdown: Path | None, allow_missing_b
         )
     tables = (compare.scores_at(base), compare.scores_here())
     comparison = compare.compare_reports(old, new, tolerance, load_params().evaluation.gate, tables)
-    text = compare.summary(comparison, base, compare.metrics_diff(base))
-    if markdown:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text, encoding="utf-8")
-    print(text)
-    return 0 if comparison.passed else 1
+    return compare.summary(comparison, base, compare.metrics_diff(base)), comparison.passed
 
 
 @command(
@@ -271,6 +302,22 @@ def _preflight(params: Path, details: bool, json: bool, **asked: Any) -> int:
     prediction = predict(params, Asked(**{name: value for name, value in asked.items() if value is not None}))
     print(dumps(as_json(prediction), indent=2) if json else as_text(prediction, details))
     return 0 if prediction.fits else 1
+
+
+@command(
+    option("name", metavar="VERSION|RUN", help="number of a registered version, or id of the MLflow run that made it"),
+    option("--margin", type=float, metavar="M", help="let it follow if surely less than this worse; needs --reason"),
+    option("--reason", metavar="TEXT", help="why a model not shown to be better follows; kept with the figures"),
+    epilog="Exit code 1: it is not shown to be better. The score is the one that evaluation.gate names.",
+)
+def _promote(name: str, margin: float | None, reason: str | None) -> int:
+    """Move MLflow's alias champion to a model that is shown to be better than today's, question by question."""
+    from vlm_vqa.params import load_params
+    from vlm_vqa.promote import promote
+
+    said, done = promote(load_params(), name, margin, reason)
+    print(said)
+    return 0 if done else 1
 
 
 @command(

@@ -116,13 +116,11 @@ def test_it_goes_on_where_it_stopped_and_claims_what_was_run(tmp_path, monkeypat
         kills.main([*options, "5", "--seed", "1"])
 
 
-@pytest.mark.parametrize(("error", "faults"), [("ValueError", 1), (kills.LAUNCHER, 0)])
-def test_a_traceback_is_a_fault_and_kept_but_torchrun_s_report_is_not(tmp_path, error, faults):
+@pytest.mark.parametrize(("error", "faults"), [("ValueError: 1", 1), (kills.FSSPEC, 0)])
+def test_a_traceback_is_a_fault_and_kept_but_fsspec_s_in_dvc_is_not(tmp_path, error, faults):
     states = States.__new__(States)
     states.folder = tmp_path
-    (tmp_path / "said").write_text(
-        f'Traceback (most recent call last):\n  File "a", line 1\n    b()\n{error}: 1\nmore\n'
-    )
+    (tmp_path / "said").write_text(f'Traceback (most recent call last):\n  File "a", line 1\n    b()\n{error}\nmore\n')
     with call(tmp_path, "cat said") as one:
         problems = kills.after(states, one, kill := dict(KILL))
     assert len(problems) == faults == len(list(tmp_path.glob("terminal-*.txt"))), problems

@@ -155,7 +155,7 @@ def test_what_is_not_registered_is_named_with_what_to_do(checkout, params, train
 
 def test_no_store_is_made_to_look_into_it(checkout):
     (checkout / "mlflow.db").unlink()
-    with pytest.raises(UserError, match=r"no MLflow store .*mlflow\.db"):
+    with pytest.raises(UserError, match="no MLflow store here"):
         registry.local_folder("models:/vlm-vqa/1")
     assert not (checkout / "mlflow.db").exists()
 

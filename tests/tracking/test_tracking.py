@@ -193,8 +193,10 @@ def test_a_new_experiment_has_a_view_with_parameters_and_scores(checkout, params
     state = json.loads(tags["mlflow.sharedViewState.scores"])["state"].removeprefix("deflate;")
     columns = json.loads(zlib.decompress(base64.b64decode(state)))["selectedColumns"]
     known = [f"metrics.`{name}`" for name in found.data.metrics] + [f"params.`{name}`" for name in found.data.params]
-    # A run has one of the two accuracies, a parent of several seeds has means and deviations; the view is for all.
-    others = [name + of for of in ("_mean", "_sd") for name in ("bleu_1", "vqa_accuracy", "answer_accuracy")]
+    # A run has one of the two accuracies, an older one no interval, a parent has means and deviations; the view is for all.
+    others = [
+        name + of for of in ("_low", "_high", "_mean", "_sd") for name in ("bleu_1", "vqa_accuracy", "answer_accuracy")
+    ]
     assert columns and [column for column in columns if column not in known] == [
         f"metrics.`{name}`" for name in ("answer_accuracy", *others)
     ]

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.helm.files import read_table
-from vlm_vqa.evaluation.intervals import Interval, of_difference, p_value, smallest_difference
+from vlm_vqa.evaluation.intervals import LEVEL, Interval, of_difference, p_value, smallest_difference
 from vlm_vqa.evaluation.vqa_accuracy import metric_in
 from vlm_vqa.params import Gate
 
@@ -50,19 +50,36 @@ class Paired:
     worse: int
     """Questions whose score rose or fell."""
 
+    @classmethod
+    def of(cls, new: np.ndarray, base: np.ndarray, images: np.ndarray) -> Self:
+        """Compare scores [questions], of the same questions."""
+        counts = [int(np.count_nonzero(one)) for one in (new > base, new < base)]
+        return cls(of_difference(new, base, images), p_value(new, base, images), *counts)
+
+    @property
+    def smallest(self) -> float:
+        """The true difference that these questions would show in four of five cases."""
+        return min(1.0, smallest_difference(self.difference))
+
+    @property
+    def verdict(self) -> str:
+        """`better` or `worse` where interval and permutation test both say so: of few pictures that differ, one may not."""
+        if self.p > 1 - LEVEL or self.difference.low <= 0 <= self.difference.high:
+            return "no difference shown"
+        return "better" if self.difference.low > 0 else "worse"
+
     @property
     def line(self) -> str:
         """One sentence for people."""
-        found, smallest = self.difference, smallest_difference(self.difference)
-        shown = "no difference is shown" if found.low <= 0 <= found.high else "better" if found.low > 0 else "worse"
+        found = self.difference
         counts = (
             f"{self.better} questions better and {self.worse} worse of {found.questions:,} on {found.images:,} images"
         )
         if not self.better + self.worse:
-            return f"{shown}: {counts}"
+            return f"{self.verdict}: {counts}"
         return (
-            f"{shown}: {found.mean:+.4f} (95 % interval {found.low:+.4f} .. {found.high:+.4f}, p = {self.p:.2g}), {counts}; "
-            f"a true difference of {smallest:.4f} would be shown in four of five cases"
+            f"{self.verdict}: {found.mean:+.4f} (95 % interval {found.low:+.4f} .. {found.high:+.4f}, p = {self.p:.2g}), "
+            f"{counts}; a true difference of {self.smallest:.4f} would be shown in four of five cases"
         )
 
 
@@ -177,10 +194,7 @@ def _pair(tables: tuple[pa.Table | None, pa.Table | None], metric: str | None) -
         both = base[column].is_valid().to_numpy() & new[column].is_valid().to_numpy()
         if both.any() and (metric or column == "bleu_1"):
             before, after = (table[column].to_numpy()[both] for table in (base, new))
-            images = new["image_id"].to_numpy()[both]
-            difference = of_difference(after, before, images)
-            counts = [int(np.count_nonzero(one)) for one in (after > before, after < before)]
-            found[name] = Paired(difference, p_value(after, before, images), *counts)
+            found[name] = Paired.of(after, before, new["image_id"].to_numpy()[both])
     return found
 
 

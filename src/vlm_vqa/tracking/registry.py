@@ -8,6 +8,7 @@ import io
 import logging
 import re
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from vlm_vqa.params import Params
 from vlm_vqa.sealed import find_sealed
 from vlm_vqa.secrets import without_secrets
 from vlm_vqa.tracking.describe import reason
-from vlm_vqa.tracking.store import Store, checkout_root, prepare_client, sqlite_file, tracking_uri
+from vlm_vqa.tracking.evaluated import NO_STORE, open_client
+from vlm_vqa.tracking.store import Store, checkout_root, tracking_uri
 
 log = logging.getLogger(__name__)
 
 EXPORT = Path("models/export")
 FACTS_FILE = "vlm_vqa.json"  # inference.predictor's, which would bring torch
 COPIED = "export"  # the artifact's name
+CHAMPION = "champion"  # the alias that `vlm-vqa promote` moves
+MOST = 10_000  # versions in one answer of MLflow
 SEAL, PLACE = "export_seal", "export_folder"  # tags of a version; the second where the export is not copied
 PACKAGES = ("torch", "torchvision", "transformers", "pillow", "pandas", "mlflow")
 CODE = Path(__file__).with_name("pyfunc_model.py")
@@ -37,15 +41,13 @@ def local_folder(name: str) -> Path:
     """
     uri = tracking_uri(checkout_root())
     remedy = "`mlflow ui` lists models and versions; MLFLOW_TRACKING_URI names another store"
-    if (database := sqlite_file(uri)) and not database.exists():
-        raise UserError(f"{name}: there is no MLflow store {database}. `dvc repro` or `vlm-vqa track` makes one.")
     try:
-        prepare_client()
-        from mlflow import MlflowClient
+        client = open_client()
+        if client is None:
+            raise UserError(f"{name}: {NO_STORE}")
         from mlflow.artifacts import download_artifacts
         from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-        client = MlflowClient(tracking_uri=uri)
         tags = client.get_model_version(*get_model_name_and_version(client, name)).tags
         if SEAL in tags and PLACE not in tags:
             return sealed_folder(
@@ -120,6 +122,36 @@ def subject(store: Store, folder: Path) -> dict[str, str]:
         return {}
     name, digest = store.data_name(version.tags.get("data_hash", ""))
     return {"model_id": version.tags["model_id"], "dataset_name": name, "dataset_digest": digest}
+
+
+def find_version(client: Any, model: str, name: str) -> Any:
+    """The version of a registered model by its number or by its run; UserError if there is none, or several."""
+    number = int(name) if name.isdecimal() else None
+    found = [
+        version
+        for version in client.search_model_versions(f"name = '{model}'", max_results=MOST)
+        if number in (None, int(version.version)) and (number is not None or version.run_id == name)
+    ]
+    if len(found) == 1:
+        return found[0]
+    several = " or ".join(str(version.version) for version in found)
+    remedy = (
+        f"it made several: name version {several}" if found else "`mlflow ui` lists models, versions and their runs"
+    )
+    raise UserError(f"{name}: no one version of the model {model} in MLflow; {remedy}.")
+
+
+def champion_of(client: Any, model: str) -> Any | None:
+    """The version that has the alias `champion`, None where none has it."""
+    aliases = client.get_registered_model(model).aliases
+    return client.get_model_version(model, aliases[CHAMPION]) if CHAMPION in aliases else None
+
+
+def crown(client: Any, model: str, version: Any, why: Mapping[str, str]) -> None:
+    """Gives a version the alias `champion`, and first the tags that say why: who finds the alias finds them."""
+    for key, text in why.items():
+        client.set_model_version_tag(model, version.version, f"{CHAMPION}.{key}", without_secrets(text))
+    client.set_registered_model_alias(model, CHAMPION, version.version)
 
 
 def _exported(store: Store, folder: Path) -> tuple[dict[str, Any], Any]:

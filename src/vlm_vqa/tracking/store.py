@@ -29,7 +29,11 @@ ARTIFACTS = "mlartifacts"  # the folder beside a local store
 VIEW = "scores"
 VIEW_COLUMNS = [
     # MLflow shows no column of a metric that no run has.
-    *(f"metrics.`{name}{of}`" for of in ("", "_mean", "_sd") for name in ("bleu_1", "vqa_accuracy", "answer_accuracy")),
+    *(
+        f"metrics.`{name}{of}`"
+        for of in ("", "_low", "_high", "_mean", "_sd")
+        for name in ("bleu_1", "vqa_accuracy", "answer_accuracy")
+    ),
     "metrics.`loss`",
     *(f"metrics.`{name}`" for name in ("questions_per_second", "peak_memory_gib")),
     *(f"params.`train.{name}`" for name in ("batch_size", "learning_rate", "num_train_epochs", "optimizer")),
