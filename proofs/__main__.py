@@ -28,6 +28,7 @@ KNOWN = (
     "consumers",
     "faults",
     "serving",
+    "team",
 )
 
 

@@ -286,7 +286,7 @@ def check_installed() -> None:
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"not installed: {', '.join(missing)}. Install them in a copy of the environment:"
-            " pip install -c constraints.txt -e '.[dev,team]'"
+            " pip install -c constraints.txt -e '.[dev]'"
         )
     postgres("initdb")
 
