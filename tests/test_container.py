@@ -68,8 +68,8 @@ def test_the_image_leaves_out_what_git_does_and_all_that_may_hold_a_password():
     left_out = {line.strip("/") for line in lines(".dockerignore")}
     for folder in ("", ".dvc/"):
         for line in lines(f"{folder}.gitignore"):
-            name = f"{folder}{line.strip('/')}".removesuffix("/")
-            assert {name, f"**/{name}"} & left_out, name
+            kept, name = "!" * line.startswith("!"), f"{folder}{line.strip('!/')}"
+            assert {f"{kept}{name}", f"**/{name}"} & left_out, name
     assert {".git/config", ".dvc/config.local", ".env"} <= left_out and ".git" not in left_out
 
 
