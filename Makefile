@@ -10,6 +10,8 @@ INSTALLER ?= pip
 # An environment that is there keeps its kind.
 WHEELS ?= $(or $(shell cat $(READY) 2>/dev/null),cuda)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
+# yes: what is installed is requirements.lock, each file compared with its hash; the wheels for cuda only.
+LOCKED ?=
 # Arguments for pytest, such as TESTS='-m "not slow"'.
 TESTS ?=
 # Of helm-web's page.
@@ -50,26 +52,32 @@ setup: $(READY)  ## make .venv: INSTALLER=pip or uv, WHEELS=cuda or cpu
 	  echo "$(VENV) has the wheels for $$made, not for $(WHEELS): remove it (rm -r $(VENV)) and call make again." >&2; exit 2; }
 
 # The stamp is written last: an interrupted set-up is simply done again.
+PROJECT = $(if $(LOCKED),--no-deps --no-build-isolation --editable .,--constraint constraints.txt --editable '.[dev]')
 $(READY): pyproject.toml constraints.txt
 	@case "$(INSTALLER) $(WHEELS)" in "pip cuda" | "pip cpu" | "uv cuda" | "uv cpu") ;; \
 	  *) echo "INSTALLER is pip or uv and WHEELS is cuda or cpu, not $(INSTALLER) and $(WHEELS)." >&2; exit 2 ;; esac
+	@[ -z "$(LOCKED)" ] || [ "$(WHEELS)" = cuda ] || { echo "requirements.lock has the wheels for cuda, which run on CPUs, too: leave WHEELS or LOCKED out." >&2; exit 2; }
 	@echo "Setting up $(VENV) with $(INSTALLER) and the wheels for $(WHEELS): $(if $(filter cpu,$(WHEELS)),less than the,about) 7 GB and 5 minutes, once."
 ifeq ($(INSTALLER),uv)
 	@command -v uv >/dev/null || { echo "uv is not installed (https://docs.astral.sh/uv); or leave INSTALLER=uv out." >&2; exit 2; }
 	uv venv --quiet --allow-existing --seed --python 3.11 $(VENV)
-	uv pip install --python $(BIN)/python $(if $(filter cpu,$(WHEELS)),--torch-backend cpu) --constraint constraints.txt --editable '.[dev]'
+	$(if $(LOCKED),uv pip install --python $(BIN)/python --require-hashes --requirement requirements.lock)
+	uv pip install --python $(BIN)/python $(if $(filter cpu,$(WHEELS)),--torch-backend cpu) $(PROJECT)
 else
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: docs/index.md says how to get it; or name one by make PYTHON=/path/to/python3.11, or install uv and call make INSTALLER=uv." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar on $(if $(filter cpu,$(WHEELS)),--extra-index-url $(CPU_WHEELS)) --constraint constraints.txt --editable '.[dev]'
+	$(if $(LOCKED),$(BIN)/python -m pip install --quiet --progress-bar on --require-hashes --requirement requirements.lock)
+	$(BIN)/python -m pip install --quiet --progress-bar on $(if $(filter cpu,$(WHEELS)),--extra-index-url $(CPU_WHEELS)) $(PROJECT)
 endif
 	$(BIN)/python -m pip check
 	@echo $(WHEELS) > $@
 
-lock: setup  ## rewrite constraints.txt from what is installed
+lock: setup  ## rewrite constraints.txt from what is installed, and requirements.lock, its hashes (needs uv)
 	@[ "$(WHEELS)" = cuda ] || { echo "$(VENV) has the CPU wheels: constraints.txt is written from an environment with all (WHEELS=cuda)." >&2; exit 2; }
 	@{ echo '# The exact versions of everything that is installed: `make lock` writes this file from .venv.'; \
 	   $(BIN)/python -m pip list --format=freeze --exclude vlm-vqa --exclude pip; } > constraints.txt
+	uv pip compile --quiet --no-config --python $(BIN)/python --extra dev --constraint constraints.txt --generate-hashes --no-annotate \
+	  --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
 audit:  ## ask PyPI's advisories about constraints.txt
 	PYTHON=$(PYTHON) scripts/audit

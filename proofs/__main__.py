@@ -30,6 +30,7 @@ KNOWN = (
     "serving",
     "gpu",
     "queue",
+    "team",
 )
 
 

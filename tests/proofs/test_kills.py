@@ -124,4 +124,4 @@ def test_a_traceback_is_a_fault_and_kept_but_fsspec_s_in_dvc_is_not(tmp_path, er
     with call(tmp_path, "cat said") as one:
         problems = kills.after(states, one, kill := dict(KILL))
     assert len(problems) == faults == len(list(tmp_path.glob("terminal-*.txt"))), problems
-    assert kill["launcher_reports"] == 1 - faults
+    assert kill["fsspec"] == 1 - faults

@@ -631,6 +631,29 @@ def test_track_adds_the_scores_that_a_run_lacks(outputs, params):
     assert found.data.metrics["bleu_1"] == 0.9 and "recreated" not in found.data.tags
 
 
+@pytest.mark.parametrize("last", [{}, {"weights_hash": "w" * 64}], ids=["in the middle", "while it uploads"])
+def test_track_completes_the_run_that_lost_its_store(outputs, params, last):
+    lost = tracking.training_run(params, key="k", tags=HASHES)
+    lost.set_tags({"mine": "kept"} | last)
+    lost.log_metrics({"loss": 2.0, "questions_per_second": 9.0}, 10)  # the server dies: no end, no later step
+    assert tracking.recreate_run(outputs) == (lost.run_id, True)
+    assert tracking.recreate_run(outputs) == (lost.run_id, False)
+    (found,) = runs(outputs)
+    assert found.info.status == "FINISHED" and found.data.tags["mine"] == "kept"
+    assert found.data.tags["completed"] == "vlm-vqa track" and "recreated" not in found.data.tags
+    assert history(outputs, found, "loss") == [(10, 2.0), (20, 1.0)] and found.data.metrics["bleu_1"] == 0.9
+    assert found.data.metrics["questions_per_second"] == 9.0
+
+
+def test_track_leaves_another_trainings_run_alone(outputs, params, monkeypatch):
+    other = tracking.training_run(params, key="k", tags=HASHES | {"code_hash": "other"})
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    alive = tracking.training_run(params, key="l", tags=HASHES)
+    monkeypatch.undo()
+    run_id, made = tracking.recreate_run(outputs)
+    assert made and run_id not in (other.run_id, alive.run_id) and len(runs(outputs)) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [

@@ -65,19 +65,29 @@ def put_scores(store: Store, run_id: str, report: Mapping[str, Any], folder: Pat
 
 
 def recreate(store: Store, weights_hash: str, folder: Path) -> str:
-    """A run with the training's parameters, hashes, curves, weights and reports, as far as the outputs tell them."""
+    """A run with the training's parameters, hashes, curves, weights and reports, as far as the outputs tell them.
+
+    A run of the same training that lost the store before its end is completed; where there is none, one is made.
+    """
     training, curve = _read_json(folder / TRAINING_FILE), _curve(folder / TRAIN_CURVE, "git checkout")
     if store.params.validation.questions:
         curve += _curve(folder / VALIDATION_CURVE, "dvc pull")
     hashes = {name: training[name] for name in ("data_hash", "code_hash") if name in training}
-    tags = identity(store.params) | hashes | {"weights_hash": weights_hash, "recreated": "true"}
-    tags |= group.membership(store)
-    tags["mlflow.source.name"] = "vlm-vqa track"
-    tags["mlflow.note.content"] = "Recorded from the outputs: throughput, memory and machine are not known."
-    run_id = store.create(tags)
+    if len(hashes) == 2 and (lost := store.unfinished({"params_hash": store.params.hash(), **hashes})):
+        run_id, recorded = lost.info.run_id, store.last_steps(lost)
+        curve = [row for row in curve if row[2] > recorded.get(row[0], -1)]
+        store.put_params(run_id, known=lost.data.params)
+        tags = {"completed": "vlm-vqa track"}
+    else:
+        tags = identity(store.params) | hashes | {"recreated": "true"} | group.membership(store)
+        tags["mlflow.source.name"] = "vlm-vqa track"
+        tags["mlflow.note.content"] = "Recorded from the outputs: throughput, memory and machine are not known."
+        run_id = store.create(tags)
     store.put_metrics(run_id, curve)
     store.put_files(run_id, folder / REPORTS, REPORTS.name)
     store.put_files(run_id, (folder / TRAINING_FILE).parent, "weights")
+    # Last: by this hash a run is taken for a whole one.
+    store.put_tags(run_id, {**tags, "weights_hash": weights_hash})
     store.client.set_terminated(run_id, "FINISHED")
     return run_id
 

@@ -116,7 +116,7 @@ def training_run(params: Params, *, key: str, tags: Mapping[str, str], source: s
         store = Store(params, root)
         everything = identity(params) | surroundings() | dict(tags)
         everything |= {"checkpoint_key": key, "mlflow.source.name": source} | group.membership(store)
-        run = store.unfinished(key)
+        run = store.unfinished({"checkpoint_key": key})
         run_id = run.info.run_id if run else store.create(everything)
         if run:
             store.client.update_run(run_id, status="RUNNING")

@@ -128,15 +128,17 @@ class Store:
         return list(self.client.search_runs([self.experiment_id], condition, max_results=limit, order_by=newest))
 
     def find(self, weights_hash: str, params_hash: str) -> Any | None:
-        runs = self.search(f"tags.weights_hash = '{weights_hash}' and tags.params_hash = '{params_hash}'", limit=1)
-        return runs[0] if runs else None
+        """The newest run that ended with these weights; not one that lost the store before its end."""
+        ended = f"tags.weights_hash = '{weights_hash}' and attributes.status = 'FINISHED'"
+        return next(iter(self.search(f"{ended} and tags.params_hash = '{params_hash}'", limit=1)), None)
 
-    def unfinished(self, key: str) -> Any | None:
-        """The newest run of `key` that did not finish.
+    def unfinished(self, tags: Mapping[str, str]) -> Any | None:
+        """The newest run with these tags that did not finish.
 
         One still marked as running counts only if it was this host's: on a shared server it may be alive elsewhere.
         """
-        for run in self.search(f"tags.checkpoint_key = '{key}' and attributes.status != 'FINISHED'"):
+        asked = [f"tags.{key} = '{text}'" for key, text in tags.items()]
+        for run in self.search(" and ".join([*asked, "attributes.status != 'FINISHED'"])):
             if run.info.status != "RUNNING" or run.data.tags.get("machine.host") == platform.node():
                 return run
         return None
