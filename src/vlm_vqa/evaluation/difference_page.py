@@ -3,16 +3,13 @@
 Texts of the data, questions and answers, are escaped: in Markdown here, in the page by Jinja2.
 """
 
-import base64
 import html
 import random
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from vlm_vqa.data.records import ImageRecord, images_of, manifest_for_a_look
+from vlm_vqa.data import page
+from vlm_vqa.data.records import images_of, manifest_for_a_look
 from vlm_vqa.evaluation.differences import Differences, Flip, Row
 from vlm_vqa.params import Gate
 
@@ -36,19 +33,21 @@ def as_html(found: Differences, records: Path = Path("data/records")) -> str:
     shown = {flip.image_id for some in flips.values() for flip in some}
     why_not, pictures = _why_no_pictures(found, records), {}
     if shown and not why_not:
-        pictures = {one.image_id: _data_url(one) for one in images_of(records, shown)}
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return pages.get_template("difference_page.html.j2").render(
-        found=found,
-        headline=headline(found),
-        flips=flips,
-        pictures=pictures,
-        why_not=why_not,
-        cells=_cells,
-        columns=COLUMNS,
-        count=_count,
+        found_there = images_of(records, shown)
+        pictures = {one.image_id: page.thumbnail(one.data, one.file_name, max_pixels=2**62) for one in found_there}
+    return (
+        page.environment(Path(__file__).parent)
+        .get_template("difference_page.html.j2")
+        .render(
+            found=found,
+            headline=headline(found),
+            flips=flips,
+            pictures=pictures,
+            why_not=why_not,
+            cells=_cells,
+            columns=COLUMNS,
+            count=_count,
+        )
     )
 
 
@@ -129,10 +128,3 @@ def _why_no_pictures(found: Differences, records: Path) -> str:
         return f"{records} is not here"
     unlike = [side.name for side in found.sides if side.data_hash != manifest["data_hash"]]
     return f"{records} is not known to be the data of {' and '.join(unlike)}" if unlike else ""
-
-
-def _data_url(image: ImageRecord) -> str:
-    from vlm_vqa.training.answers_picture import small  # brings torch
-
-    small(image).convert("RGB").save(file := BytesIO(), "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
