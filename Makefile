@@ -76,7 +76,7 @@ lock: setup  ## rewrite constraints.txt from what is installed, and requirements
 	@[ "$(WHEELS)" = cuda ] || { echo "$(VENV) has the CPU wheels: constraints.txt is written from an environment with all (WHEELS=cuda)." >&2; exit 2; }
 	@{ echo '# The exact versions of everything that is installed: `make lock` writes this file from .venv.'; \
 	   $(BIN)/python -m pip list --format=freeze --exclude vlm-vqa --exclude pip; } > constraints.txt
-	uv pip compile --quiet --no-config --python $(BIN)/python --extra dev --constraint constraints.txt --generate-hashes --no-annotate \
+	uv pip compile --quiet --no-config --python $(BIN)/python --extra dev --constraint constraints.txt --generate-hashes --no-strip-extras --no-annotate \
 	  --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
 audit:  ## ask PyPI's advisories about constraints.txt
