@@ -52,6 +52,7 @@ setup: $(READY)  ## make .venv: INSTALLER=pip or uv, WHEELS=cuda or cpu
 	  echo "$(VENV) has the wheels for $$made, not for $(WHEELS): remove it (rm -r $(VENV)) and call make again." >&2; exit 2; }
 
 # The stamp is written last: an interrupted set-up is simply done again.
+# The lock is complete, as `pip check` sees; pip's resolver would want a hash for every extra by itself.
 PROJECT = $(if $(LOCKED),--no-deps --no-build-isolation --editable .,--constraint constraints.txt --editable '.[dev]')
 $(READY): pyproject.toml constraints.txt
 	@case "$(INSTALLER) $(WHEELS)" in "pip cuda" | "pip cpu" | "uv cuda" | "uv cpu") ;; \
@@ -61,12 +62,12 @@ $(READY): pyproject.toml constraints.txt
 ifeq ($(INSTALLER),uv)
 	@command -v uv >/dev/null || { echo "uv is not installed (https://docs.astral.sh/uv); or leave INSTALLER=uv out." >&2; exit 2; }
 	uv venv --quiet --allow-existing --seed --python 3.11 $(VENV)
-	$(if $(LOCKED),uv pip install --python $(BIN)/python --require-hashes --requirement requirements.lock)
+	$(if $(LOCKED),uv pip install --python $(BIN)/python --no-deps --require-hashes --requirement requirements.lock)
 	uv pip install --python $(BIN)/python $(if $(filter cpu,$(WHEELS)),--torch-backend cpu) $(PROJECT)
 else
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: docs/index.md says how to get it; or name one by make PYTHON=/path/to/python3.11, or install uv and call make INSTALLER=uv." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(if $(LOCKED),$(BIN)/python -m pip install --quiet --progress-bar on --require-hashes --requirement requirements.lock)
+	$(if $(LOCKED),$(BIN)/python -m pip install --quiet --progress-bar on --no-deps --require-hashes --requirement requirements.lock)
 	$(BIN)/python -m pip install --quiet --progress-bar on $(if $(filter cpu,$(WHEELS)),--extra-index-url $(CPU_WHEELS)) $(PROJECT)
 endif
 	$(BIN)/python -m pip check

@@ -340,7 +340,7 @@ class Person:
         """Run a command beside what the caller does."""
         self._calls += 1
         output = self._servers.logs / f"{self.name}-{self._calls:02}.txt"
-        environment = self.project.environment(**self.environment, **more)
+        environment = self.project.environment(**self.environment | more)
         with tree.Call(command, self.project.folder, environment, output) as call:
             yield call
 

@@ -37,7 +37,7 @@ def test_make_installs_the_lock_and_nothing_beside_it(installer):
     command = ["make", "--dry-run", "setup", "VENV=nowhere", "LOCKED=yes", f"INSTALLER={installer}", "WHEELS=cuda"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     hashed, project = re.findall(r"pip install .*", said)
-    assert hashed.endswith("--require-hashes --requirement requirements.lock")
+    assert hashed.endswith("--no-deps --require-hashes --requirement requirements.lock")
     assert project.endswith("--no-deps --no-build-isolation --editable .") and "constraint" not in project
 
 
