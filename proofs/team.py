@@ -462,11 +462,11 @@ def choose(anna: Person, ben: Person) -> list[Claim]:
     anna.call("git checkout --quiet -- . && git fetch --quiet origin && git checkout --quiet ben && dvc pull --force")
     compared = anna.call("vlm-vqa compare --base origin/main --tolerance 1")
     said = anna.call(
-        f"vlm-vqa ask $(ls ../{vqav2.SAMPLE}/images/* | head -1) 'What is this?' --model models:/vlm-vqa/latest"
+        f"vlm-vqa ask $(ls ../{vqav2.SAMPLE}/images/* | head -1) 'What is this?' --json --model models:/vlm-vqa/latest"
     )
     claims = [
         exactly("comparisons that name a score", "vqa_accuracy" in compared or "VQA accuracy" in compared, 1),
-        exactly("answers of the registered model", bool(said.strip()), 1),
+        exactly("answers of the registered model", "probability" in said, 1),
     ]
     if "promote" in anna.call("vlm-vqa --help"):
         said = anna.call("vlm-vqa promote 1")
