@@ -253,7 +253,7 @@ def report(trials: Sequence[Trial], options: argparse.Namespace) -> None:
     )
     for key in ("signal", "moment", "stage"):
         print("  " + ", ".join(f"{name} {count}" for name, count in Counter(kill[key] for kill in kills).most_common()))
-    print(f"  fsspec's traceback in DVC after {sum(bool(kill['fsspec']) for kill in kills)} kills")
+    print(f"  fsspec's traceback in DVC after {sum(bool(kill.get('fsspec')) for kill in kills)} kills")
     print(f"  dvc repro alone sufficed in {sum(not t.refused for t in bare)} of {len(bare)} trials that end with it")
     for trial in trials:
         if trial.problems:

@@ -21,7 +21,7 @@ PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 NO_KERNELS = "the pinned PyTorch has no kernels for"
 SLOW = (
     "Tesla T4 has no bfloat16, torch would emulate it slowly: name an A10 or newer, or set vision.compute_dtype, "
-    "train.compute_dtype, train.weights_dtype"
+    "train.compute_dtype, train.weights_dtype, evaluation.compute_dtype"
 )
 
 

@@ -29,6 +29,7 @@ def run_stage(folder):
 @pytest.mark.slow
 def test_missing_records_end_the_stage_with_one_message(tmp_path):
     shutil.copy(ROOT / "presets/small.yaml", tmp_path / "params.yaml")
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
     shutil.copytree(ROOT / "evaluation" / "helm" / "nltk_data", tmp_path / "evaluation" / "helm" / "nltk_data")
     done = run_stage(tmp_path)
     assert done.returncode == 2, done.stderr

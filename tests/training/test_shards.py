@@ -1,6 +1,7 @@
 """One process builds the model: the others get its shape, and FSDP2's their rows, with nothing held twice."""
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,8 @@ def building(model, strategy, process, monkeypatch):
     built = []
 
     def receive(things):
-        things[0] = things[0] or prepare.shape_of(model)
+        # As it is sent.
+        things[0] = things[0] or pickle.loads(pickle.dumps(prepare.shape_of(model)))
 
     monkeypatch.setattr(distributed, "broadcast_object_list", receive)
     found = prepare.build_once(lambda: built.append(1) or model, running(strategy, process))

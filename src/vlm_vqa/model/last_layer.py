@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma import modeling_gemma
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma2.modeling_gemma2 import rotate_half
 
 from vlm_vqa.model.attention import PackedRows
@@ -28,12 +30,6 @@ class Asked:
     """int64 [M], places of packed tokens."""
     mask: PackedRows | BlockMask
     """Which of all tokens these see."""
-
-
-def narrow(layer: nn.Module) -> None:
-    """Let a decoder layer of Gemma 2, or of a Gemma, take `asked`; the names of its class and of its weights stay."""
-    for module, part in ((layer, _Layer), (layer.self_attn, _Attention)):
-        module.__class__ = type(type(module).__name__, (part, type(module)), {})
 
 
 class _Layer(nn.Module):
@@ -102,3 +98,22 @@ class _Attention(nn.Module):
 def _rotated(states_1HNC: Tensor, rotations: Rotations) -> Tensor:
     cosines, sines = (one.unsqueeze(1) for one in rotations)
     return states_1HNC * cosines + rotate_half(states_1HNC) * sines
+
+
+_STOCK: dict[type, tuple[type, ...]] = {
+    _Layer: (modeling_gemma2.Gemma2DecoderLayer, modeling_gemma.GemmaDecoderLayer),
+    _Attention: (modeling_gemma2.Gemma2Attention, modeling_gemma.GemmaAttention),
+}
+NARROW: dict[type, Any] = {
+    stock: type(stock.__name__, (part, stock), {"__module__": __name__})
+    for part, both in _STOCK.items()
+    for stock in both
+}
+# Where pickle looks for them: process 0 sends the others the model's shape.
+globals().update({one.__name__: one for one in NARROW.values()})
+
+
+def narrow(layer: nn.Module) -> None:
+    """Let a decoder layer of Gemma 2, or of a Gemma, take `asked`; the names of its class and of its weights stay."""
+    for module in (layer, layer.self_attn):
+        module.__class__ = NARROW[type(module)]
