@@ -30,6 +30,7 @@ KNOWN = (
     "serving",
     "gpu",
     "queue",
+    "start_memory",
     "team",
 )
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, results: Path = measure.RESULTS
     if unknown := [name for name in names if name not in KNOWN]:
         parser.error(f"no proof is called {', '.join(unknown)}; there are {', '.join(KNOWN)}.")
     if not names:
-        print("\n".join(f"{name:<12} {first_line(name)}" for name in KNOWN))
+        print("\n".join(f"{name:<13} {first_line(name)}" for name in KNOWN))
         return 0
     measure.check_writable(results)
     failed = {name: reason for name in names if (reason := run(name, "proofs"))}

@@ -371,6 +371,8 @@ def attention(scale: Scale) -> Result:
     seen_NN = _sees(places_N, visible(*grid), grid[0].shape[1])
     module = nn.Identity()
     backward = device.type == "cuda"
+    # The mask of the last layer's queries is not looked at.
+    last = torch.tensor([sum(one.numel() for one in places) - 1], device=device)
     errors: dict[str, dict[str, float]] = {}
     seconds: dict[str, measure.Timing] = {}
     refused: dict[str, str] = {}
@@ -382,7 +384,7 @@ def attention(scale: Scale) -> Result:
         calls: dict[str, Callable[[], Any]] = {}
         for kind in Attention:
             name = f"{kind.value}, {str(dtype).removeprefix('torch.')}"
-            mask = packed_mask(IMPLEMENTATION[kind], *places, *grid, closed_prefix=True, dtype=dtype)
+            mask, _ = packed_mask(IMPLEMENTATION[kind], *places, *grid, last, closed_prefix=True, dtype=dtype)
             call = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION[kind]]
             attend = lambda *of, call=call, mask=mask: call(module, *of, mask, **options)[0]  # noqa: E731
             if kind is Attention.FLEX and not backward:
