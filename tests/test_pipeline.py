@@ -250,7 +250,7 @@ def pulled_and_evaluated(box, folder):
     assert clone.command("git status --porcelain").stdout == ""
     assert comment.startswith(f"{MARKER}\n## HELM evaluation against `HEAD~1`") and "Passed: the interval of" in comment
     assert (
-        "no difference is shown" in comment
+        "no difference shown" in comment
         and "Of commit abc: [the run](https://hub/me/project/actions/runs/1)" in comment
     )
     assert re.search(r"^model +[|o-]*o[|o-]* +\d\.\d{4}$", comment, re.M)
