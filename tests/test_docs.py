@@ -323,6 +323,14 @@ def test_the_small_run_is_what_was_measured():
     assert f"{scores['wrong']} of the {scores['questions']:,} answers are wrong" in FLAT
 
 
+def test_how_fast_answers_come_is_what_was_measured():
+    two, shuffled, _, changed = results("answers")["claims"]
+    assert f"two processes answer {two['ratio']:.2f} times as fast as one, where {two['target']:g} was the aim" in FLAT
+    assert f"take {shuffled['ratio']:.2f} times as long as its own alone; bfloat16 changes " in FLAT
+    count, of, number = changed["note"].split()
+    assert f"bfloat16 changes {count} {of} {int(number):,} answers" in FLAT
+
+
 def test_what_one_thread_is_worth_on_a_busy_machine_is_what_was_measured():
     ratios = {claim["what"]: claim["ratio"] for claim in results("threads")["claims"]}
     cases = ("beside 8, OMP_NUM_THREADS=1", "beside 8")
