@@ -60,11 +60,14 @@ def peak(project: Project, processes: int, shape: dict[str, int]) -> tuple[int, 
     project.set({f"language.config.{key}": value for key, value in shape.items()} | {"train.launch": launch})
     command, most = project.stage_command("train"), 0
     with Call(command, project.folder, project.environment(), project.folder / "terminal.txt") as call:
-        while "launch cpu" not in (said := call.text()):
+        while True:
+            held_now = sum(map(held, call.processes()))
+            if "launch cpu" in (said := call.text()):
+                break  # the first step may have begun while the processes were looked at
             if call.shell.poll() is not None or call.seconds() > SECONDS:
                 raise UserError(f"the training did not start:\n{said[-2000:]}")
-            most = max(most, sum(map(held, call.processes())))
-            time.sleep(0.1)
+            most = max(most, held_now)
+            time.sleep(0.05)
     return most, 4 * model_of(load_params(project.folder / "params.yaml")).all
 
 

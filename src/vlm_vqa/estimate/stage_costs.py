@@ -141,13 +141,14 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
     """Return the moments of one machine: of its ranks too where they train on its CPUs."""
     count, model = launch.on_a_machine, step.model
     base = copies(count, BASE | {"encoder": encoder})
-    # What one process builds, or each of DeepSpeed's; the mean of rows and their covariance from a centred copy.
+    # As if every process built it: one does, but so much was measured (proofs/start_memory.py). The mean of rows and their
+    # covariance from a centred copy.
     start = {"float32 weights": 4 * model.saved}
     if params.language.model not in ("random", CHECKPOINT):
         start["grown embedding"] = 2 * 4 * model.embedding
     elif step.weight == 2:
         start["embedding in 16 bits"] = 2 * model.embedding
-    found = {"start": base | copies(count if launch.strategy.deepspeed else 1, start)}
+    found = {"start": base | copies(count, start)}
     snapshot = copies(count if launch.strategy.sharded_weights else 1, step.snapshot())
     if not launch.on_cpu:
         return found | {"checkpoint": base | snapshot, "whole weights": base | step.whole_weights()}

@@ -95,8 +95,7 @@ def model_to_train(params: Params, encoder: Encoder, processor: PaliGemmaProcess
 def build_once(build: Callable[[], VlmForTraining], running: Launch) -> VlmForTraining:
     """Build a model on process 0; the others of a launch get its shape, and the trainer or DDP gives them its weights.
 
-    So a machine holds the weights once at the start, however many processes it has, and reads them once. DeepSpeed divides
-    what each process brings: there all build it.
+    So weights are read and drawn once. DeepSpeed divides what each process brings: there all build it.
     """
     if running.processes == 1 or running.strategy.deepspeed:
         return build()
