@@ -371,8 +371,7 @@ def attention(scale: Scale) -> Result:
     seen_NN = _sees(places_N, visible(*grid), grid[0].shape[1])
     module = nn.Identity()
     backward = device.type == "cuda"
-    # The mask of the last layer's queries is not looked at.
-    last = torch.tensor([sum(one.numel() for one in places) - 1], device=device)
+    last = torch.tensor([tokens - 1], device=device)  # the mask of these queries alone is not looked at
     errors: dict[str, dict[str, float]] = {}
     seconds: dict[str, measure.Timing] = {}
     refused: dict[str, str] = {}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
+from tests.tiny_model import tiny_base
 from tests.training.test_checkpoint_state import acting_as
 from vlm_vqa.model.adapters import add_adapters
 from vlm_vqa.params import LoraParams
@@ -19,7 +20,7 @@ from vlm_vqa.training.optimizer import local
 
 @pytest.fixture(params=["plain", "adapters"])
 def model(tiny, request):
-    found = copy.deepcopy(tiny.training)
+    found = tiny_base(tiny)
     if request.param == "adapters":
         add_adapters(found, LoraParams(2, 4.0, 0.0, ("q_proj",)))
     return found
