@@ -10,7 +10,7 @@ undisturbed for each launch. A trial begins where none to four of the stages are
     between       the next time after it that DVC has rewritten dvc.lock or its lock file, where a stage begins or ends
     writing       the next time after it that something has appeared in data, models, reports or checkpoints
 
-and after one to four such calls the command is called once more and left alone. It must succeed; dvc.lock must be the
+and after one to six such calls the command is called once more and left alone. It must succeed; dvc.lock must be the
 undisturbed run's to the byte, and every output what dvc.lock says; no process may have lived for more than 10 s after its
 parent; no traceback may have been printed, by killed calls neither, but one of fsspec's that Ctrl-C leaves in DVC's own
 process, which is counted apart. Where DVC refuses its own torn lock file, which no stage
@@ -20,7 +20,8 @@ Shared with the undisturbed run: the packages, the sample, and outputs and DVC's
 trial begins. Nothing else: the run cache holds no stage that is to run, and what killed calls have left in it is removed in
 every second trial. The shell is the person who calls: it is killed with all others only.
 
-With --folder all is kept: what was run counts, and the next call goes on. About 60 s a kill on 2 cores.
+With --folder all is kept: what was run counts, and the next call goes on. Two may run side by side, each with a seed and a
+folder of its own; --also FOLDER counts another's trials in. About 60 s a kill on a core.
 """
 
 import argparse
@@ -72,6 +73,7 @@ FSSPEC = "AttributeError: 'function' object has no attribute 'close'"
 class Trial:
     """Some killed calls, the call that was left alone, and what was wrong."""
 
+    seed: int
     number: int
     launch: str
     state: int
@@ -91,21 +93,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep all here and go on where it stopped")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help="folders of other seeds, counted in")
     options = measure.parse(parser, arguments)
     with workplace(options.folder) as folder:
         log = folder / "kills.jsonl"
-        trials = read(log, options)
-        while (done := sum(len(one.kills) for one in trials)) < options.kills:
+        others = [trial for other in options.also for trial in read(other / "kills.jsonl", options.launches)]
+        trials = read(log, options.launches, options.seed)
+        while (done := sum(len(one.kills) for one in [*trials, *others])) < options.kills:
             number = len(trials)
             states = States(folder, options.launches[number % len(options.launches)])
-            trials.append(run(states, number, f"{options.seed} {number}"))
+            trials.append(run(states, number, options.seed))
             with log.open("a", encoding="utf-8") as file:
-                print(json.dumps({"seed": options.seed, "launches": options.launches, **asdict(trials[-1])}), file=file)
+                print(json.dumps({"launches": options.launches, **asdict(trials[-1])}), file=file)
             print(line(trials[-1], done, options.kills), flush=True)
-    report(trials, options)
+    report([*trials, *others], options)
 
 
-def read(log: Path, options: argparse.Namespace) -> list[Trial]:
+def read(log: Path, launches: list[str], seed: int | None = None) -> list[Trial]:
     """Return the trials that are done.
 
     Raises:
@@ -114,18 +118,18 @@ def read(log: Path, options: argparse.Namespace) -> list[Trial]:
     trials = []
     for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         entry = json.loads(text)
-        if (entry.pop("seed"), entry.pop("launches")) != (options.seed, options.launches):
+        if entry.pop("launches") != launches or seed not in (None, entry["seed"]):
             raise UserError(f"{log}: begun with another --seed or other --launches. Name these, or another --folder.")
         trials.append(Trial(**entry))
     return trials
 
 
-def run(states: States, number: int, seed: str) -> Trial:
+def run(states: States, number: int, seed: int) -> Trial:
     """Begin at a state, kill, repeat, compare."""
-    rng = random.Random(seed)
-    trial = Trial(number, states.launch, rng.randrange(len(STAGES)), rng.choice((BARE, MAKE)), number % 2 == 0)
+    rng = random.Random(f"{seed} {number}")
+    trial = Trial(seed, number, states.launch, rng.randrange(len(STAGES)), rng.choice((BARE, MAKE)), number % 2 == 0)
     states.restore(trial.state)
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.randint(1, 6)):
         with states.call(rng.choice((trial.command, MAKE))) as call:
             if (kill := strike(states, call, rng)) is not None:
                 trial.kills.append(kill)
@@ -249,7 +253,7 @@ def report(trials: Sequence[Trial], options: argparse.Namespace) -> None:
     done = Claim("kills run over kills asked for", len(kills) / options.kills, 0.0, 1.0, 1.0)
     bare = [trial for trial in trials if trial.command == BARE and trial.kills]
     print(
-        f"\n{len(kills)} of {options.kills} kills run in {len(trials)} trials, seed {options.seed}; by signal, moment, stage"
+        f"\n{len(kills)} of {options.kills} kills run in {len(trials)} trials; by signal, moment, stage"
     )
     for key in ("signal", "moment", "stage"):
         print("  " + ", ".join(f"{name} {count}" for name, count in Counter(kill[key] for kill in kills).most_common()))
@@ -258,12 +262,11 @@ def report(trials: Sequence[Trial], options: argparse.Namespace) -> None:
     for trial in trials:
         if trial.problems:
             print(
-                f"FAILED: trial {trial.number} (seed '{options.seed} {trial.number}', {trial.launch}): {trial.problems}"
+                f"FAILED: trial {trial.number} (seed {trial.seed}, {trial.launch}): {trial.problems}"
             )
     details = {
         "kills": kills,
         "trials": [asdict(trial) for trial in trials],
-        "seed": options.seed,
         "settings": SETTINGS,
     }
     measure.write("kills", [*claims, done], details, {"questions and photographs": vqav2.origin(vqav2.SAMPLE)})

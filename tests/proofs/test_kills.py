@@ -70,7 +70,7 @@ def stub(folder, monkeypatch):
 def test_a_trial_compares_dvc_lock(tmp_path, monkeypatch, content):
     states = stub(tmp_path, monkeypatch)
     states.expected = b"other" if content == "torn" else b"done"
-    trials = [kills.run(states, number, f"test {number}") for number in range(3)]
+    trials = [kills.run(states, number, 7) for number in range(3)]
     assert sum(len(trial.kills) for trial in trials)
     for trial in trials:
         wrong = [problem for problem in trial.problems if "dvc.lock differs" in problem]
@@ -94,26 +94,22 @@ def test_it_goes_on_where_it_stopped_and_claims_what_was_run(tmp_path, monkeypat
     monkeypatch.setattr(kills, "States", lambda folder, launch: argparse.Namespace(launch=launch))
 
     def run(states, number, seed):
-        assert seed == f"0 {number}"
         problems = ["dvc.lock differs"] if number == 3 else []
-        return Trial(number, states.launch, 0, BARE, True, [dict(KILL)], problems=problems)
+        return Trial(seed, number, states.launch, 0, BARE, True, [dict(KILL)], problems=problems)
 
     monkeypatch.setattr(kills, "run", run)
     options = ["--folder", str(tmp_path), "--launches", "cpu", "cpu-ddp", "--kills"]
     kills.main([*options, "3"])
     assert [claim.met for claim in found["claims"]] == [True] * 4 and "3 of 3 kills" in capsys.readouterr().out
     kills.main([*options, "5"])
-    assert len(found["details"]["kills"]) == 5 and "FAILED: trial 3 (seed '0 3', cpu-ddp)" in capsys.readouterr().out
+    assert len(found["details"]["kills"]) == 5 and "FAILED: trial 3 (seed 0, cpu-ddp)" in capsys.readouterr().out
     assert [claim.met for claim in found["claims"]] == [True, False, True, True]
-    assert [json.loads(line)["number"] for line in (tmp_path / "kills.jsonl").read_text().splitlines()] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert [json.loads(line)["number"] for line in (tmp_path / "kills.jsonl").read_text().splitlines()] == [*range(5)]
     with pytest.raises(UserError, match="another --seed"):
         kills.main([*options, "5", "--seed", "1"])
+    options[1] = str(tmp_path / "other")
+    kills.main([*options, "7", "--seed", "1", "--also", str(tmp_path)])
+    assert [trial["seed"] for trial in found["details"]["trials"]] == [1, 1, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("error", "faults"), [("ValueError: 1", 1), (kills.FSSPEC, 0)])
