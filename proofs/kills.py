@@ -252,18 +252,14 @@ def report(trials: Sequence[Trial], options: argparse.Namespace) -> None:
     )
     done = Claim("kills run over kills asked for", len(kills) / options.kills, 0.0, 1.0, 1.0)
     bare = [trial for trial in trials if trial.command == BARE and trial.kills]
-    print(
-        f"\n{len(kills)} of {options.kills} kills run in {len(trials)} trials; by signal, moment, stage"
-    )
+    print(f"\n{len(kills)} of {options.kills} kills run in {len(trials)} trials; by signal, moment, stage")
     for key in ("signal", "moment", "stage"):
         print("  " + ", ".join(f"{name} {count}" for name, count in Counter(kill[key] for kill in kills).most_common()))
     print(f"  fsspec's traceback in DVC after {sum(bool(kill.get('fsspec')) for kill in kills)} kills")
     print(f"  dvc repro alone sufficed in {sum(not t.refused for t in bare)} of {len(bare)} trials that end with it")
     for trial in trials:
         if trial.problems:
-            print(
-                f"FAILED: trial {trial.number} (seed {trial.seed}, {trial.launch}): {trial.problems}"
-            )
+            print(f"FAILED: trial {trial.number} (seed {trial.seed}, {trial.launch}): {trial.problems}")
     details = {
         "kills": kills,
         "trials": [asdict(trial) for trial in trials],

@@ -78,7 +78,9 @@ STEP_MOMENTS = ("loss", "backward, last layer", "backward, first layer", "update
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `real_shape.json`."""
     parser = measure.parser("real_shape", __doc__, "proofs", layers=GEMMA_2_2B.num_hidden_layers, questions=8, steps=4)
-    parser.add_argument("--export-only", action="store_true", help="no training: export the weights that one begins with")
+    parser.add_argument(
+        "--export-only", action="store_true", help="no training: export the weights that one begins with"
+    )
     parser.add_argument("--folder", type=Path, help="for features, checkpoint and weights; all are removed")
     options = measure.parse(parser, arguments)
     if options.questions % 2:
