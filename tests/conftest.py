@@ -21,8 +21,12 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cheap tests first: what is broken shows before the slow ones start."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Cheap tests first: what is broken shows before the slow ones start. Two workers share them by file."""
+    slow = {item: item.get_closest_marker("slow") is not None for item in items}
+    items.sort(key=slow.__getitem__)
+    for item in items:
+        # A slow test alone, so that the last ones are not all left to one worker.
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if slow[item] else str(item.path)))
 
 
 @pytest.fixture(scope="session")

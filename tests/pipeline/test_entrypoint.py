@@ -73,6 +73,27 @@ def test_signals_unwind(stop, code):
     assert returncode == code and "unwound" in errors and "Traceback" not in errors
 
 
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, EXIT_INTERRUPTED), (signal.SIGTERM, EXIT_TERMINATED)])
+def test_a_signal_that_meets_a_finalizer_is_not_lost(stop, code):
+    """Python drops what is raised there, with a traceback; SQLAlchemy's met a SIGTERM so."""
+    returncode, errors = run("""
+    class Thing:
+        def __del__(self):
+            print("ready"); time.sleep(1)
+    thing = Thing()
+    del thing
+    time.sleep(60)""", stop=stop)  # fmt: skip
+    assert returncode == code and "Traceback" not in errors
+
+
+def test_another_fault_of_a_finalizer_is_shown():
+    assert "KeyError: 'bug'" in run("""
+    class Thing:
+        def __del__(self):
+            raise KeyError("bug")
+    Thing()""")[1]
+
+
 @pytest.mark.parametrize("name", ["train.py", "vlm-vqa", "notebook.py"])
 def test_ctrl_c_during_imports(name, tmp_path):
     """Our programs end with a word; whoever else imports the package keeps Python's own way."""

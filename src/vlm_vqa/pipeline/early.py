@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 
 _STAGES = {"fetch_vqav2.py", "extract_features.py", "train.py", "export.py", "helm_eval.py"}
 
@@ -11,6 +12,19 @@ def end_quietly(signum: int, frame: object) -> None:
     """Handle Ctrl-C while libraries are imported: one line, no traceback through them, no error that they make of it."""
     os.write(2, b"interrupted\n")
     os._exit(128 + signum)
+
+
+def send_again(lost: "sys.UnraisableHookArgs") -> None:
+    """Send a signal again whose handler has raised where Python drops exceptions, as in a finalizer: it would be lost."""
+    sent = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+    # torchrun's own exception names its signal.
+    signum = sent.get(lost.exc_type) or getattr(lost.exc_value, "sigval", None)
+    if signum is None:
+        return sys.__unraisablehook__(lost)
+    # Not from here, where it would be dropped, too.
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), signum))
+    timer.daemon = True
+    timer.start()
 
 
 def begin() -> None:

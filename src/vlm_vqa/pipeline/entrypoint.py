@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from vlm_vqa.errors import GO_ON, UserError
 from vlm_vqa.pipeline import orphans
-from vlm_vqa.pipeline.early import end_quietly
+from vlm_vqa.pipeline.early import end_quietly, send_again
 from vlm_vqa.pipeline.unlock import keep_dvc_lock
 from vlm_vqa.sealed import SWITCH, checks_blocks
 from vlm_vqa.secrets import causes, mask_output
@@ -52,6 +52,7 @@ def run(name: str, main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     if signal.getsignal(signal.SIGINT) is end_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = send_again
     orphans.end_with_parents()
     keep_dvc_lock()
     if not checks_blocks() and os.environ.get("RANK", "0") == "0":

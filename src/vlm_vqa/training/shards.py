@@ -1,7 +1,7 @@
 """Weights that are in no process yet, or in process 0 alone: how FSDP2's processes come to hold each its rows.
 
 accelerate's own way (`fsdp_cpu_ram_efficient_loading`) keeps the whole model until the last row is sent. Here each parameter
-is let go once it has been sent. What a machine holds all the same: `python -m proofs.start_memory`.
+is let go once it has been sent. What a machine holds: `python -m proofs.start_memory`.
 """
 
 import torch

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -176,9 +177,11 @@ class VqaTrainer(Trainer):
         if self.optimizer is None:
             model = model or self.model
             if self.launch.strategy is Strategy.FSDP2:
-                send_rows(self.model, self.sent, self.args.device)
+                # accelerate would divide it after this, when all is there; what is divided already it leaves as it is.
+                send_rows(fsdp2_prepare_model(self.accelerator, self.model), self.sent, self.args.device)
             decayed = set(self.get_decay_parameter_names(model))
             self.optimizer = build_optimizer(self.train_settings, model, decayed, self.args.seed)
+            self.trained = [[*group["params"]] for group in self.optimizer.param_groups]
             if self.train_settings.projector_steps and self.launch.strategy.deepspeed:
                 self._hold_back_under_deepspeed(self.optimizer)
         return self.optimizer
@@ -227,6 +230,10 @@ class VqaTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **options: Any) -> tuple[nn.Module, DataLoader]:
         model, loader = super()._prepare_for_training(*args, **options)
+        if self.launch.strategy is Strategy.FSDP2:
+            # accelerate finds them by their address, which is 0 for all of which a process has no rows.
+            for group, parameters in zip(self.inner_optimizer.param_groups, self.trained, strict=True):
+                group["params"] = parameters
         self.facts |= check_prepared(self.launch, model, self.inner_optimizer)
         if self.train_settings.optimizer_in_backward:
             self.in_backward = InBackward(self.inner_optimizer, lambda: self.state.global_step + 1)
