@@ -42,7 +42,7 @@ from vlm_vqa.estimate.devices import GIB, find_device
 from vlm_vqa.estimate.memory import total
 from vlm_vqa.estimate.predict import CPU_UTILISATION, changed
 from vlm_vqa.estimate.questions import DatasetSize
-from vlm_vqa.estimate.shapes import GEMMA_2_2B, GEMMA_VOCABULARY, model_of, vision_of
+from vlm_vqa.estimate.shapes import GEMMA_2_2B, GEMMA_VOCABULARY, model_of, tower_parameters, vision_of
 from vlm_vqa.estimate.stage_costs import Machine, Stage, stage_costs
 from vlm_vqa.inference.export import write_export
 from vlm_vqa.inference.predictor import Predictor
@@ -326,7 +326,7 @@ def claim_of(params: Params, what: str, value: float, **options: Any) -> Claim:
 
 def export_claim(params: Params, found: dict[str, float]) -> Claim:
     """Hold the export's peak to the weights that it writes."""
-    weights = 4 * (model_of(params).saved + vision_of(params).parameters) / GIB
+    weights = 4 * (model_of(params).saved + tower_parameters(vision_of(params))) / GIB
     note = f"{found['export']:.2f} GiB of {weights:.2f} GiB"
     what = "peak of the export over its weights"
     return claim_of(params, what, found["export"] / weights, target=1.3, at_most=True, note=note)
