@@ -74,6 +74,7 @@ def run(name: str, package: str = "benchmarks") -> str:
     print(f"== {name}", flush=True)
     command, said = [sys.executable, "-m", f"{package}.{name}"], ""
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, bufsize=0) as process:
+        assert process.stderr is not None
         try:
             while piece := process.stderr.read(65536):
                 text = piece.decode(errors="replace")

@@ -27,7 +27,7 @@ from benchmarks.measure import Claim
 from vlm_vqa.cores import Threads
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
-from vlm_vqa.evaluation.answering import Ask, KeptAnswers, answer_asks, asked_in, plan_batches
+from vlm_vqa.evaluation.answering import Ask, KeptAnswers, answer_asks, plan_batches
 from vlm_vqa.evaluation.baselines import shuffled_images
 from vlm_vqa.evaluation.evaluate import EXPORT, FEATURES, RECORDS
 from vlm_vqa.inference.predictor import Predictor
@@ -108,7 +108,7 @@ def together(count: int, asks: Sequence[Ask], params: Params) -> float:
         server.set("go", "")
         for part in parts:
             part.join()
-            assert part.exitcode == 0, f"a process {measure.ended(part.exitcode)}"
+            assert not part.exitcode, f"a process {measure.ended(part.exitcode)}"
         return float(server.get("end")) - begun
 
 
@@ -131,8 +131,8 @@ def prefill_share(asks: Sequence[Ask], predictor: Predictor, store: FeatureStore
     cost, layout, model = model_cost(predictor.model.config, frozen_embeddings=False), predictor.layout, predictor.model
     flops = widest = 0
     for batch in plan_batches(asks, predictor, batch_size):
-        asked = asked_in(batch)
-        grid = layout.collate(rows_of([(one.image_id, layout.tokenize(one.question)) for one in asked], layout.mask))
+        asked = [(row, layout.tokenize(one.question)) for row, part in enumerate(batch) for one in part]
+        grid = layout.collate(rows_of(asked, layout.mask))
         real = grid["segment_ids"] != PAD_SEGMENT
         seen = visible(grid["segment_ids"], grid["position_ids"], grid["bidirectional"])[real].sum()
         images = layout.num_patches * len(real)

@@ -16,7 +16,7 @@ About two minutes; 2 GB of disk.
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def without_checks(read) -> None:
 
 
 @contextmanager
-def switched_off() -> Iterator[None]:
+def switched_off() -> Generator[None]:
     """Set the environment variable that ends the checks."""
     os.environ[SWITCH] = "off"
     try:

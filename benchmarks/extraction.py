@@ -20,6 +20,7 @@ import io
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ def build_encoder(config: Dinov2Config, dtype: torch.dtype) -> Encoder:
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     )
+    assert isinstance(config.patch_size, int)
     model = Dinov2Model(config).eval().requires_grad_(False).to(measure.device(), dtype)
     return Encoder(model=model, processor=processor, hash="random", num_tokens=1 + (224 // config.patch_size) ** 2)
 
@@ -178,7 +180,7 @@ def store(way: Way, encoder: Encoder, images: Sequence[ImageRecord], batch_size:
         store_in(f"{folder}/features", way, encoder, images, batch_size)
 
 
-def store_in(folder: str, way: Way, encoder: Encoder, images: Sequence[ImageRecord], batch_size: int) -> None:
+def store_in(folder: str | Path, way: Way, encoder: Encoder, images: Sequence[ImageRecord], batch_size: int) -> None:
     """Extract into the store `folder`, in the compute dtype."""
     layout = Layout(len(images), encoder.num_tokens, encoder.width, StoreDtype(name(encoder.model.dtype)))
     writer = FeatureStoreWriter(folder, layout, made_by={})
@@ -197,7 +199,7 @@ def check_equal(encoder: Encoder, images: Sequence[ImageRecord], batch_size: int
     assert torch.equal(*stored), "decoding ahead changed the features"
 
 
-def products(config: Dinov2Config, num_tokens: int, batch_size: int, dtype: torch.dtype) -> Callable[[], None]:
+def products(config: Any, num_tokens: int, batch_size: int, dtype: torch.dtype) -> Callable[[], None]:
     """Return what computes all matrix products of a batch's forward, at its very shapes, on random numbers."""
 
     def random(*shape: int) -> torch.Tensor:

@@ -95,12 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def small_shape() -> Shape:
     """The committed small run."""
     params = load_params(PRESET)
+    language, tokens = params.language.config, params.language.vocab_size
+    assert language is not None and tokens is not None, "load_params asks for both where the model is random"
     return Shape(
         "small",
         params.vision.num_patches,
         params.vision.visual_embed_dim,
-        params.language.config,
-        tokenizer_limit=params.language.vocab_size,
+        language,
+        tokenizer_limit=tokens,
         vocabulary=None,
         whole_set=1000,
         helm=HELM_INSTANCES,
@@ -251,7 +253,7 @@ def answerer_of(shape: Shape, model: VlmForTraining, processor: PaliGemmaProcess
     return Predictor(model, processor, facts, max_new_tokens=NEW_TOKENS)
 
 
-def as_evaluation(shape: Shape, predictor: Predictor, features: Features, asked: Sequence[Question]) -> list[str]:
+def as_evaluation(shape: Shape, predictor: Predictor, features: Any, asked: Sequence[Question]) -> list[str]:
     """Answer as the evaluation answers a validation split."""
     return [given.answer for given in answer_questions(predictor, features, asked, shape.batch_size, "questions")]
 

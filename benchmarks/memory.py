@@ -112,8 +112,9 @@ def build_recipe(name: str, model: VlmForTraining, workload: Workload, trim: boo
     used = recipes.stock_model(model) if name == "reference" else model
     recipe = getattr(recipes, name)(used, workload)
     if trim:
-        used.lm_head = nn.Linear(model.config.text_config.hidden_size, HEAD_WITHOUT_LOGITS, device=measure.device())
-        used.config.text_config.vocab_size = HEAD_WITHOUT_LOGITS
+        text: Any = used.config.text_config
+        used.lm_head = nn.Linear(text.hidden_size, HEAD_WITHOUT_LOGITS, device=measure.device())
+        text.vocab_size = HEAD_WITHOUT_LOGITS
         for batch in recipe.batches:
             batch.inputs["labels"].clamp_(max=HEAD_WITHOUT_LOGITS - 1)
     return recipe

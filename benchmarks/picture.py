@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter
 
 COLOURS = {True: "#2e7d57", False: "#b3372f", None: "#8296ab"}
 """By whether a target is met; None: there is none."""
@@ -76,7 +77,7 @@ def _frame(axes: Axes, contents: Mapping[str, Mapping[str, Any]]) -> None:
     """Add axis, legend and the machines' names."""
     axes.axvline(1, color=INK, linewidth=0.8, zorder=1)
     axes.grid(axis="x", which="major", color="#dddddd", zorder=0)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     # Room for the value behind the longest bar.

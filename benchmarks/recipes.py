@@ -19,7 +19,7 @@ Shapes: B rows, S tokens of a row, D hidden width.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -74,7 +74,7 @@ class Recipe:
         return total
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self) -> Generator[None]:
         """Switch on what a forward pass is to run with."""
         self.switch(True)
         with torch.autocast(measure.device().type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):

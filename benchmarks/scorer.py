@@ -33,7 +33,7 @@ _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)", re.ASCII)
 _COMMA = re.compile(r"(\d)(\,)(\d)", re.ASCII)
 _NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
 
-Annotation = Mapping[str, Any]
+Annotation = dict[str, Any]
 
 
 def official_structure(
@@ -150,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.parse(measure.parser("scorer", __doc__, rounds=ROUNDS), arguments)
     (_, once), of = vqav2.texts(), vqav2.origin(vqav2.TEXT)
     kind = of.split()[0]
-    claims, details = [], {f"{kind}_questions": len(once)}
+    claims: list[measure.Claim] = []
+    details: dict[str, Any] = {f"{kind}_questions": len(once)}
     for what, count, slow_share in (
         (f"VQA accuracy of {QUESTIONS:,} questions, {len(once):,} {kind} ones repeated", QUESTIONS, SLOW_SHARE),
         # Repetition favours a scorer that remembers strings, as ours does.

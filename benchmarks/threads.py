@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ def work(seconds: float, result: Path) -> None:
 
 
 @contextmanager
-def busy(count: int) -> Iterator[list[subprocess.Popen]]:
+def busy(count: int) -> Generator[list[subprocess.Popen]]:
     """Keep `count` processes computing."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:

@@ -125,10 +125,11 @@ def check_agreement(candidates: Mapping[str, Recipe]) -> dict[str, float]:
     for name, recipe in candidates.items():
         loss = recipe.run()
         # All recipes fill the same parameters; only one set of gradients is kept.
-        gradients = {id(weight): weight.grad for weight in recipe.model.parameters()}
+        gradients = {id(weight): weight.grad for weight in recipe.model.parameters() if weight.grad is not None}
         if expected_loss is None:
             expected_loss, expected = loss, gradients
             continue
+        assert gradients.keys() == expected.keys(), f"{name}: gradients of other parameters"
         of_loss = abs(loss - expected_loss) / expected_loss
         # Not Python's max, which may pass over a NaN.
         of_gradient = (
@@ -250,7 +251,7 @@ def machine_share(
     work = model_flops(shape, vocabulary, workload, rows)
     occurring = products(shape, vocabulary, tokens, supervised)
     claims: list[Claim] = []
-    details = {"tokens": tokens, "supervised": supervised, "model_flops": work, "formula": FORMULA}
+    details: dict[str, Any] = {"tokens": tokens, "supervised": supervised, "model_flops": work, "formula": FORMULA}
     plain = 0.0
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)

@@ -16,7 +16,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def texts() -> tuple[Rows, Rows]:
 
 
 @contextmanager
-def sample() -> Iterator[Path]:
+def sample() -> Generator[Path]:
     """Yield the folder `vqav2-sample`, or a temporary one of the same layout with drawn contents."""
     if (real := find(SAMPLE)) is not None:
         yield real

@@ -76,7 +76,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     outer: FaultyServer
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *_: Any) -> None:
         pass
 
     def do_GET(self) -> None:

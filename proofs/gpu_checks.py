@@ -11,6 +11,7 @@ Legend of shape suffixes: B rows, N packed tokens, H query heads, G query heads 
 import argparse
 import gc
 import json
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -74,6 +75,7 @@ ROOM = 0.92
 """The share of a card's memory that a step may be predicted to take; the rest is the allocator's, and others'."""
 DEPTHS = (26, 20, 16, 12, 8, 4, 2, 1)
 KILLED_AT, STEPS, SAVE_STEPS = 3, 5, 2
+WIDE = {"train.weights_dtype": "float32", "train.rounding": "nearest"}  # what the preset does in bfloat16
 Result = tuple[list[Claim], dict[str, Any]]
 
 
@@ -165,7 +167,6 @@ def medium_vocabulary(scale: Scale) -> int:
 
 def settings(scale: Scale, layers: int, changes: Mapping[str, Any]) -> Params:
     """Return the preset for one GPU at this scale; without bitsandbytes in 32 bits."""
-    wide = {"train.optimizer": "adamw_torch", "train.weights_dtype": "float32", "train.rounding": "nearest"}
     return changed(
         load_params(PRESET),
         {
@@ -187,7 +188,7 @@ def settings(scale: Scale, layers: int, changes: Mapping[str, Any]) -> Params:
             "train.logging_steps": 1,
             "train.lr_scheduler_type": "constant_with_warmup",
             "train.warmup_ratio": 0.0,
-            **({} if bnb else wide),
+            **({} if bnb else {"train.optimizer": "adamw_torch", **WIDE}),
             **changes,
         },
     )
@@ -234,9 +235,8 @@ def predicted(scale: Scale, shape: LanguageConfig, params: Params, batches: Sequ
 
 def everything(scale: Scale, layers: int) -> Params:
     """Return settings that train all weights, in float32 by bfloat16 products, as the reference recipe does."""
-    wide = {"train.weights_dtype": "float32", "train.rounding": "nearest", "train.freeze_embeddings": False}
-    wide |= {"train.batch_size": 30, "train.gradient_accumulation_steps": 2, "train.gradient_checkpointing": False}
-    return settings(scale, layers, wide)
+    sizes = {"train.batch_size": 30, "train.gradient_accumulation_steps": 2, "train.gradient_checkpointing": False}
+    return settings(scale, layers, {**WIDE, **sizes, "train.freeze_embeddings": False})
 
 
 def deepest(scale: Scale) -> LanguageConfig:
@@ -245,15 +245,14 @@ def deepest(scale: Scale) -> LanguageConfig:
     Raises:
         NotRun: not even one layer does.
     """
-    if scale.tiny:
-        return scale.large
-    width = scale.patches + scale.text_length
-    tokens = recipes.MICRO_BATCH * width
-    stock = Batch(
-        Work(tokens, recipes.MICRO_BATCH * scale.patches, tokens, tokens * width), recipes.MICRO_BATCH, 0, width
-    )
-    memory = torch.cuda.mem_get_info()[1]
+    rows, width = recipes.MICRO_BATCH, scale.patches + scale.text_length
+    tokens, pairs = rows * width, rows * width**2
+    # It computes its last layer and the logits at all positions.
+    stock = Batch(Work(tokens, rows * scale.patches, tokens, pairs, pairs), rows, 0, width)
+    memory = math.inf if scale.tiny else torch.cuda.mem_get_info()[1]
     for layers in DEPTHS:
+        if layers > scale.large.num_hidden_layers:
+            continue
         shape = replace(scale.large, num_hidden_layers=layers)
         params = everything(scale, layers)
         needed = max(
@@ -317,11 +316,11 @@ def eight_bit(scale: Scale) -> Result:
     held: dict[str, float] = {}
     for optimizer, clipping in (("adamw_torch", 100), ("adamw_bnb_8bit", 100), ("adamw_bnb_8bit", 95)):
         name = f"{optimizer}, {clipping}"
-        wide = {"train.optimizer": optimizer, "train.percentile_clipping": clipping, "train.learning_rate": 1e-3}
-        wide |= {"train.weights_dtype": "float32", "train.rounding": "nearest", "train.projector_learning_rate": None}
+        own = {"train.optimizer": optimizer, "train.percentile_clipping": clipping, "train.learning_rate": 1e-3}
+        params = settings(scale, 1, {**WIDE, **own, "train.projector_learning_rate": None})
         torch.manual_seed(0)
         linear = nn.Linear(256, 64 if scale.tiny else 4096, device=measure.device())
-        made = build_optimizer(settings(scale, 1, wide).train, linear, set(), seed=0)
+        made = build_optimizer(params.train, linear, set(), seed=0)
         start = linear.weight.detach().clone()
         for _ in range(20):
             linear.weight.grad, linear.bias.grad = torch.randn_like(linear.weight), torch.randn_like(linear.bias)
@@ -474,22 +473,22 @@ def _sharded(scale: Scale, device: torch.device) -> tuple[float, list[str]]:
             fully_shard(model, mesh=mesh)
             assert all(isinstance(one, DTensor) for one in model.parameters())
         start = [one.detach().clone() for one in model.parameters()]
-        wide = {"train.weights_dtype": "float32", "train.rounding": "nearest", "train.freeze_embeddings": False}
         # The first gradients are scaled to nothing by lower ones.
-        wide |= {"train.percentile_clipping": 99} if bnb else {}
-        optimizer = build_optimizer(settings(scale, 1, wide).train, model, set(), seed=0)
+        clipping = {"train.percentile_clipping": 99} if bnb else {}
+        params = settings(scale, 1, {**WIDE, **clipping, "train.freeze_embeddings": False})
+        optimizer = build_optimizer(params.train, model, set(), seed=0)
         recipe = recipes.ours(model, workload(scale))
         for _ in range(3):
             recipe.run()
             optimizer.step()
         kinds = state_types(optimizer)
         moved = [now.detach() - then for now, then in zip(model.parameters(), start, strict=True)]
-        found.append(torch.cat([(one.full_tensor() if sharded else one).flatten() for one in moved]))
+        found.append(torch.cat([(one.full_tensor() if isinstance(one, DTensor) else one).flatten() for one in moved]))
     return distance(found[1], found[0]), kinds
 
 
 @contextmanager
-def changed_environment(values: Mapping[str, str]) -> Iterator[None]:
+def changed_environment(values: Mapping[str, str]) -> Generator[None]:
     """Set environment variables for a while."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -568,7 +567,7 @@ def train(
     columns |= dict(zip(("question", "multiple_choice_answer"), map(list, zip(*texts, strict=True)), strict=True))
     data = QuestionDataset(Questions(columns), work.layout, TooLong.DROP)  # ty: ignore[invalid-argument-type] - columns by name
     shape = _shape(scale, "features", scale.large, None, alone=0)
-    features = generation.Features(shape, sorted(set(data.image_ids)))
+    features: Any = generation.Features(shape, sorted(set(data.image_ids)))
     with measure.device():
         model = initial_model(params.language, scale.tower, work.processor, params.seed)
         assert params.language.vocab_size is not None
@@ -581,8 +580,8 @@ def train(
     arguments = training_arguments(train, params.seed, folder, running)
     arguments.max_steps, arguments.disable_tqdm = steps, True
     if train.save_steps > steps:
-        arguments.save_strategy = "no"  # ty: ignore[invalid-assignment] - as `proofs.trainings`
-    trainer = VqaTrainer(model, arguments, train, data, Collator(work.layout, features), [watch], running)  # ty: ignore[invalid-argument-type] - read as a store is
+        arguments.save_strategy = "no"
+    trainer = VqaTrainer(model, arguments, train, data, Collator(work.layout, features), [watch], running)
     trainer.run()
     return trainer, watch
 
@@ -664,7 +663,8 @@ def preset(scale: Scale) -> Result:
 def _passes(trainer: VqaTrainer) -> Iterator[tuple]:
     """Yield the fields of `Batch` of the first step's micro-batches."""
     layout = trainer.data_collator.layout
-    loader = iter(trainer.get_train_dataloader().batch_sampler)
+    batches: Any = trainer.get_train_dataloader().batch_sampler
+    loader = iter(batches)
     for _ in range(trainer.args.gradient_accumulation_steps):
         rows = [trainer.train_dataset[planned] for planned in next(loader)]
         width = max(recipes.row_tokens(layout, row) for row in rows)

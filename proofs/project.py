@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -160,7 +160,7 @@ def sample_params(shared_data: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def workplace(folder: Path | None) -> Iterator[Path]:
+def workplace(folder: Path | None) -> Generator[Path]:
     """Yield a folder that stays, or a temporary one."""
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="proofs-") as scratch:
@@ -182,7 +182,7 @@ def own_sample(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def finished(folder: Path | None, name: str, changes: dict[str, Any]) -> Iterator[Path]:
+def finished(folder: Path | None, name: str, changes: dict[str, Any]) -> Generator[Path]:
     """Yield a copy in which all stages have run on the sample: `folder/name`, made if it is not there, or a temporary one.
 
     Raises:

@@ -143,7 +143,7 @@ def compare(project: Project, runs: Sequence[dict[str, Any]]) -> list[dict[str, 
         said = output.getvalue()
         told = re.search(r": ([+-][\d.]+) \(95 % interval (\S+) .. (\S+), p = (\S+)\)", said)
         change, low, high, p = map(float, told.groups()) if told else (0.0, 0.0, 0.0, 1.0)
-        verdict = re.search(r": (better|worse|no difference shown):", said)[1]
+        verdict = re.findall(r": (better|worse|no difference shown):", said)[0]
         surely = p <= 0.05 and not low <= 0 <= high
         expected = ("better" if change > 0 else "worse") if surely else "no difference shown"
         differ = {key for key in ("seed", "train.learning_rate") if old[key] != new[key]}

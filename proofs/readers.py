@@ -55,14 +55,15 @@ def read_features(root: Path, encoder: Encoder) -> str:
 
 def read_checkpoint(root: Path, encoder: Encoder) -> str:
     newest = checkpoint_files.latest(root / "checkpoints/flips")
-    world = checkpoint_files.world_of(newest) if newest else 0
-    found: list[Any] = [newest.name if newest else None]
+    world = checkpoint_files.world_of(newest) if newest else None
+    if newest is None or world is None:
+        return hash_json([None])
+    found: list[Any] = [newest.name]
     for rank in range(world):
         checkpoint_files.verify(newest, rank, world)
         tensors = checkpoint_files.read_tensors(newest, rank, world)
         found.append({name: digest(tensors.get_tensor(name)) for name in tensors.keys()})
-    if newest:
-        found += [Checkpoint(newest, 0, world).facts, (newest / "trainer_state.json").read_text()]
+    found += [Checkpoint(newest, 0, world).facts, (newest / "trainer_state.json").read_text()]
     return hash_json(found)
 
 

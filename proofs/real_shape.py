@@ -111,6 +111,7 @@ def settings(layers: int, questions: int, steps: int) -> Params:
                 "config": vars(replace(GEMMA_2_2B, num_hidden_layers=layers)),
             },
             "train.launch": "cpu",
+            "evaluation.launch": "cpu",
             "train.answers": "majority",
             "train.batch_size": questions // 2,
             "train.gradient_accumulation_steps": 2,
@@ -320,7 +321,7 @@ def predicted_peaks(predicted: Stage) -> dict[str, float]:
 
 def claim_of(params: Params, what: str, value: float, **options: Any) -> Claim:
     """Return the claim of a figure that was measured once."""
-    name = f"real shape, {params.language.config.num_hidden_layers} layers: {what}"
+    name = f"real shape, {model_of(params).language.num_hidden_layers} layers: {what}"
     return Claim(name, value, value, value, **options)
 
 

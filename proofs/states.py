@@ -85,7 +85,8 @@ class States:
     def call(self, command: str) -> tree.Call:
         """Start a command in the copy as a person does; `MAKE` is what the Makefile does once the environment is there."""
         if command == MAKE:
-            command = re.search(r"\nrepro:.*\n\tsource \S+ && (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1]
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            (command,) = re.findall(r"\nrepro:.*\n\tsource \S+ && (.*)", makefile)
         # Not the user's own store, and no index of DVC's that knows an earlier trial.
         own = {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db", "DVC_SITE_CACHE_DIR": str(self.place / ".git/site")}
         environment = Project.at(self.place).environment(**own)

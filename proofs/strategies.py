@@ -177,9 +177,9 @@ def _trainer(
 
     model = build_once(build, running)
     misled = case.spoilt and running.process == running.processes - 1
-    collator = Collator(layout, Misleading(features) if misled else features)
+    shown: Any = Misleading(features) if misled else features
     arguments = training_arguments(train, params.seed, folder / "unused", running)
-    return VqaTrainer(model, arguments, train, data, collator, [], running)
+    return VqaTrainer(model, arguments, train, data, Collator(layout, shown), [], running)
 
 
 @dataclass(frozen=True)

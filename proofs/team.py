@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,9 @@ class Servers:
         """Make the database, buckets and users, and start all."""
         password = self.data / "password"
         password.write_text(self.words["postgres"], encoding="utf-8")
-        for path in (self.data, password) if self._user else ():
-            shutil.chown(path, self._user)
+        if self._user:
+            for path in (self.data, password):
+                shutil.chown(path, self._user)
         how = ["--auth=scram-sha-256", f"--pwfile={password}", "--username=postgres", "--encoding=UTF8"]
         made = self._call([postgres("initdb"), "--no-sync", *how, "--pgdata", str(self.data / "db")], user=self._user)
         password.unlink()
@@ -336,7 +337,7 @@ class Person:
             return self.end(call, command, wanted)
 
     @contextmanager
-    def start(self, command: str, **more: str) -> Iterator[tree.Call]:
+    def start(self, command: str, **more: str) -> Generator[tree.Call]:
         """Run a command beside what the caller does."""
         self._calls += 1
         output = self._servers.logs / f"{self.name}-{self._calls:02}.txt"
