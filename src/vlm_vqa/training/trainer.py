@@ -178,7 +178,9 @@ class VqaTrainer(Trainer):
             model = model or self.model
             if self.launch.strategy is Strategy.FSDP2:
                 # accelerate would divide it after this, when all is there; what is divided already it leaves as it is.
-                send_rows(fsdp2_prepare_model(self.accelerator, self.model), self.sent, self.args.device)
+                fsdp2_prepare_model(self.accelerator, self.model)
+                assert all(isinstance(one, DTensor) for one in self.model.parameters()), "each process is to hold rows"
+                send_rows(self.model, self.sent, self.args.device)
             decayed = set(self.get_decay_parameter_names(model))
             self.optimizer = build_optimizer(self.train_settings, model, decayed, self.args.seed)
             self.trained = [[*group["params"]] for group in self.optimizer.param_groups]
