@@ -9,7 +9,7 @@ from vlm_vqa.estimate.devices import GIB, Device
 from vlm_vqa.estimate.memory import Moments, Parts, Step, copies, total
 from vlm_vqa.estimate.questions import DatasetSize, plan_batches, validation_work
 from vlm_vqa.estimate.shapes import Model, Tower, model_of, tower_parameters, vision_of
-from vlm_vqa.launch_file import LaunchFile, check_params, read_launch
+from vlm_vqa.launch_file import LaunchFile, Strategy, check_params, read_launch
 from vlm_vqa.model.flops import Work, class_tokens, cost, vision_flops, vision_linear_maps
 from vlm_vqa.params import CHECKPOINT, Dtype, Keep, Mask, Optimizer, Params, StoreDtype, ValidateOn
 
@@ -141,14 +141,19 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
     """Return the moments of one machine: of its ranks too where they train on its CPUs."""
     count, model = launch.on_a_machine, step.model
     base = copies(count, BASE | {"encoder": encoder})
-    # As if every process built it: one does, but so much was measured (proofs/start_memory.py). The mean of rows and their
-    # covariance from a centred copy.
-    start = {"float32 weights": 4 * model.saved}
+    # Process 0 builds it, but for DeepSpeed's, and sends it on: FSDP2's processes come to hold rows alone, a CPU's copies of
+    # DDP's each the whole. The mean of an embedding's rows and their covariance are of a centred copy.
+    built = count if launch.strategy.deepspeed else 1
+    sharded = launch.strategy is Strategy.FSDP2
+    held = count if launch.on_cpu and not sharded else built
+    start = copies(held, {"float32 weights": 4 * model.saved})
     if params.language.model not in ("random", CHECKPOINT):
-        start["grown embedding"] = 2 * 4 * model.embedding
+        start |= copies(built, {"grown embedding": 2 * 4 * model.embedding})
     elif step.weight == 2:
-        start["embedding in 16 bits"] = 2 * model.embedding
-    found = {"start": base | copies(count, start)}
+        start |= copies(built, {"embedding in 16 bits": 2 * model.embedding})
+    if sharded:
+        start |= copies(count if launch.on_cpu else 1, {"one whole parameter": step.weight * model.embedding})
+    found = {"start": base | start}
     snapshot = copies(count if launch.strategy.sharded_weights else 1, step.snapshot())
     if not launch.on_cpu:
         return found | {"checkpoint": base | snapshot, "whole weights": base | step.whole_weights()}
