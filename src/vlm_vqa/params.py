@@ -29,44 +29,29 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.yaml_file import Line, Range, read_yaml, shown, truth
 
+# What their values mean stands below the keys.
 Source = StrEnum(
     "Source",
     {"EASY_VQA": "easy-vqa", "DIRECTORY": "directory", "TABLE": "table", "OFFICIAL": "official", "HUB": "hub"},
 )
-"""Where questions and images come from."""
 Start = StrEnum("Start", {"TOWERS": "towers", "CHECKPOINT": "checkpoint"})
-"""What training starts from."""
 BadRecords = StrEnum("BadRecords", {"REFUSE": "refuse", "DROP": "drop"})
-"""What happens to a record that breaks the data contract."""
 Doubtful = StrEnum("Doubtful", {"COUNT": "count", "REFUSE": "refuse"})
-"""What happens to what is legal and yet looks wrong."""
 Mask = StrEnum("Mask", {"IMAGE_PREFIX": "image-prefix", "PREFIX_LM": "prefix-lm", "CAUSAL": "causal"})
-"""What a position may see; see `vlm_vqa.model.layout`."""
 TooLong = StrEnum("TooLong", {"ERROR": "error", "DROP": "drop"})
-"""What happens to a record that does not fit `prompt.text_length`."""
 Answers = StrEnum("Answers", {"MAJORITY": "majority", "DRAWN": "drawn"})
-"""Which of a question's answers is taught."""
 ValidateOn = StrEnum("ValidateOn", {"TRAIN": "train", "VAL": "val"})
-"""Whose questions validate while training."""
 Keep = StrEnum("Keep", {"LAST": "last", "BEST": "best"})
-"""Which step's weights are the training's result."""
 Optimizer = StrEnum("Optimizer", {"ADAMW_TORCH": "adamw_torch", "ADAMW_BNB_8BIT": "adamw_bnb_8bit"})
-"""The optimizers this project supports, by the HF Trainer's names."""
 Attention = StrEnum("Attention", {"EAGER": "eager", "FLEX": "flex_attention"})
-"""How attention is computed in training; see `vlm_vqa.model.attention`."""
 Scheduler = StrEnum(
     "Scheduler", {"COSINE": "cosine", "LINEAR": "linear", "CONSTANT_WITH_WARMUP": "constant_with_warmup"}
 )
-"""Learning-rate schedules, by the HF Trainer's names."""
 Dtype = StrEnum("Dtype", {"FLOAT32": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16"})
-"""Floating-point types, by torch's names."""
 StoreDtype = StrEnum("StoreDtype", {"FLOAT32": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "INT8": "int8"})
-"""Types of stored features; see `vlm_vqa.data.feature_store`."""
 Rounding = StrEnum("Rounding", {"NEAREST": "nearest", "STOCHASTIC": "stochastic"})
-"""How an updated weight is rounded to `train.weights_dtype`."""
 Punkt = StrEnum("Punkt", {"BUNDLED": "bundled", "INSTALLED": "installed"})
 Gate = StrEnum("Gate", {"ACCURACY": "accuracy", "BLEU_1": "bleu_1"})
-"""Where HELM's metrics take nltk's sentence splitter from."""
 
 HELM_INSTRUCTION = (
     'Answer the question using a single word or phrase. When the question asks "How many...", '
@@ -123,22 +108,17 @@ _IMAGE = "a file name (no folder) with one {image_id} or {image_id:012d}, such a
 ImageName = Annotated[str, Line(IMAGE_NAME.pattern, _IMAGE)]
 
 Above = Mapping[str, Any]
-"""The valid fields above one, and what other sections have told."""
-
-
-def _context(info: ValidationInfo) -> dict[str, Any]:
-    """What sections tell each other while a file is validated; `parse_params` always gives one."""
-    assert info.context is not None
-    return info.context
+"""The valid fields above one, and those of the sections above as `Class.field`."""
 
 
 def rules(check: Callable[[Any, str, Any, Above], str | None]) -> Any:
     """Make a method the rules of its class: from a field's name and valid value, it returns what is wrong beside others."""
 
     def validate(cls: type, value: Any, info: ValidationInfo) -> Any:
-        wrong = check(cls, str(info.field_name), value, {**_context(info), **info.data})
-        if wrong is not None:
+        assert info.context is not None, "parse_params gives one"
+        if wrong := check(cls, str(info.field_name), value, info.context | info.data):
             raise ValueError(wrong)
+        info.context[f"{cls.__name__}.{info.field_name}"] = value
         return value
 
     return pydantic.field_validator("*")(classmethod(validate))
@@ -349,16 +329,10 @@ class ModelParams(Section):
             return f"is {value!r}, but model.start is not checkpoint: an adapter is of one whole model."
         return None
 
-    @pydantic.field_validator("start")
-    @classmethod
-    def _tell(cls, start: Start, info: ValidationInfo) -> Start:
-        _context(info)["start"] = start
-        return start
-
 
 def _of_checkpoint(key: str, model: str, above: Above) -> str | None:
     """Return what is wrong with a tower's name beside `model.start`: a checkpoint brings its own towers."""
-    wanted = above.get("start") is Start.CHECKPOINT
+    wanted = above.get("ModelParams.start") is Start.CHECKPOINT
     if wanted and model != CHECKPOINT:
         return f"is {model!r}, but model.start is checkpoint, which brings its own. Set {key} to {CHECKPOINT}."
     if not wanted and model == CHECKPOINT:
@@ -482,12 +456,6 @@ class PromptParams(Section):
         if name == "instruction" and value != HELM_INSTRUCTION:
             return f"is {value!r}, but HELM's vqa run asks with {HELM_INSTRUCTION!r}. Set it to HELM's text."
         return None
-
-    @pydantic.field_validator("mask")
-    @classmethod
-    def _tell(cls, mask: Mask, info: ValidationInfo) -> Mask:
-        _context(info)["mask"] = mask
-        return mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -624,7 +592,7 @@ class TrainParams(Section):
         """Refuse what the installed libraries would drop without a word, or what is known to train wrongly."""
         weights, compute = above.get("weights_dtype"), above.get("compute_dtype")
         match name:
-            case "questions_per_row" if value != 1 and above.get("mask") is Mask.PREFIX_LM:
+            case "questions_per_row" if value != 1 and above.get("PromptParams.mask") is Mask.PREFIX_LM:
                 return (
                     f"is {value}; prompt.mask prefix-lm lets the image see the question, so no two questions can share it. "
                     "Set it to 1, or prompt.mask to image-prefix or causal."
@@ -677,7 +645,7 @@ class TrainParams(Section):
     def _rows_as_before(cls, values: Any, info: ValidationInfo) -> Any:
         """Before there was `questions_per_row`, all questions of a batch about an image shared a row, or none."""
         if isinstance(values, dict) and "questions_per_row" not in values and "batch_size" in values:
-            alone = _context(info).get("mask") is Mask.PREFIX_LM
+            alone = (info.context or {}).get("PromptParams.mask") is Mask.PREFIX_LM
             return values | {"questions_per_row": 1 if alone else values["batch_size"]}
         return values
 

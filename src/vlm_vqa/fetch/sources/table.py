@@ -55,7 +55,11 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
     images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
-    parts = {split: parts_of(file) for split, file in files.items()}
+    endings = (".parquet", ".arrow", ".jsonl")
+    parts = {
+        split: sorted(path for path in file.rglob("*") if path.suffix in endings) if file.is_dir() else [file]
+        for split, file in files.items()
+    }
     reader = Tables(parts, {split: str(file) for split, file in files.items()}, table, images, spilled)
     splits = []
     for split, file in files.items():
@@ -79,9 +83,7 @@ class Tables:
         """Take the files by split, the same for both where a share of train's images is val; what messages call them; where
         the pictures are; and the folder for pictures that stand in rows, which becomes the place of that split's."""
         self.files, self.called, self.table, self.images, self.spilled = files, called, table, images, spilled
-        self._written: dict[
-            str, tuple[str, str]
-        ] = {}  # SHA-256 and name of spilled files, by the name in small letters
+        self._written: dict[str, tuple[str, str]] = {}  # SHA-256 and name of what is spilled, by its name in small letters
         self._whole = dict.fromkeys(_FIRST, True)  # whether all ids are whole numbers as they stand
         self._val_images: set[str] | None = None
         self._few = ""  # what is wrong where there are too few images for a share
@@ -125,25 +127,21 @@ class Tables:
         return columns, rows if self.table.images else self._spill(rows, columns["image"], split)
 
     def _spill(self, rows: Iterable[_Raw], column: str, split: str) -> Iterator[_Raw]:
-        """Yield rows; a picture that stands in one as bytes is written out, and its file's name stands there instead."""
+        """Yield rows; a picture that stands in one as bytes is written out, and its file's name stands there instead: its
+        own, if no other picture has that."""
         for row in rows:
             cell = row.get(column) if isinstance(row, dict) else None
             data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
             if isinstance(row, dict) and isinstance(data, bytes):
                 self.images[split][:] = [self.spilled]
-                row[column] = self._write_out(data, PurePosixPath(path or "").name)
+                sha256, name = sha256_bytes(data), PurePosixPath(path or "").name
+                if not _FILE_NAME.fullmatch(name) or self._written.get(name.lower(), [sha256])[0] != sha256:
+                    name = sha256[:32]
+                if name.lower() not in self._written:
+                    self.spilled.mkdir(parents=True, exist_ok=True)
+                    (self.spilled / name).write_bytes(data)
+                row[column] = self._written.setdefault(name.lower(), (sha256, name))[1]
             yield row
-
-    def _write_out(self, data: bytes, name: str) -> str:
-        """Write a picture unless it is there; return its file's name: its own, if no other picture has that."""
-        sha256 = sha256_bytes(data)
-        if not _FILE_NAME.fullmatch(name) or self._written.get(name.lower(), [sha256])[0] != sha256:
-            name = sha256[:32]
-        if name.lower() not in self._written:
-            self.spilled.mkdir(parents=True, exist_ok=True)
-            (self.spilled / name).write_bytes(data)
-            self._written[name.lower()] = (sha256, name)
-        return self._written[name.lower()][1]
 
     def _draw(self, share: float) -> None:
         """Draw val's pictures: equal files go to one split, under whatever names. What is wrong is said on reading them."""
@@ -328,13 +326,6 @@ def find_columns(file: str, there: Sequence[str], wanted: Columns, violations: V
 # --- rows ---------------------------------------------------------------------------------------------------------------
 
 
-def parts_of(file: Path) -> list[Path]:
-    """Return the files of a table: itself, or those in its folder."""
-    if not file.is_dir():
-        return [file]
-    return sorted(path for path in file.rglob("*") if path.suffix in (".parquet", ".arrow", ".jsonl"))
-
-
 def read_rows(files: Sequence[Path], violations: Violations) -> Iterator[_Raw]:
     """Yield a table's rows by column, and for each one that cannot be read why; what is no table is a violation."""
     for path in files:
@@ -379,29 +370,19 @@ def _read_text(path: Path, kind: str, violations: Violations) -> Iterator[_Raw]:
                     yield _object(json.loads(line))
                 except (ValueError, RecursionError) as error:
                     yield MalformedRecord(ViolationKind.BAD_ROW, f"not JSON ({error})")
-        elif written != "whole":
-            yield from _read_csv(rest, written)
-    if written == "whole":
-        yield from _json_rows(path, read_json(path, violations), violations)
-
-
-def _read_csv(lines: Iterable[str], delimiter: str) -> Iterator[_Raw]:
-    reader = csv.reader(lines, delimiter=delimiter)
-    header = [name.strip() for name in next(reader, [])]
-    for cells in reader:
-        if cells and len(cells) == len(header):
-            yield dict(zip(header, cells, strict=True))
-        elif cells:
-            found = f"line {reader.line_num}: {len(cells)} cells, but {len(header)} columns"
-            yield MalformedRecord(ViolationKind.BAD_ROW, found)
-
-
-def _object(row: Any) -> _Raw:
-    return row if isinstance(row, dict) else MalformedRecord(ViolationKind.BAD_ROW, f"{row!r:.60} is not an object")
-
-
-def _json_rows(path: Path, content: Any, violations: Violations) -> Iterator[_Raw]:
-    """Yield the rows of a list, of the one list in an object (TextVQA), or of an object of objects by their ids (GQA)."""
+            return
+        if written != "whole":
+            reader = csv.reader(rest, delimiter=written)
+            header = [name.strip() for name in next(reader, [])]
+            for cells in filter(None, reader):
+                if len(cells) == len(header):
+                    yield dict(zip(header, cells, strict=True))
+                else:
+                    found = f"line {reader.line_num}: {len(cells)} cells, but {len(header)} columns"
+                    yield MalformedRecord(ViolationKind.BAD_ROW, found)
+            return
+    content = read_json(path, violations)
+    # A list, the one list in an object (TextVQA), or an object of objects by their ids (GQA).
     if isinstance(content, dict):
         lists = (value for value in content.values() if isinstance(value, list))
         lists = [value for value in lists if value and isinstance(value[0], dict)]
@@ -414,3 +395,7 @@ def _json_rows(path: Path, content: Any, violations: Violations) -> Iterator[_Ra
     elif content is not None:
         found = refusal(path) or "neither a list of objects nor an object with one such list"
         violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {found}")
+
+
+def _object(row: Any) -> _Raw:
+    return row if isinstance(row, dict) else MalformedRecord(ViolationKind.BAD_ROW, f"{row!r:.60} is not an object")
