@@ -1,8 +1,8 @@
 """What must hold beside the parameter file itself, checked before anything is computed from it.
 
-`load_params` knows what a file alone can tell. Here stands the rest: this machine (`check_machine`) and the records, once
-there are some (`check_records`). `vlm-vqa check`, preflight and the stages up to the training call them, so that no hour of
-extraction or training is spent on what a later stage must refuse. And `fill_in` brings an older file up to date.
+`load_params` knows what a file alone can tell. Here stands the rest: this machine, and the records, once there are some; so
+that no hour of extraction or training is spent on what a later stage must refuse. And `fill_in` brings an older file up to
+date.
 """
 
 import copy
@@ -39,8 +39,7 @@ KNOWN = {
 
 def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORDS, run: bool = False) -> None:
     """Check this machine, and the records where there are some of this source, or what is known of it; `run` as for
-    `check_machine`. UserError if they do not allow the five stages.
-    """
+    `check_machine`. UserError if they do not allow the five stages."""
     check_machine(params, launches, run)
     manifest = read_manifest(records) if run else manifest_for_a_look(records)
     if manifest is not None and manifest.get("source") == params.data.source.value:
@@ -50,10 +49,9 @@ def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORD
 
 
 def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -> None:
-    """Refuse launches and models that are not here, and nltk data that cannot be had where the stages `run`.
-
-    A prediction or a check may be about another machine: there, what nltk lacks is only said. UserError names the parameter.
-    """
+    """Refuse, by a UserError that names the parameter, launches and models that are not here, and nltk data that cannot
+    be had where the stages `run`: a prediction or a check may be about another machine, there it is only said what nltk
+    lacks."""
     read_copies(params.vision.launch, launches)
     if params.evaluation.launch is not None:
         read_copies(params.evaluation.launch, launches, "evaluation.launch")
@@ -106,11 +104,8 @@ def check_start(params: Params) -> None:
 def check_records(
     params: Params, records: Path = RECORDS, run: bool = True, layout: "TokenLayout | None" = None
 ) -> None:
-    """Refuse records that the training or the evaluation would refuse, by a UserError that names the split.
-
-    A tokenizer is downloaded where the stages `run`. `layout` is of all training questions, where they have been tokenised
-    already.
-    """
+    """Refuse records that the training or the evaluation would refuse, by a UserError that names the split. A tokenizer
+    is downloaded where the stages `run`; `layout` is of all training questions, where they have been tokenised already."""
     val = load_questions(records, "val", ["image_id", "question"])
     train = load_questions(records, "train", ["image_id"])["image_id"]
     check_enough(params, picture_ids(records, "train", train), np.asarray(val["image_id"]))
@@ -143,10 +138,8 @@ def _check_lengths(params: Params, records: Path, asked: Sequence[str], layout: 
 
 
 def fill_in(path: Path) -> list[str]:
-    """Write into a valid parameter file what it lacks: keys and whole sections, each below the one before it; return them.
-
-    UserError if the file is not valid, or its layout has no place for a line.
-    """
+    """Write into a valid parameter file what it lacks: keys and whole sections, each below the one before it; return
+    them. UserError if the file is not valid, or its layout has no place for a line."""
     values, text = read_yaml(path), path.read_text(encoding="utf-8")
     lacking = lacking_keys(parse_params(values, str(path)), values)
     for key, value in lacking.items():
@@ -166,9 +159,7 @@ def fill_in(path: Path) -> list[str]:
 
 def _with_line(text: str, section: Sequence[str], names: Sequence[str], name: str, line: str) -> str:
     """Return a file's text with a line of key `name` in a section: below the key before it in `names`, indented like it.
-
-    LookupError if the section is not written in lines of its own, or has no such key.
-    """
+    LookupError if the section is not written in lines of its own, or has no such key."""
     node = compose(text)
     for one in section:
         node = {key.value: value for key, value in node.value}[one]

@@ -48,10 +48,8 @@ def usable_cores(root: Path = Path("/")) -> Threads:
 
 
 def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
-    """Return how many threads each of this machine's `processes` gets: its part of the cores, or what the user says.
-
-    UserError if that, `OMP_NUM_THREADS`, is no number of threads.
-    """
+    """Return how many threads each of this machine's `processes` gets: its part of the cores, or what the user says;
+    UserError if that, `OMP_NUM_THREADS`, is no number of threads."""
     cores = usable_cores(root)
     part = Threads(max(1, cores.count // processes), f"{cores.why} / {processes} process{'es' * (processes != 1)}")
     if not (said := _said_by_user()):
@@ -66,10 +64,8 @@ def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
 
 
 def _said_by_user() -> str:
-    """Return the user's `OMP_NUM_THREADS`.
-
-    A launcher sets it for its processes whether or not the user has; what the launcher itself was started with tells.
-    """
+    """Return the user's `OMP_NUM_THREADS`: a launcher sets it for its processes whether or not the user has; what the
+    launcher itself was started with tells."""
     own = dict(os.environ)
     with suppress(psutil.Error):  # another user's process, or another system
         launcher = psutil.Process(os.getppid())
@@ -94,10 +90,8 @@ def _cgroup_quota(root: Path) -> float:
 
 
 class Crowd:
-    """Notices, once, that a process's threads wait for a core most of the time that they could run.
-
-    Waiting for data, a disk or other processes does not count: the system counts threads that are ready to run.
-    """
+    """Notices, once, that a process's threads wait for a core most of the time that they could run. Waiting for data, a
+    disk or other processes does not count: the system counts threads that are ready to run."""
 
     def __init__(self, threads: Threads):
         self.threads = threads

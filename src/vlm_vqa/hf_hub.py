@@ -92,11 +92,8 @@ WANTED = [*SETTINGS, "*.safetensors"]  # its weights as well
 
 
 def download_snapshot(key: str, model: str, revision: str, wanted: list[str] = WANTED) -> Path:
-    """Return the folder of a hub model at commit `revision`; what the cache lacks is downloaded.
-
-    `key` is the parameter that names it, for messages; `wanted` the files, `WANTED` or `SETTINGS`.
-    UserError if it cannot be downloaded, or has no weights in safetensors.
-    """
+    """Return the folder of a hub model at commit `revision`; what the cache lacks of the files `wanted` is downloaded.
+    `key` is the parameter that names it, for messages. UserError if it cannot be, or has no weights in safetensors."""
     repository = Repository(key, model, f"{key.partition('.')[0]}.revision", revision)
     with translate_errors(repository):
         # Folders hold the same model for other programs, or its checkpoints.

@@ -1,7 +1,5 @@
-"""`launch/NAME.yaml`, accelerate's own configuration: what it may ask for, and which parameters it cannot do.
-
-Apart from `vlm_vqa.training.launch`, so that a file is checked without loading torch.
-"""
+"""`launch/NAME.yaml`, accelerate's own configuration: what it may ask for, and which parameters it cannot do; without
+torch."""
 
 from collections.abc import Mapping
 from enum import Enum

@@ -1,8 +1,5 @@
-"""Passwords and tokens in addresses: kept out of all that a person reads and of all that is stored.
-
-One rule, `without_secrets`, and the places where texts leave the program: messages (`UserError`), log lines and
-tracebacks (`mask_output`), the notes beside a download, what MLflow is told.
-"""
+"""Passwords and tokens in addresses: kept out of all that a person reads and of all that is stored: messages
+(`UserError`), log lines and tracebacks (`mask_output`), what MLflow is told."""
 
 import logging
 import re

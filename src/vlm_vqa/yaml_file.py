@@ -37,10 +37,8 @@ class Unquoted(str):
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Return what a file holds, with every scalar but null as its text.
-
-    UserError if it is missing or no YAML, has a key twice, a tag, or more than a file of parameters can mean.
-    """
+    """Return what a file holds, with every scalar but null as its text; UserError if it is missing or no YAML, has a key
+    twice, a tag, or more than a file of parameters can mean."""
     try:
         check_regular(path, MOST_BYTES)
         node = compose(Path(path).read_text(encoding="utf-8"))

@@ -123,22 +123,16 @@ def test_official_checksums_are_the_published_ones(vqav2_folder):
     assert all(len(digest) == lengths[name] for name, digest in (one.split(":") for one in checksums.values()))
 
 
-def test_what_is_there_is_neither_fetched_nor_read_again(server, official_params, target, caplog):
-    caplog.set_level("INFO")
+def test_what_is_there_is_not_fetched_again(server, official_params, target):
     before = fetch(official_params(server.url), target)
     asked = len(server.requests)
     server.close()
     assert fetch(official_params(server.url), target) == before and len(server.requests) == asked
-    assert "checking" not in caplog.text
 
 
-def test_what_has_changed_on_disk_is_read_and_fetched_again(server, official_params, target, caplog):
+def test_what_has_changed_on_disk_is_fetched_again(server, official_params, target):
     before = fetch(official_params(server.url), target)
     archive = target.parent / "archives" / IMAGES
-    os.utime(archive)
-    caplog.set_level("INFO")
-    assert fetch(official_params(server.url), target) == before and len(server.gets()) == 6
-    assert caplog.text.count("checking") == 1
     data = bytearray(archive.read_bytes())
     data[100] ^= 0xFF
     archive.write_bytes(data)
@@ -571,9 +565,7 @@ def test_killed_in_mid_download_it_goes_on_and_ends_the_same(server, unbroken, t
     # Sooner than the stage notices that nothing more comes: the bytes were on disk before that.
     stage.kill_when(
         lambda: (
-            part.is_file()
-            and part.stat().st_size == half
-            and all((stage.archives / f"{name}.verified.json").is_file() for name in others)
+            part.is_file() and part.stat().st_size == half and all((stage.archives / name).is_file() for name in others)
         ),
         seconds=28,
     )

@@ -44,20 +44,14 @@ _OTHERS = {
 
 def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels") -> Image.Image:
     """Decode an image file completely, as people see it: RGB with 8 bits a channel, upright, opaque. `info["changes"]` says
-    in words what was changed beside decoding.
+    in words what was changed beside decoding. UserError if `data` are no image of `_FORMATS`, cut short, damaged, or larger
+    than `max_pixels` (width times height, which the user calls `bound`), before anything is decoded; `name` stands in its
+    message.
 
     The EXIF orientation is applied, what is transparent lies over white, 16 bits of grey become 8; greyscale, palette and
-    CMYK become RGB; colour profiles are not applied. `transformers.image_utils.load_image` and `datasets` see the same, but
-    that they show what lies under the transparency, often black, and clip 16 bits.
-
-    Args:
-        data: the file's bytes (JPEG, PNG, WebP, GIF, BMP, AVIF or TIFF; of several frames or pages the first).
-        name: stands in error messages.
-        max_pixels: most pixels, width times height; checked before anything is decoded.
-        bound: what the user calls `max_pixels`.
-
-    Raises:
-        UserError: not an image of these formats, larger than `max_pixels`, cut short or damaged.
+    CMYK become RGB; of several frames or pages the first is taken; colour profiles are not applied.
+    `transformers.image_utils.load_image` and `datasets` see the same, but that they show what lies under the transparency,
+    often black, and clip 16 bits.
     """
     try:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:

@@ -74,10 +74,7 @@ def questions_file(split: str) -> str:
 
 def load_questions(folder: str | Path, split: str, columns: list[str] | None = None) -> "datasets.Dataset":
     """Return a split's questions in memory, in the order of its questions file; columns: `question_features`, or some.
-
-    Raises:
-        UserError: the file is missing, damaged or of another schema.
-    """
+    UserError if the file is missing, damaged or of another schema."""
     import datasets
     from datasets.table import InMemoryTable
 
@@ -91,13 +88,8 @@ def load_questions(folder: str | Path, split: str, columns: list[str] | None = N
 
 
 def iter_images(folder: str | Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[ImageRecord]:
-    """Yield images by ascending `image_id`, all or those from place `start` up to, without it, place `stop`.
-
-    Only the row groups that hold them are read, and one is in memory at a time.
-
-    Raises:
-        UserError: a shard is missing, damaged or of another schema.
-    """
+    """Yield images by ascending `image_id`, all or those from place `start` up to, without it, place `stop`. Only the row
+    groups that hold them are read, one at a time. UserError if a shard is missing, damaged or of another schema."""
     first = 0
     for group, read in _row_groups(folder):
         rows = group.num_rows
@@ -126,14 +118,9 @@ def _row_groups(folder: str | Path) -> Iterator[tuple[pq.RowGroupMetaData, Calla
 
 
 def picture_ids(folder: str | Path, split: str, image_ids: Sequence[int]) -> np.ndarray:
-    """Return, for each image id of a split, the first id under which there is a picture of the same bytes.
-
-    Returns:
-        int64 [len(image_ids)]. The shards are read only where the manifest says that the split has such twins.
-
-    Raises:
-        UserError: a shard is missing, damaged or of another schema.
-    """
+    """Return, for each image id of a split, the first id under which there is a picture of the same bytes, int64
+    [len(image_ids)]. The shards are read only where the manifest says that the split has such twins; UserError as for
+    `iter_images`."""
     found = np.asarray(image_ids, dtype=np.int64)
     if not read_manifest(folder)["pictures"]["twins"][split]:
         return found
@@ -146,20 +133,16 @@ def picture_ids(folder: str | Path, split: str, image_ids: Sequence[int]) -> np.
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Return `manifest.json` of the records.
+    """Return `manifest.json` of the records; UserError if it is missing, damaged, or of another version.
 
-    Keys: `schema_version`; `data_hash`, a hash of all records and image bytes that does not depend on file names,
-    shards or time; `source` and `origin`, where they came from; `splits`, per split the counts `questions`, `images`,
-    `answer_types` (by type), `answers_per_question` (questions by the number of their answers, as text),
-    `unsaid_answers` (questions whose main answer nobody gave), `asked_in_both` (questions whose picture and words stand in
-    the other split too), `dropped` (bad records left out; `dropped_records` names each with its reason) and `inputs` (name
-    and hash of the files read); `images`, the number of images of both splits; `pictures`, how many were `changed` on the
-    way in, by how, and how many are there twice: `twins` by split, `twins_across` splits, `alike_across` them by their
-    looks; `files`, the `sealed.fingerprint` of each Parquet file; `allow_split_overlap`; `notes`, what was changed on the
-    way.
-
-    Raises:
-        UserError: it is missing, damaged, or of another version.
+    Keys: `schema_version`; `data_hash`, a hash of all records and image bytes that does not depend on file names, shards or
+    time; `source` and `origin`, where they came from; `splits`, per split the counts `questions`, `images`, `answer_types`
+    (by type), `answers_per_question` (questions by the number of their answers, as text), `unsaid_answers` (questions whose
+    main answer nobody gave), `asked_in_both` (questions whose picture and words stand in the other split too), `dropped`
+    (bad records left out; `dropped_records` names each with its reason) and `inputs` (name and hash of the files read);
+    `images`, the number of images of both splits; `pictures`, how many were `changed` on the way in, by how, and how many
+    are there twice: `twins` by split, `twins_across` splits, `alike_across` them by their looks; `files`, the
+    `sealed.fingerprint` of each Parquet file; `allow_split_overlap`; `notes`, what was changed on the way.
     """
     path = Path(folder) / MANIFEST
     manifest = read_sealed(path, "a manifest of records", _REMAKE)
@@ -179,8 +162,8 @@ def said_answers(answers: Sequence[str]) -> list[str]:
 
 
 def manifest_for_a_look(folder: str | Path) -> dict[str, Any] | None:
-    """Return the manifest for who only looks ahead, None where there is none; one that cannot be read, which the first
-    stage makes anew, is warned of."""
+    """Return the manifest for who only looks ahead, None where there is none; of one that cannot be read only a warning
+    is given."""
     if not (Path(folder) / MANIFEST).is_file():
         return None
     try:
@@ -214,13 +197,8 @@ def _open_parquet(path: Path, features: "datasets.Features", files: dict[str, An
 
 
 def images_of(folder: str | Path, image_ids: Iterable[int]) -> Iterator[ImageRecord]:
-    """Yield the images of these ids, in ascending order.
-
-    Only the row groups that may hold one are read, by the lowest and highest id that the files' footers note.
-
-    Raises:
-        UserError: there is no such image, or a shard is missing, damaged or of another schema.
-    """
+    """Yield the images of these ids, in ascending order. Only the row groups that may hold one are read, by the lowest
+    and highest id that the files' footers note. UserError as for `iter_images`, and if there is no such image."""
     wanted = sorted(set(image_ids))
     missing = set(wanted)
     for group, read in _row_groups(folder):

@@ -41,11 +41,8 @@ class Shard:
         """What its file will hold, by name."""
 
     def add(self, image_ids: Sequence[int], features_NTD: Tensor) -> None:
-        """Add features [N, T, D] of any floating type and device, rounded to the store's type.
-
-        Raises:
-            UserError: an image does not come after those before it, or its features are not finite in the store's type.
-        """
+        """Add features [N, T, D] of any floating type and device, rounded to the store's type. UserError if an image does
+        not come after those before it, or its features are not finite in the store's type."""
         stored = _stored(features_NTD.detach(), self.dtype)
         place = slice(len(self.image_ids), len(self.image_ids) + len(image_ids))
         for name, values in stored.items():
@@ -86,20 +83,15 @@ def _stored(features_NTD: Tensor, dtype: StoreDtype) -> dict[str, Tensor]:
 
 
 class FeatureStoreWriter:
-    """Makes a store of shards that come from any number of processes, in any order, over any number of runs.
-
-    Finished shards are sealed (size and SHA-256) and lie in `FOLDER.parts/KEY`, where KEY names all that decides their
-    bytes. One process calls `begin`, then all of them `write`, then that one `publish`.
-    """
+    """Makes a store of shards that come from any number of processes, in any order, over any number of runs. Finished
+    shards are sealed (size and SHA-256) and lie in `FOLDER.parts/KEY`, where KEY names all that decides their bytes. One
+    process calls `begin`, then all of them `write`, then that one `publish`."""
 
     def __init__(
         self, folder: str | Path, layout: Layout, made_by: dict[str, Any], computed_by: dict[str, Any] | None = None
     ):
-        """
-        Args:
-            made_by: goes into the manifest as it is; holds `encoder_hash`, `data_hash` and `compute_dtype`.
-            computed_by: what else decides the bytes: another value makes no use of the shards of an earlier run.
-        """
+        """`made_by` goes into the manifest as it is, and holds `encoder_hash`, `data_hash` and `compute_dtype`.
+        `computed_by` is what else decides the bytes: another value makes no use of the shards of an earlier run."""
         self.layout, self._folder, self._made_by = layout, Path(folder), made_by
         described = asdict(layout) | {"dtype": layout.dtype.value}
         self._root = self._folder.with_name(f"{self._folder.name}.parts")
@@ -107,10 +99,7 @@ class FeatureStoreWriter:
 
     def begin(self) -> list[int]:
         """Remove the store that is there and what is left of other runs; return the shards that are still to be written.
-
-        Raises:
-            UserError: the disk has too little room, or another process is at work on this store.
-        """
+        UserError if the disk has too little room, or another process is at work on this store."""
         for folder in (self._parts, self._folder):
             folder.mkdir(parents=True, exist_ok=True)
         # For as long as this process runs: a killed launch may have left one at work.

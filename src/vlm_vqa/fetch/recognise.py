@@ -146,11 +146,8 @@ class Found(NamedTuple):
 
 
 def recognise(path: Path) -> Found:
-    """Tell what a file of questions is, or a folder with one, and how it is read.
-
-    Raises:
-        UserError: there is nothing to read, or it is not clear which files are meant; it says what to do.
-    """
+    """Tell what a file of questions is, or a folder with one, and how it is read; UserError if there is nothing to read,
+    or it is not clear which files are meant."""
     if not path.exists():
         raise UserError(
             f"{path}: there is no such file or folder. Mend the path; a hub repository is named OWNER/NAME."

@@ -22,11 +22,8 @@ _IMAGES = 200  # pictures that `init` looks at; `check` looks at all
 
 
 def init(path: Path, preset: str, force: bool, target: Path = Path("params.yaml")) -> list[str]:
-    """Write `target` for the questions at `path`, and return what is to be said about them.
-
-    Raises:
-        UserError: there are none, or it is not clear which; or `target` was edited, and `force` is not given.
-    """
+    """Write `target` for the questions at `path`, and return what is to be said about them; UserError if there are none,
+    or it is not clear which, or `target` was edited and `force` is not given."""
     presets = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
     if preset not in presets:
         known = ", ".join(presets) or "in presets/: run from the project's root folder"

@@ -50,14 +50,9 @@ _BYTES_PER_SHARD = 512 * 2**20
 
 
 def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
-    """Read and check the data that `data` names, store them in `folder`, and return their manifest.
-
-    What stood in `folder` before is replaced only after everything has been checked and written, the manifest last.
-
-    Raises:
-        UserError: the source is not there, or its data break the contract; every violation is named. Or another process is
-            at work in `folder`.
-    """
+    """Read and check the data that `data` names, store them in `folder`, and return their manifest. What stood there
+    before is replaced only after everything has been checked and written, the manifest last. UserError if the source is
+    not there, its data break the contract (every violation is named), or another process is at work in `folder`."""
     folder = Path(folder)
     busy = f"{folder}: another fetch-vqav2 is writing there. Wait for its end, or end it, then run `dvc repro` again."
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,27 +94,27 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
             "twins_across": len(images.lookalikes.equal()),
             "alike_across": len(images.alike),
         },
-        "splits": {split: _summary(text, violations.dropped_records(split)) for split, text in texts.items()},
+        "splits": {
+            split: {
+                "questions": text.questions,
+                "images": len(text.images),
+                "answer_types": dict(text.answer_types),
+                "answers_per_question": {str(count): number for count, number in sorted(text.humans.items())},
+                "unsaid_answers": len(text.unsaid_answers),
+                "asked_in_both": text.asked_in_both,
+                "dropped": len(dropped := violations.dropped_records(split)),
+                "dropped_records": dropped,
+                "inputs": {
+                    key: {"name": file.name, "sha256": sha256_file(file)} for key, file in text.paths.inputs.items()
+                },
+            }
+            for split, text in texts.items()
+        },
         "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
     }
     page = render_report(manifest, texts, images, data.max_image_pixels)
     (part / records.REPORT).write_text(page, encoding="utf-8")
     return manifest
-
-
-def _summary(text: Texts, dropped: list[str]) -> dict[str, Any]:
-    """Return a split's entry in the manifest."""
-    return {
-        "questions": text.questions,
-        "images": len(text.images),
-        "answer_types": dict(text.answer_types),
-        "answers_per_question": {str(count): number for count, number in sorted(text.humans.items())},
-        "unsaid_answers": len(text.unsaid_answers),
-        "asked_in_both": text.asked_in_both,
-        "dropped": len(dropped),
-        "dropped_records": dropped,
-        "inputs": {key: {"name": path.name, "sha256": sha256_file(path)} for key, path in text.paths.inputs.items()},
-    }
 
 
 class Inspection(NamedTuple):
@@ -152,7 +147,19 @@ def _read(
         _store_images(places, data.max_image_pixels, part if keep else None, images, violations)
         _check_alike(places, data, images, violations)
     train, val = texts = [_without_bad_images(text, images, part, violations) for text in texts]
-    _check_texts(texts, data, violations)
+    if both := len(train.asked & val.asked):
+        log.warning("%d questions stand in both splits, about the same picture", both)
+    if not violations and len(val.images) < 2:
+        about = f"{val.paths.name}: {val.questions} questions about {len(val.images)} image"
+        violations.add(ViolationKind.FEW_VALIDATION, about)
+    for text in texts:
+        text.asked_in_both, unsaid = both, text.unsaid_answers
+        for where in unsaid if data.doubtful is Doubtful.REFUSE else ():
+            violations.add(ViolationKind.UNSAID_ANSWER, where)
+        if unsaid:
+            log.warning("%s: %d main answers that nobody gave, such as %s", text.paths.name, len(unsaid), unsaid[0])
+        if dropped := violations.dropped_records(text.paths.split):
+            log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
     if not data.allow_split_overlap:
         names = f"{train.paths.name} and {val.paths.name}"
         for image_id in sorted((train.images.keys() & val.images.keys()) - images.conflicts):
@@ -201,26 +208,6 @@ def _without_bad_images(text: Texts, images: Images, part: Path, violations: Vio
     left.files_without_questions = text.files_without_questions
     earlier.unlink()
     return left
-
-
-def _check_texts(texts: list[Texts], data: DataParams, violations: Violations) -> None:
-    """Note what a later stage would refuse, and count or refuse what is doubtful."""
-    train, val = texts
-    both = len(train.asked & val.asked)
-    if both:
-        log.warning("%d questions stand in both splits, about the same picture", both)
-    if not violations and len(val.images) < 2:
-        about = f"{val.paths.name}: {val.questions} questions about {len(val.images)} image"
-        violations.add(ViolationKind.FEW_VALIDATION, about)
-    for text in texts:
-        text.asked_in_both = both
-        unsaid = text.unsaid_answers
-        for where in unsaid if data.doubtful is Doubtful.REFUSE else ():
-            violations.add(ViolationKind.UNSAID_ANSWER, where)
-        if unsaid:
-            log.warning("%s: %d main answers that nobody gave, such as %s", text.paths.name, len(unsaid), unsaid[0])
-        if dropped := violations.dropped_records(text.paths.split):
-            log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
 
 
 _Place = tuple[ImageFiles, str]  # where an image is: among which files, and by which name

@@ -1,8 +1,7 @@
 """Large files over HTTP: resumed where they stopped, retried, and in place only when their checksum is right.
 
-Beside a file NAME lie `NAME.part` (its first bytes) and `NAME.verified.json` (the checksum that it had, and its size and
-time then). Each of them can be deleted at any time. A part is gone on with whichever server it is from: the checksum tells
-whether all bytes are of one file, and if not, all are fetched anew.
+Beside a file NAME lies `NAME.part`, its first bytes, which can be deleted at any time. It is gone on with whichever server
+it is from: the checksum tells whether all bytes are of one file, and if not, all are fetched anew.
 """
 
 import hashlib
@@ -14,7 +13,6 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import requests
 import urllib3
@@ -22,7 +20,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, InvalidHeader
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.sealed import PART, publish, read_sealed, write_sealed
+from vlm_vqa.sealed import PART, publish
 from vlm_vqa.secrets import without_secrets
 
 log = logging.getLogger(__name__)
@@ -50,9 +48,10 @@ class Download:
     bytes: int
     option: str  # the parameter that the URL comes from, for messages
 
-    def beside(self, ending: str) -> Path:
-        """Return the path of the file beside `path` with this ending."""
-        return self.path.with_name(self.path.name + ending)
+    @property
+    def part(self) -> Path:
+        """Where its first bytes lie until all are there."""
+        return self.path.with_name(self.path.name + PART)
 
 
 class _Transient(Exception):
@@ -65,15 +64,11 @@ _PASSING = (_Transient, HTTPError, requests.ConnectionError, requests.Timeout)
 
 
 def is_verified(download: Download) -> bool:
-    """Tell whether the file is there with the right checksum, unread if it is as it was then; another one is deleted."""
+    """Tell whether the file is there with the right checksum; another one is deleted."""
     if not download.path.is_file():
         return False
-    with suppress(UserError):
-        if read_sealed(download.beside(".verified.json"), "sealed", "") == _metadata(download):
-            return True
     log.info("checking %s", download.path)
     if (found := _checksum(download, download.path)) == download.checksum:
-        write_sealed(download.beside(".verified.json"), _metadata(download))
         return True
     log.warning("%s: deleted, its checksum is %s and not %s", download.path, found, download.checksum)
     download.path.unlink()
@@ -82,16 +77,12 @@ def is_verified(download: Download) -> bool:
 
 def bytes_here(download: Download) -> int:
     """Return how many bytes of an unfinished file are there."""
-    part = download.beside(PART)
-    return part.stat().st_size if part.is_file() else 0
+    return download.part.stat().st_size if download.part.is_file() else 0
 
 
 def fetch_all(downloads: Sequence[Download], at_once: int) -> None:
-    """Download files, `at_once` of them at a time, and check them. The first failure stops all, to be resumed.
-
-    Raises:
-        UserError: a file is not there, has another size or twice the wrong checksum, or the server fails too often.
-    """
+    """Download files, `at_once` of them at a time, and check them. The first failure stops all, to be resumed: UserError
+    if a file is not there, has another size or twice the wrong checksum, or the server fails too often."""
     stop, total, here = threading.Event(), sum(one.bytes for one in downloads), sum(map(bytes_here, downloads))
     with (
         ThreadPoolExecutor(at_once) as pool,
@@ -109,30 +100,24 @@ def fetch_all(downloads: Sequence[Download], at_once: int) -> None:
 def _fetch(download: Download, bar: tqdm, stop: threading.Event) -> None:
     """Download one file; wrong bytes are thrown away and fetched once more."""
     download.path.parent.mkdir(parents=True, exist_ok=True)
-    part = download.beside(PART)
     if here := bytes_here(download):
         log.info("%s: going on at byte %d", download.path.name, here)
     for _ in range(2):
         _complete(download, bar, stop)
-        if (found := _checksum(download, part)) == download.checksum:
-            publish(part, download.path)
-            write_sealed(download.beside(".verified.json"), _metadata(download))
+        if (found := _checksum(download, download.part)) == download.checksum:
+            publish(download.part, download.path)
             log.info("%s: complete, %s", download.path.name, found)
             return
-        log.warning("%s: thrown away, its checksum is %s and not %s", part, found, download.checksum)
+        log.warning("%s: thrown away, its checksum is %s and not %s", download.part, found, download.checksum)
         _restart(download, bar)
     raise _wrong(download, f"has checksum {found} instead of {download.checksum}, twice: another file, or damaged")
 
 
 def _restart(download: Download, bar: tqdm) -> None:
     """Throw away what is there."""
-    _count(bar, -bytes_here(download))
-    download.beside(PART).unlink(missing_ok=True)
-
-
-def _count(bar: tqdm, count: int) -> None:
     with bar.get_lock():
-        bar.update(count)
+        bar.update(-bytes_here(download))
+    download.part.unlink(missing_ok=True)
 
 
 def _attempt(download: Download, bar: tqdm, stop: threading.Event) -> None:
@@ -158,13 +143,14 @@ def _attempt(download: Download, bar: tqdm, stop: threading.Event) -> None:
 
 def _receive(response: requests.Response, download: Download, bar: tqdm, stop: threading.Event) -> None:
     """Take what comes, no more of it than there should be, and no slower than `_LEAST_RATE`."""
-    with open(download.beside(PART), "ab") as file:
+    with open(download.part, "ab") as file:
         begun, before = time.monotonic(), file.tell()
         # `read1` hands over what has come; `iter_content` would lose up to a block when the connection ends.
         while block := response.raw.read1(_BLOCK_BYTES):
             file.write(block)
             file.flush()  # to the disk's cache: it outlives a killed process
-            _count(bar, len(block))
+            with bar.get_lock():
+                bar.update(len(block))
             if stop.is_set():
                 raise CancelledError
             if file.tell() > download.bytes:
@@ -228,9 +214,3 @@ def _checksum(download: Download, path: Path) -> str:
     algorithm = download.checksum.split(":")[0]
     with open(path, "rb") as file:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
-
-
-def _metadata(download: Download) -> dict[str, Any]:
-    """Return by what a verified file is known again without being read."""
-    status = download.path.stat()
-    return {"checksum": download.checksum, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}

@@ -5,6 +5,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,18 +30,17 @@ _PAUSES = (5, 15, 45, 135, 135)  # seconds before each further try
 
 
 def hub_source(hub: HubParams, table: HubTable | None, spilled: Path) -> Source:
-    """Download both splits into the hub's own cache and return them; their pictures go into `spilled`.
-
-    Raises:
-        UserError: a repository cannot be read, has a loading script, or lacks the split; it names what to do.
-    """
+    """Download both splits into the hub's own cache and return them; their pictures go into `spilled`. UserError if a
+    repository cannot be read, has a loading script, or lacks the split; it names what to do."""
     files, called = {}, {}
     for split in SPLITS:
         one, key = getattr(hub, split), f"data.hub.{split}"
         repository = Repository(f"{key}.repository", one.repository, f"{key}.revision", one.revision, "dataset")
         with translate_errors(repository):
             find = functools.partial(_find_files, repository, one.split, f"{key}.split")
-            files[split] = [_download(repository, name) for name in _persistently(repository.name, find)]
+            load = functools.partial(hf_hub_download, one.repository, repo_type="dataset", revision=one.revision)
+            names = _persistently(repository.name, find)
+            files[split] = [Path(_persistently(name, functools.partial(load, name))) for name in names]
         called[split] = str(repository)
     columns = table.columns if table else None
     images = {split: [spilled] for split in SPLITS}
@@ -66,11 +66,6 @@ def _persistently(what: str, work: Callable[[], T]) -> T:
     return work()
 
 
-def _download(repository: Repository, name: str) -> Path:
-    where = {"repo_id": repository.name, "repo_type": "dataset", "revision": repository.revision}
-    return Path(_persistently(name, functools.partial(hf_hub_download, filename=name, **where)))
-
-
 def _find_files(repository: Repository, split: str, split_key: str) -> list[str]:
     """Return the names of a split's Parquet files, as the repository's card or they themselves tell.
 
@@ -88,14 +83,12 @@ def _find_files(repository: Repository, split: str, split_key: str) -> list[str]
     patterns = _patterns(repository, base, names)
     if split not in patterns:
         raise UserError(f"{split_key} is {split!r}; {repository.name} has {', '.join(map(str, patterns))}.")
-    try:
+    # A plain name that is not there ends in an error, a pattern without a match in an empty list.
+    with suppress(FileNotFoundError):
         files = DataFilesList.from_patterns(patterns[split], base_path=base, allowed_extensions=[".parquet"])
-    except FileNotFoundError:
-        # So a plain name ends that is not there; a pattern without a match ends in an empty list.
-        files = DataFilesList([], [])
-    if not files:
-        raise UserError(f"{repository} has no Parquet files of split {split!r}; only such are read.")
-    return [file.removeprefix(f"{base}/") for file in files]
+        if files:
+            return [file.removeprefix(f"{base}/") for file in files]
+    raise UserError(f"{repository} has no Parquet files of split {split!r}; only such are read.")
 
 
 def newest(name: str) -> tuple[str, list[str]]:

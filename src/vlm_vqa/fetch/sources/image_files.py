@@ -1,7 +1,5 @@
-"""Pictures by name, in one or several folders and zip archives: exactly, else as people mean the name.
-
-Names from strangers' tables are looked up in an index of what is there, so no name leads out of it.
-"""
+"""Pictures by name, in folders and zip archives: exactly, else as people mean the name. Names from strangers' tables are
+looked up in an index of what is there, so no name leads out of it."""
 
 import difflib
 import lzma
@@ -55,9 +53,9 @@ class _Found(NamedTuple):
 class ImageFiles(ExitStack):
     """Image files by name, below folders and inside zip archives until it is closed. Reads from several threads.
 
-    The first of these that holds: the path is the name; the file's name is the last part of the name, in any folder;
-    but for case, and how an accent is written (macOS); but for the ending. Among several of one kind the one whose folders
-    agree with the name's; a file in a folder that the name contradicts is none, and one in a hidden folder comes last.
+    The first of these that holds: the path is the name; the file's name is the last part of the name, in any folder; but for
+    case, and how an accent is written (macOS); but for the ending. Among several of one kind the one whose folders agree
+    with the name's; a file in a folder that the name contradicts is none, and one in a hidden folder comes last.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -79,12 +77,8 @@ class ImageFiles(ExitStack):
                 self._index[key] = (*self._index.get(key, ()), found)
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """Return the bytes of the file that `find` finds.
-
-        Raises:
-            UserError: it is larger than `max_bytes`, or encrypted, damaged or of an unknown compression inside the archive.
-            OSError: it cannot be read.
-        """
+        """Return the bytes of the file that `find` finds. UserError if it is larger than `max_bytes`, or encrypted,
+        damaged or of an unknown compression inside the archive; OSError if it cannot be read."""
         top, path, archive, member = found = self.find(name)
         size = (top / path).stat().st_size if member is None else member.file_size
         if size > max_bytes:
@@ -101,12 +95,8 @@ class ImageFiles(ExitStack):
             raise UserError(f"{found.where}: cannot be unpacked ({error})") from error
 
     def find(self, name: str, hint: bool = True) -> _Found:
-        """Return the one file that `name` means.
-
-        Raises:
-            MissingImage: there is none.
-            UserError: there are several, or it is a URL.
-        """
+        """Return the one file that `name` means. MissingImage if there is none, UserError if there are several, or it is
+        a URL."""
         if _URL.match(name):
             raise UserError(f"{name:.200}: a URL, not a file. Download the images, and put their names into the data")
         *folders, last = parts(name.strip()) or [""]

@@ -1,8 +1,6 @@
-"""Source `official`: VQAv2's six archives, downloaded into a folder of their own and read as they are.
-
-They lie in `archives` beside the records, which is neither an output nor a dependency of the stage: DVC removes outputs
-before it runs a stage, and a download must outlive a killed one.
-"""
+"""Source `official`: VQAv2's six archives, downloaded into `archives` beside the records and read as they are. That is
+neither an output nor a dependency of the stage: DVC removes outputs before it runs one, and a download must outlive a
+killed one."""
 
 import logging
 import shutil
@@ -35,11 +33,8 @@ ARCHIVES: dict[str, tuple[str, int]] = {
 
 
 def official_source(params: OfficialParams, records: Path) -> Source:
-    """Download what is missing of the six archives, into a folder beside `records`, and return them as a source.
-
-    Raises:
-        UserError: an archive cannot be downloaded with the right checksum, or the disk is full.
-    """
+    """Download what is missing of the six archives, into a folder beside `records`, and return them as a source;
+    UserError if one cannot be had with the right checksum, or the disk is full."""
     folder, downloads = records.parent / FOLDER, []
     for name, (checksum, size) in ARCHIVES.items():
         option = "texts_url" if name.startswith("v2_") else "images_url"

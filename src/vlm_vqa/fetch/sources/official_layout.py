@@ -66,10 +66,8 @@ def places(folder: Path, names: str | Sequence[str]) -> list[Path]:
 
 
 def official_split(folder: Path, split: str, files: SplitFiles, others: str | Sequence[str] = ()) -> Split:
-    """Return a split that is read from its questions and annotations files.
-
-    `others` are the images of the other split, looked through where an entry says that its image is of that part of COCO.
-    """
+    """Return a split that is read from its questions and annotations files; `others` are the images of the other split,
+    looked through where an entry says that its image is of that part of COCO."""
     inputs = {"questions": folder / files.questions, "annotations": folder / files.annotations}
     images, more = places(folder, files.images), places(folder, others)
     rows = functools.partial(_rows, *inputs.values(), files.image_name, images, more)

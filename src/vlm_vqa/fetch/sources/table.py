@@ -83,7 +83,9 @@ class Tables:
         """Take the files by split, the same for both where a share of train's images is val; what messages call them; where
         the pictures are; and the folder for pictures that stand in rows, which becomes the place of that split's."""
         self.files, self.called, self.table, self.images, self.spilled = files, called, table, images, spilled
-        self._written: dict[str, tuple[str, str]] = {}  # SHA-256 and name of what is spilled, by its name in small letters
+        self._written: dict[
+            str, tuple[str, str]
+        ] = {}  # SHA-256 and name of what is spilled, by its name in small letters
         self._whole = dict.fromkeys(_FIRST, True)  # whether all ids are whole numbers as they stand
         self._val_images: set[str] | None = None
         self._few = ""  # what is wrong where there are too few images for a share
@@ -270,10 +272,8 @@ def _listed(value: Any) -> Any:
 
 
 def read_cell(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the answers of a cell, and how sure who gave them was, as `read_answers` does.
-
-    One text or number; a list of such, or of objects with `answer`; an object of lists, as `datasets` may give the latter.
-    """
+    """Return the answers of a cell, as `read_answers` does: one text or number; a list of such, or of objects with
+    `answer`; or an object of lists, as `datasets` may give the latter."""
     value = _listed(value)
     if isinstance(value, dict) and isinstance(value.get("answer"), list):
         value = [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]

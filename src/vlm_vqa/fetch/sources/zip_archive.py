@@ -16,13 +16,9 @@ _JUNK = re.compile(r"(.*/)?(__MACOSX/.*|\.DS_Store)")
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open an archive.
-
-    Raises:
-        zipfile.BadZipFile: it is cut short or damaged; or an entry would leave its folder, is a link, or stands there
-            twice; or entries share their bytes, as in archives that are made to overflow a disk. Entries are named.
-        OSError: it cannot be read.
-    """
+    """Open an archive. OSError if it cannot be read; BadZipFile if it is cut short or damaged, or an entry, which it
+    names, would leave its folder, is a link, stands there twice, or shares its bytes with others, as in archives that are
+    made to overflow a disk."""
     check_regular(path, sys.maxsize)
     try:
         archive = zipfile.ZipFile(path)
