@@ -1,8 +1,7 @@
 """What must hold beside the parameter file itself, checked before anything is computed from it.
 
 `load_params` knows what a file alone can tell. Here stands the rest: this machine, and the records, once there are some; so
-that no hour of extraction or training is spent on what a later stage must refuse. And `fill_in` brings an older file up to
-date.
+that no hour of extraction or training is spent on what a later stage must refuse.
 """
 
 import copy
@@ -50,8 +49,7 @@ def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORD
 
 def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -> None:
     """Refuse, by a UserError that names the parameter, launches and models that are not here, and nltk data that cannot
-    be had where the stages `run`: a prediction or a check may be about another machine, there it is only said what nltk
-    lacks."""
+    be had where the stages `run`; else, in a prediction for another machine, it is only said what nltk lacks."""
     read_copies(params.vision.launch, launches)
     if params.evaluation.launch is not None:
         read_copies(params.evaluation.launch, launches, "evaluation.launch")
@@ -118,18 +116,15 @@ def check_records(
             f"{records}: the {len(val)} validation questions to evaluate are all about one image, so none can be shown "
             "another (baselines.shuffled_images). Raise evaluation.vqa_questions."
         )
-    if os.environ.get("RANK", "0") == "0" and (run or not (params.language.revision or params.model.revision)):
-        _check_lengths(params, records, val["question"], layout)
-
-
-def _check_lengths(params: Params, records: Path, asked: Sequence[str], layout: "TokenLayout | None") -> None:
-    """Refuse texts that the model's own tokenizer makes too long: those to teach, and the validation questions `asked`."""
-    # transformers is only loaded where there are records.
+    if os.environ.get("RANK", "0") != "0" or not run and (params.language.revision or params.model.revision):
+        return
+    # transformers is only loaded where there are records. It makes the examples to teach, too, or says which are too long.
     from vlm_vqa.training.prepare import examples
 
     layout = copy.copy(layout or examples(params, records)[0].layout)
     layout.text_length = sys.maxsize
-    needed, longest = max((layout.text_tokens(layout.tokenize(question)), question) for question in set(asked))
+    asked = set(val["question"])
+    needed, longest = max((layout.text_tokens(layout.tokenize(question)), question) for question in asked)
     if needed > params.prompt.text_length:
         raise UserError(
             f"{records}: the longest validation question takes {needed} text tokens; prompt.text_length is "

@@ -58,23 +58,17 @@ HELM_INSTRUCTION = (
     "respond with just a number (e.g., 3) and not the word corresponding to the number."
 )
 """What HELM's `vqa` run tells every model."""
-HELM_MAX_TOKENS = 20
-"""Longest answer that HELM's `vqa` run asks for, in tokens."""
+HELM_MAX_TOKENS = 20  # Longest answer that HELM's `vqa` run asks for, in tokens
 IMAGE_NAME = re.compile(r"[^{}/\\]*\{image_id(?::0(\d{1,2})d)?\}[^{}/\\]*")
 ENCODERS = {"small": (65, 128)} | {
     f"facebook/dinov2-{size}": (257, width)
     for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536))
 }
-ENCODERS |= {"google/siglip-so400m-patch14-224": (256, 1152)}
-"""Tokens an image becomes, and their width."""
-CHECKPOINT = "checkpoint"
-"""How `vision.model` and `language.model` say that they are the checkpoint's own."""
+ENCODERS |= {"google/siglip-so400m-patch14-224": (256, 1152)}  # Tokens an image becomes, and their width
+CHECKPOINT = "checkpoint"  # How `vision.model` and `language.model` say that they are the checkpoint's own
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a `Gemma2DecoderLayer`."""
-MOST_MISTAKES = 20
-"""Lines of a message."""
-_MOST_WEIGHTS = 28 * 10**9
-"""Gemma 2's largest has 27 billion."""
+MOST_MISTAKES = 20  # Lines of a message
+_MOST_WEIGHTS = 28 * 10**9  # Gemma 2's largest has 27 billion
 
 
 def _places(value: Any) -> Any:
@@ -86,29 +80,22 @@ _PLACES = pydantic.WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array
 Truth = Annotated[bool, BeforeValidator(truth)]
 Count = Annotated[int, Range(2**31 - 1)]
 Natural = Annotated[int, Range(2**31 - 1, least=0)]
-Seed = Annotated[int, Range(2**32 - 1, least=0)]
-"""What numpy and torch both take."""
-Few = Annotated[int, Range(4096)]
-"""Of what every one costs memory, whatever the data."""
-Size = Annotated[int, Range(2**20)]
-"""A tensor's edge."""
-Rate = Annotated[float, Range(1e6)]
-"""Larger ones overflow in float32, whatever they stand for."""
+Seed = Annotated[int, Range(2**32 - 1, least=0)]  # What numpy and torch both take
+Few = Annotated[int, Range(4096)]  # Of what every one costs memory, whatever the data
+Size = Annotated[int, Range(2**20)]  # A tensor's edge
+Rate = Annotated[float, Range(1e6)]  # Larger ones overflow in float32, whatever they stand for
 Decay = Annotated[float, Range(1e6, least=0)]
 Share = Annotated[float, Range(0.999, least=0)]
-Wide = Literal[Dtype.FLOAT32, Dtype.BFLOAT16]
-"""The towers and Gemma 2 overflow in float16."""
+Wide = Literal[Dtype.FLOAT32, Dtype.BFLOAT16]  # The towers and Gemma 2 overflow in float16
 Text = Annotated[str, Line()]
-Places = Annotated[str | tuple[str, ...], BeforeValidator(_places), _PLACES]
-"""One folder or archive, or several."""
+Places = Annotated[str | tuple[str, ...], BeforeValidator(_places), _PLACES]  # One folder or archive, or several
 Commit = Annotated[str, Line("[0-9a-f]{40}", "a commit of 40 hex digits")]
 Launch = Annotated[str, Line("[a-z0-9-]{1,100}", "the NAME of a file launch/NAME.yaml", dvc=True)]
 Part = Annotated[float, Range(0.999)]
 _IMAGE = "a file name (no folder) with one {image_id} or {image_id:012d}, such as COCO_train2014_{image_id:012d}.jpg"
 ImageName = Annotated[str, Line(IMAGE_NAME.pattern, _IMAGE)]
 
-Above = Mapping[str, Any]
-"""The valid fields above one, and those of the sections above as `Class.field`."""
+Above = Mapping[str, Any]  # The valid fields above one, and those of the sections above as `Class.field`
 
 
 def rules(check: Callable[[Any, str, Any, Above], str | None]) -> Any:
@@ -736,11 +723,8 @@ class Params(Section):
         return hash_json(self._training())
 
     def recipe_hash(self, processes: int) -> str:
-        """Return the hash of what decides trained weights up to rounding: what a checkpoint must agree with.
-
-        It is `training_hash`, but that an optimizer step's questions count, not how they are divided: a training may go on
-        with another launch or number of processes if batch_size and gradient_accumulation_steps make up for it.
-        """
+        """Return the hash of what decides trained weights up to rounding: what a checkpoint must agree with. An optimizer
+        step's questions count, not how they are divided among processes and forward passes: that may change."""
         sections = self._training()
         train = sections["train"]
         per_process = train["batch_size"] * train["gradient_accumulation_steps"]
@@ -791,12 +775,10 @@ def adapter() -> pydantic.TypeAdapter[Params]:
 
 
 def load_params(path: str | Path = "params.yaml", whole: bool = False) -> Params:
-    """Read and validate a parameter file; say which keys it lacks, being of an earlier version.
-
-    UserError if the file is missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a
-    combination is impossible; its message has a line for each mistake, with the key's full name. And if it is to be `whole`
-    and lacks a section that DVC notes for a stage: in a forced run DVC would fail when the stage has run, hours later.
-    """
+    """Read and validate a parameter file; say which keys it lacks, being of an earlier version. UserError if the file is
+    missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a combination is impossible: a line
+    for each mistake, with the key's full name. And if it is to be `whole` and lacks a section that DVC notes for a stage:
+    in a forced run DVC would fail when the stage has run, hours later."""
     values = read_yaml(path)
     params = parse_params(values, str(path))
     if whole and (gone := [name for name in keys_of([]) if name not in values]):

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,9 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 def find_sealed(path: Path) -> dict[str, Any] | None:
     """Return what `write_sealed` was given, or None where `read_sealed` would raise."""
-    try:
+    with suppress(UserError):
         return read_sealed(path, "sealed", "")
-    except UserError:
-        return None
+    return None
 
 
 def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:

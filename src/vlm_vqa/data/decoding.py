@@ -19,8 +19,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
 _WANTED = "Give an intact JPEG, PNG, WebP, GIF, BMP, AVIF or TIFF, or convert it into one."
 # libtiff's faults were mostly in its rare codecs: of old JPEG, SGI's logarithms, ThunderScan, and of what wraps libraries.
 _TIFF_CODECS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "jpeg", "group3", "group4")
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-"""Chunks of a PNG that may unpack to more than Pillow takes, and that no pixel depends on."""
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG that may be too much for Pillow, without pixels
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # `Image.Transpose` that brings each EXIF orientation upright
 # Pillow warns of metadata and sizes without a file's name; we bound the size ourselves, and below Pillow's own bound.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -99,7 +98,13 @@ def _as_seen(image: Image.Image, name: str) -> Image.Image:
     }
     if image.mode in ("I", "F"):
         raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode}). Convert it to 8 bits.")
-    seen = _eight_bits(image) if image.mode.startswith("I;16") else image
+    seen = image
+    if image.mode.startswith("I;16"):
+        # Scaled: Pillow would clip 16 bits of grey to white, and forget which grey stands for transparent.
+        values = np.asarray(image)
+        seen = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+        if (hidden := image.info.get("transparency")) is not None:
+            seen.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
     # Pillow turns TIFFs itself.
     if turn is not None and image.format != "TIFF":
         seen = seen.transpose(Image.Transpose(turn))
@@ -110,15 +115,6 @@ def _as_seen(image: Image.Image, name: str) -> Image.Image:
     rgb = seen if seen.mode == "RGB" else seen.convert("RGB")
     rgb.info["changes"] = [change for change, made in changes.items() if made]
     return rgb
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits of grey, which Pillow would clip to white, and keep which grey stands for transparent."""
-    values = np.asarray(image)
-    grey = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-    if (hidden := image.info.get("transparency")) is not None:
-        grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
-    return grey
 
 
 def _without_texts(png: bytes) -> bytes:

@@ -49,8 +49,7 @@ class Layout:
     num_tokens: int
     width: int
     dtype: StoreDtype
-    shard_bytes: int = _SHARD_BYTES
-    """About how large a file becomes; one to three shards are in a writing process's memory."""
+    shard_bytes: int = _SHARD_BYTES  # of a file, about; a writing process holds one to three in memory
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -24,8 +24,7 @@ def divide(records: "Records", params: Params, folder: Any) -> "tuple[Records, R
 
 
 def validation_questions(params: Params, folder: Any) -> "tuple[Records, Records]":
-    """Return the questions that validate, and those of the trained ones that are measured beside them; UserError if there
-    are not so many."""
+    """Return the questions that validate, and those of the trained ones beside them; UserError if there are not so many."""
     settings, trained = params.validation, load_questions(folder, "train")
     if settings.from_ is ValidateOn.VAL:
         held = load_questions(folder, "val")
@@ -47,8 +46,7 @@ def check_enough(params: Params, train: np.ndarray, val: np.ndarray) -> None:
 
 
 def _dev_part(pictures: np.ndarray, params: Params) -> np.ndarray:
-    wanted = params.validation.questions
-    chosen = _of_some_images(pictures, wanted, params.seed)
+    chosen = _of_some_images(pictures, wanted := params.validation.questions, params.seed)
     if chosen.all():
         raise UserError(
             f"validation.questions is {wanted}, and the images of so many are all that the {len(pictures)} "
@@ -67,8 +65,7 @@ def _take(image_ids: Sequence[int] | np.ndarray, params: Params, key: str, what:
 
 def _of_some_images(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Mark, bool [questions], all questions of the first images in random order that have `count` of them and are at
-    least two; `pictures`, int64 [questions], is what each is about. Images that share rows cost less, so none is taken in
-    part."""
+    least two; `pictures`, int64 [questions], is what each is about. No image is taken in part: sharing rows costs less."""
     distinct, place, sizes = np.unique(pictures, return_inverse=True, return_counts=True)
     order = np.random.RandomState(seed).permutation(len(distinct))
     needed = max(int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1, 2)

@@ -11,7 +11,8 @@ import functools
 import logging
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,11 +80,11 @@ def load_questions(folder: str | Path, split: str, columns: list[str] | None = N
     from datasets.table import InMemoryTable
 
     path = Path(folder) / questions_file(split)
-    with _open_parquet(path, question_features(), read_manifest(folder)["files"]) as file:
-        try:
-            table = file.read(columns)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: cannot be read ({_in_a_line(error)}). {_REMAKE}") from error
+    with (
+        _open_parquet(path, question_features(), read_manifest(folder)["files"]) as file,
+        _readable(f"{path}: cannot be read"),
+    ):
+        table = file.read(columns)
     return datasets.Dataset(InMemoryTable(table), split=datasets.NamedSplit(split))
 
 
@@ -118,9 +119,8 @@ def _row_groups(folder: str | Path) -> Iterator[tuple[pq.RowGroupMetaData, Calla
 
 
 def picture_ids(folder: str | Path, split: str, image_ids: Sequence[int]) -> np.ndarray:
-    """Return, for each image id of a split, the first id under which there is a picture of the same bytes, int64
-    [len(image_ids)]. The shards are read only where the manifest says that the split has such twins; UserError as for
-    `iter_images`."""
+    """Return, for each image id of a split, the first id under which there is a picture of the same bytes, int64 [ids].
+    The shards are read only where the manifest says that the split has such twins; UserError as for `iter_images`."""
     found = np.asarray(image_ids, dtype=np.int64)
     if not read_manifest(folder)["pictures"]["twins"][split]:
         return found
@@ -162,8 +162,8 @@ def said_answers(answers: Sequence[str]) -> list[str]:
 
 
 def manifest_for_a_look(folder: str | Path) -> dict[str, Any] | None:
-    """Return the manifest for who only looks ahead, None where there is none; of one that cannot be read only a warning
-    is given."""
+    """Return the manifest for who only looks ahead, None where there is none, or none that can be read: that is warned
+    of."""
     if not (Path(folder) / MANIFEST).is_file():
         return None
     try:
@@ -178,18 +178,20 @@ def image_shard(index: int, count: int) -> str:
     return f"images-{index:05d}-of-{count:05d}.parquet"
 
 
-def _in_a_line(error: Exception) -> str:
-    # Arrow's messages have line breaks.
-    return " ".join(str(error).split())
+@contextmanager
+def _readable(problem: str) -> Generator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        # Arrow's messages have line breaks.
+        raise UserError(f"{problem} ({' '.join(str(error).split())}). {_REMAKE}") from error
 
 
 def _open_parquet(path: Path, features: "datasets.Features", files: dict[str, Any]) -> pq.ParquetFile:
-    try:
+    if not path.is_file():
+        raise UserError(f"{path}: missing. {_REMAKE}")
+    with _readable(f"{path}: not a readable Parquet file"):
         file = pq.ParquetFile(open_checked(path, files[path.name], _REMAKE))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing. {_REMAKE}") from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({_in_a_line(error)}). {_REMAKE}") from error
     if type(features).from_arrow_schema(file.schema_arrow) != features:
         file.close()
         raise UserError(f"{path}: columns are not those of the records ({file.schema_arrow.names}). {_REMAKE}")
@@ -216,9 +218,7 @@ def images_of(folder: str | Path, image_ids: Iterable[int]) -> Iterator[ImageRec
 
 
 def _read_group(file: pq.ParquetFile, path: Path, group: int, rows: range) -> Iterator[ImageRecord]:
-    try:
+    with _readable(f"{path}: row group {group} cannot be read"):
         columns = file.read_row_group(group, columns=["image_id", "file_name", "image"])
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: row group {group} cannot be read ({_in_a_line(error)}). {_REMAKE}") from error
     for image_id, file_name, image in zip(*columns.slice(rows.start, len(rows)).to_pydict().values(), strict=True):
         yield ImageRecord(image_id, file_name, image["bytes"])

@@ -21,10 +21,8 @@ from vlm_vqa.prefetch import ordered_map
 MOST_THREADS = 8  # that decode: each holds a batch of images' pixels, and some of the work holds Python's lock
 
 
-Batch = tuple[int, list[ImageRecord]]
-"""A shard's number and some of its images; its last batch may have fewer than the others."""
-Prepared = tuple[int, list[int], Tensor]
-"""The same with the images' ids, and what the model reads of them: float32 [N, C, H, W]."""
+Batch = tuple[int, list[ImageRecord]]  # a shard's number and some of its images
+Prepared = tuple[int, list[int], Tensor]  # the same with their ids, and what the model reads: float32 [N, C, H, W]
 
 
 def extract(
@@ -37,9 +35,8 @@ def extract(
     on_images: Callable[[int], object],
 ) -> None:
     """Make the shards `numbers`; the next is asked for when its first image is to be decoded. `images_of` gives the
-    images at some places of the data's order; `on_images` is told how many more have been looked at. A batch never
-    reaches beyond a shard, so its composition depends on the data and `batch_size` alone. UserError as for `preprocessed`
-    and `Shard.add`."""
+    images at some places of the data's order; `on_images` is told how many more were looked at. A batch never reaches
+    beyond a shard, so it depends on the data and `batch_size` alone. UserError as for `preprocessed` and `Shard.add`."""
 
     def batches() -> Iterator[Batch]:
         for number in numbers:

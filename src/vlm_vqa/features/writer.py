@@ -38,12 +38,18 @@ class Shard:
         self.number, self.dtype, count = number, layout.dtype, len(layout.places(number))
         self.image_ids: list[int] = []
         self.tensors = {name: torch.empty(count, *shape, dtype=kind) for name, (kind, shape) in layout.tensors.items()}
-        """What its file will hold, by name."""
 
     def add(self, image_ids: Sequence[int], features_NTD: Tensor) -> None:
         """Add features [N, T, D] of any floating type and device, rounded to the store's type. UserError if an image does
         not come after those before it, or its features are not finite in the store's type."""
-        stored = _stored(features_NTD.detach(), self.dtype)
+        if self.dtype is StoreDtype.INT8:
+            features_NTD = features_NTD.detach().float()
+            scales_NT = features_NTD.abs().amax(-1) / 127
+            # A token of zeros has the scale 0.
+            divisors_NT1 = scales_NT.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+            stored = {"features": (features_NTD / divisors_NT1).round().to(torch.int8), "scales": scales_NT}
+        else:
+            stored = {"features": features_NTD.detach().to(getattr(torch, self.dtype.value))}
         place = slice(len(self.image_ids), len(self.image_ids) + len(image_ids))
         for name, values in stored.items():
             room = self.tensors[name][place]
@@ -60,26 +66,6 @@ class Shard:
                     "vision.store_dtype and vision.compute_dtype to float32 or bfloat16."
                 )
             self.image_ids.append(image_id)
-
-    def index(self) -> dict[str, Tensor]:
-        """Return what its file holds beside the features: ids and checksums of its images, int64 [images]."""
-        arrays = {name: as_array(tensor) for name, tensor in self.tensors.items()}
-        sums = [checksum_of(arrays, row, image_id) for row, image_id in enumerate(self.image_ids)]
-        return {
-            "image_ids": torch.tensor(self.image_ids),
-            "checksums": torch.from_numpy(np.array(sums, np.uint64).view(np.int64)),
-        }
-
-
-def _stored(features_NTD: Tensor, dtype: StoreDtype) -> dict[str, Tensor]:
-    """Bring features to what a shard holds of them, by name."""
-    if dtype is not StoreDtype.INT8:
-        return {"features": features_NTD.to(getattr(torch, dtype.value))}
-    features_NTD = features_NTD.float()
-    scales_NT = features_NTD.abs().amax(-1) / 127
-    # A token of zeros has the scale 0.
-    divisors_NT1 = scales_NT.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    return {"features": (features_NTD / divisors_NT1).round().to(torch.int8), "scales": scales_NT}
 
 
 class FeatureStoreWriter:
@@ -128,9 +114,12 @@ class FeatureStoreWriter:
         expected, found = len(self.layout.places(shard.number)), len(shard.image_ids)
         if found != expected:
             raise UserError(f"shard {shard.number}: {found} images came where the records count {expected}. {_RECORDS}")
+        arrays = {name: as_array(tensor) for name, tensor in shard.tensors.items()}
+        sums = [checksum_of(arrays, row, image_id) for row, image_id in enumerate(shard.image_ids)]
+        checksums = torch.from_numpy(np.array(sums, np.uint64).view(np.int64))
         path = self._parts / self.layout.name(shard.number)
         with aside(path) as part:
-            save_file({**shard.tensors, **shard.index()}, part)
+            save_file(shard.tensors | {"image_ids": torch.tensor(shard.image_ids), "checksums": checksums}, part)
             part.chmod(0o644)  # safetensors makes files that only their owner can read
             seal = {"file": path.name, "images": found, "bytes": part.stat().st_size, "sha256": sha256_file(part)}
         write_sealed(path.with_suffix(".json"), seal)

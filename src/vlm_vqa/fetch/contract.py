@@ -129,8 +129,6 @@ class MalformedRecord(Exception):
 
 
 class Row(NamedTuple):
-    """One question."""
-
     where: str  # file and id, for messages
     image_name: str
     record: dict[str, Any]  # as `records.question_features`
@@ -138,13 +136,10 @@ class Row(NamedTuple):
 
 @dataclass
 class Split:
-    """One split of a source."""
-
     split: str
     name: str  # the file or files of its questions, for messages
     images: Sequence[Path]  # folders of images and zip archives of them
-    rows: Callable[[Violations], Iterator[Row]]
-    """Yields the questions in the file's order; what is wrong becomes a violation."""
+    rows: Callable[[Violations], Iterator[Row]]  # in the file's order; what is wrong becomes a violation
     inputs: dict[str, Path] = field(default_factory=dict)  # the files read, by what they hold
 
 
@@ -153,8 +148,7 @@ class Source:
     """Data ready to be checked and stored."""
 
     name: str  # the value of `data.source`
-    origin: dict[str, Any]
-    """What identifies the data beyond the files read (a package and its version, say); kept in the manifest."""
+    origin: dict[str, Any]  # what identifies the data beyond the files read; kept in the manifest
     splits: tuple[Split, ...]
     notes: tuple[str, ...] = ()  # what was changed before the rows; kept in the manifest
 

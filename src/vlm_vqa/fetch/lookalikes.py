@@ -16,15 +16,12 @@ _FIELDS = 8
 
 
 class Look(NamedTuple):
-    """How a picture looks."""
-
     bits: bytes  # its perceptual hash, 64 bits
     colours: bytes  # mean colours, `_FIELDS` x `_FIELDS` x RGB
 
 
 def look(image: Image.Image) -> Look:
-    """Return how an RGB picture looks, from 256 x 256 of its pixels: all of them would take half of the time to decode
-    it."""
+    """Return how an RGB picture looks, from 256 x 256 of its pixels: all of them take five times as long."""
     small = image.resize((256, 256), Image.Resampling.NEAREST).reduce(4)
     fields = small.resize((_FIELDS, _FIELDS), Image.Resampling.BOX)
     return Look(np.packbits(imagehash.phash(small).hash).tobytes(), fields.tobytes())
@@ -37,8 +34,7 @@ class Lookalikes:
         """Take the ids of the images of each."""
         self.splits = splits
         self.twins = [0, 0]  # images of each split whose bytes are those of an earlier one of it, under another id
-        self._first: tuple[dict[str, int], dict[str, int]] = {}, {}
-        """Of each split the id of the first image by the hash of its bytes."""
+        self._first: tuple[dict[str, int], dict[str, int]] = {}, {}  # by split and hash the first image's id
         self._looks: list[tuple[int, Look]] = []
 
     def add(self, image_id: int, sha256: str, look: Look) -> None:

@@ -138,22 +138,25 @@ def _json(text: str) -> Head:
 
 
 class Found(NamedTuple):
-    """What was recognised."""
-
     what: str
     data: dict[str, Any]  # keys of the `data` section that read it; the others stay as they are
     unsure: dict[str, str]  # why a key's value may be wrong, by its full name
 
 
 def recognise(path: Path) -> Found:
-    """Tell what a file of questions is, or a folder with one, and how it is read; UserError if there is nothing to read,
-    or it is not clear which files are meant."""
+    """Tell what a file or folder of questions is, and how it is read; UserError if it is not clear which files are meant."""
     if not path.exists():
         raise UserError(
             f"{path}: there is no such file or folder. Mend the path; a hub repository is named OWNER/NAME."
         )
     folder = path if path.is_dir() else path.parent
-    files = list(islice(_files(folder), _MOST_FILES))
+    files: list[PurePath] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        inside = PurePath(os.path.relpath(place, folder))
+        files += (inside / name for name in sorted(names) if not name.startswith("."))
+        if len(files) > _MOST_FILES:
+            break
     heads = {name: head(folder / name) for name in files if name.suffix.lower() in TABLES}
     official = {name: one for name, one in heads.items() if _role(one) in ("questions", "annotations")}
     tables = {name: one for name, one in heads.items() if _role(one) == "table"}
@@ -177,14 +180,6 @@ def recognise(path: Path) -> Found:
         f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{next(others, '')} Unpack "
         f"archives, and write a table beside the pictures, such as questions.csv:\n{example}"
     )
-
-
-def _files(folder: Path) -> Iterator[PurePath]:
-    """Yield the files below a folder, relative to it, hidden ones left out."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        inside = PurePath(os.path.relpath(place, folder))
-        yield from (inside / name for name in sorted(names) if not name.startswith("."))
 
 
 def _split(name: PurePath) -> str | None:
@@ -248,7 +243,12 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
             places.append(place)
     first, second = (str(name[0]) if name else None for name in (train, val))
     table: dict[str, Any] = {"train": first, "val": second, "val_share": None if val else 0.2, "val_seed": 0}
-    table |= {"images": _together(places), "image_name": pattern, "columns": columns}
+    # `{split}` stands for train or val; of two other places the folder with both is looked through.
+    images = places[0] if len(set(places)) == 1 else None
+    if len(set(places)) == 2:
+        named = places[0].replace("train", "{split}")
+        images = named if named == places[1].replace("val", "{split}") else "." if "." in places else places
+    table |= {"images": images, "image_name": pattern, "columns": columns}
     return Found(_kind(heads[train[0]]), {"source": "table", "table": table}, unsure)
 
 
@@ -262,15 +262,6 @@ def _columns(names: list[str], unsure: dict[str, str]) -> dict[str, str | None]:
     # Many data sets call their pictures by numbers alone.
     found["image"] = found["image"] or found["image_id"]
     return {role: one[0] if one else None for role, one in found.items()}
-
-
-def _together(places: list[str]) -> str | list[str] | None:
-    """Return where the pictures of both splits are; `{split}` stands for train or val, and the reader looks into folders."""
-    if len(set(places)) < 2:
-        return places[0] if places else None
-    if (named := places[0].replace("train", "{split}")) == places[1].replace("val", "{split}"):
-        return named
-    return "." if "." in places else places
 
 
 def _images(

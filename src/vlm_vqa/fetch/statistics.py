@@ -89,15 +89,13 @@ class Images:
 
     def __init__(self, lookalikes: Lookalikes, wanted: set[int]):
         self.lookalikes = lookalikes
-        self.wanted, self.pictures = wanted, dict[int, bytes]()
-        """Ids of the images that the report shows, and their files by id."""
+        self.wanted, self.pictures = wanted, dict[int, bytes]()  # ids of what the report shows, and files by id
         self.digest = hashlib.sha256()
         self.count = self.bytes = 0
         self.sizes = Counter[tuple[int, int]]()  # images by (width, height)
         self.changes = Counter[str]()  # images by what was changed beside decoding, as `decoding.open_image` says it
         self.alike: list[tuple[int, int]] = []  # ids of pictures that look alike, of the first split and the second
-        self.bad: dict[int, tuple[Any, str]] = {}
-        """Images that are dropped with their questions: the kind of violation, and its words, by id."""
+        self.bad: dict[int, tuple[Any, str]] = {}  # of images dropped with their questions: violation and its words
         self.conflicts: set[int] = set()  # ids that stand for different images
 
     def add(self, row: _Row, changes: Iterable[str], look: Look) -> None:

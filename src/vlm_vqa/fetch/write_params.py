@@ -92,19 +92,16 @@ def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) ->
     changed["prompt.text_length"] = max(params.prompt.text_length, 32 * math.ceil(most / 32))
     changed["evaluation.max_new_tokens"] = HELM_MAX_TOKENS
     changed["evaluation.helm_instances"] = min(params.evaluation.helm_instances, others or 1)
-    return changed | _validation(params, questions, epochs * steps)
-
-
-def _validation(params: Params, questions: int, steps: int) -> dict[str, int | str]:
-    """Return what validates of so many training questions: a tenth at most, five times at least."""
+    # A tenth of the training questions validates at most, five times at least.
     settings = params.validation
     held = min(settings.questions, questions // 10)
     if held < _LEAST_HELD:
-        return {"validation.questions": 0, "validation.train_questions": 0, "validation.keep": Keep.LAST.value}
-    return {
+        off = {"validation.questions": 0, "validation.train_questions": 0, "validation.keep": Keep.LAST.value}
+        return changed | off
+    return changed | {
         "validation.questions": held,
         "validation.train_questions": min(settings.train_questions, held),
-        "validation.every_steps": min(settings.every_steps, max(steps // 5, 1)),
+        "validation.every_steps": min(settings.every_steps, max(epochs * steps // 5, 1)),
         "validation.keep": settings.keep.value if held >= _LEAST_TO_CHOOSE else Keep.LAST.value,
     }
 

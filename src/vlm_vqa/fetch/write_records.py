@@ -1,8 +1,7 @@
 """From a source to `data/records`: read, check the contract, store. The format stands in `vlm_vqa.data.records`.
 
-Texts go first, split by split, then every image once, decoded in threads and stored as the bytes it was. No more than a
-row group's images and the few that are being decoded are in memory. From the first violation on nothing more is stored,
-but all is still checked.
+Texts go first, then every image once, decoded in threads and stored as the bytes it was. No more than a row group's images
+and the few that are being decoded are in memory. After the first violation all is still checked, but nothing stored.
 """
 
 import logging
@@ -40,8 +39,7 @@ from vlm_vqa.sealed import PART, fingerprint, publish, scratch, write_sealed
 
 log = logging.getLogger(__name__)
 
-_HASHED_VERSION = 1
-"""Of what `data_hash` is made of: raised when records mean something else, not when they are written in another way."""
+_HASHED_VERSION = 1  # of what `data_hash` is made of: raised when records mean something else
 _QUESTIONS_PER_GROUP = 10_000
 # Small groups, so that images can be streamed; few large files, because DVC is slow with many.
 _IMAGES_PER_GROUP = 100
@@ -56,8 +54,7 @@ def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     busy = f"{folder}: another fetch-vqav2 is writing there. Wait for its end, or end it, then run `dvc repro` again."
     folder.mkdir(parents=True, exist_ok=True)
-    # The lock lies beside the folder, which DVC removes before the stage runs; unfinished records inside, for it may be a
-    # disk of its own.
+    # The lock lies beside the folder, which DVC removes before it runs the stage; unfinished records inside, on its disk.
     with (
         claim(folder.with_name(f"{folder.name}.lock"), busy),
         open_source(data, folder) as source,
@@ -212,8 +209,7 @@ def _without_bad_images(text: Texts, images: Images, part: Path, violations: Vio
 
 _Place = tuple[ImageFiles, str]  # where an image is: among which files, and by which name
 _Problems = list[tuple[ViolationKind, str]]
-_Seen = tuple[dict[str, Any], list[str], Look]
-"""An image's row of `image_features`, what was changed to see it, and how it looks."""
+_Seen = tuple[dict[str, Any], list[str], Look]  # row of `image_features`, what was changed, and how it looks
 
 
 def _wanted_images(texts: list[Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:

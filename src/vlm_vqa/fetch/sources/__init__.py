@@ -19,9 +19,8 @@ from vlm_vqa.sealed import scratch
 
 @contextmanager
 def open_source(data: params.DataParams, records: Path) -> Generator[Source]:
-    """Yield the source that `data.source` names; what it had to write beside `records` is gone afterwards, but for
-    downloaded archives, unless all went well and `data.official.keep_archives` is false. UserError if something is not
-    there, or not as expected."""
+    """Yield the source that `data.source` names, or raise UserError; what it had to write beside `records` is gone
+    afterwards, but for downloaded archives, unless all went well and `data.official.keep_archives` is false."""
     with scratch(records.with_name(f"{records.name}.pictures")) as folder:
         match data.source:
             case params.Source.DIRECTORY:

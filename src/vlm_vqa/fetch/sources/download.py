@@ -40,8 +40,6 @@ _AS_IT_IS = {"Accept-Encoding": "identity"}  # a compressed answer could not be 
 
 @dataclass(frozen=True)
 class Download:
-    """A file that is wanted."""
-
     url: str
     path: Path
     checksum: str  # `md5:` or `sha256:`, and the digest in hex

@@ -2,18 +2,14 @@
 
 import dataclasses
 import functools
-import logging
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 from datasets.data_files import DataFilesList, get_data_patterns, sanitize_patterns
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
@@ -22,11 +18,7 @@ from vlm_vqa.fetch.sources.table import Tables
 from vlm_vqa.hf_hub import Repository, translate_errors
 from vlm_vqa.params import HubParams, HubTable, TableParams
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-
 NOTES = ("Rows of a datasets repository; images are the bytes that it holds, which its makers may have encoded anew.",)
-_PAUSES = (5, 15, 45, 135, 135)  # seconds before each further try
 
 
 def hub_source(hub: HubParams, table: HubTable | None, spilled: Path) -> Source:
@@ -37,10 +29,8 @@ def hub_source(hub: HubParams, table: HubTable | None, spilled: Path) -> Source:
         one, key = getattr(hub, split), f"data.hub.{split}"
         repository = Repository(f"{key}.repository", one.repository, f"{key}.revision", one.revision, "dataset")
         with translate_errors(repository):
-            find = functools.partial(_find_files, repository, one.split, f"{key}.split")
             load = functools.partial(hf_hub_download, one.repository, repo_type="dataset", revision=one.revision)
-            names = _persistently(repository.name, find)
-            files[split] = [Path(_persistently(name, functools.partial(load, name))) for name in names]
+            files[split] = [Path(load(name)) for name in _find_files(repository, one.split, f"{key}.split")]
         called[split] = str(repository)
     columns = table.columns if table else None
     images = {split: [spilled] for split in SPLITS}
@@ -48,22 +38,6 @@ def hub_source(hub: HubParams, table: HubTable | None, spilled: Path) -> Source:
     reader = Tables(files, called, TableParams(train="train", columns=columns), images, spilled)
     splits = (Split(split, called[split], images[split], functools.partial(reader.rows, split)) for split in SPLITS)
     return Source("hub", dataclasses.asdict(hub), tuple(splits), NOTES)
-
-
-def _persistently(what: str, work: Callable[[], T]) -> T:
-    """Do `work`, again and again after pauses while the network or the hub fails."""
-    for seconds in _PAUSES:
-        try:
-            return work()
-        except (HTTPError, ConnectionError, TimeoutError) as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
-            # 408 and 429 say that the hub is busy.
-            if status < 500 and status not in (408, 429):
-                raise
-            # Not the error's text: it may hold the signed address of a file in storage.
-            log.warning("%s: %s; trying again in %d s", what, type(error).__name__, seconds)
-            time.sleep(seconds)
-    return work()
 
 
 def _find_files(repository: Repository, split: str, split_key: str) -> list[str]:

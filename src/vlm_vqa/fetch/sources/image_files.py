@@ -22,15 +22,13 @@ from vlm_vqa.files import check_regular
 ENCRYPTED = 0x1  # of a zip member's flags (APPNOTE 4.4.4)
 # Reading a damaged member, zipfile raises its own error and those of its decompressors (bz2's is an OSError, which readers
 # expect anyway); EOFError where the bytes end early; NotImplementedError for a compression method that Python lacks, and for
-# patched or strongly encrypted data; ValueError for a ZIP64 offset that no file has, and as UnicodeDecodeError for a name
-# that is not UTF-8 though flagged so.
+# patched or strongly encrypted data; ValueError for an offset that no file has, and for a name that is no UTF-8.
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
 _OTHERS = {(257, b"ustar"): "tar", (0, b"\x1f\x8b"): "gzip", (0, b"7z\xbc\xaf"): "7z", (0, b"Rar!"): "rar"}
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|data:")
 _ENDINGS = ("", *PICTURES)
 _NEAREST, _NEIGHBOURS = 3, 20
-_HINTS = 50
-"""Missing images that are told the nearest names: a message shows fewer, and a wrong path makes every one missing."""
+_HINTS = 50  # missing images that are told the nearest names: a wrong path makes every one missing
 
 
 class MissingImage(Exception):
@@ -95,8 +93,8 @@ class ImageFiles(ExitStack):
             raise UserError(f"{found.where}: cannot be unpacked ({error})") from error
 
     def find(self, name: str, hint: bool = True) -> _Found:
-        """Return the one file that `name` means. MissingImage if there is none, UserError if there are several, or it is
-        a URL."""
+        """Return the one file that `name` means. MissingImage if there is none, UserError if there are several or it is a
+        URL."""
         if _URL.match(name):
             raise UserError(f"{name:.200}: a URL, not a file. Download the images, and put their names into the data")
         *folders, last = parts(name.strip()) or [""]

@@ -1,6 +1,5 @@
 """Source `official`: VQAv2's six archives, downloaded into `archives` beside the records and read as they are. That is
-neither an output nor a dependency of the stage: DVC removes outputs before it runs one, and a download must outlive a
-killed one."""
+neither an output nor a dependency of the stage: DVC removes outputs before it runs one, and a download must outlive it."""
 
 import logging
 import shutil

@@ -129,8 +129,8 @@ class Tables:
         return columns, rows if self.table.images else self._spill(rows, columns["image"], split)
 
     def _spill(self, rows: Iterable[_Raw], column: str, split: str) -> Iterator[_Raw]:
-        """Yield rows; a picture that stands in one as bytes is written out, and its file's name stands there instead: its
-        own, if no other picture has that."""
+        """Yield rows; a picture that stands in one as bytes is written out, and its file's name, a new or its own,
+        replaces them."""
         for row in rows:
             cell = row.get(column) if isinstance(row, dict) else None
             data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
@@ -218,8 +218,8 @@ class Tables:
         return contract.image_name(pattern, int(name)) if name.isdecimal() else None
 
     def _question_id(self, given: str, split: str, about: str) -> tuple[int, str | None]:
-        """Return a question's id, made of what it is `about` where the table has none, and what the table calls it if that
-        is something else."""
+        """Return a question's id, made of what it is `about` if the table has none, and what the table calls it if not
+        so."""
         whole = self._id("question_id", given)
         made, place = made_id(given or about) if whole is None else whole, 0
         while (first := self._questions.get(made)) is not None:
@@ -333,7 +333,15 @@ def read_rows(files: Sequence[Path], violations: Violations) -> Iterator[_Raw]:
         try:
             if kind in ("parquet", "arrow"):
                 check_regular(path, sys.maxsize)
-                yield from read_parquet(path)
+                config: dict[str, Any] = {"path": "arrow"} if kind == "arrow" else _PARQUET
+                stream = datasets.load_dataset(
+                    **config, data_files={"rows": [str(path)]}, split="rows", streaming=True, trust_remote_code=False
+                )
+                assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "it names columns"
+                for column, feature in stream.features.items():
+                    if isinstance(feature, datasets.Image):
+                        stream = stream.cast_column(column, datasets.Image(decode=False))
+                yield from stream
             elif kind in ("csv", "tsv", "jsonl", "ndjson", "json"):
                 yield from _read_text(path, kind, violations)
             else:
@@ -343,19 +351,6 @@ def read_rows(files: Sequence[Path], violations: Violations) -> Iterator[_Raw]:
             violations.add(ViolationKind.BROKEN_FILE, f"{path}: {' '.join(str(error).split())}")
         except READ_ERRORS as error:
             violations.add(*unreadable(path, error))
-
-
-def read_parquet(file: Path) -> datasets.IterableDataset:
-    """Return the rows of one file of Parquet or Arrow, pictures undecoded."""
-    config: dict[str, Any] = {"path": "arrow"} if file.suffix == ".arrow" else _PARQUET
-    stream = datasets.load_dataset(
-        **config, data_files={"rows": [str(file)]}, split="rows", streaming=True, trust_remote_code=False
-    )
-    assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "parquet names its columns"
-    for column, feature in stream.features.items():
-        if isinstance(feature, datasets.Image):
-            stream = stream.cast_column(column, datasets.Image(decode=False))
-    return stream
 
 
 def _read_text(path: Path, kind: str, violations: Violations) -> Iterator[_Raw]:

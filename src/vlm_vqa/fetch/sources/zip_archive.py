@@ -16,9 +16,9 @@ _JUNK = re.compile(r"(.*/)?(__MACOSX/.*|\.DS_Store)")
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open an archive. OSError if it cannot be read; BadZipFile if it is cut short or damaged, or an entry, which it
-    names, would leave its folder, is a link, stands there twice, or shares its bytes with others, as in archives that are
-    made to overflow a disk."""
+    """Open an archive. OSError if it cannot be read; BadZipFile if it is damaged, or an entry, which it names, would
+    leave its folder, is a link, stands there twice, or shares its bytes with others, as in archives made to overflow a
+    disk."""
     check_regular(path, sys.maxsize)
     try:
         archive = zipfile.ZipFile(path)
@@ -46,7 +46,12 @@ def _check(entries: list[zipfile.ZipInfo]) -> None:
     kinds = {info.filename: stat.S_IFMT(info.external_attr >> 16) for info in entries}
     by_place = sorted(entries, key=lambda info: info.header_offset)
     faults = {
-        "would leave the archive's folder": [info.orig_filename for info in entries if _leaves(info)],
+        # Absolute, with a drive, climbing, or with a byte that ends names.
+        "would leave the archive's folder": [
+            name
+            for name in (info.orig_filename for info in entries)
+            if ".." in parts(name) or "\0" in name or re.match(r"[/\\]|[A-Za-z]:", name)
+        ],
         # By the Unix mode, where the archive has one.
         "are links or devices": [name for name, kind in kinds.items() if kind not in (0, stat.S_IFREG, stat.S_IFDIR)],
         "stand there more than once": [name for name, count in names.items() if count > 1],
@@ -60,9 +65,3 @@ def _check(entries: list[zipfile.ZipInfo]) -> None:
     for fault, found in faults.items():
         if found:
             raise zipfile.BadZipFile(f"entries that {fault}: {shown(map(repr, found))}")
-
-
-def _leaves(info: zipfile.ZipInfo) -> bool:
-    """Tell whether a name is absolute, has a drive, climbs, or has a byte that ends names."""
-    name = info.orig_filename
-    return name.startswith(("/", "\\")) or "\0" in name or bool(re.match("[A-Za-z]:", name)) or ".." in parts(name)
