@@ -112,10 +112,8 @@ def check_records(
 
         val = val.select(helm_order(len(val))[: params.evaluation.vqa_questions])
     if len(set(val["image_id"])) < 2:
-        raise UserError(
-            f"{records}: the {len(val)} validation questions to evaluate are all about one image, so none can be shown "
-            "another (baselines.shuffled_images). Raise evaluation.vqa_questions."
-        )
+        none = "so none can be shown another (baselines.shuffled_images). Raise evaluation.vqa_questions."
+        raise UserError(f"{records}: the {len(val)} validation questions to evaluate are all about one image, {none}")
     if os.environ.get("RANK", "0") != "0" or not run and (params.language.revision or params.model.revision):
         return
     # transformers is only loaded where there are records. It makes the examples to teach, too, or says which are too long.
@@ -126,10 +124,9 @@ def check_records(
     asked = set(val["question"])
     needed, longest = max((layout.text_tokens(layout.tokenize(question)), question) for question in asked)
     if needed > params.prompt.text_length:
-        raise UserError(
-            f"{records}: the longest validation question takes {needed} text tokens; prompt.text_length is "
-            f"{params.prompt.text_length}. Set it to {needed} or more, or shorten the question: {longest!r:.200}"
-        )
+        takes = f"takes {needed} text tokens; prompt.text_length is {params.prompt.text_length}"
+        mend = f"Set it to {needed} or more, or shorten the question: {longest!r:.200}"
+        raise UserError(f"{records}: the longest validation question {takes}. {mend}")
 
 
 def fill_in(path: Path) -> list[str]:

@@ -66,10 +66,10 @@ def _remedy(repository: Repository, error: BaseException) -> str | None:
         case errors.HFValidationError():
             return f"not a repository's name ({error}). Write owner/name."
         case errors.OfflineModeIsEnabled():
-            download = (
-                f"`hf download {repository.name} --repo-type {kind} --revision {commit}` where there is a network"
+            load = (
+                f"Run `hf download {repository.name} --repo-type {kind} --revision {commit}` where there is a network"
             )
-            lacking = f"{commit} is not, or not whole, in {constants.HF_HUB_CACHE}. Run {download}"
+            lacking = f"{commit} is not, or not whole, in {constants.HF_HUB_CACHE}. {load}"
             return f"HF_HUB_OFFLINE is set, and {lacking} (HF_HUB_CACHE names the folder), or unset HF_HUB_OFFLINE."
         case errors.HfHubHTTPError() if (status := error.response.status_code) in (401, 403):
             why = f"({status}): mistyped, expired, or without the right to read {repository.name}"

@@ -431,9 +431,7 @@ class PromptParams(Section):
     instruction: Text
     """What is asked of the model before each question; HELM's `vqa` scenario sends the same words."""
     # A token holds no more than a word; the question and the answer have at least one each, and there are two newlines.
-    text_length: Annotated[
-        int, Range(2**20, 6 + len(HELM_INSTRUCTION.split()), "below, the instruction leaves no room")
-    ]
+    text_length: Annotated[int, Range(2**20, 6 + len(HELM_INSTRUCTION.split()), "the instruction needs as much")]
     """Most tokens after the image tokens: `<bos>`, instruction, question, newline, answer, `<eos>`."""
     too_long: TooLong
     """`error` stops at a record over `text_length`, `drop` leaves it out and reports how many. Answers are never cut."""
@@ -580,10 +578,8 @@ class TrainParams(Section):
         weights, compute = above.get("weights_dtype"), above.get("compute_dtype")
         match name:
             case "questions_per_row" if value != 1 and above.get("PromptParams.mask") is Mask.PREFIX_LM:
-                return (
-                    f"is {value}; prompt.mask prefix-lm lets the image see the question, so no two questions can share it. "
-                    "Set it to 1, or prompt.mask to image-prefix or causal."
-                )
+                other = "Set it to 1, or prompt.mask to image-prefix or causal."
+                return f"is {value}; prompt.mask prefix-lm lets the image see its question, so no two share it. {other}"
             case "freeze_embeddings" if not value and above.get("lora"):
                 return "is false; it must be true with train.lora: only adapters are trained."
             case "embedding_learning_rate" if value is not None and above.get("freeze_embeddings"):
@@ -594,37 +590,27 @@ class TrainParams(Section):
             case "block_wise" if not value:
                 return "is false; it must be true: bitsandbytes has no other 8-bit mode any more."
             case "percentile_clipping" if value not in (0, 100) and above.get("optimizer") is Optimizer.ADAMW_TORCH:
-                return (
-                    f"is {value}, which belongs to train.optimizer adamw_bnb_8bit; set it to 100 (off) for adamw_torch."
-                )
+                return f"is {value}, which is of train.optimizer adamw_bnb_8bit; set it to 100 (off) for adamw_torch."
             case "weights_dtype" if value is Dtype.BFLOAT16 and compute is Dtype.FLOAT32:
-                return (
-                    "is bfloat16, but train.compute_dtype is float32: set that to bfloat16, train.rounding to stochastic. "
-                    "Or set both the other way round, to compute in 16 bits over float32 weights."
-                )
+                other = "Or set both the other way round, to compute in 16 bits over float32 weights."
+                both = "set that to bfloat16, train.rounding to stochastic"
+                return f"is bfloat16, but train.compute_dtype is float32: {both}. {other}"
             case "optimizer_in_backward" if value and (passes := above.get("gradient_accumulation_steps", 1)) > 1:
-                return (
-                    f"is true, but train.gradient_accumulation_steps is {passes}: a weight cannot be updated before all "
-                    "passes of a step have added to its gradient. Set that to 1, or this to false."
-                )
+                why = "a weight cannot be updated before all passes of a step have added to its gradient"
+                return f"is true, but train.gradient_accumulation_steps is {passes}: {why}. Set that to 1, or this to false."
             case "optimizer_in_backward" if value and (norm := above.get("max_grad_norm")):
-                return (
-                    f"is true, but train.max_grad_norm is {norm:g}: the norm of all gradients is not known before the last "
-                    "of them is there. Set that to 0, or this to false."
-                )
+                why = "the norm of all gradients is not known before the last of them is there"
+                return f"is true, but train.max_grad_norm is {norm:g}: {why}. Set that to 0, or this to false."
             case "attention_checkpointing" if value and above.get("gradient_checkpointing"):
-                return (
-                    "is true, but train.gradient_checkpointing is, too, which recomputes all. Set one of them to false."
-                )
+                return "is true, but train.gradient_checkpointing is, too, and recomputes all. Set one to false."
             case "attention_checkpointing" if value and above.get("attention") is Attention.FLEX:
                 return "is true, but train.attention is flex_attention, which keeps no scores. Set this to false."
             case "rounding" if value is Rounding.STOCHASTIC and weights is Dtype.FLOAT32:
                 return "is stochastic, but train.weights_dtype is float32; set it to nearest."
             case "rounding" if value is Rounding.NEAREST and weights is Dtype.BFLOAT16:
-                return (
-                    "is nearest, but train.weights_dtype is bfloat16: most updates are smaller than the spacing of such "
-                    "weights and would be lost. Set it to stochastic, or train.weights_dtype to float32."
-                )
+                other = "Set it to stochastic, or train.weights_dtype to float32."
+                lost = "most updates are smaller than the spacing of such weights and would be lost"
+                return f"is nearest, but train.weights_dtype is bfloat16: {lost}. {other}"
         return None
 
     @pydantic.model_validator(mode="before")
@@ -674,7 +660,7 @@ class EvaluationParams(Section):
         most = above.get("vqa_questions")
         if name == "helm_instances" and most is not None and most < value:
             return (
-                f"is {value}, but evaluation.vqa_questions, of which they are, is {most}. Raise that or set it to null."
+                f"is {value}, but evaluation.vqa_questions, of which they are, is {most}. Raise that or make it null."
             )
         return None
 
@@ -733,11 +719,10 @@ class Params(Section):
 
     def _training(self) -> dict[str, Any]:
         """Return the sections that the train stage declares, but for how extract-features was launched."""
-        sections = {
-            key: self.as_dict()[key] for key in ("seed", "model", "vision", "language", "prompt", "train", "validation")
-        }
-        vision = {key: value for key, value in sections["vision"].items() if key != "launch"}
-        return _without_default(sections | {"vision": vision})
+        kept = ("seed", "model", "vision", "language", "prompt", "train", "validation")
+        sections = {key: value for key, value in self.as_dict().items() if key in kept}
+        del sections["vision"]["launch"]
+        return _without_default(sections)
 
 
 def _as_written(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -783,7 +768,7 @@ def load_params(path: str | Path = "params.yaml", whole: bool = False) -> Params
     params = parse_params(values, str(path))
     if whole and (gone := [name for name in keys_of([]) if name not in values]):
         raise UserError(
-            f"{path} lacks the section {', '.join(gone)}, without which DVC fails: `vlm-vqa check --write` adds it."
+            f"{path} lacks the section {', '.join(gone)}, which DVC wants: `vlm-vqa check --write` adds it."
         )
     if lacking := lacking_keys(params, values):
         taken = ", ".join(map(written, lacking.values()))

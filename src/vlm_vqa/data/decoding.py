@@ -66,10 +66,8 @@ def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_i
         if "MAX_TEXT" in str(error) and (smaller := _without_texts(data)) != data:
             return open_image(smaller, name, max_pixels, bound)
         raise UserError(f"{name}: not a readable image: it is {_what_it_is(data)}. {_WANTED}") from error
-    raise UserError(
-        f"{name}: {width} x {height} is more than {bound} ({max_pixels}). Make the image smaller, or raise the bound if "
-        "you trust the file."
-    )
+    mend = "Make the image smaller, or raise the bound if you trust the file."
+    raise UserError(f"{name}: {width} x {height} is more than {bound} ({max_pixels}). {mend}")
 
 
 def _as_seen(image: Image.Image, name: str) -> Image.Image:
@@ -78,9 +76,7 @@ def _as_seen(image: Image.Image, name: str) -> Image.Image:
             raise UserError(f"{name}: a TIFF compressed as {codec}, which is not read. Save it as PNG.")
         # NewSubfileType: the first picture is a small copy of another.
         if image.tag_v2.get(254, 0) & 1:  # ty: ignore[missing-attribute] - TIFFs have it
-            raise UserError(
-                f"{name}: a camera's raw file, or one that begins with a small copy. Save it as JPEG or PNG."
-            )
+            raise UserError(f"{name}: a camera's raw file, or one that begins with a small copy. Save it as PNG.")
     several, turn = False, None
     # A GIF's second frame is looked for here, and a PNG's EXIF behind the pixels: a damaged one costs no picture.
     with suppress(Exception):

@@ -48,10 +48,9 @@ def check_enough(params: Params, train: np.ndarray, val: np.ndarray) -> None:
 def _dev_part(pictures: np.ndarray, params: Params) -> np.ndarray:
     chosen = _of_some_images(pictures, wanted := params.validation.questions, params.seed)
     if chosen.all():
-        raise UserError(
-            f"validation.questions is {wanted}, and the images of so many are all that the {len(pictures)} "
-            "training questions have: none is left to train on. Lower it, or set validation.from: val."
-        )
+        all_of_them = f"the images of so many are all that the {len(pictures)} training questions have: none is left"
+        mend = "Lower it, or set validation.from: val."
+        raise UserError(f"validation.questions is {wanted}, and {all_of_them} to train on. {mend}")
     return chosen
 
 

@@ -61,10 +61,8 @@ class Shard:
             if self.image_ids and image_id <= self.image_ids[-1]:
                 raise UserError(f"image {image_id} follows image {self.image_ids[-1]}; ids must ascend. {_RECORDS}")
             if not finite:
-                raise UserError(
-                    f"image {image_id}: its features are not finite as {self.dtype.value}. Set "
-                    "vision.store_dtype and vision.compute_dtype to float32 or bfloat16."
-                )
+                mend = "Set vision.store_dtype and vision.compute_dtype to float32 or bfloat16."
+                raise UserError(f"image {image_id}: its features are not finite as {self.dtype.value}. {mend}")
             self.image_ids.append(image_id)
 
 

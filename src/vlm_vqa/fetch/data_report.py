@@ -64,9 +64,7 @@ def _images(images: Images, pictures: Mapping[str, Any]) -> dict[str, str]:
         pixels[width * height] += count
     # Equal counts in the order of the sizes, whatever came first.
     common = sorted(images.sizes, key=lambda size: (-images.sizes[size], size))[:5]
-    twins = {
-        f"the bytes of an earlier image of {split}, another id": count for split, count in pictures["twins"].items()
-    }
+    twins = {f"the bytes of an earlier image of {split}, another id": n for split, n in pictures["twins"].items()}
     across = {"in both splits": "twins_across", "in both splits by their looks alone": "alike_across"}
     counts = {f"changed: {change}": count for change, count in pictures["changed"].items()} | twins
     counts |= {f"the same picture under two ids {where}": pictures[key] for where, key in across.items()}

@@ -226,10 +226,8 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
     if len(heads) == 1:
         train, val = [*heads], []
     if len(train) != 1 or len(val) > 1:
-        raise UserError(
-            f"{folder}: it is not clear which of {shown(heads)} are for training and which for validation. Name one file, "
-            "or call two of them train and val with their endings."
-        )
+        mend = "Name one file, or call two of them train and val with their endings."
+        raise UserError(f"{folder}: it is not clear which of {shown(heads)} are for training or validation. {mend}")
     if val and not names["val"]:
         unsure["data.table.val"] = _TEST
     if rest := [name for name in heads if name not in train + val]:

@@ -27,10 +27,9 @@ from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import ReadAgain, Row, Source, Split, ViolationKind, Violations
 from vlm_vqa.fetch.data_report import ALIKE_SHOWN, render_report
-from vlm_vqa.fetch.lookalikes import Look, Lookalikes, look
 from vlm_vqa.fetch.sources import open_source
 from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
-from vlm_vqa.fetch.statistics import Images, Texts
+from vlm_vqa.fetch.statistics import Images, Look, Lookalikes, Texts, look
 from vlm_vqa.files import claim
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
 from vlm_vqa.params import DataParams, Doubtful
@@ -102,7 +101,7 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
                 "dropped": len(dropped := violations.dropped_records(split)),
                 "dropped_records": dropped,
                 "inputs": {
-                    key: {"name": file.name, "sha256": sha256_file(file)} for key, file in text.paths.inputs.items()
+                    key: {"name": one.name, "sha256": sha256_file(one)} for key, one in text.paths.inputs.items()
                 },
             }
             for split, text in texts.items()
@@ -222,9 +221,8 @@ def _wanted_images(texts: list[Texts], stack: ExitStack, violations: Violations)
             if paths not in opened:
                 files = stack.enter_context(ImageFiles(paths))
         except FileNotFoundError as error:
-            violations.add(
-                ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images"
-            )
+            missing = f"{error.filename}: neither a folder nor a zip archive of images"
+            violations.add(ViolationKind.MISSING_FILE, missing)
         except UserError as error:
             violations.add(ViolationKind.OTHER_ARCHIVE, str(error))
         except (OSError, zipfile.BadZipFile) as error:

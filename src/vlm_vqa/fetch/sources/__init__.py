@@ -35,7 +35,5 @@ def open_source(data: params.DataParams, records: Path) -> Generator[Source]:
                 if not data.official.keep_archives:
                     remove_archives(records)
             case params.Source.HUB:
-                assert data.hub is not None and not isinstance(data.table, params.TableParams), (
-                    "load_params asks for it"
-                )
+                assert data.hub and not isinstance(data.table, params.TableParams), "load_params asks for it"
                 yield hub_source(data.hub, data.table, folder)

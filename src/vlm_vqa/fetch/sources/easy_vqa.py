@@ -73,10 +73,8 @@ def _package_data() -> Path:
     found = hash_files((path for path in files if path.is_file()), data)
     if found != DATA_HASH:
         version = importlib.metadata.version(PACKAGE)
-        raise UserError(
-            f"{data}: easy-VQA's files have hash {found}, not {DATA_HASH}; {PACKAGE} {version} is installed. "
-            f"Run `pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`."
-        )
+        mend = f"Run `pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`; {version} is installed."
+        raise UserError(f"{data}: easy-VQA's files have hash {found}, not {DATA_HASH}. {mend}")
     return data
 
 

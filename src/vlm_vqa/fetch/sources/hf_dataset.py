@@ -92,9 +92,7 @@ def _patterns(repository: Repository, base: str, names: list[str]) -> dict[Any, 
             card = DatasetCard(file.read(), ignore_metadata_errors=True)
     configs = MetadataConfigs.from_dataset_card_data(card.data)  # ty: ignore[invalid-argument-type] - typed as its base
     if len(configs) > 1 and "default" not in configs:
-        raise UserError(
-            f"{repository} holds several data sets ({', '.join(configs)}); one with a single one is wanted."
-        )
+        raise UserError(f"{repository} holds several data sets ({', '.join(configs)}); name one that holds one.")
     config = configs.get("default") or next(iter(configs.values()), {})
     if "data_files" in config:
         return sanitize_patterns(config["data_files"])

@@ -83,9 +83,8 @@ class Tables:
         """Take the files by split, the same for both where a share of train's images is val; what messages call them; where
         the pictures are; and the folder for pictures that stand in rows, which becomes the place of that split's."""
         self.files, self.called, self.table, self.images, self.spilled = files, called, table, images, spilled
-        self._written: dict[
-            str, tuple[str, str]
-        ] = {}  # SHA-256 and name of what is spilled, by its name in small letters
+        # SHA-256 and name of what is spilled, by its name in small letters.
+        self._written: dict[str, tuple[str, str]] = {}
         self._whole = dict.fromkeys(_FIRST, True)  # whether all ids are whole numbers as they stand
         self._val_images: set[str] | None = None
         self._few = ""  # what is wrong where there are too few images for a share
@@ -333,10 +332,9 @@ def read_rows(files: Sequence[Path], violations: Violations) -> Iterator[_Raw]:
         try:
             if kind in ("parquet", "arrow"):
                 check_regular(path, sys.maxsize)
-                config: dict[str, Any] = {"path": "arrow"} if kind == "arrow" else _PARQUET
-                stream = datasets.load_dataset(
-                    **config, data_files={"rows": [str(path)]}, split="rows", streaming=True, trust_remote_code=False
-                )
+                config: dict[str, Any] = {"path": "arrow"} if kind == "arrow" else dict(_PARQUET)
+                config |= {"data_files": {"rows": [str(path)]}, "split": "rows"}
+                stream = datasets.load_dataset(**config, streaming=True, trust_remote_code=False)
                 assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "it names columns"
                 for column, feature in stream.features.items():
                     if isinstance(feature, datasets.Image):
