@@ -3,7 +3,6 @@
 Apart from the other formats of this folder, so that a question about one picture loads nothing that reads tables.
 """
 
-import codecs
 import warnings
 from contextlib import suppress
 from io import BytesIO
@@ -132,12 +131,9 @@ def _what_it_is(data: bytes) -> str:
     if data[4:8] == b"ftyp":
         brands = {b"he": "a HEIC photo, as phones take them", b"mi": "a HEIC photo", b"av": f"an AVIF {_DAMAGED}"}
         return brands.get(data[8:10], "a film (MP4 or QuickTime)")
-    try:
-        # Bit by bit, for a character may be cut where the first bytes end.
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:1000]).lower()
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
+    # A character may be cut where the first bytes end.
+    text = data[:1000].decode("utf-8-sig", "replace").rstrip("\ufffd").lower()
+    if not text or "\0" in text or "\ufffd" in text:
         return "of no kind that is known here"
     if text.lstrip().startswith(("<!doctype html", "<html")):
         return "a web page (HTML)"

@@ -146,9 +146,7 @@ class Found(NamedTuple):
 def recognise(path: Path) -> Found:
     """Tell what a file or folder of questions is, and how it is read; UserError if it is not clear which files are meant."""
     if not path.exists():
-        raise UserError(
-            f"{path}: there is no such file or folder. Mend the path; a hub repository is named OWNER/NAME."
-        )
+        raise UserError(f"{path}: no such file or folder. Mend the path; a hub repository is named OWNER/NAME.")
     folder = path if path.is_dir() else path.parent
     files: list[PurePath] = []
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -232,7 +230,14 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
         unsure["data.table.val"] = _TEST
     if rest := [name for name in heads if name not in train + val]:
         unsure["data.table.train"] = f"nothing is read from {shown(rest)}"
-    columns = _columns(_names(heads[train[0]]), unsure)
+    there = {name.strip().lower(): name for name in reversed(_names(heads[train[0]]))}
+    found = {role: [there[name] for name in usual if name in there] for role, usual in USUAL.items()}
+    for role in ("image", "question", "answers"):
+        if len(found[role]) > 1:
+            unsure[f"data.table.columns.{role}"] = f"{shown(found[role][1:])} could be meant too"
+    # Many data sets call their pictures by numbers alone.
+    found["image"] = found["image"] or found["image_id"]
+    columns = {role: one[0] if one else None for role, one in found.items()}
     image, places, pattern = columns["image"], [], None
     for split, name in zip(("train", "val"), train + val, strict=False):
         values = [one[image] for one in heads[name] if image and one.get(image) not in (None, "")]
@@ -248,18 +253,6 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
         images = named if named == places[1].replace("val", "{split}") else "." if "." in places else places
     table |= {"images": images, "image_name": pattern, "columns": columns}
     return Found(_kind(heads[train[0]]), {"source": "table", "table": table}, unsure)
-
-
-def _columns(names: list[str], unsure: dict[str, str]) -> dict[str, str | None]:
-    """Return a table's columns by what they hold."""
-    there = {name.strip().lower(): name for name in reversed(names)}
-    found = {role: [there[name] for name in usual if name in there] for role, usual in USUAL.items()}
-    for role in ("image", "question", "answers"):
-        if len(found[role]) > 1:
-            unsure[f"data.table.columns.{role}"] = f"{shown(found[role][1:])} could be meant too"
-    # Many data sets call their pictures by numbers alone.
-    found["image"] = found["image"] or found["image_id"]
-    return {role: one[0] if one else None for role, one in found.items()}
 
 
 def _images(
