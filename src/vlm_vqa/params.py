@@ -457,8 +457,7 @@ class ValidationParams(Section):
     every_steps: Count = 100
     """Optimizer steps between validations. One comes before the first step and one after the last, too."""
     keep: Keep = Keep.LAST
-    """`last`: the last step's weights are the result. `best`: those of the highest validation score; of equal scores, the
-    lowest loss decides."""
+    """`last`: the last step's weights. `best`: those of the highest validation score; of equal ones, of the lowest loss."""
     patience: Count | None = None
     """Training ends after so many validations in a row without a higher score than before; null: it never ends early."""
 
@@ -517,8 +516,7 @@ class TrainParams(Section):
     freeze_embeddings: Truth = False
     """Leave Gemma 2's token embedding, which is its output head too, as it is."""
     dataloader_workers: Annotated[int, Range(256, least=0)] = 0
-    """Processes that prepare the next batches while this one is computed; 0 prepares each when it is needed, which is
-    faster where the cores that would prepare are the ones that compute."""
+    """Processes that prepare the next batches meanwhile; 0 is faster where they would take the cores that compute."""
     learning_rate: Rate
     """The highest, after warm-up."""
     projector_learning_rate: Rate | None = None
@@ -558,8 +556,7 @@ class TrainParams(Section):
     gradient_checkpointing: Truth
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention_checkpointing: Truth = False
-    """Recompute in the backward pass attention's scores alone, which are most of the activations that long rows leave and
-    little of the work. For `attention: eager`; flex_attention keeps none."""
+    """Recompute attention's scores alone: most of long rows' activations, little of the work. For `attention: eager`."""
     logging_steps: Count
     """Optimizer steps between log lines and points of the loss curve."""
     save_steps: Count
@@ -567,8 +564,7 @@ class TrainParams(Section):
     save_total_limit: Count
     """Checkpoints kept while training; all go when the stage has succeeded."""
     restart_optimizer: Truth = False
-    """Go on with fresh optimizer states where those of the checkpoint do not fit, after a change of the number of processes
-    for instance; false refuses."""
+    """Go on with fresh optimizer states where the checkpoint's do not fit, as with other processes; false refuses."""
     stall_seconds: Annotated[int, Range(30 * 24 * 3600)] = 600
     """With several processes: when none has made progress for so long, all stop and the one that holds them up is named."""
 
@@ -628,8 +624,7 @@ class ExportParams(Section):
     """The folder that plain transformers opens."""
 
     dtype: Wide = Dtype.FLOAT32
-    """Type of its weights. `bfloat16` halves them, for whoever computes in it: that is the trained function up to rounding.
-    This project's own evaluation computes in evaluation.compute_dtype with them."""
+    """Type of its weights. `bfloat16` halves them, for whoever computes in it: the trained function up to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
