@@ -134,9 +134,6 @@ def _json(text: str) -> Head:
     return [one for one in found if isinstance(one, dict)]
 
 
-# --- a folder -----------------------------------------------------------------------------------------------------------
-
-
 class Found(NamedTuple):
     what: str
     data: dict[str, Any]  # keys of the `data` section that read it; the others stay as they are

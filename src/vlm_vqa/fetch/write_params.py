@@ -48,7 +48,18 @@ def init(path: Path, preset: str, force: bool, target: Path = Path("params.yaml"
     with aside(target) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
         load_params(unfinished)
-    return _said(path, found, values["data"]["directory"], seen)
+    lines = [f"{path} is {found.what}; params.yaml reads it as data.source: {found.data['source']}."]
+    lines += [f"unsure: {key}: {why}. Look at it in params.yaml." for key, why in found.unsure.items()]
+    if seen is not None:
+        texts, directory = seen.texts.items(), values["data"]["directory"]
+        counts = [f"{text.questions} questions on {len(text.images)} images for {split}" for split, text in texts]
+        lines.append(f"{' and '.join(counts)}; of the images, up to {_IMAGES} were looked at.")
+        if not Path(directory).is_absolute():
+            add = f"dvc add {directory} && git add {directory}.dvc .gitignore"
+            lines.append(f"before experiments in copies (`dvc exp run --temp`, `--queue`): {add}")
+        if seen.violations:
+            return [*lines, seen.violations.text(), "next: mend that, then: vlm-vqa check, and: make repro"]
+    return [*lines, 'next: make repro, then: vlm-vqa ask PICTURE "QUESTION"']
 
 
 def _repository(name: str) -> Found:
@@ -104,21 +115,6 @@ def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) ->
         "validation.every_steps": min(settings.every_steps, max(epochs * steps // 5, 1)),
         "validation.keep": settings.keep.value if held >= _LEAST_TO_CHOOSE else Keep.LAST.value,
     }
-
-
-def _said(path: Path, found: Found, directory: str, seen: Inspection | None) -> list[str]:
-    lines = [f"{path} is {found.what}; params.yaml reads it as data.source: {found.data['source']}."]
-    lines += [f"unsure: {key}: {why}. Look at it in params.yaml." for key, why in found.unsure.items()]
-    if seen is not None:
-        texts = seen.texts.items()
-        counts = [f"{text.questions} questions on {len(text.images)} images for {split}" for split, text in texts]
-        lines.append(f"{' and '.join(counts)}; of the images, up to {_IMAGES} were looked at.")
-        if not Path(directory).is_absolute():
-            add = f"dvc add {directory} && git add {directory}.dvc .gitignore"
-            lines.append(f"before experiments in copies (`dvc exp run --temp`, `--queue`): {add}")
-    if seen is not None and seen.violations:
-        return [*lines, seen.violations.text(), "next: mend that, then: vlm-vqa check, and: make repro"]
-    return [*lines, 'next: make repro, then: vlm-vqa ask PICTURE "QUESTION"']
 
 
 def _with(text: str, key: str, value: str) -> str:

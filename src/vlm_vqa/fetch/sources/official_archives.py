@@ -187,7 +187,17 @@ def _attempt(download: Download, bar: tqdm, stop: threading.Event) -> None:
         if status == 416 or status == 206 and not response.headers.get("Content-Range", "").startswith(begins):
             _restart(download, bar)
             raise _Transient("the file has changed on the server; starting again")
-        _check_status(response, download)
+        said = f"the server answers {status} ({response.reason})"
+        if _RETRY.is_retry("GET", status, "Retry-After" in response.headers):
+            error = _Transient(said)
+            with suppress(InvalidHeader):
+                error.seconds = _RETRY.get_retry_after(response.raw) or 0.0
+            raise error
+        if status not in (200, 206):
+            raise _wrong(download, said)
+        length = response.headers.get("Content-Length", "")
+        if status == 200 and length.isdecimal() and int(length) != download.bytes:
+            raise _wrong(download, f"sends {int(length):,} bytes instead of {download.bytes:,}: another file")
         if status == 200:
             # The server sends the whole file: it knows no ranges, or this is the start.
             _restart(download, bar)
@@ -240,21 +250,6 @@ def _complete(download: Download, bar: tqdm, stop: threading.Event) -> None:
             log.warning("%s; again in %.0f s", without_secrets(f"{download.url}: {reason}"), seconds)
             if stop.wait(seconds):
                 raise CancelledError from error
-
-
-def _check_status(response: requests.Response, download: Download) -> None:
-    """Raise for an answer without the file: `_Transient` where it may come later."""
-    status = f"the server answers {response.status_code} ({response.reason})"
-    if _RETRY.is_retry("GET", response.status_code, "Retry-After" in response.headers):
-        error = _Transient(status)
-        with suppress(InvalidHeader):
-            error.seconds = _RETRY.get_retry_after(response.raw) or 0.0
-        raise error
-    if response.status_code not in (200, 206):
-        raise _wrong(download, status)
-    length = response.headers.get("Content-Length", "")
-    if response.status_code == 200 and length.isdecimal() and int(length) != download.bytes:
-        raise _wrong(download, f"sends {int(length):,} bytes instead of {download.bytes:,}: another file")
 
 
 def _wrong(download: Download, what: str) -> UserError:

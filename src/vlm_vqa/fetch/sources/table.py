@@ -295,9 +295,6 @@ def _turns(talk: Any) -> Iterator[tuple[str, str]]:
             raise MalformedRecord(ViolationKind.BAD_ROW, f"{turn!r:.60} is no turn of a human's and then of a model's")
 
 
-# --- columns ------------------------------------------------------------------------------------------------------------
-
-
 def find_columns(file: str, there: Sequence[str], wanted: Columns, violations: Violations) -> dict[str, str]:
     """Return a table's columns by what they hold; none, and a violation, where one cannot be told."""
     found: dict[str, str] = {role: name for role, name in dataclasses.asdict(wanted).items() if name is not None}
@@ -320,9 +317,6 @@ def find_columns(file: str, there: Sequence[str], wanted: Columns, violations: V
     if wrong:
         violations.add(ViolationKind.COLUMNS, f"{file}: {'; '.join(wrong)}; it has {', '.join(there):.300}")
     return {} if wrong else found
-
-
-# --- rows ---------------------------------------------------------------------------------------------------------------
 
 
 def read_rows(files: Sequence[Path], violations: Violations) -> Iterator[_Raw]:
