@@ -104,7 +104,21 @@ class FeatureStoreWriter:
         missing = [number for number, done in enumerate(whole) if not done]
         if any(whole):
             logger.info("%s: going on after %d of %d shards", self._parts, sum(whole), self.layout.shards)
-        self._check_disk(missing)
+        needed = {self._parts: sum(map(self.layout.disk_bytes, missing))}
+        size = needed[self._parts] / 2**20
+        logger.info("%d of %d shards to write, %.1f MiB", len(missing), self.layout.shards, size)
+        if self._folder.stat().st_dev != self._parts.stat().st_dev:
+            # There are no links from one file system to another: it takes whole copies.
+            needed[self._folder] = sum(map(self.layout.disk_bytes, range(self.layout.shards)))
+        for folder, wanted in needed.items():
+            tempfile.TemporaryFile(dir=folder).close()
+            free = shutil.disk_usage(folder).free
+            if wanted > free:
+                raise UserError(
+                    f"{folder}: the disk is full before the features are written: {wanted / 2**20:,.1f} MiB more are "
+                    f"needed, {free / 2**20:,.1f} are free. Free some space, or set vision.store_dtype to int8 (half of 16 "
+                    "bits), then run `dvc repro` again."
+                )
         return missing
 
     def write(self, shard: Shard) -> None:
@@ -150,21 +164,3 @@ class FeatureStoreWriter:
         for left in (part, part.with_suffix(".json")):
             left.unlink(missing_ok=True)
         return False
-
-    def _check_disk(self, missing: Sequence[int]) -> None:
-        """Refuse to begin what the disk cannot take; a disk that cannot be written raises its own error."""
-        needed = {self._parts: sum(map(self.layout.disk_bytes, missing))}
-        size = needed[self._parts] / 2**20
-        logger.info("%d of %d shards to write, %.1f MiB", len(missing), self.layout.shards, size)
-        if self._folder.stat().st_dev != self._parts.stat().st_dev:
-            # There are no links from one file system to another: it takes whole copies.
-            needed[self._folder] = sum(map(self.layout.disk_bytes, range(self.layout.shards)))
-        for folder, wanted in needed.items():
-            tempfile.TemporaryFile(dir=folder).close()
-            free = shutil.disk_usage(folder).free
-            if wanted > free:
-                raise UserError(
-                    f"{folder}: the disk is full before the features are written: {wanted / 2**20:,.1f} MiB more are "
-                    f"needed, {free / 2**20:,.1f} are free. Free some space, or set vision.store_dtype to int8 (half of 16 "
-                    "bits), then run `dvc repro` again."
-                )

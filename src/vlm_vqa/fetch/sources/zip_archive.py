@@ -26,22 +26,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     # format above 6.3, UnicodeDecodeError for a name that is not the UTF-8 that its flag says.
     except (NotImplementedError, UnicodeDecodeError) as error:
         raise zipfile.BadZipFile(f"its directory cannot be read: {error}") from error
-    _check(archive.infolist())
-    return archive
-
-
-def files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the entries that are files, without what macOS adds."""
-    infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
-    return [info for info in infos if not _JUNK.fullmatch("/".join(parts(info.filename)))]
-
-
-def parts(name: str) -> list[str]:
-    """Return a name's folders and its last part. Windows writes backslashes; every unpacker reads them as folders."""
-    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-
-
-def _check(entries: list[zipfile.ZipInfo]) -> None:
+    entries = archive.infolist()
     names = Counter("/".join(parts(info.filename)) for info in entries)
     kinds = {info.filename: stat.S_IFMT(info.external_attr >> 16) for info in entries}
     by_place = sorted(entries, key=lambda info: info.header_offset)
@@ -65,3 +50,15 @@ def _check(entries: list[zipfile.ZipInfo]) -> None:
     for fault, found in faults.items():
         if found:
             raise zipfile.BadZipFile(f"entries that {fault}: {shown(map(repr, found))}")
+    return archive
+
+
+def files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the entries that are files, without what macOS adds."""
+    infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
+    return [info for info in infos if not _JUNK.fullmatch("/".join(parts(info.filename)))]
+
+
+def parts(name: str) -> list[str]:
+    """Return a name's folders and its last part. Windows writes backslashes; every unpacker reads them as folders."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
