@@ -29,10 +29,7 @@ log = logging.getLogger(__name__)
 
 LAUNCHES = Path("launch")
 RECORDS = Path("data/records")
-KNOWN = {
-    Source.EASY_VQA: ((38_575, 4_000), (9_673, 1_000)),
-    Source.OFFICIAL: ((443_757, 82_783), (214_354, 40_504)),
-}
+KNOWN = {Source.EASY_VQA: ((38_575, 4_000), (9_673, 1_000)), Source.OFFICIAL: ((443_757, 82_783), (214_354, 40_504))}
 """Questions and images of train and of val, where they are known before there are records."""
 
 

@@ -31,8 +31,7 @@ from vlm_vqa.yaml_file import Line, Range, read_yaml, shown, truth
 
 # What their values mean stands below the keys.
 Source = StrEnum(
-    "Source",
-    {"EASY_VQA": "easy-vqa", "DIRECTORY": "directory", "TABLE": "table", "OFFICIAL": "official", "HUB": "hub"},
+    "Source", {"EASY_VQA": "easy-vqa", "DIRECTORY": "directory", "TABLE": "table", "OFFICIAL": "official", "HUB": "hub"}
 )
 Start = StrEnum("Start", {"TOWERS": "towers", "CHECKPOINT": "checkpoint"})
 BadRecords = StrEnum("BadRecords", {"REFUSE": "refuse", "DROP": "drop"})

@@ -18,10 +18,7 @@ _RULES = (
         "",
     ),
     # All of a query, of an address or of a path alone as urllib3 names it. Signed links carry their key there.
-    (
-        r"(://[^\s?#'\"<>]*\?|(?<![^\s'\"(=])/[^\s?#'\"<>]*\?(?=[^\s#'\"<>=]*=))[^\s#'\"<>]*[^\s#'\"<>:;,.)\]]",
-        r"\1***",
-    ),
+    (r"(://[^\s?#'\"<>]*\?|(?<![^\s'\"(=])/[^\s?#'\"<>]*\?(?=[^\s#'\"<>=]*=))[^\s#'\"<>]*[^\s#'\"<>:;,.)\]]", r"\1***"),
     # A header that a library shows because it cannot be sent.
     (r"(?i)\b(bearer|authorization: basic)\s+[^\s'\"]+", r"\1 ***"),
 )
