@@ -46,7 +46,7 @@ def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORD
 
 def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -> None:
     """Refuse, by a UserError that names the parameter, launches and models that are not here, and nltk data that cannot
-    be had where the stages `run`; else, in a prediction for another machine, it is only said what nltk lacks."""
+    be had where the stages `run`; a look at another machine's run only says what nltk lacks here."""
     read_copies(params.vision.launch, launches)
     if params.evaluation.launch is not None:
         read_copies(params.evaluation.launch, launches, "evaluation.launch")

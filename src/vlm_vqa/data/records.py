@@ -162,8 +162,7 @@ def said_answers(answers: Sequence[str]) -> list[str]:
 
 
 def manifest_for_a_look(folder: str | Path) -> dict[str, Any] | None:
-    """Return the manifest for who only looks ahead, None where there is none, or none that can be read: that is warned
-    of."""
+    """Return the manifest for who only looks ahead; None where there is none, or, with a warning, none that can be read."""
     if not (Path(folder) / MANIFEST).is_file():
         return None
     try:

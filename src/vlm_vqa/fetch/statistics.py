@@ -131,8 +131,8 @@ class Lookalikes:
         return [(first, second) for first, second in pairs if first is not None and first != second]
 
     def near(self) -> list[tuple[int, int]]:
-        """Return pairs as `equal` does whose pictures look alike, the nearest for each of the second split, nearest
-        first. Takes seconds for VQAv2's 82,783 x 40,504."""
+        """Return pairs as `equal` does whose pictures look alike, the nearest one for each of the second split, nearest
+        first."""
         known = {second for _, second in self.equal()}
         first: dict[Look, int] = {}
         second: dict[Look, list[int]] = defaultdict(list)

@@ -93,7 +93,7 @@ class ImageFiles(ExitStack):
             raise UserError(f"{found.where}: cannot be unpacked ({error})") from error
 
     def find(self, name: str, hint: bool = True) -> _Found:
-        """Return the one file that `name` means. MissingImage if there is none, UserError if there are several or it is a
+        """Return the one file that `name` means. MissingImage if there is none, UserError if there are several, or for a
         URL."""
         if _URL.match(name):
             raise UserError(f"{name:.200}: a URL, not a file. Download the images, and put their names into the data")

@@ -46,6 +46,7 @@ _PARQUET = {"path": "parquet", "batch_size": 100}  # rows that are decoded toget
 _FILE_NAME = re.compile(r"\w[\w .()+,=-]{0,120}")  # that means the same everywhere
 _WHOLE = re.compile("0|[1-9][0-9]{,18}")
 _Raw = dict[str, Any] | MalformedRecord
+_Paths = Mapping[str, list[Path]]  # by split
 
 
 def table_source(data: DataParams, spilled: Path) -> Source:
@@ -72,14 +73,7 @@ def table_source(data: DataParams, spilled: Path) -> Source:
 class Tables:
     """Both splits of a table, and what is known of all their rows."""
 
-    def __init__(
-        self,
-        files: Mapping[str, Sequence[Path]],
-        called: Mapping[str, str],
-        table: TableParams,
-        images: Mapping[str, list[Path]],
-        spilled: Path,
-    ):
+    def __init__(self, files: _Paths, called: Mapping[str, str], table: TableParams, images: _Paths, spilled: Path):
         """Take the files by split, the same for both where a share of train's images is val; what messages call them; where
         the pictures are; and the folder for pictures that stand in rows, which becomes the place of that split's."""
         self.files, self.called, self.table, self.images, self.spilled = files, called, table, images, spilled
@@ -128,8 +122,7 @@ class Tables:
         return columns, rows if self.table.images else self._spill(rows, columns["image"], split)
 
     def _spill(self, rows: Iterable[_Raw], column: str, split: str) -> Iterator[_Raw]:
-        """Yield rows; a picture that stands in one as bytes is written out, and its file's name, a new or its own,
-        replaces them."""
+        """Yield rows; pictures that stand in them as bytes are written out, and their files' names stand there instead."""
         for row in rows:
             cell = row.get(column) if isinstance(row, dict) else None
             data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
@@ -217,8 +210,8 @@ class Tables:
         return contract.image_name(pattern, int(name)) if name.isdecimal() else None
 
     def _question_id(self, given: str, split: str, about: str) -> tuple[int, str | None]:
-        """Return a question's id, made of what it is `about` if the table has none, and what the table calls it if not
-        so."""
+        """Return a question's id, made of what it is `about` where the table has none, and the table's own if it is
+        another."""
         whole = self._id("question_id", given)
         made, place = made_id(given or about) if whole is None else whole, 0
         while (first := self._questions.get(made)) is not None:

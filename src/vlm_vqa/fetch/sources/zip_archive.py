@@ -17,8 +17,7 @@ _JUNK = re.compile(r"(.*/)?(__MACOSX/.*|\.DS_Store)")
 
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Open an archive. OSError if it cannot be read; BadZipFile if it is damaged, or an entry, which it names, would
-    leave its folder, is a link, stands there twice, or shares its bytes with others, as in archives made to overflow a
-    disk."""
+    leave its folder, is a link, stands there twice, or shares its bytes with others, as in archives that overflow a disk."""
     check_regular(path, sys.maxsize)
     try:
         archive = zipfile.ZipFile(path)
