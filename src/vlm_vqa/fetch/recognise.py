@@ -143,7 +143,8 @@ class Found(NamedTuple):
 def recognise(path: Path) -> Found:
     """Tell what a file or folder of questions is, and how it is read; UserError if it is not clear which files are meant."""
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder. Mend the path; a hub repository is named OWNER/NAME.")
+        mend = "Mend the path; a hub repository is named OWNER/NAME."
+        raise UserError(f"{path}: there is no such file or folder. {mend}")
     folder = path if path.is_dir() else path.parent
     files: list[PurePath] = []
     for place, folders, names in os.walk(folder, followlinks=True):
