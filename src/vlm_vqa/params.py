@@ -430,7 +430,7 @@ class PromptParams(Section):
     instruction: Text
     """What is asked of the model before each question; HELM's `vqa` scenario sends the same words."""
     # A token holds no more than a word; the question and the answer have at least one each, and there are two newlines.
-    text_length: Annotated[int, Range(2**20, 6 + len(HELM_INSTRUCTION.split()), "the instruction needs as much")]
+    text_length: Annotated[int, Range(2**20, 6 + len(HELM_INSTRUCTION.split()), "below, the instruction has no room")]
     """Most tokens after the image tokens: `<bos>`, instruction, question, newline, answer, `<eos>`."""
     too_long: TooLong
     """`error` stops at a record over `text_length`, `drop` leaves it out and reports how many. Answers are never cut."""

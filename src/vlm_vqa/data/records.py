@@ -211,7 +211,7 @@ def images_of(folder: str | Path, image_ids: Iterable[int]) -> Iterator[ImageRec
                 missing.discard(image.image_id)
                 yield image
     if missing:
-        raise UserError(f"{folder}: no image {min(missing)} for a question ({len(missing)} missing). {_REMAKE}")
+        raise UserError(f"{folder}: no image {min(missing)} ({len(missing)} missing) of the questions. {_REMAKE}")
 
 
 def _read_group(file: pq.ParquetFile, path: Path, group: int, rows: range) -> Iterator[ImageRecord]:
