@@ -25,7 +25,7 @@ from proofs.random_params import draw
 from vlm_vqa import cli
 from vlm_vqa.data import records
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.sources import download, official_archives
+from vlm_vqa.fetch.sources import official_archives
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.hashing import hash_files, write_json
 from vlm_vqa.inference.export import write_export
@@ -240,9 +240,11 @@ def _from_mirror(
     switches: dict[str, bool],
 ) -> str:
     # As patient as a person who watches a test.
-    download._TIMEOUT = (2.0, 0.3)
-    download._RETRY = download._RETRY.new(backoff_factor=0.001, backoff_max=0.01, retry_after_max=0.01)
-    download._WINDOW = 0.3
+    official_archives._TIMEOUT = (2.0, 0.3)
+    official_archives._RETRY = official_archives._RETRY.new(
+        backoff_factor=0.001, backoff_max=0.01, retry_after_max=0.01
+    )
+    official_archives._WINDOW = 0.3
     official_archives.ARCHIVES = {
         name: (f"sha256:{hashlib.sha256(data).hexdigest()}", len(data)) for name, data in files.items()
     }

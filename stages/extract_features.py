@@ -23,7 +23,7 @@ from vlm_vqa.features.writer import FeatureStoreWriter
 from vlm_vqa.hashing import code_hash
 from vlm_vqa.model import encoder
 from vlm_vqa.model.encoder import Encoder, load_encoder
-from vlm_vqa.params import Params, VisionParams, load_params
+from vlm_vqa.params import Params, load_params
 from vlm_vqa.pipeline import entrypoint
 from vlm_vqa.workers import POLL_SECONDS, WorkerGroup
 
@@ -48,7 +48,11 @@ def main() -> None:
         "compute_dtype": vision.compute_dtype.value,
         "data_hash": manifest["data_hash"],
     }
-    writer = FeatureStoreWriter(FEATURES, layout, made_by, computed_by(vision, running))
+    # What decides the last bits of features beside the encoder and the data; shards that other code has made are not used.
+    on_gpu = running.device.type == "cuda"
+    device = torch.cuda.get_device_name(running.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    computed_by = {"device": device, "torch": torch.__version__, "code": code_hash(__file__)}
+    writer = FeatureStoreWriter(FEATURES, layout, made_by, computed_by | {"batch_size": vision.batch_size})
     if running.main:
         where = f"{running.size} x {running.device.type}, threads {running.threads}"
         logger.info("%d images with %s on %s", layout.images, params.model.checkpoint or vision.model, where)
@@ -56,15 +60,6 @@ def main() -> None:
     make(running.wait_for("missing"), running, loaded, writer, params)
     if running.main:
         writer.publish()
-
-
-def computed_by(vision: VisionParams, running: WorkerGroup) -> dict[str, object]:
-    """Return what decides the last bits of features beside the encoder and the data."""
-    device = running.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    # Shards that other code has made are not used.
-    code = code_hash(__file__)
-    return {"batch_size": vision.batch_size, "device": name, "torch": torch.__version__, "code": code}
 
 
 def make(missing: list[int], running: WorkerGroup, loaded: Encoder, writer: FeatureStoreWriter, params: Params) -> None:

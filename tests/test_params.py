@@ -645,7 +645,7 @@ def test_a_date_that_stops_dvc_is_said(read, caplog):
         (COMMITTED + "  experiment: b\n", "line {last}: tracking.experiment stands in line"),
         (COMMITTED.replace("seed: 0", "seed: 0\n'seed': 1"), "line 5: seed stands in line 4 already"),
         (COMMITTED.replace("seed: 0", "? [seed]\n: 0"), "line 4: a key of the file is not a name"),
-        (COMMITTED.replace("seed: 0", "<<: 3"), "line 4: << must be an alias of a mapping"),
+        (COMMITTED.replace("seed: 0", "<<: {seed: 0}"), "unknown key <<"),
         (COMMITTED.replace("seed: 0", "seed: !!python/name:os.system x"), "line 4: seed has the tag python/name"),
         (COMMITTED.replace("seed: 0", "seed: !!binary aGk="), "line 4: seed has the tag binary"),
         ("&a [*a]", "inside itself"),
@@ -667,15 +667,6 @@ def test_a_broken_file_is_refused_in_words(tmp_path, content, words):
         load_params(path)
     last = COMMITTED.count("\n") + 1
     assert str(error.value).startswith(f"{path}: ") and words.format(last=last) in str(error.value)
-
-
-def test_merged_mappings_give_way_to_own_keys(tmp_path):
-    path = tmp_path / "params.yaml"
-    path.write_text(COMMITTED.replace("  val:\n    questions:", "  val:\n    <<: [{images: b}, {images: c}]\n    questions:")
-                    .replace("    images: val2014\n", ""))  # fmt: skip
-    assert load_params(path).data.val.images == "b"
-    path.write_text(COMMITTED.replace("  val:\n    questions:", "  val:\n    <<: {images: b}\n    questions:"))
-    assert load_params(path).data.val.images == "val2014"
 
 
 @pytest.mark.parametrize("spelling", [*SPELLINGS, '"1e-5"', "010", "1e3"])

@@ -78,7 +78,7 @@ def test_a_comment_reruns_what_imports_it_and_no_more(tmp_path, shared_data):
 
     assert stale_after("cli.py", "errors.py", "tracking/store.py", "model/small_encoder/README.md") == []
     assert stale_after("training/sampler.py") == ["train"]
-    assert stale_after("fetch/sources/download.py", "evaluation/bleu.py") == ["fetch-vqav2", "train", "helm-eval"]
+    assert stale_after("fetch/sources/table.py", "evaluation/bleu.py") == ["fetch-vqav2", "train", "helm-eval"]
 
 
 def test_dvc_plots_draw_training_and_validation_together_and_what_is_there_where_one_is_not(tmp_path):

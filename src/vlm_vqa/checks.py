@@ -1,8 +1,7 @@
 """What must hold beside the parameter file itself, checked before anything is computed from it.
 
-`load_params` knows what a file alone can tell. Here stands the rest: this machine (`check_machine`) and the records, once
-there are some (`check_records`). `vlm-vqa check`, preflight and the stages up to the training call them, so that no hour of
-extraction or training is spent on what a later stage must refuse. And `fill_in` brings an older file up to date.
+`load_params` knows what a file alone can tell. Here stands the rest: this machine, and the records, once there are some; so
+that no hour of extraction or training is spent on what a later stage must refuse.
 """
 
 import copy
@@ -30,17 +29,13 @@ log = logging.getLogger(__name__)
 
 LAUNCHES = Path("launch")
 RECORDS = Path("data/records")
-KNOWN = {
-    Source.EASY_VQA: ((38_575, 4_000), (9_673, 1_000)),
-    Source.OFFICIAL: ((443_757, 82_783), (214_354, 40_504)),
-}
+KNOWN = {Source.EASY_VQA: ((38_575, 4_000), (9_673, 1_000)), Source.OFFICIAL: ((443_757, 82_783), (214_354, 40_504))}
 """Questions and images of train and of val, where they are known before there are records."""
 
 
 def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORDS, run: bool = False) -> None:
     """Check this machine, and the records where there are some of this source, or what is known of it; `run` as for
-    `check_machine`. UserError if they do not allow the five stages.
-    """
+    `check_machine`. UserError if they do not allow the five stages."""
     check_machine(params, launches, run)
     manifest = read_manifest(records) if run else manifest_for_a_look(records)
     if manifest is not None and manifest.get("source") == params.data.source.value:
@@ -50,10 +45,8 @@ def check_here(params: Params, launches: Path = LAUNCHES, records: Path = RECORD
 
 
 def check_machine(params: Params, launches: Path = LAUNCHES, run: bool = True) -> None:
-    """Refuse launches and models that are not here, and nltk data that cannot be had where the stages `run`.
-
-    A prediction or a check may be about another machine: there, what nltk lacks is only said. UserError names the parameter.
-    """
+    """Refuse, by a UserError that names the parameter, launches and models that are not here, and nltk data that cannot
+    be had where the stages `run`; a look at another machine's run only says what nltk lacks here."""
     read_copies(params.vision.launch, launches)
     if params.evaluation.launch is not None:
         read_copies(params.evaluation.launch, launches, "evaluation.launch")
@@ -106,11 +99,8 @@ def check_start(params: Params) -> None:
 def check_records(
     params: Params, records: Path = RECORDS, run: bool = True, layout: "TokenLayout | None" = None
 ) -> None:
-    """Refuse records that the training or the evaluation would refuse, by a UserError that names the split.
-
-    A tokenizer is downloaded where the stages `run`. `layout` is of all training questions, where they have been tokenised
-    already.
-    """
+    """Refuse records that the training or the evaluation would refuse, by a UserError that names the split. A tokenizer
+    is downloaded where the stages `run`; `layout` is of all training questions, where they have been tokenised already."""
     val = load_questions(records, "val", ["image_id", "question"])
     train = load_questions(records, "train", ["image_id"])["image_id"]
     check_enough(params, picture_ids(records, "train", train), np.asarray(val["image_id"]))
@@ -119,34 +109,26 @@ def check_records(
 
         val = val.select(helm_order(len(val))[: params.evaluation.vqa_questions])
     if len(set(val["image_id"])) < 2:
-        raise UserError(
-            f"{records}: the {len(val)} validation questions to evaluate are all about one image, so none can be shown "
-            "another (baselines.shuffled_images). Raise evaluation.vqa_questions."
-        )
-    if os.environ.get("RANK", "0") == "0" and (run or not (params.language.revision or params.model.revision)):
-        _check_lengths(params, records, val["question"], layout)
-
-
-def _check_lengths(params: Params, records: Path, asked: Sequence[str], layout: "TokenLayout | None") -> None:
-    """Refuse texts that the model's own tokenizer makes too long: those to teach, and the validation questions `asked`."""
-    # transformers is only loaded where there are records.
+        none = "so none can be shown another (baselines.shuffled_images). Raise evaluation.vqa_questions."
+        raise UserError(f"{records}: the {len(val)} validation questions to evaluate are all about one image, {none}")
+    if os.environ.get("RANK", "0") != "0" or not run and (params.language.revision or params.model.revision):
+        return
+    # transformers is only loaded where there are records. It makes the examples to teach, too, or says which are too long.
     from vlm_vqa.training.prepare import examples
 
     layout = copy.copy(layout or examples(params, records)[0].layout)
     layout.text_length = sys.maxsize
-    needed, longest = max((layout.text_tokens(layout.tokenize(question)), question) for question in set(asked))
+    asked = set(val["question"])
+    needed, longest = max((layout.text_tokens(layout.tokenize(question)), question) for question in asked)
     if needed > params.prompt.text_length:
-        raise UserError(
-            f"{records}: the longest validation question takes {needed} text tokens; prompt.text_length is "
-            f"{params.prompt.text_length}. Set it to {needed} or more, or shorten the question: {longest!r:.200}"
-        )
+        takes = f"takes {needed} text tokens; prompt.text_length is {params.prompt.text_length}"
+        mend = f"Set it to {needed} or more, or shorten the question: {longest!r:.200}"
+        raise UserError(f"{records}: the longest validation question {takes}. {mend}")
 
 
 def fill_in(path: Path) -> list[str]:
-    """Write into a valid parameter file what it lacks: keys and whole sections, each below the one before it; return them.
-
-    UserError if the file is not valid, or its layout has no place for a line.
-    """
+    """Write into a valid parameter file what it lacks: keys and whole sections, each below the one before it; return
+    them. UserError if the file is not valid, or its layout has no place for a line."""
     values, text = read_yaml(path), path.read_text(encoding="utf-8")
     lacking = lacking_keys(parse_params(values, str(path)), values)
     for key, value in lacking.items():
@@ -166,9 +148,7 @@ def fill_in(path: Path) -> list[str]:
 
 def _with_line(text: str, section: Sequence[str], names: Sequence[str], name: str, line: str) -> str:
     """Return a file's text with a line of key `name` in a section: below the key before it in `names`, indented like it.
-
-    LookupError if the section is not written in lines of its own, or has no such key.
-    """
+    LookupError if the section is not written in lines of its own, or has no such key."""
     node = compose(text)
     for one in section:
         node = {key.value: value for key, value in node.value}[one]

@@ -23,8 +23,7 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 OPTION = re.compile(r"--num[_-]cpu[_-]threads[_-]per[_-]process[\0=]([^\0]+)")
 """accelerate's own, on its command line; it drops it where DeepSpeed is asked for."""
 WANTED_SECONDS = 20.0  # of cores, used or waited for, before a process is judged: a moment's load is none
-LEAST_SHARE = 1 / 3
-"""Of them, used. Beside two busy programs two threads are as fast as one (`python -m benchmarks threads`)."""
+LEAST_SHARE = 1 / 3  # of them, used: beside two busy programs two threads are as fast as one
 
 
 @dataclass(frozen=True)
@@ -39,22 +38,36 @@ class Threads:
 
 
 def usable_cores(root: Path = Path("/")) -> Threads:
-    """Return how many cores this process may use: its affinity (taskset, cpuset) or, if less, the quota of its cgroups."""
+    """Return how many cores this process may use: its affinity (taskset, cpuset) or, if less, its cgroups' quota."""
     machine = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
-    if (quota := _cgroup_quota(root)) < cores:
+    quota = float("inf")
+    with suppress(OSError):  # another system
+        # A container may see its cgroup as the root, but the host's path in the process's file: of that nothing is there.
+        for own in map(Path, re.findall("(?m)^0::/(.*)$", (root / "proc/self/cgroup").read_text())):
+            for group in (own, *own.parents):
+                with suppress(OSError, ValueError):  # none here, or `max`
+                    most, period = (root / "sys/fs/cgroup" / group / "cpu.max").read_text().split()
+                    quota = min(quota, int(most) / int(period))
+    if quota < cores:
         return Threads(max(1, int(quota)), f"cgroup quota of {quota:.1f} CPU{'s' * (quota != 1)}")
     return Threads(cores, "affinity of " * (cores < machine) + f"{cores} core{'s' * (cores != 1)}")
 
 
 def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
-    """Return how many threads each of this machine's `processes` gets: its part of the cores, or what the user says.
-
-    UserError if that, `OMP_NUM_THREADS`, is no number of threads.
-    """
+    """Return how many threads each of this machine's `processes` gets: its part of the cores, or what the user says;
+    UserError if that, `OMP_NUM_THREADS`, is no number of threads."""
     cores = usable_cores(root)
     part = Threads(max(1, cores.count // processes), f"{cores.why} / {processes} process{'es' * (processes != 1)}")
-    if not (said := _said_by_user()):
+    own = dict(os.environ)
+    # A launcher sets it for its processes whether or not the user has; what the launcher itself was started with tells.
+    with suppress(psutil.Error):  # another user's process, or another system
+        launcher = psutil.Process(os.getppid())
+        theirs = launcher.environ()
+        if any(name in own and name not in theirs for name in LAUNCHED):
+            option = OPTION.search("\0".join(launcher.cmdline()))
+            own[VARIABLE] = option[1] if option else theirs.get(VARIABLE, "")
+    if not (said := own.get(CARRIED, own.get(VARIABLE, "")).strip()):
         return part
     # OpenMP allows a list, for parallel regions inside others; there are none.
     found = re.fullmatch(r"([1-9][0-9]{0,3})(\s*,\s*[1-9][0-9]*)*", said)
@@ -65,39 +78,9 @@ def threads(processes: int = 1, root: Path = Path("/")) -> Threads:
     return Threads(count, VARIABLE + f", more than {part.why}" * (count > part.count))
 
 
-def _said_by_user() -> str:
-    """Return the user's `OMP_NUM_THREADS`.
-
-    A launcher sets it for its processes whether or not the user has; what the launcher itself was started with tells.
-    """
-    own = dict(os.environ)
-    with suppress(psutil.Error):  # another user's process, or another system
-        launcher = psutil.Process(os.getppid())
-        theirs = launcher.environ()
-        if any(name in own and name not in theirs for name in LAUNCHED):
-            option = OPTION.search("\0".join(launcher.cmdline()))
-            own[VARIABLE] = option[1] if option else theirs.get(VARIABLE, "")
-    return own.get(CARRIED, own.get(VARIABLE, "")).strip()
-
-
-def _cgroup_quota(root: Path) -> float:
-    """Return how many CPUs the tightest of this process's nested cgroups (version 2) allows; infinity without a limit."""
-    quotas = [float("inf")]
-    with suppress(OSError):  # another system
-        # A container may see its cgroup as the root, but the host's path in the process's file: of that nothing is there.
-        for own in map(Path, re.findall("(?m)^0::/(.*)$", (root / "proc/self/cgroup").read_text())):
-            for group in (own, *own.parents):
-                with suppress(OSError, ValueError):  # none here, or `max`
-                    quota, period = (root / "sys/fs/cgroup" / group / "cpu.max").read_text().split()
-                    quotas.append(int(quota) / int(period))
-    return min(quotas)
-
-
 class Crowd:
-    """Notices, once, that a process's threads wait for a core most of the time that they could run.
-
-    Waiting for data, a disk or other processes does not count: the system counts threads that are ready to run.
-    """
+    """Notices, once, that a process's threads wait for a core most of the time that they could run. Waiting for data, a
+    disk or other processes does not count: the system counts threads that are ready to run."""
 
     def __init__(self, threads: Threads):
         self.threads = threads

@@ -6,12 +6,9 @@ from vlm_vqa.secrets import mask, without_secrets
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend.
-
-    The message names the culprit (file, row or id, the option's full key) and the next step. Stages and the command line
-    print it alone and end with exit code 2; everything else keeps its traceback. Neither it nor the errors that it is
-    raised from show a password or a token in an address.
-    """
+    """A mistake that the user can mend: the message names the culprit (file, row or id, the option's full key) and the
+    next step. Stages and the command line print it alone and end with exit code 2; everything else keeps its traceback.
+    Neither it nor the errors that it is raised from show a password or a token in an address."""
 
     def __init__(self, message: str):
         super().__init__(without_secrets(message))

@@ -37,11 +37,8 @@ EXCEPTED = ("checks", "errors", "pipeline", "secrets", "tracking")
 
 
 def imported(file: str | Path) -> list[Path]:
-    """Return the files of this package that a Python file imports, directly or not, but for `EXCEPTED`; sorted.
-
-    Read from the sources, so imports inside functions count and nothing is run; rooms' docstrings alone do not count.
-    `dvc.yaml` names the same for each stage.
-    """
+    """Return the files of this package that a Python file imports, directly or not, but for `EXCEPTED`; sorted. Read from
+    the sources, so imports inside functions count and nothing is run; rooms' docstrings alone do not count."""
     excepted = [f"{_PACKAGE.name}.{name}" for name in EXCEPTED]
     finder = ModuleFinder([str(_PACKAGE.parent)], excludes=excepted)
     finder.run_script(str(file))

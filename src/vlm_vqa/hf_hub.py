@@ -66,10 +66,10 @@ def _remedy(repository: Repository, error: BaseException) -> str | None:
         case errors.HFValidationError():
             return f"not a repository's name ({error}). Write owner/name."
         case errors.OfflineModeIsEnabled():
-            download = (
-                f"`hf download {repository.name} --repo-type {kind} --revision {commit}` where there is a network"
+            load = (
+                f"Run `hf download {repository.name} --repo-type {kind} --revision {commit}` where there is a network"
             )
-            lacking = f"{commit} is not, or not whole, in {constants.HF_HUB_CACHE}. Run {download}"
+            lacking = f"{commit} is not, or not whole, in {constants.HF_HUB_CACHE}. {load}"
             return f"HF_HUB_OFFLINE is set, and {lacking} (HF_HUB_CACHE names the folder), or unset HF_HUB_OFFLINE."
         case errors.HfHubHTTPError() if (status := error.response.status_code) in (401, 403):
             why = f"({status}): mistyped, expired, or without the right to read {repository.name}"
@@ -92,11 +92,8 @@ WANTED = [*SETTINGS, "*.safetensors"]  # its weights as well
 
 
 def download_snapshot(key: str, model: str, revision: str, wanted: list[str] = WANTED) -> Path:
-    """Return the folder of a hub model at commit `revision`; what the cache lacks is downloaded.
-
-    `key` is the parameter that names it, for messages; `wanted` the files, `WANTED` or `SETTINGS`.
-    UserError if it cannot be downloaded, or has no weights in safetensors.
-    """
+    """Return the folder of a hub model at commit `revision`; what the cache lacks of the files `wanted` is downloaded.
+    `key` is the parameter that names it, for messages. UserError if it cannot be, or has no weights in safetensors."""
     repository = Repository(key, model, f"{key.partition('.')[0]}.revision", revision)
     with translate_errors(repository):
         # Folders hold the same model for other programs, or its checkpoints.

@@ -1,7 +1,4 @@
-"""`launch/NAME.yaml`, accelerate's own configuration: what it may ask for, and which parameters it cannot do.
-
-Apart from `vlm_vqa.training.launch`, so that a file is checked without loading torch.
-"""
+"""`launch/NAME.yaml`, accelerate's own configuration: what it may ask for, and what it cannot do; read without torch."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -50,11 +47,8 @@ class LaunchFile(NamedTuple):
 
     def compare(self, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         """Compare facts that the file asks for with what has started; UserError if one differs."""
-        stage = {
-            "train.launch": "train",
-            "vision.launch": "extract-features",
-            "evaluation.launch": "helm-eval",
-        }[self.key]
+        stages = {"train": "train", "vision": "extract-features", "evaluation": "helm-eval"}
+        stage = stages[self.key.removesuffix(".launch")]
         command = f"accelerate launch --config_file {self.path} stages/{stage.replace('-', '_')}.py"
         for fact, value in wanted.items():
             if found[fact] != value:
@@ -120,26 +114,19 @@ def _strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
 
 def check_params(train: TrainParams, strategy: Strategy) -> None:
     """Refuse, by UserError, parameters that a strategy would drop."""
-    zero, ddp = strategy.deepspeed, strategy is Strategy.DDP
-    refused = {
-        "percentile_clipping": (
-            zero and train.percentile_clipping not in (0, 100),
-            "joins all parameters into pieces that hide each parameter's norm. Set it to 100 (off), or use DDP or FSDP2.",
-        ),
-        "weights_dtype": (
-            zero and train.weights_dtype is not Dtype.FLOAT32,
-            "keeps float32 weights of its own. Set it to float32, or use DDP or FSDP2.",
-        ),
-        "restart_optimizer": (
-            zero and train.restart_optimizer,
-            "cannot do that. Set it to false, or delete the folder below checkpoints/ to start again.",
-        ),
-        "optimizer_in_backward": (
-            (zero or ddp) and train.optimizer_in_backward,
-            "adds the gradients of all processes up in buckets of its own. Set it to false, or use FSDP2 or one process.",
-        ),
-    }
-    for key, (wrong, why) in refused.items():
-        if wrong:
-            value = str(getattr(train, key)).lower()
-            raise UserError(f"train.{key} is {value}, but {strategy.value} (train.launch {train.launch}) {why}")
+    zero = strategy.deepspeed
+    if zero and train.percentile_clipping not in (0, 100):
+        key, mend = "percentile_clipping", "Set it to 100 (off), or use DDP or FSDP2."
+        why = f"joins all parameters into pieces that hide each parameter's norm. {mend}"
+    elif zero and train.weights_dtype is not Dtype.FLOAT32:
+        key, why = "weights_dtype", "keeps float32 weights of its own. Set it to float32, or use DDP or FSDP2."
+    elif zero and train.restart_optimizer:
+        key, mend = "restart_optimizer", "Set it to false, or delete the folder below checkpoints/ to start again."
+        why = f"cannot do that. {mend}"
+    elif (zero or strategy is Strategy.DDP) and train.optimizer_in_backward:
+        key, mend = "optimizer_in_backward", "Set it to false, or use FSDP2 or one process."
+        why = f"adds the gradients of all processes up in buckets of its own. {mend}"
+    else:
+        return
+    value = str(getattr(train, key)).lower()
+    raise UserError(f"train.{key} is {value}, but {strategy.value} (train.launch {train.launch}) {why}")

@@ -29,67 +29,45 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.yaml_file import Line, Range, read_yaml, shown, truth
 
+# What their values mean stands below the keys.
 Source = StrEnum(
-    "Source",
-    {"EASY_VQA": "easy-vqa", "DIRECTORY": "directory", "TABLE": "table", "OFFICIAL": "official", "HUB": "hub"},
+    "Source", {"EASY_VQA": "easy-vqa", "DIRECTORY": "directory", "TABLE": "table", "OFFICIAL": "official", "HUB": "hub"}
 )
-"""Where questions and images come from."""
 Start = StrEnum("Start", {"TOWERS": "towers", "CHECKPOINT": "checkpoint"})
-"""What training starts from."""
 BadRecords = StrEnum("BadRecords", {"REFUSE": "refuse", "DROP": "drop"})
-"""What happens to a record that breaks the data contract."""
 Doubtful = StrEnum("Doubtful", {"COUNT": "count", "REFUSE": "refuse"})
-"""What happens to what is legal and yet looks wrong."""
 Mask = StrEnum("Mask", {"IMAGE_PREFIX": "image-prefix", "PREFIX_LM": "prefix-lm", "CAUSAL": "causal"})
-"""What a position may see; see `vlm_vqa.model.layout`."""
 TooLong = StrEnum("TooLong", {"ERROR": "error", "DROP": "drop"})
-"""What happens to a record that does not fit `prompt.text_length`."""
 Answers = StrEnum("Answers", {"MAJORITY": "majority", "DRAWN": "drawn"})
-"""Which of a question's answers is taught."""
 ValidateOn = StrEnum("ValidateOn", {"TRAIN": "train", "VAL": "val"})
-"""Whose questions validate while training."""
 Keep = StrEnum("Keep", {"LAST": "last", "BEST": "best"})
-"""Which step's weights are the training's result."""
 Optimizer = StrEnum("Optimizer", {"ADAMW_TORCH": "adamw_torch", "ADAMW_BNB_8BIT": "adamw_bnb_8bit"})
-"""The optimizers this project supports, by the HF Trainer's names."""
 Attention = StrEnum("Attention", {"EAGER": "eager", "FLEX": "flex_attention"})
-"""How attention is computed in training; see `vlm_vqa.model.attention`."""
 Scheduler = StrEnum(
     "Scheduler", {"COSINE": "cosine", "LINEAR": "linear", "CONSTANT_WITH_WARMUP": "constant_with_warmup"}
 )
-"""Learning-rate schedules, by the HF Trainer's names."""
 Dtype = StrEnum("Dtype", {"FLOAT32": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16"})
-"""Floating-point types, by torch's names."""
 StoreDtype = StrEnum("StoreDtype", {"FLOAT32": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "INT8": "int8"})
-"""Types of stored features; see `vlm_vqa.data.feature_store`."""
 Rounding = StrEnum("Rounding", {"NEAREST": "nearest", "STOCHASTIC": "stochastic"})
-"""How an updated weight is rounded to `train.weights_dtype`."""
 Punkt = StrEnum("Punkt", {"BUNDLED": "bundled", "INSTALLED": "installed"})
 Gate = StrEnum("Gate", {"ACCURACY": "accuracy", "BLEU_1": "bleu_1"})
-"""Where HELM's metrics take nltk's sentence splitter from."""
 
 HELM_INSTRUCTION = (
     'Answer the question using a single word or phrase. When the question asks "How many...", '
     "respond with just a number (e.g., 3) and not the word corresponding to the number."
 )
 """What HELM's `vqa` run tells every model."""
-HELM_MAX_TOKENS = 20
-"""Longest answer that HELM's `vqa` run asks for, in tokens."""
+HELM_MAX_TOKENS = 20  # Longest answer that HELM's `vqa` run asks for, in tokens
 IMAGE_NAME = re.compile(r"[^{}/\\]*\{image_id(?::0(\d{1,2})d)?\}[^{}/\\]*")
 ENCODERS = {"small": (65, 128)} | {
     f"facebook/dinov2-{size}": (257, width)
     for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536))
 }
-ENCODERS |= {"google/siglip-so400m-patch14-224": (256, 1152)}
-"""Tokens an image becomes, and their width."""
-CHECKPOINT = "checkpoint"
-"""How `vision.model` and `language.model` say that they are the checkpoint's own."""
+ENCODERS |= {"google/siglip-so400m-patch14-224": (256, 1152)}  # Tokens an image becomes, and their width
+CHECKPOINT = "checkpoint"  # How `vision.model` and `language.model` say that they are the checkpoint's own
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a `Gemma2DecoderLayer`."""
-MOST_MISTAKES = 20
-"""Lines of a message."""
-_MOST_WEIGHTS = 28 * 10**9
-"""Gemma 2's largest has 27 billion."""
+MOST_MISTAKES = 20  # Lines of a message
+_MOST_WEIGHTS = 28 * 10**9  # Gemma 2's largest has 27 billion
 
 
 def _places(value: Any) -> Any:
@@ -101,44 +79,32 @@ _PLACES = pydantic.WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array
 Truth = Annotated[bool, BeforeValidator(truth)]
 Count = Annotated[int, Range(2**31 - 1)]
 Natural = Annotated[int, Range(2**31 - 1, least=0)]
-Seed = Annotated[int, Range(2**32 - 1, least=0)]
-"""What numpy and torch both take."""
-Few = Annotated[int, Range(4096)]
-"""Of what every one costs memory, whatever the data."""
-Size = Annotated[int, Range(2**20)]
-"""A tensor's edge."""
-Rate = Annotated[float, Range(1e6)]
-"""Larger ones overflow in float32, whatever they stand for."""
+Seed = Annotated[int, Range(2**32 - 1, least=0)]  # What numpy and torch both take
+Few = Annotated[int, Range(4096)]  # Of what every one costs memory, whatever the data
+Size = Annotated[int, Range(2**20)]  # A tensor's edge
+Rate = Annotated[float, Range(1e6)]  # Larger ones overflow in float32, whatever they stand for
 Decay = Annotated[float, Range(1e6, least=0)]
 Share = Annotated[float, Range(0.999, least=0)]
-Wide = Literal[Dtype.FLOAT32, Dtype.BFLOAT16]
-"""The towers and Gemma 2 overflow in float16."""
+Wide = Literal[Dtype.FLOAT32, Dtype.BFLOAT16]  # The towers and Gemma 2 overflow in float16
 Text = Annotated[str, Line()]
-Places = Annotated[str | tuple[str, ...], BeforeValidator(_places), _PLACES]
-"""One folder or archive, or several."""
+Places = Annotated[str | tuple[str, ...], BeforeValidator(_places), _PLACES]  # One folder or archive, or several
 Commit = Annotated[str, Line("[0-9a-f]{40}", "a commit of 40 hex digits")]
 Launch = Annotated[str, Line("[a-z0-9-]{1,100}", "the NAME of a file launch/NAME.yaml", dvc=True)]
 Part = Annotated[float, Range(0.999)]
 _IMAGE = "a file name (no folder) with one {image_id} or {image_id:012d}, such as COCO_train2014_{image_id:012d}.jpg"
 ImageName = Annotated[str, Line(IMAGE_NAME.pattern, _IMAGE)]
 
-Above = Mapping[str, Any]
-"""The valid fields above one, and what other sections have told."""
-
-
-def _context(info: ValidationInfo) -> dict[str, Any]:
-    """What sections tell each other while a file is validated; `parse_params` always gives one."""
-    assert info.context is not None
-    return info.context
+Above = Mapping[str, Any]  # The valid fields above one, and those of the sections above as `Class.field`
 
 
 def rules(check: Callable[[Any, str, Any, Above], str | None]) -> Any:
     """Make a method the rules of its class: from a field's name and valid value, it returns what is wrong beside others."""
 
     def validate(cls: type, value: Any, info: ValidationInfo) -> Any:
-        wrong = check(cls, str(info.field_name), value, {**_context(info), **info.data})
-        if wrong is not None:
+        assert info.context is not None, "parse_params gives one"
+        if wrong := check(cls, str(info.field_name), value, info.context | info.data):
             raise ValueError(wrong)
+        info.context[f"{cls.__name__}.{info.field_name}"] = value
         return value
 
     return pydantic.field_validator("*")(classmethod(validate))
@@ -349,16 +315,10 @@ class ModelParams(Section):
             return f"is {value!r}, but model.start is not checkpoint: an adapter is of one whole model."
         return None
 
-    @pydantic.field_validator("start")
-    @classmethod
-    def _tell(cls, start: Start, info: ValidationInfo) -> Start:
-        _context(info)["start"] = start
-        return start
-
 
 def _of_checkpoint(key: str, model: str, above: Above) -> str | None:
     """Return what is wrong with a tower's name beside `model.start`: a checkpoint brings its own towers."""
-    wanted = above.get("start") is Start.CHECKPOINT
+    wanted = above.get("ModelParams.start") is Start.CHECKPOINT
     if wanted and model != CHECKPOINT:
         return f"is {model!r}, but model.start is checkpoint, which brings its own. Set {key} to {CHECKPOINT}."
     if not wanted and model == CHECKPOINT:
@@ -470,9 +430,7 @@ class PromptParams(Section):
     instruction: Text
     """What is asked of the model before each question; HELM's `vqa` scenario sends the same words."""
     # A token holds no more than a word; the question and the answer have at least one each, and there are two newlines.
-    text_length: Annotated[
-        int, Range(2**20, 6 + len(HELM_INSTRUCTION.split()), "below, the instruction leaves no room")
-    ]
+    text_length: Annotated[int, Range(2**20, 6 + len(HELM_INSTRUCTION.split()), "below, the instruction has no room")]
     """Most tokens after the image tokens: `<bos>`, instruction, question, newline, answer, `<eos>`."""
     too_long: TooLong
     """`error` stops at a record over `text_length`, `drop` leaves it out and reports how many. Answers are never cut."""
@@ -482,12 +440,6 @@ class PromptParams(Section):
         if name == "instruction" and value != HELM_INSTRUCTION:
             return f"is {value!r}, but HELM's vqa run asks with {HELM_INSTRUCTION!r}. Set it to HELM's text."
         return None
-
-    @pydantic.field_validator("mask")
-    @classmethod
-    def _tell(cls, mask: Mask, info: ValidationInfo) -> Mask:
-        _context(info)["mask"] = mask
-        return mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,8 +456,7 @@ class ValidationParams(Section):
     every_steps: Count = 100
     """Optimizer steps between validations. One comes before the first step and one after the last, too."""
     keep: Keep = Keep.LAST
-    """`last`: the last step's weights are the result. `best`: those of the highest validation score; of equal scores, the
-    lowest loss decides."""
+    """`last`: the last step's weights. `best`: those of the highest validation score; of equal ones, of the lowest loss."""
     patience: Count | None = None
     """Training ends after so many validations in a row without a higher score than before; null: it never ends early."""
 
@@ -564,8 +515,7 @@ class TrainParams(Section):
     freeze_embeddings: Truth = False
     """Leave Gemma 2's token embedding, which is its output head too, as it is."""
     dataloader_workers: Annotated[int, Range(256, least=0)] = 0
-    """Processes that prepare the next batches while this one is computed; 0 prepares each when it is needed, which is
-    faster where the cores that would prepare are the ones that compute."""
+    """Processes that prepare the next batches meanwhile; 0 is faster where they would take the cores that compute."""
     learning_rate: Rate
     """The highest, after warm-up."""
     projector_learning_rate: Rate | None = None
@@ -605,8 +555,7 @@ class TrainParams(Section):
     gradient_checkpointing: Truth
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention_checkpointing: Truth = False
-    """Recompute in the backward pass attention's scores alone, which are most of the activations that long rows leave and
-    little of the work. For `attention: eager`; flex_attention keeps none."""
+    """Recompute attention's scores alone: most of long rows' activations, little of the work. For `attention: eager`."""
     logging_steps: Count
     """Optimizer steps between log lines and points of the loss curve."""
     save_steps: Count
@@ -614,8 +563,7 @@ class TrainParams(Section):
     save_total_limit: Count
     """Checkpoints kept while training; all go when the stage has succeeded."""
     restart_optimizer: Truth = False
-    """Go on with fresh optimizer states where those of the checkpoint do not fit, after a change of the number of processes
-    for instance; false refuses."""
+    """Go on with fresh optimizer states where the checkpoint's do not fit, as with other processes; false refuses."""
     stall_seconds: Annotated[int, Range(30 * 24 * 3600)] = 600
     """With several processes: when none has made progress for so long, all stop and the one that holds them up is named."""
 
@@ -624,11 +572,9 @@ class TrainParams(Section):
         """Refuse what the installed libraries would drop without a word, or what is known to train wrongly."""
         weights, compute = above.get("weights_dtype"), above.get("compute_dtype")
         match name:
-            case "questions_per_row" if value != 1 and above.get("mask") is Mask.PREFIX_LM:
-                return (
-                    f"is {value}; prompt.mask prefix-lm lets the image see the question, so no two questions can share it. "
-                    "Set it to 1, or prompt.mask to image-prefix or causal."
-                )
+            case "questions_per_row" if value != 1 and above.get("PromptParams.mask") is Mask.PREFIX_LM:
+                other = "Set it to 1, or prompt.mask to image-prefix or causal."
+                return f"is {value}; prompt.mask prefix-lm lets the image see its question, so no two share it. {other}"
             case "freeze_embeddings" if not value and above.get("lora"):
                 return "is false; it must be true with train.lora: only adapters are trained."
             case "embedding_learning_rate" if value is not None and above.get("freeze_embeddings"):
@@ -639,37 +585,27 @@ class TrainParams(Section):
             case "block_wise" if not value:
                 return "is false; it must be true: bitsandbytes has no other 8-bit mode any more."
             case "percentile_clipping" if value not in (0, 100) and above.get("optimizer") is Optimizer.ADAMW_TORCH:
-                return (
-                    f"is {value}, which belongs to train.optimizer adamw_bnb_8bit; set it to 100 (off) for adamw_torch."
-                )
+                return f"is {value}, which is of train.optimizer adamw_bnb_8bit; set it to 100 (off) for adamw_torch."
             case "weights_dtype" if value is Dtype.BFLOAT16 and compute is Dtype.FLOAT32:
-                return (
-                    "is bfloat16, but train.compute_dtype is float32: set that to bfloat16, train.rounding to stochastic. "
-                    "Or set both the other way round, to compute in 16 bits over float32 weights."
-                )
+                other = "Or set both the other way round, to compute in 16 bits over float32 weights."
+                both = "set that to bfloat16, train.rounding to stochastic"
+                return f"is bfloat16, but train.compute_dtype is float32: {both}. {other}"
             case "optimizer_in_backward" if value and (passes := above.get("gradient_accumulation_steps", 1)) > 1:
-                return (
-                    f"is true, but train.gradient_accumulation_steps is {passes}: a weight cannot be updated before all "
-                    "passes of a step have added to its gradient. Set that to 1, or this to false."
-                )
+                why = "a weight cannot be updated before all passes of a step have added to its gradient"
+                return f"is true, but train.gradient_accumulation_steps is {passes}: {why}. Set that to 1, or this to false."
             case "optimizer_in_backward" if value and (norm := above.get("max_grad_norm")):
-                return (
-                    f"is true, but train.max_grad_norm is {norm:g}: the norm of all gradients is not known before the last "
-                    "of them is there. Set that to 0, or this to false."
-                )
+                why = "the norm of all gradients is not known before the last of them is there"
+                return f"is true, but train.max_grad_norm is {norm:g}: {why}. Set that to 0, or this to false."
             case "attention_checkpointing" if value and above.get("gradient_checkpointing"):
-                return (
-                    "is true, but train.gradient_checkpointing is, too, which recomputes all. Set one of them to false."
-                )
+                return "is true, but train.gradient_checkpointing is, too, and recomputes all. Set one to false."
             case "attention_checkpointing" if value and above.get("attention") is Attention.FLEX:
                 return "is true, but train.attention is flex_attention, which keeps no scores. Set this to false."
             case "rounding" if value is Rounding.STOCHASTIC and weights is Dtype.FLOAT32:
                 return "is stochastic, but train.weights_dtype is float32; set it to nearest."
             case "rounding" if value is Rounding.NEAREST and weights is Dtype.BFLOAT16:
-                return (
-                    "is nearest, but train.weights_dtype is bfloat16: most updates are smaller than the spacing of such "
-                    "weights and would be lost. Set it to stochastic, or train.weights_dtype to float32."
-                )
+                other = "Set it to stochastic, or train.weights_dtype to float32."
+                lost = "most updates are smaller than the spacing of such weights and would be lost"
+                return f"is nearest, but train.weights_dtype is bfloat16: {lost}. {other}"
         return None
 
     @pydantic.model_validator(mode="before")
@@ -677,7 +613,7 @@ class TrainParams(Section):
     def _rows_as_before(cls, values: Any, info: ValidationInfo) -> Any:
         """Before there was `questions_per_row`, all questions of a batch about an image shared a row, or none."""
         if isinstance(values, dict) and "questions_per_row" not in values and "batch_size" in values:
-            alone = _context(info).get("mask") is Mask.PREFIX_LM
+            alone = (info.context or {}).get("PromptParams.mask") is Mask.PREFIX_LM
             return values | {"questions_per_row": 1 if alone else values["batch_size"]}
         return values
 
@@ -687,8 +623,7 @@ class ExportParams(Section):
     """The folder that plain transformers opens."""
 
     dtype: Wide = Dtype.FLOAT32
-    """Type of its weights. `bfloat16` halves them, for whoever computes in it: that is the trained function up to rounding.
-    This project's own evaluation computes in evaluation.compute_dtype with them."""
+    """Type of its weights. `bfloat16` halves them, for whoever computes in it: the trained function up to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -719,7 +654,7 @@ class EvaluationParams(Section):
         most = above.get("vqa_questions")
         if name == "helm_instances" and most is not None and most < value:
             return (
-                f"is {value}, but evaluation.vqa_questions, of which they are, is {most}. Raise that or set it to null."
+                f"is {value}, but evaluation.vqa_questions, of which they are, is {most}. Raise that or make it null."
             )
         return None
 
@@ -768,11 +703,8 @@ class Params(Section):
         return hash_json(self._training())
 
     def recipe_hash(self, processes: int) -> str:
-        """Return the hash of what decides trained weights up to rounding: what a checkpoint must agree with.
-
-        It is `training_hash`, but that an optimizer step's questions count, not how they are divided: a training may go on
-        with another launch or number of processes if batch_size and gradient_accumulation_steps make up for it.
-        """
+        """Return the hash of what decides trained weights up to rounding: what a checkpoint must agree with. An optimizer
+        step's questions count, not how they are divided among processes and forward passes: that may change."""
         sections = self._training()
         train = sections["train"]
         per_process = train["batch_size"] * train["gradient_accumulation_steps"]
@@ -781,11 +713,10 @@ class Params(Section):
 
     def _training(self) -> dict[str, Any]:
         """Return the sections that the train stage declares, but for how extract-features was launched."""
-        sections = {
-            key: self.as_dict()[key] for key in ("seed", "model", "vision", "language", "prompt", "train", "validation")
-        }
-        vision = {key: value for key, value in sections["vision"].items() if key != "launch"}
-        return _without_default(sections | {"vision": vision})
+        kept = ("seed", "model", "vision", "language", "prompt", "train", "validation")
+        sections = {key: value for key, value in self.as_dict().items() if key in kept}
+        del sections["vision"]["launch"]
+        return _without_default(sections)
 
 
 def _as_written(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -823,17 +754,15 @@ def adapter() -> pydantic.TypeAdapter[Params]:
 
 
 def load_params(path: str | Path = "params.yaml", whole: bool = False) -> Params:
-    """Read and validate a parameter file; say which keys it lacks, being of an earlier version.
-
-    UserError if the file is missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a
-    combination is impossible; its message has a line for each mistake, with the key's full name. And if it is to be `whole`
-    and lacks a section that DVC notes for a stage: in a forced run DVC would fail when the stage has run, hours later.
-    """
+    """Read and validate a parameter file; say which keys it lacks, being of an earlier version. UserError if the file is
+    missing or not YAML, a key is unknown, missing, given twice or of the wrong type, or a combination is impossible: a line
+    for each mistake, with the key's full name. And if it is to be `whole` and lacks a section that DVC notes for a stage:
+    in a forced run DVC would fail when the stage has run, hours later."""
     values = read_yaml(path)
     params = parse_params(values, str(path))
     if whole and (gone := [name for name in keys_of([]) if name not in values]):
         raise UserError(
-            f"{path} lacks the section {', '.join(gone)}, without which DVC fails: `vlm-vqa check --write` adds it."
+            f"{path} lacks the section {', '.join(gone)}, which DVC wants: `vlm-vqa check --write` adds it."
         )
     if lacking := lacking_keys(params, values):
         taken = ", ".join(map(written, lacking.values()))

@@ -31,11 +31,8 @@ class _Later(ModuleType):
 @contextmanager
 def quick_start() -> Generator[None]:
     """Import and load models without torch's compiler and without collecting garbage: half of the time that it takes.
-
-    torchvision and transformers import the compiler for a few decorators and for two functions that compiled models use,
-    and SciPy's optimizers for losses of detectors. What of them is called later is imported then. Collections find nothing
-    among what imports make, neither now nor at the end, where they take as long again.
-    """
+    torchvision and transformers import the compiler for a few decorators and two functions that compiled models use, and
+    SciPy's optimizers for losses of detectors; what is called later is imported then."""
     names = [name for name in _LATER if name not in sys.modules]
     sys.modules.update({name: _Later(name) for name in names})
     gc.disable()

@@ -1,8 +1,7 @@
 """Stored bytes are checked before they are used: sealed JSON, files by SHA-256, large ones by checksums of their blocks.
 
-A seal is a hash of the JSON's own content, so it finds damage, not forgery: who can write a file can seal it, too.
-
-What is not complete has a name that ends in `.part`. `publish` gives it its own name, once it is on the disk.
+A seal is a hash of the JSON's own content, so it finds damage, not forgery. What is not complete has a name that ends in
+`.part`; `publish` gives it its own name, once it is on the disk.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ import os
 import shutil
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -91,17 +90,14 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 def find_sealed(path: Path) -> dict[str, Any] | None:
     """Return what `write_sealed` was given, or None where `read_sealed` would raise."""
-    try:
+    with suppress(UserError):
         return read_sealed(path, "sealed", "")
-    except UserError:
-        return None
+    return None
 
 
 def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
-    """Return what `write_sealed` was given; UserError if it is missing, damaged, or unsealed as those of earlier versions.
-
-    Messages say `what` it should hold and, in a sentence, the next step, `remedy`.
-    """
+    """Return what `write_sealed` was given; UserError if it is missing, damaged, or unsealed as those of earlier
+    versions, with `what` it should hold and, in a sentence, the next step, `remedy`."""
     try:
         check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -150,9 +146,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 def open_checked(path: Path, made: Mapping[str, Any], remedy: str) -> io.IOBase:
     """Open a file of which every block is compared with its checksum in `made`, its `fingerprint`, when it is read.
-
-    Raises UserError if the file has another size, and on reading if a block is damaged; OSError if it cannot be opened.
-    """
+    UserError if it has another size, and on reading if a block is damaged; OSError if it cannot be opened."""
     found = path.stat().st_size
     if found != made["bytes"]:
         raise UserError(f"{path}: has {found} bytes where {made['bytes']} were written. {remedy}")

@@ -1,8 +1,5 @@
-"""Passwords and tokens in addresses: kept out of all that a person reads and of all that is stored.
-
-One rule, `without_secrets`, and the places where texts leave the program: messages (`UserError`), log lines and
-tracebacks (`mask_output`), the notes beside a download, what MLflow is told.
-"""
+"""Passwords and tokens in addresses: kept out of all that a person reads and of all that is stored: messages
+(`UserError`), log lines and tracebacks (`mask_output`), what MLflow is told."""
 
 import logging
 import re
@@ -21,10 +18,7 @@ _RULES = (
         "",
     ),
     # All of a query, of an address or of a path alone as urllib3 names it. Signed links carry their key there.
-    (
-        r"(://[^\s?#'\"<>]*\?|(?<![^\s'\"(=])/[^\s?#'\"<>]*\?(?=[^\s#'\"<>=]*=))[^\s#'\"<>]*[^\s#'\"<>:;,.)\]]",
-        r"\1***",
-    ),
+    (r"(://[^\s?#'\"<>]*\?|(?<![^\s'\"(=])/[^\s?#'\"<>]*\?(?=[^\s#'\"<>=]*=))[^\s#'\"<>]*[^\s#'\"<>:;,.)\]]", r"\1***"),
     # A header that a library shows because it cannot be sent.
     (r"(?i)\b(bearer|authorization: basic)\s+[^\s'\"]+", r"\1 ***"),
 )

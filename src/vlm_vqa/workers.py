@@ -71,13 +71,11 @@ def alone() -> WorkerGroup:
 
 def join(launch: str, folder: str | Path = "launch", key: str = "vision.launch") -> WorkerGroup:
     """Meet the other processes, and compare what has started with what `launch/NAME.yaml`, which `key` names, asks for.
+    UserError if there is no such launch, it divides the model or spans machines, what has started is something else, or
+    `OMP_NUM_THREADS` is no number of threads.
 
     The cores are divided among the processes, unless the user says how many threads each gets. That number changes no bit of
     what is made: torch divides the rows of a product among threads, not its sums (tests/stages/test_extract_features.py).
-
-    Raises:
-        UserError: there is no such launch, it divides the model or spans machines, or what has started is something else.
-            Or `OMP_NUM_THREADS` is no number of threads.
     """
     asked = read_copies(launch, folder, key)
     size, rank, local_rank = (

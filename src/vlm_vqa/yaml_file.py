@@ -37,10 +37,8 @@ class Unquoted(str):
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Return what a file holds, with every scalar but null as its text.
-
-    UserError if it is missing or no YAML, has a key twice, a tag, or more than a file of parameters can mean.
-    """
+    """Return what a file holds, with every scalar but null as its text; UserError if it is missing or no YAML, has a key
+    twice, a tag, or more than a file of parameters can mean."""
     try:
         check_regular(path, MOST_BYTES)
         node = compose(Path(path).read_text(encoding="utf-8"))
@@ -68,38 +66,26 @@ def _read(node: Node, key: str, count: Iterator[int]) -> Any:
         raise UserError(f"line {line}: more than {MOST_VALUES:,} values. Compare with presets/small.yaml.")
     if node.tag not in _TAGS:
         raise UserError(f"line {line}: {key} has the tag {node.tag.removeprefix(_TAG)}. Write the value without a tag.")
-    if isinstance(node, MappingNode):
-        return _read_mapping(node, key, count)
     if isinstance(node, SequenceNode):
         return [_read(item, key, count) for item in node.value]
+    if isinstance(node, MappingNode):
+        lines, values = {}, {}
+        for name, value in node.value:
+            line = name.start_mark.line + 1
+            if not isinstance(name, ScalarNode):
+                raise UserError(f"line {line}: a key of {key or 'the file'} is not a name.")
+            full = f"{key}.{name.value}" if key else name.value
+            if name.value in lines:
+                raise UserError(f"line {line}: {full} stands in line {lines[name.value]} already. Keep one of them.")
+            lines[name.value] = line
+            values[name.value] = _read(value, full, count)
+        return values
     if node.tag == _TAG + "null":
         return None
     if node.tag == _TAG + "timestamp":
         logging.getLogger(__name__).warning("%s is %s: DVC cannot read a date, put it in quotes", key, node.value)
     quoted = isinstance(node, ScalarNode) and node.style
     return node.value if quoted or node.tag == _TAG + "str" else Unquoted(node.value)
-
-
-def _read_mapping(node: MappingNode, key: str, count: Iterator[int]) -> dict[str, Any]:
-    """Return a mapping whose keys are texts; what `<<` brings gives way to its own keys."""
-    lines, merged, own = {}, {}, {}
-    for name, value in node.value:
-        line = name.start_mark.line + 1
-        if not isinstance(name, ScalarNode):
-            raise UserError(f"line {line}: a key of {key or 'the file'} is not a name.")
-        full = f"{key}.{name.value}" if key else name.value
-        if name.value in lines:
-            raise UserError(f"line {line}: {full} stands in line {lines[name.value]} already. Keep one of them.")
-        lines[name.value] = line
-        found = _read(value, full, count)
-        if name.tag != _TAG + "merge":
-            own[name.value] = found
-            continue
-        for part in reversed(found if isinstance(found, list) else [found]):
-            if not isinstance(part, dict):
-                raise UserError(f"line {line}: {full} must be an alias of a mapping.")
-            merged |= part
-    return merged | own
 
 
 # --- what a text is, where a number, a truth value or a line is wanted. What these raise goes on after the key's name. ---

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
-from vlm_vqa.fetch.lookalikes import Look, Lookalikes, look
+from vlm_vqa.fetch.statistics import Look, Lookalikes, look
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import Doubtful
 

@@ -3,7 +3,6 @@
 Apart from the other formats of this folder, so that a question about one picture loads nothing that reads tables.
 """
 
-import codecs
 import warnings
 from contextlib import suppress
 from io import BytesIO
@@ -19,8 +18,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")
 _WANTED = "Give an intact JPEG, PNG, WebP, GIF, BMP, AVIF or TIFF, or convert it into one."
 # libtiff's faults were mostly in its rare codecs: of old JPEG, SGI's logarithms, ThunderScan, and of what wraps libraries.
 _TIFF_CODECS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "jpeg", "group3", "group4")
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-"""Chunks of a PNG that may unpack to more than Pillow takes, and that no pixel depends on."""
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG that may be too much for Pillow, without pixels
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # `Image.Transpose` that brings each EXIF orientation upright
 # Pillow warns of metadata and sizes without a file's name; we bound the size ourselves, and below Pillow's own bound.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -44,20 +42,14 @@ _OTHERS = {
 
 def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_image_pixels") -> Image.Image:
     """Decode an image file completely, as people see it: RGB with 8 bits a channel, upright, opaque. `info["changes"]` says
-    in words what was changed beside decoding.
+    in words what was changed beside decoding. UserError if `data` are no image of `_FORMATS`, cut short, damaged, or larger
+    than `max_pixels` (width times height, which the user calls `bound`), before anything is decoded; `name` stands in its
+    message.
 
     The EXIF orientation is applied, what is transparent lies over white, 16 bits of grey become 8; greyscale, palette and
-    CMYK become RGB; colour profiles are not applied. `transformers.image_utils.load_image` and `datasets` see the same, but
-    that they show what lies under the transparency, often black, and clip 16 bits.
-
-    Args:
-        data: the file's bytes (JPEG, PNG, WebP, GIF, BMP, AVIF or TIFF; of several frames or pages the first).
-        name: stands in error messages.
-        max_pixels: most pixels, width times height; checked before anything is decoded.
-        bound: what the user calls `max_pixels`.
-
-    Raises:
-        UserError: not an image of these formats, larger than `max_pixels`, cut short or damaged.
+    CMYK become RGB; of several frames or pages the first is taken; colour profiles are not applied.
+    `transformers.image_utils.load_image` and `datasets` see the same, but that they show what lies under the transparency,
+    often black, and clip 16 bits.
     """
     try:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
@@ -73,10 +65,8 @@ def open_image(data: bytes, name: str, max_pixels: int, bound: str = "data.max_i
         if "MAX_TEXT" in str(error) and (smaller := _without_texts(data)) != data:
             return open_image(smaller, name, max_pixels, bound)
         raise UserError(f"{name}: not a readable image: it is {_what_it_is(data)}. {_WANTED}") from error
-    raise UserError(
-        f"{name}: {width} x {height} is more than {bound} ({max_pixels}). Make the image smaller, or raise the bound if "
-        "you trust the file."
-    )
+    mend = "Make the image smaller, or raise the bound if you trust the file."
+    raise UserError(f"{name}: {width} x {height} is more than {bound} ({max_pixels}). {mend}")
 
 
 def _as_seen(image: Image.Image, name: str) -> Image.Image:
@@ -85,9 +75,7 @@ def _as_seen(image: Image.Image, name: str) -> Image.Image:
             raise UserError(f"{name}: a TIFF compressed as {codec}, which is not read. Save it as PNG.")
         # NewSubfileType: the first picture is a small copy of another.
         if image.tag_v2.get(254, 0) & 1:  # ty: ignore[missing-attribute] - TIFFs have it
-            raise UserError(
-                f"{name}: a camera's raw file, or one that begins with a small copy. Save it as JPEG or PNG."
-            )
+            raise UserError(f"{name}: a camera's raw file, or one that begins with a small copy. Save it as PNG.")
     several, turn = False, None
     # A GIF's second frame is looked for here, and a PNG's EXIF behind the pixels: a damaged one costs no picture.
     with suppress(Exception):
@@ -105,7 +93,13 @@ def _as_seen(image: Image.Image, name: str) -> Image.Image:
     }
     if image.mode in ("I", "F"):
         raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode}). Convert it to 8 bits.")
-    seen = _eight_bits(image) if image.mode.startswith("I;16") else image
+    seen = image
+    if image.mode.startswith("I;16"):
+        # Scaled: Pillow would clip 16 bits of grey to white, and forget which grey stands for transparent.
+        values = np.asarray(image)
+        seen = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+        if (hidden := image.info.get("transparency")) is not None:
+            seen.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
     # Pillow turns TIFFs itself.
     if turn is not None and image.format != "TIFF":
         seen = seen.transpose(Image.Transpose(turn))
@@ -116,15 +110,6 @@ def _as_seen(image: Image.Image, name: str) -> Image.Image:
     rgb = seen if seen.mode == "RGB" else seen.convert("RGB")
     rgb.info["changes"] = [change for change, made in changes.items() if made]
     return rgb
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits of grey, which Pillow would clip to white, and keep which grey stands for transparent."""
-    values = np.asarray(image)
-    grey = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-    if (hidden := image.info.get("transparency")) is not None:
-        grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
-    return grey
 
 
 def _without_texts(png: bytes) -> bytes:
@@ -146,12 +131,9 @@ def _what_it_is(data: bytes) -> str:
     if data[4:8] == b"ftyp":
         brands = {b"he": "a HEIC photo, as phones take them", b"mi": "a HEIC photo", b"av": f"an AVIF {_DAMAGED}"}
         return brands.get(data[8:10], "a film (MP4 or QuickTime)")
-    try:
-        # Bit by bit, for a character may be cut where the first bytes end.
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:1000]).lower()
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
+    # A character may be cut where the first bytes end.
+    text = data[:1000].decode("utf-8-sig", "replace").rstrip("\ufffd").lower()
+    if not text or "\0" in text or "\ufffd" in text:
         return "of no kind that is known here"
     if text.lstrip().startswith(("<!doctype html", "<html")):
         return "a web page (HTML)"

@@ -49,8 +49,7 @@ class Layout:
     num_tokens: int
     width: int
     dtype: StoreDtype
-    shard_bytes: int = _SHARD_BYTES
-    """About how large a file becomes; one to three shards are in a writing process's memory."""
+    shard_bytes: int = _SHARD_BYTES  # of a file, about; a writing process holds one to three in memory
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -97,17 +96,12 @@ def checksum_of(tensors: Mapping[str, np.ndarray], row: int, image_id: int) -> i
 
 
 class FeatureStore:
-    """Features of images by image id, read from disk only where they are asked for.
-
-    It can be pickled to worker processes: each maps the files anew and the memory is shared.
-    """
+    """Features of images by image id, read from disk only where they are asked for. It can be pickled to worker
+    processes: each maps the files anew and the memory is shared."""
 
     def __init__(self, folder: str | Path, expected: dict[str, Any] | None = None):
         """Map a finished store; `expected` has some of the keys of `EXPECTABLE`, dtypes by name, such as "float32".
-
-        Raises:
-            UserError: it is missing, unfinished, damaged, or not what is expected; the message names what differs.
-        """
+        UserError if it is missing, unfinished, damaged, or not what is expected; the message names what differs."""
         self._folder, self._expected = Path(folder), expected
         path = self._folder / MANIFEST
         self.manifest = read_sealed(path, "a manifest of features", _REMAKE)
@@ -154,11 +148,8 @@ class FeatureStore:
         return self.batch([image_id])[0]
 
     def batch(self, image_ids: Sequence[int]) -> Tensor:
-        """[N, T, D] in `dtype`, a copy, in the order asked for; an id may be asked for more than once.
-
-        Raises:
-            UserError: there is no such image, or its features are not those that were written.
-        """
+        """[N, T, D] in `dtype`, a copy, in the order asked for; an id may be asked for more than once. UserError if there
+        is no such image, or its features are not those that were written."""
         features_NTD = torch.empty(len(image_ids), self.num_tokens, self.width, dtype=self.dtype)
         # numpy copies where torch would start a team of threads for every image, and wait for it on a busy machine.
         target_NTD = as_array(features_NTD)

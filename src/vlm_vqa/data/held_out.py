@@ -14,17 +14,8 @@ if TYPE_CHECKING:
 
 
 def divide(records: "Records", params: Params, folder: Any) -> "tuple[Records, Records]":
-    """Divide the training questions into those that are trained on and the dev part, which has images of its own.
-
-    Pictures of equal bytes go the same way, whatever their ids.
-
-    Args:
-        records: all training questions.
-        folder: the records that they are from.
-
-    Raises:
-        UserError: the dev part would leave nothing to train on.
-    """
+    """Divide all training questions, `records` of a `folder`, into those that are trained on and the dev part, which has
+    images of its own: pictures of equal bytes go the same way. UserError if that would leave nothing to train on."""
     settings = params.validation
     if not settings.questions or settings.from_ is ValidateOn.VAL:
         return records, records.select([])
@@ -33,11 +24,7 @@ def divide(records: "Records", params: Params, folder: Any) -> "tuple[Records, R
 
 
 def validation_questions(params: Params, folder: Any) -> "tuple[Records, Records]":
-    """Return the questions that validate, and those of the trained ones that are measured beside them.
-
-    Raises:
-        UserError: there are not so many.
-    """
+    """Return the questions that validate, and those of the trained ones beside them; UserError if there are not so many."""
     settings, trained = params.validation, load_questions(folder, "train")
     if settings.from_ is ValidateOn.VAL:
         held = load_questions(folder, "val")
@@ -48,14 +35,8 @@ def validation_questions(params: Params, folder: Any) -> "tuple[Records, Records
 
 
 def check_enough(params: Params, train: np.ndarray, val: np.ndarray) -> None:
-    """Refuse to validate on more questions than there are, as the functions above do of records.
-
-    Args:
-        train, val: int64 [questions], the pictures that a split's questions are about.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Refuse to validate on more questions than there are, as the functions above do of records, by a UserError with the
+    key; `train` and `val`, int64 [questions], are the pictures that a split's questions are about."""
     settings = params.validation
     if settings.from_ is ValidateOn.VAL:
         _take(val, params, "questions", "val")
@@ -65,13 +46,11 @@ def check_enough(params: Params, train: np.ndarray, val: np.ndarray) -> None:
 
 
 def _dev_part(pictures: np.ndarray, params: Params) -> np.ndarray:
-    wanted = params.validation.questions
-    chosen = _of_some_images(pictures, wanted, params.seed)
+    chosen = _of_some_images(pictures, wanted := params.validation.questions, params.seed)
     if chosen.all():
-        raise UserError(
-            f"validation.questions is {wanted}, and the images of so many are all that the {len(pictures)} "
-            "training questions have: none is left to train on. Lower it, or set validation.from: val."
-        )
+        all_of_them = f"the images of so many are all that the {len(pictures)} training questions have: none is left"
+        mend = "Lower it, or set validation.from: val."
+        raise UserError(f"validation.questions is {wanted}, and {all_of_them} to train on. {mend}")
     return chosen
 
 
@@ -84,14 +63,8 @@ def _take(image_ids: Sequence[int] | np.ndarray, params: Params, key: str, what:
 
 
 def _of_some_images(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Mark all questions of the first images in random order that have `count` of them and are at least two.
-
-    Args:
-        pictures: int64 [questions], what each is about.
-
-    Returns:
-        bool [questions]; images that share rows cost less, so none is taken in part.
-    """
+    """Mark, bool [questions], all questions of the first images in random order that have `count` of them and are at
+    least two; `pictures`, int64 [questions], is what each is about. No image is taken in part: sharing rows costs less."""
     distinct, place, sizes = np.unique(pictures, return_inverse=True, return_counts=True)
     order = np.random.RandomState(seed).permutation(len(distinct))
     needed = max(int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1, 2)

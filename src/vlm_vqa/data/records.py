@@ -11,7 +11,8 @@ import functools
 import logging
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -74,30 +75,22 @@ def questions_file(split: str) -> str:
 
 def load_questions(folder: str | Path, split: str, columns: list[str] | None = None) -> "datasets.Dataset":
     """Return a split's questions in memory, in the order of its questions file; columns: `question_features`, or some.
-
-    Raises:
-        UserError: the file is missing, damaged or of another schema.
-    """
+    UserError if the file is missing, damaged or of another schema."""
     import datasets
     from datasets.table import InMemoryTable
 
     path = Path(folder) / questions_file(split)
-    with _open_parquet(path, question_features(), read_manifest(folder)["files"]) as file:
-        try:
-            table = file.read(columns)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: cannot be read ({_in_a_line(error)}). {_REMAKE}") from error
+    with (
+        _open_parquet(path, question_features(), read_manifest(folder)["files"]) as file,
+        _readable(f"{path}: cannot be read"),
+    ):
+        table = file.read(columns)
     return datasets.Dataset(InMemoryTable(table), split=datasets.NamedSplit(split))
 
 
 def iter_images(folder: str | Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[ImageRecord]:
-    """Yield images by ascending `image_id`, all or those from place `start` up to, without it, place `stop`.
-
-    Only the row groups that hold them are read, and one is in memory at a time.
-
-    Raises:
-        UserError: a shard is missing, damaged or of another schema.
-    """
+    """Yield images by ascending `image_id`, all or those from place `start` up to, without it, place `stop`. Only the row
+    groups that hold them are read, one at a time. UserError if a shard is missing, damaged or of another schema."""
     first = 0
     for group, read in _row_groups(folder):
         rows = group.num_rows
@@ -126,14 +119,8 @@ def _row_groups(folder: str | Path) -> Iterator[tuple[pq.RowGroupMetaData, Calla
 
 
 def picture_ids(folder: str | Path, split: str, image_ids: Sequence[int]) -> np.ndarray:
-    """Return, for each image id of a split, the first id under which there is a picture of the same bytes.
-
-    Returns:
-        int64 [len(image_ids)]. The shards are read only where the manifest says that the split has such twins.
-
-    Raises:
-        UserError: a shard is missing, damaged or of another schema.
-    """
+    """Return, for each image id of a split, the first id under which there is a picture of the same bytes, int64 [ids].
+    The shards are read only where the manifest says that the split has such twins; UserError as for `iter_images`."""
     found = np.asarray(image_ids, dtype=np.int64)
     if not read_manifest(folder)["pictures"]["twins"][split]:
         return found
@@ -146,20 +133,16 @@ def picture_ids(folder: str | Path, split: str, image_ids: Sequence[int]) -> np.
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Return `manifest.json` of the records.
+    """Return `manifest.json` of the records; UserError if it is missing, damaged, or of another version.
 
-    Keys: `schema_version`; `data_hash`, a hash of all records and image bytes that does not depend on file names,
-    shards or time; `source` and `origin`, where they came from; `splits`, per split the counts `questions`, `images`,
-    `answer_types` (by type), `answers_per_question` (questions by the number of their answers, as text),
-    `unsaid_answers` (questions whose main answer nobody gave), `asked_in_both` (questions whose picture and words stand in
-    the other split too), `dropped` (bad records left out; `dropped_records` names each with its reason) and `inputs` (name
-    and hash of the files read); `images`, the number of images of both splits; `pictures`, how many were `changed` on the
-    way in, by how, and how many are there twice: `twins` by split, `twins_across` splits, `alike_across` them by their
-    looks; `files`, the `sealed.fingerprint` of each Parquet file; `allow_split_overlap`; `notes`, what was changed on the
-    way.
-
-    Raises:
-        UserError: it is missing, damaged, or of another version.
+    Keys: `schema_version`; `data_hash`, a hash of all records and image bytes that does not depend on file names, shards or
+    time; `source` and `origin`, where they came from; `splits`, per split the counts `questions`, `images`, `answer_types`
+    (by type), `answers_per_question` (questions by the number of their answers, as text), `unsaid_answers` (questions whose
+    main answer nobody gave), `asked_in_both` (questions whose picture and words stand in the other split too), `dropped`
+    (bad records left out; `dropped_records` names each with its reason) and `inputs` (name and hash of the files read);
+    `images`, the number of images of both splits; `pictures`, how many were `changed` on the way in, by how, and how many
+    are there twice: `twins` by split, `twins_across` splits, `alike_across` them by their looks; `files`, the
+    `sealed.fingerprint` of each Parquet file; `allow_split_overlap`; `notes`, what was changed on the way.
     """
     path = Path(folder) / MANIFEST
     manifest = read_sealed(path, "a manifest of records", _REMAKE)
@@ -179,8 +162,7 @@ def said_answers(answers: Sequence[str]) -> list[str]:
 
 
 def manifest_for_a_look(folder: str | Path) -> dict[str, Any] | None:
-    """Return the manifest for who only looks ahead, None where there is none; one that cannot be read, which the first
-    stage makes anew, is warned of."""
+    """Return the manifest for who only looks ahead; None where there is none, or, with a warning, none that can be read."""
     if not (Path(folder) / MANIFEST).is_file():
         return None
     try:
@@ -195,18 +177,20 @@ def image_shard(index: int, count: int) -> str:
     return f"images-{index:05d}-of-{count:05d}.parquet"
 
 
-def _in_a_line(error: Exception) -> str:
-    # Arrow's messages have line breaks.
-    return " ".join(str(error).split())
+@contextmanager
+def _readable(problem: str) -> Generator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        # Arrow's messages have line breaks.
+        raise UserError(f"{problem} ({' '.join(str(error).split())}). {_REMAKE}") from error
 
 
 def _open_parquet(path: Path, features: "datasets.Features", files: dict[str, Any]) -> pq.ParquetFile:
-    try:
+    if not path.is_file():
+        raise UserError(f"{path}: missing. {_REMAKE}")
+    with _readable(f"{path}: not a readable Parquet file"):
         file = pq.ParquetFile(open_checked(path, files[path.name], _REMAKE))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing. {_REMAKE}") from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({_in_a_line(error)}). {_REMAKE}") from error
     if type(features).from_arrow_schema(file.schema_arrow) != features:
         file.close()
         raise UserError(f"{path}: columns are not those of the records ({file.schema_arrow.names}). {_REMAKE}")
@@ -214,13 +198,8 @@ def _open_parquet(path: Path, features: "datasets.Features", files: dict[str, An
 
 
 def images_of(folder: str | Path, image_ids: Iterable[int]) -> Iterator[ImageRecord]:
-    """Yield the images of these ids, in ascending order.
-
-    Only the row groups that may hold one are read, by the lowest and highest id that the files' footers note.
-
-    Raises:
-        UserError: there is no such image, or a shard is missing, damaged or of another schema.
-    """
+    """Yield the images of these ids, in ascending order. Only the row groups that may hold one are read, by the lowest
+    and highest id that the files' footers note. UserError as for `iter_images`, and if there is no such image."""
     wanted = sorted(set(image_ids))
     missing = set(wanted)
     for group, read in _row_groups(folder):
@@ -232,15 +211,11 @@ def images_of(folder: str | Path, image_ids: Iterable[int]) -> Iterator[ImageRec
                 missing.discard(image.image_id)
                 yield image
     if missing:
-        raise UserError(
-            f"{folder}: no image {min(missing)} ({len(missing)} missing), which a question is about. {_REMAKE}"
-        )
+        raise UserError(f"{folder}: no image {min(missing)} ({len(missing)} missing) of the questions. {_REMAKE}")
 
 
 def _read_group(file: pq.ParquetFile, path: Path, group: int, rows: range) -> Iterator[ImageRecord]:
-    try:
+    with _readable(f"{path}: row group {group} cannot be read"):
         columns = file.read_row_group(group, columns=["image_id", "file_name", "image"])
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: row group {group} cannot be read ({_in_a_line(error)}). {_REMAKE}") from error
     for image_id, file_name, image in zip(*columns.slice(rows.start, len(rows)).to_pydict().values(), strict=True):
         yield ImageRecord(image_id, file_name, image["bytes"])

@@ -21,10 +21,8 @@ from vlm_vqa.prefetch import ordered_map
 MOST_THREADS = 8  # that decode: each holds a batch of images' pixels, and some of the work holds Python's lock
 
 
-Batch = tuple[int, list[ImageRecord]]
-"""A shard's number and some of its images; its last batch may have fewer than the others."""
-Prepared = tuple[int, list[int], Tensor]
-"""The same with the images' ids, and what the model reads of them: float32 [N, C, H, W]."""
+Batch = tuple[int, list[ImageRecord]]  # a shard's number and some of its images
+Prepared = tuple[int, list[int], Tensor]  # the same with their ids, and what the model reads: float32 [N, C, H, W]
 
 
 def extract(
@@ -36,16 +34,9 @@ def extract(
     max_pixels: int,
     on_images: Callable[[int], object],
 ) -> None:
-    """Make shards. A batch never reaches beyond a shard, so its composition depends on the data and `batch_size` alone.
-
-    Args:
-        numbers: which shards; the next one is asked for when its first image is to be decoded.
-        images_of: the images at some places of the data's order.
-        on_images: is told how many more images have been looked at.
-
-    Raises:
-        UserError: an image cannot be decoded or is larger than `max_pixels`; or as `Shard.add`.
-    """
+    """Make the shards `numbers`; the next is asked for when its first image is to be decoded. `images_of` gives the
+    images at some places of the data's order; `on_images` is told how many more were looked at. A batch never reaches
+    beyond a shard, so it depends on the data and `batch_size` alone. UserError as for `preprocessed` and `Shard.add`."""
 
     def batches() -> Iterator[Batch]:
         for number in numbers:
@@ -67,15 +58,10 @@ def extract(
 
 
 def preprocessed(batches: Iterable[Batch], encoder: Encoder, max_pixels: int) -> Generator[Prepared]:
-    """Decode and preprocess images in threads, ahead of what is asked for.
-
-    There is one thread a core that torch uses, `MOST_THREADS` at most, and one batch more under way or waiting than
-    there are threads. A thread holds one decoded image at a time. Close the iterator when you leave it early: that ends
-    the threads.
-
-    Raises:
-        UserError: an image cannot be decoded or is larger than `max_pixels`; in its batch's turn.
-    """
+    """Decode and preprocess images in threads, ahead of what is asked for: one thread a core that torch uses,
+    `MOST_THREADS` at most, each with one decoded image at a time, and one batch more under way or waiting than there are
+    threads. Close the iterator when you leave it early: that ends the threads. UserError, in its batch's turn, if an
+    image cannot be decoded or is larger than `max_pixels`."""
 
     def prepare(batch: Batch) -> Prepared:
         shard, images = batch

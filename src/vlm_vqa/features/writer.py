@@ -38,15 +38,18 @@ class Shard:
         self.number, self.dtype, count = number, layout.dtype, len(layout.places(number))
         self.image_ids: list[int] = []
         self.tensors = {name: torch.empty(count, *shape, dtype=kind) for name, (kind, shape) in layout.tensors.items()}
-        """What its file will hold, by name."""
 
     def add(self, image_ids: Sequence[int], features_NTD: Tensor) -> None:
-        """Add features [N, T, D] of any floating type and device, rounded to the store's type.
-
-        Raises:
-            UserError: an image does not come after those before it, or its features are not finite in the store's type.
-        """
-        stored = _stored(features_NTD.detach(), self.dtype)
+        """Add features [N, T, D] of any floating type and device, rounded to the store's type. UserError if an image does
+        not come after those before it, or its features are not finite in the store's type."""
+        if self.dtype is StoreDtype.INT8:
+            features_NTD = features_NTD.detach().float()
+            scales_NT = features_NTD.abs().amax(-1) / 127
+            # A token of zeros has the scale 0.
+            divisors_NT1 = scales_NT.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+            stored = {"features": (features_NTD / divisors_NT1).round().to(torch.int8), "scales": scales_NT}
+        else:
+            stored = {"features": features_NTD.detach().to(getattr(torch, self.dtype.value))}
         place = slice(len(self.image_ids), len(self.image_ids) + len(image_ids))
         for name, values in stored.items():
             room = self.tensors[name][place]
@@ -58,48 +61,21 @@ class Shard:
             if self.image_ids and image_id <= self.image_ids[-1]:
                 raise UserError(f"image {image_id} follows image {self.image_ids[-1]}; ids must ascend. {_RECORDS}")
             if not finite:
-                raise UserError(
-                    f"image {image_id}: its features are not finite as {self.dtype.value}. Set "
-                    "vision.store_dtype and vision.compute_dtype to float32 or bfloat16."
-                )
+                mend = "Set vision.store_dtype and vision.compute_dtype to float32 or bfloat16."
+                raise UserError(f"image {image_id}: its features are not finite as {self.dtype.value}. {mend}")
             self.image_ids.append(image_id)
-
-    def index(self) -> dict[str, Tensor]:
-        """Return what its file holds beside the features: ids and checksums of its images, int64 [images]."""
-        arrays = {name: as_array(tensor) for name, tensor in self.tensors.items()}
-        sums = [checksum_of(arrays, row, image_id) for row, image_id in enumerate(self.image_ids)]
-        return {
-            "image_ids": torch.tensor(self.image_ids),
-            "checksums": torch.from_numpy(np.array(sums, np.uint64).view(np.int64)),
-        }
-
-
-def _stored(features_NTD: Tensor, dtype: StoreDtype) -> dict[str, Tensor]:
-    """Bring features to what a shard holds of them, by name."""
-    if dtype is not StoreDtype.INT8:
-        return {"features": features_NTD.to(getattr(torch, dtype.value))}
-    features_NTD = features_NTD.float()
-    scales_NT = features_NTD.abs().amax(-1) / 127
-    # A token of zeros has the scale 0.
-    divisors_NT1 = scales_NT.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    return {"features": (features_NTD / divisors_NT1).round().to(torch.int8), "scales": scales_NT}
 
 
 class FeatureStoreWriter:
-    """Makes a store of shards that come from any number of processes, in any order, over any number of runs.
-
-    Finished shards are sealed (size and SHA-256) and lie in `FOLDER.parts/KEY`, where KEY names all that decides their
-    bytes. One process calls `begin`, then all of them `write`, then that one `publish`.
-    """
+    """Makes a store of shards that come from any number of processes, in any order, over any number of runs. Finished
+    shards are sealed (size and SHA-256) and lie in `FOLDER.parts/KEY`, where KEY names all that decides their bytes. One
+    process calls `begin`, then all of them `write`, then that one `publish`."""
 
     def __init__(
         self, folder: str | Path, layout: Layout, made_by: dict[str, Any], computed_by: dict[str, Any] | None = None
     ):
-        """
-        Args:
-            made_by: goes into the manifest as it is; holds `encoder_hash`, `data_hash` and `compute_dtype`.
-            computed_by: what else decides the bytes: another value makes no use of the shards of an earlier run.
-        """
+        """`made_by` goes into the manifest as it is, and holds `encoder_hash`, `data_hash` and `compute_dtype`.
+        `computed_by` is what else decides the bytes: another value makes no use of the shards of an earlier run."""
         self.layout, self._folder, self._made_by = layout, Path(folder), made_by
         described = asdict(layout) | {"dtype": layout.dtype.value}
         self._root = self._folder.with_name(f"{self._folder.name}.parts")
@@ -107,10 +83,7 @@ class FeatureStoreWriter:
 
     def begin(self) -> list[int]:
         """Remove the store that is there and what is left of other runs; return the shards that are still to be written.
-
-        Raises:
-            UserError: the disk has too little room, or another process is at work on this store.
-        """
+        UserError if the disk has too little room, or another process is at work on this store."""
         for folder in (self._parts, self._folder):
             folder.mkdir(parents=True, exist_ok=True)
         # For as long as this process runs: a killed launch may have left one at work.
@@ -131,7 +104,21 @@ class FeatureStoreWriter:
         missing = [number for number, done in enumerate(whole) if not done]
         if any(whole):
             logger.info("%s: going on after %d of %d shards", self._parts, sum(whole), self.layout.shards)
-        self._check_disk(missing)
+        needed = {self._parts: sum(map(self.layout.disk_bytes, missing))}
+        size = needed[self._parts] / 2**20
+        logger.info("%d of %d shards to write, %.1f MiB", len(missing), self.layout.shards, size)
+        if self._folder.stat().st_dev != self._parts.stat().st_dev:
+            # There are no links from one file system to another: it takes whole copies.
+            needed[self._folder] = sum(map(self.layout.disk_bytes, range(self.layout.shards)))
+        for folder, wanted in needed.items():
+            tempfile.TemporaryFile(dir=folder).close()
+            free = shutil.disk_usage(folder).free
+            if wanted > free:
+                raise UserError(
+                    f"{folder}: the disk is full before the features are written: {wanted / 2**20:,.1f} MiB more are "
+                    f"needed, {free / 2**20:,.1f} are free. Free some space, or set vision.store_dtype to int8 (half of 16 "
+                    "bits), then run `dvc repro` again."
+                )
         return missing
 
     def write(self, shard: Shard) -> None:
@@ -139,9 +126,12 @@ class FeatureStoreWriter:
         expected, found = len(self.layout.places(shard.number)), len(shard.image_ids)
         if found != expected:
             raise UserError(f"shard {shard.number}: {found} images came where the records count {expected}. {_RECORDS}")
+        arrays = {name: as_array(tensor) for name, tensor in shard.tensors.items()}
+        sums = [checksum_of(arrays, row, image_id) for row, image_id in enumerate(shard.image_ids)]
+        checksums = torch.from_numpy(np.array(sums, np.uint64).view(np.int64))
         path = self._parts / self.layout.name(shard.number)
         with aside(path) as part:
-            save_file({**shard.tensors, **shard.index()}, part)
+            save_file(shard.tensors | {"image_ids": torch.tensor(shard.image_ids), "checksums": checksums}, part)
             part.chmod(0o644)  # safetensors makes files that only their owner can read
             seal = {"file": path.name, "images": found, "bytes": part.stat().st_size, "sha256": sha256_file(part)}
         write_sealed(path.with_suffix(".json"), seal)
@@ -174,21 +164,3 @@ class FeatureStoreWriter:
         for left in (part, part.with_suffix(".json")):
             left.unlink(missing_ok=True)
         return False
-
-    def _check_disk(self, missing: Sequence[int]) -> None:
-        """Refuse to begin what the disk cannot take; a disk that cannot be written raises its own error."""
-        needed = {self._parts: sum(map(self.layout.disk_bytes, missing))}
-        size = needed[self._parts] / 2**20
-        logger.info("%d of %d shards to write, %.1f MiB", len(missing), self.layout.shards, size)
-        if self._folder.stat().st_dev != self._parts.stat().st_dev:
-            # There are no links from one file system to another: it takes whole copies.
-            needed[self._folder] = sum(map(self.layout.disk_bytes, range(self.layout.shards)))
-        for folder, wanted in needed.items():
-            tempfile.TemporaryFile(dir=folder).close()
-            free = shutil.disk_usage(folder).free
-            if wanted > free:
-                raise UserError(
-                    f"{folder}: the disk is full before the features are written: {wanted / 2**20:,.1f} MiB more are "
-                    f"needed, {free / 2**20:,.1f} are free. Free some space, or set vision.store_dtype to int8 (half of 16 "
-                    "bits), then run `dvc repro` again."
-                )

@@ -1,7 +1,4 @@
-"""What data must hold before anything is made of it.
-
-Every violation is collected, so that one run shows all that is wrong, each with its file and id; the end is one `UserError`.
-"""
+"""What data must hold before anything is made of it: one run shows every violation, each with its file and id."""
 
 import sys
 from collections import Counter, defaultdict
@@ -132,8 +129,6 @@ class MalformedRecord(Exception):
 
 
 class Row(NamedTuple):
-    """One question."""
-
     where: str  # file and id, for messages
     image_name: str
     record: dict[str, Any]  # as `records.question_features`
@@ -141,13 +136,10 @@ class Row(NamedTuple):
 
 @dataclass
 class Split:
-    """One split of a source."""
-
     split: str
     name: str  # the file or files of its questions, for messages
     images: Sequence[Path]  # folders of images and zip archives of them
-    rows: Callable[[Violations], Iterator[Row]]
-    """Yields the questions in the file's order; what is wrong becomes a violation."""
+    rows: Callable[[Violations], Iterator[Row]]  # in the file's order; what is wrong becomes a violation
     inputs: dict[str, Path] = field(default_factory=dict)  # the files read, by what they hold
 
 
@@ -156,18 +148,15 @@ class Source:
     """Data ready to be checked and stored."""
 
     name: str  # the value of `data.source`
-    origin: dict[str, Any]
-    """What identifies the data beyond the files read (a package and its version, say); kept in the manifest."""
+    origin: dict[str, Any]  # what identifies the data beyond the files read; kept in the manifest
     splits: tuple[Split, ...]
     notes: tuple[str, ...] = ()  # what was changed before the rows; kept in the manifest
 
 
 def answered(question: str, given: Any, kinds: Sequence[str], main: str) -> dict[str, Any]:
-    """Return the part of a record that is about the answers; what is not given is filled in.
-
-    The taught answer is the main one where it is given, else the most common one that says something, the earlier first.
-    `given` is what `read_answers` returns, `kinds` the types of question and answer; what is blank is not given.
-    """
+    """Return the part of a record that is about the answers; what is not given, or blank, is filled in. `given` is what
+    `read_answers` returns, `kinds` the types of question and answer. The taught answer is the main one, else the most
+    common one that says something, the earlier first."""
     answers, confidences = given
     if not any(map(str.strip, answers)):
         raise MalformedRecord(ViolationKind.NO_ANSWER, f"its answers are {list(answers)!r:.60}")
@@ -190,10 +179,8 @@ def as_question(value: Any) -> str:
 
 
 def read_answers(items: Sequence[Any], text: Callable[[Any, str], str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return answers, and how sure who gave them was: none where it is nowhere said.
-
-    Items are texts, or objects with `answer` and `answer_confidence`; `text` makes a text of a value that is called so.
-    """
+    """Return answers, and how sure who gave them was, if that is said. Items are texts, or objects with `answer` and
+    `answer_confidence`; `text` makes a text of a value that is called so."""
     given = [item if isinstance(item, dict) else {"answer": item} for item in items]
     # Interned, because a few thousand different strings make up VQAv2's 13 million.
     said = tuple(sys.intern(text(one.get("answer"), "an answer")) for one in given)

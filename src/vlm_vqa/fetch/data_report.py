@@ -1,8 +1,5 @@
-"""The page about the data, `data/records/report.html`: what is in there, what it looks like, what was changed or left out.
-
-It is hashed with the records, so equal data give equal bytes: no time, no host, no file outside, pictures inside. Numbers
-are made here; words and markup stand in `data_report.html.j2`, which escapes every text of the data.
-"""
+"""The page about the data, `data/records/report.html`: numbers for `data_report.html.j2`, which escapes every text of the
+data. It is hashed with the records, so equal data give equal bytes: no time, no host, pictures inside."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,8 +18,7 @@ _COLOURS = ("#3b6fb6", "#e08a3c")
 
 
 def render_report(manifest: Mapping[str, Any], splits: Mapping[str, Texts], images: Images, max_pixels: int) -> str:
-    """Return the page as HTML: of the records' manifest, of what was counted by split, and of the images of both splits,
-    with the pictures of all examples; `max_pixels` is as for `decoding.open_image`."""
+    """Return the page as HTML, of the records' manifest and of what was counted by split and of the images."""
     pages = page.environment(Path(__file__).parent)
     pages.filters |= {"thousands": "{:,}".format, "counted": _counted, "flatten": flatten}
     pages.globals |= {"shares": _shares, "mean": mean, "some": _some, "total": total}  # ty: ignore[unsupported-operator] - typed by jinja2's own
@@ -49,10 +45,8 @@ def _counted(answers: Sequence[str]) -> str:
 
 
 def _shares(counts: Sequence[Counter[Any]], last: int | None = None) -> dict[str, Any]:
-    """Return values with their shares in each split, the greatest share, and how many values are left.
-
-    They are the most common ones over all splits; or, where there is a `last`, all numbers, and that counts greater ones.
-    """
+    """Return the most common values over all splits, or up to `last`, which counts greater ones, all numbers; with their
+    shares in each split, the greatest share, and how many values are left."""
     if last is not None:
         counts = [Counter(min(value, last) for value in count.elements()) for count in counts]
     together = sum(counts, Counter())
@@ -70,9 +64,7 @@ def _images(images: Images, pictures: Mapping[str, Any]) -> dict[str, str]:
         pixels[width * height] += count
     # Equal counts in the order of the sizes, whatever came first.
     common = sorted(images.sizes, key=lambda size: (-images.sizes[size], size))[:5]
-    twins = {
-        f"the bytes of an earlier image of {split}, another id": count for split, count in pictures["twins"].items()
-    }
+    twins = {f"the bytes of an earlier image of {split}, another id": n for split, n in pictures["twins"].items()}
     across = {"in both splits": "twins_across", "in both splits by their looks alone": "alike_across"}
     counts = {f"changed: {change}": count for change, count in pictures["changed"].items()} | twins
     counts |= {f"the same picture under two ids {where}": pictures[key] for where, key in across.items()}

@@ -134,29 +134,25 @@ def _json(text: str) -> Head:
     return [one for one in found if isinstance(one, dict)]
 
 
-# --- a folder -----------------------------------------------------------------------------------------------------------
-
-
 class Found(NamedTuple):
-    """What was recognised."""
-
     what: str
     data: dict[str, Any]  # keys of the `data` section that read it; the others stay as they are
     unsure: dict[str, str]  # why a key's value may be wrong, by its full name
 
 
 def recognise(path: Path) -> Found:
-    """Tell what a file of questions is, or a folder with one, and how it is read.
-
-    Raises:
-        UserError: there is nothing to read, or it is not clear which files are meant; it says what to do.
-    """
+    """Tell what a file or folder of questions is, and how it is read; UserError if it is not clear which files are meant."""
     if not path.exists():
-        raise UserError(
-            f"{path}: there is no such file or folder. Mend the path; a hub repository is named OWNER/NAME."
-        )
+        mend = "Mend the path; a hub repository is named OWNER/NAME."
+        raise UserError(f"{path}: there is no such file or folder. {mend}")
     folder = path if path.is_dir() else path.parent
-    files = list(islice(_files(folder), _MOST_FILES))
+    files: list[PurePath] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        inside = PurePath(os.path.relpath(place, folder))
+        files += (inside / name for name in sorted(names) if not name.startswith("."))
+        if len(files) > _MOST_FILES:
+            break
     heads = {name: head(folder / name) for name in files if name.suffix.lower() in TABLES}
     official = {name: one for name, one in heads.items() if _role(one) in ("questions", "annotations")}
     tables = {name: one for name, one in heads.items() if _role(one) == "table"}
@@ -180,14 +176,6 @@ def recognise(path: Path) -> Found:
         f"{path}: no questions with answers in {', '.join(TABLES)}, and {len(pictures)} pictures.{next(others, '')} Unpack "
         f"archives, and write a table beside the pictures, such as questions.csv:\n{example}"
     )
-
-
-def _files(folder: Path) -> Iterator[PurePath]:
-    """Yield the files below a folder, relative to it, hidden ones left out."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        inside = PurePath(os.path.relpath(place, folder))
-        yield from (inside / name for name in sorted(names) if not name.startswith("."))
 
 
 def _split(name: PurePath) -> str | None:
@@ -234,15 +222,20 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
     if len(heads) == 1:
         train, val = [*heads], []
     if len(train) != 1 or len(val) > 1:
-        raise UserError(
-            f"{folder}: it is not clear which of {shown(heads)} are for training and which for validation. Name one file, "
-            "or call two of them train and val with their endings."
-        )
+        mend = "Name one file, or call two of them train and val with their endings."
+        raise UserError(f"{folder}: it is not clear which of {shown(heads)} are for training or validation. {mend}")
     if val and not names["val"]:
         unsure["data.table.val"] = _TEST
     if rest := [name for name in heads if name not in train + val]:
         unsure["data.table.train"] = f"nothing is read from {shown(rest)}"
-    columns = _columns(_names(heads[train[0]]), unsure)
+    there = {name.strip().lower(): name for name in reversed(_names(heads[train[0]]))}
+    found = {role: [there[name] for name in usual if name in there] for role, usual in USUAL.items()}
+    for role in ("image", "question", "answers"):
+        if len(found[role]) > 1:
+            unsure[f"data.table.columns.{role}"] = f"{shown(found[role][1:])} could be meant too"
+    # Many data sets call their pictures by numbers alone.
+    found["image"] = found["image"] or found["image_id"]
+    columns = {role: one[0] if one else None for role, one in found.items()}
     image, places, pattern = columns["image"], [], None
     for split, name in zip(("train", "val"), train + val, strict=False):
         values = [one[image] for one in heads[name] if image and one.get(image) not in (None, "")]
@@ -251,29 +244,13 @@ def _table(folder: Path, files: list[PurePath], heads: dict[PurePath, Head]) -> 
             places.append(place)
     first, second = (str(name[0]) if name else None for name in (train, val))
     table: dict[str, Any] = {"train": first, "val": second, "val_share": None if val else 0.2, "val_seed": 0}
-    table |= {"images": _together(places), "image_name": pattern, "columns": columns}
+    # `{split}` stands for train or val; of two other places the folder with both is looked through.
+    images = places[0] if len(set(places)) == 1 else None
+    if len(set(places)) == 2:
+        named = places[0].replace("train", "{split}")
+        images = named if named == places[1].replace("val", "{split}") else "." if "." in places else places
+    table |= {"images": images, "image_name": pattern, "columns": columns}
     return Found(_kind(heads[train[0]]), {"source": "table", "table": table}, unsure)
-
-
-def _columns(names: list[str], unsure: dict[str, str]) -> dict[str, str | None]:
-    """Return a table's columns by what they hold."""
-    there = {name.strip().lower(): name for name in reversed(names)}
-    found = {role: [there[name] for name in usual if name in there] for role, usual in USUAL.items()}
-    for role in ("image", "question", "answers"):
-        if len(found[role]) > 1:
-            unsure[f"data.table.columns.{role}"] = f"{shown(found[role][1:])} could be meant too"
-    # Many data sets call their pictures by numbers alone.
-    found["image"] = found["image"] or found["image_id"]
-    return {role: one[0] if one else None for role, one in found.items()}
-
-
-def _together(places: list[str]) -> str | list[str] | None:
-    """Return where the pictures of both splits are; `{split}` stands for train or val, and the reader looks into folders."""
-    if len(set(places)) < 2:
-        return places[0] if places else None
-    if (named := places[0].replace("train", "{split}")) == places[1].replace("val", "{split}"):
-        return named
-    return "." if "." in places else places
 
 
 def _images(

@@ -1,18 +1,29 @@
-"""What is kept of questions and images that have been stored: one pass over them, a few MB whatever their number."""
+"""What is kept of questions and images that have been stored, in one pass over them: a few MB, and 0.3 kB a picture.
+
+Pictures that stand in both splits under two ids are told by their bytes, and by how they look: by `imagehash.phash` and,
+since it knows no colours, by the mean colours of 8 x 8 fields.
+"""
 
 import hashlib
 import json
 import zlib
 from bisect import insort
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
+
+import imagehash
+import numpy as np
+from PIL import Image
 
 from vlm_vqa.fetch.contract import Split
-from vlm_vqa.fetch.lookalikes import Look, Lookalikes
 
 _EXAMPLES = 6
+# Copies of photos, encoded again or in another size, mostly stay within both (tests/fetch/test_lookalikes.py). Drawings
+# such as easy-VQA's differ in few bits of the first; by both, none of its val pictures looks like one of train.
+_BITS, _COLOUR = 6, 10
+_FIELDS = 8
 _Row = dict[str, Any]
 
 
@@ -84,20 +95,77 @@ class Texts:
         return list(chosen.values())[:_EXAMPLES]
 
 
+class Look(NamedTuple):
+    bits: bytes  # its perceptual hash, 64 bits
+    colours: bytes  # mean colours, `_FIELDS` x `_FIELDS` x RGB
+
+
+def look(image: Image.Image) -> Look:
+    """Return how an RGB picture looks, from 256 x 256 of its pixels: all of them take five times as long."""
+    small = image.resize((256, 256), Image.Resampling.NEAREST).reduce(4)
+    fields = small.resize((_FIELDS, _FIELDS), Image.Resampling.BOX)
+    return Look(np.packbits(imagehash.phash(small).hash).tobytes(), fields.tobytes())
+
+
+class Lookalikes:
+    """Compares the pictures of two splits; 0.3 kB a picture."""
+
+    def __init__(self, splits: Sequence[Collection[int]]):
+        """Take the ids of the images of each."""
+        self.splits = splits
+        self.twins = [0, 0]  # images of each split whose bytes are those of an earlier one of it, under another id
+        self._first: tuple[dict[str, int], dict[str, int]] = {}, {}  # by split and hash the first image's id
+        self._looks: list[tuple[int, Look]] = []
+
+    def add(self, image_id: int, sha256: str, look: Look) -> None:
+        """Take one picture; each comes once."""
+        for split, ids in enumerate(self.splits):
+            if image_id in ids:
+                self.twins[split] += self._first[split].setdefault(sha256, image_id) != image_id
+        self._looks.append((image_id, look))
+
+    def equal(self) -> list[tuple[int, int]]:
+        """Return pairs of ids, of the first split and the second, whose pictures have the same bytes."""
+        train, val = self._first
+        pairs = ((train.get(sha256), image_id) for sha256, image_id in val.items())
+        return [(first, second) for first, second in pairs if first is not None and first != second]
+
+    def near(self) -> list[tuple[int, int]]:
+        """Return pairs as `equal` does whose pictures look alike, the nearest one for each of the second split, nearest
+        first."""
+        known = {second for _, second in self.equal()}
+        first: dict[Look, int] = {}
+        second: dict[Look, list[int]] = defaultdict(list)
+        for image_id, seen in self._looks:
+            if image_id in self.splits[0]:
+                first.setdefault(seen, image_id)
+            elif image_id not in known:
+                second[seen].append(image_id)
+        ids = list(first.values())
+        bits = np.array([seen.bits for seen in first], "V8").view(np.uint64)
+        colours = np.frombuffer(b"".join(seen.colours for seen in first), np.uint8).reshape(len(ids), 3 * _FIELDS**2)
+        found = []
+        for seen, images in second.items():
+            alike = np.flatnonzero(np.bitwise_count(bits ^ np.frombuffer(seen.bits, np.uint64)) <= _BITS)
+            differing = colours[alike].astype(np.int16) - np.frombuffer(seen.colours, np.uint8)
+            worst = np.abs(differing).max(axis=1, initial=0)
+            if len(alike) and worst.min() <= _COLOUR:
+                found += [(int(worst.min()), ids[alike[worst.argmin()]], image_id) for image_id in images]
+        return [(one, other) for _, one, other in sorted(found)]
+
+
 class Images:
     """The images of both splits."""
 
     def __init__(self, lookalikes: Lookalikes, wanted: set[int]):
         self.lookalikes = lookalikes
-        self.wanted, self.pictures = wanted, dict[int, bytes]()
-        """Ids of the images that the report shows, and their files by id."""
+        self.wanted, self.pictures = wanted, dict[int, bytes]()  # ids of what the report shows, and files by id
         self.digest = hashlib.sha256()
         self.count = self.bytes = 0
         self.sizes = Counter[tuple[int, int]]()  # images by (width, height)
         self.changes = Counter[str]()  # images by what was changed beside decoding, as `decoding.open_image` says it
         self.alike: list[tuple[int, int]] = []  # ids of pictures that look alike, of the first split and the second
-        self.bad: dict[int, tuple[Any, str]] = {}
-        """Images that are dropped with their questions: the kind of violation, and its words, by id."""
+        self.bad: dict[int, tuple[Any, str]] = {}  # of images dropped with their questions: violation and its words
         self.conflicts: set[int] = set()  # ids that stand for different images
 
     def add(self, row: _Row, changes: Iterable[str], look: Look) -> None:

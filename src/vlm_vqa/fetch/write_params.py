@@ -22,11 +22,8 @@ _IMAGES = 200  # pictures that `init` looks at; `check` looks at all
 
 
 def init(path: Path, preset: str, force: bool, target: Path = Path("params.yaml")) -> list[str]:
-    """Write `target` for the questions at `path`, and return what is to be said about them.
-
-    Raises:
-        UserError: there are none, or it is not clear which; or `target` was edited, and `force` is not given.
-    """
+    """Write `target` for the questions at `path`, and return what is to be said about them; UserError if there are none,
+    or it is not clear which, or `target` was edited and `force` is not given."""
     presets = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
     if preset not in presets:
         known = ", ".join(presets) or "in presets/: run from the project's root folder"
@@ -51,7 +48,18 @@ def init(path: Path, preset: str, force: bool, target: Path = Path("params.yaml"
     with aside(target) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
         load_params(unfinished)
-    return _said(path, found, values["data"]["directory"], seen)
+    lines = [f"{path} is {found.what}; params.yaml reads it as data.source: {found.data['source']}."]
+    lines += [f"unsure: {key}: {why}. Look at it in params.yaml." for key, why in found.unsure.items()]
+    if seen is not None:
+        texts, directory = seen.texts.items(), values["data"]["directory"]
+        counts = [f"{text.questions} questions on {len(text.images)} images for {split}" for split, text in texts]
+        lines.append(f"{' and '.join(counts)}; of the images, up to {_IMAGES} were looked at.")
+        if not Path(directory).is_absolute():
+            add = f"dvc add {directory} && git add {directory}.dvc .gitignore"
+            lines.append(f"before experiments in copies (`dvc exp run --temp`, `--queue`): {add}")
+        if seen.violations:
+            return [*lines, seen.violations.text(), "next: mend that, then: vlm-vqa check, and: make repro"]
+    return [*lines, 'next: make repro, then: vlm-vqa ask PICTURE "QUESTION"']
 
 
 def _repository(name: str) -> Found:
@@ -95,36 +103,18 @@ def _fitting(params: Params, seen: Inspection | None, unsure: dict[str, str]) ->
     changed["prompt.text_length"] = max(params.prompt.text_length, 32 * math.ceil(most / 32))
     changed["evaluation.max_new_tokens"] = HELM_MAX_TOKENS
     changed["evaluation.helm_instances"] = min(params.evaluation.helm_instances, others or 1)
-    return changed | _validation(params, questions, epochs * steps)
-
-
-def _validation(params: Params, questions: int, steps: int) -> dict[str, int | str]:
-    """Return what validates of so many training questions: a tenth at most, five times at least."""
+    # A tenth of the training questions validates at most, five times at least.
     settings = params.validation
     held = min(settings.questions, questions // 10)
     if held < _LEAST_HELD:
-        return {"validation.questions": 0, "validation.train_questions": 0, "validation.keep": Keep.LAST.value}
-    return {
+        off = {"validation.questions": 0, "validation.train_questions": 0, "validation.keep": Keep.LAST.value}
+        return changed | off
+    return changed | {
         "validation.questions": held,
         "validation.train_questions": min(settings.train_questions, held),
-        "validation.every_steps": min(settings.every_steps, max(steps // 5, 1)),
+        "validation.every_steps": min(settings.every_steps, max(epochs * steps // 5, 1)),
         "validation.keep": settings.keep.value if held >= _LEAST_TO_CHOOSE else Keep.LAST.value,
     }
-
-
-def _said(path: Path, found: Found, directory: str, seen: Inspection | None) -> list[str]:
-    lines = [f"{path} is {found.what}; params.yaml reads it as data.source: {found.data['source']}."]
-    lines += [f"unsure: {key}: {why}. Look at it in params.yaml." for key, why in found.unsure.items()]
-    if seen is not None:
-        texts = seen.texts.items()
-        counts = [f"{text.questions} questions on {len(text.images)} images for {split}" for split, text in texts]
-        lines.append(f"{' and '.join(counts)}; of the images, up to {_IMAGES} were looked at.")
-        if not Path(directory).is_absolute():
-            add = f"dvc add {directory} && git add {directory}.dvc .gitignore"
-            lines.append(f"before experiments in copies (`dvc exp run --temp`, `--queue`): {add}")
-    if seen is not None and seen.violations:
-        return [*lines, seen.violations.text(), "next: mend that, then: vlm-vqa check, and: make repro"]
-    return [*lines, 'next: make repro, then: vlm-vqa ask PICTURE "QUESTION"']
 
 
 def _with(text: str, key: str, value: str) -> str:

@@ -1,8 +1,7 @@
 """From a source to `data/records`: read, check the contract, store. The format stands in `vlm_vqa.data.records`.
 
-Texts go first, split by split, then every image once, decoded in threads and stored as the bytes it was. No more than a
-row group's images and the few that are being decoded are in memory. From the first violation on nothing more is stored,
-but all is still checked.
+Texts go first, then every image once, decoded in threads and stored as the bytes it was. No more than a row group's images
+and the few that are being decoded are in memory. After the first violation all is still checked, but nothing stored.
 """
 
 import logging
@@ -28,10 +27,9 @@ from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch.contract import ReadAgain, Row, Source, Split, ViolationKind, Violations
 from vlm_vqa.fetch.data_report import ALIKE_SHOWN, render_report
-from vlm_vqa.fetch.lookalikes import Look, Lookalikes, look
 from vlm_vqa.fetch.sources import open_source
 from vlm_vqa.fetch.sources.image_files import ImageFiles, MissingImage
-from vlm_vqa.fetch.statistics import Images, Texts
+from vlm_vqa.fetch.statistics import Images, Look, Lookalikes, Texts, look
 from vlm_vqa.files import claim
 from vlm_vqa.hashing import hash_json, sha256_bytes, sha256_file
 from vlm_vqa.params import DataParams, Doubtful
@@ -40,8 +38,7 @@ from vlm_vqa.sealed import PART, fingerprint, publish, scratch, write_sealed
 
 log = logging.getLogger(__name__)
 
-_HASHED_VERSION = 1
-"""Of what `data_hash` is made of: raised when records mean something else, not when they are written in another way."""
+_HASHED_VERSION = 1  # of what `data_hash` is made of: raised when records mean something else
 _QUESTIONS_PER_GROUP = 10_000
 # Small groups, so that images can be streamed; few large files, because DVC is slow with many.
 _IMAGES_PER_GROUP = 100
@@ -50,19 +47,13 @@ _BYTES_PER_SHARD = 512 * 2**20
 
 
 def fetch(data: DataParams, folder: str | Path) -> dict[str, Any]:
-    """Read and check the data that `data` names, store them in `folder`, and return their manifest.
-
-    What stood in `folder` before is replaced only after everything has been checked and written, the manifest last.
-
-    Raises:
-        UserError: the source is not there, or its data break the contract; every violation is named. Or another process is
-            at work in `folder`.
-    """
+    """Read and check the data that `data` names, store them in `folder`, and return their manifest. What stood there
+    before is replaced only after everything has been checked and written, the manifest last. UserError if the source is
+    not there, its data break the contract (every violation is named), or another process is at work in `folder`."""
     folder = Path(folder)
     busy = f"{folder}: another fetch-vqav2 is writing there. Wait for its end, or end it, then run `dvc repro` again."
     folder.mkdir(parents=True, exist_ok=True)
-    # The lock lies beside the folder, which DVC removes before the stage runs; unfinished records inside, for it may be a
-    # disk of its own.
+    # The lock lies beside the folder, which DVC removes before it runs the stage; unfinished records inside, on its disk.
     with (
         claim(folder.with_name(f"{folder.name}.lock"), busy),
         open_source(data, folder) as source,
@@ -99,27 +90,27 @@ def _store(source: Source, data: DataParams, part: Path) -> dict[str, Any]:
             "twins_across": len(images.lookalikes.equal()),
             "alike_across": len(images.alike),
         },
-        "splits": {split: _summary(text, violations.dropped_records(split)) for split, text in texts.items()},
+        "splits": {
+            split: {
+                "questions": text.questions,
+                "images": len(text.images),
+                "answer_types": dict(text.answer_types),
+                "answers_per_question": {str(count): number for count, number in sorted(text.humans.items())},
+                "unsaid_answers": len(text.unsaid_answers),
+                "asked_in_both": text.asked_in_both,
+                "dropped": len(dropped := violations.dropped_records(split)),
+                "dropped_records": dropped,
+                "inputs": {
+                    key: {"name": one.name, "sha256": sha256_file(one)} for key, one in text.paths.inputs.items()
+                },
+            }
+            for split, text in texts.items()
+        },
         "files": {path.name: fingerprint(path) for path in sorted(part.iterdir())},
     }
     page = render_report(manifest, texts, images, data.max_image_pixels)
     (part / records.REPORT).write_text(page, encoding="utf-8")
     return manifest
-
-
-def _summary(text: Texts, dropped: list[str]) -> dict[str, Any]:
-    """Return a split's entry in the manifest."""
-    return {
-        "questions": text.questions,
-        "images": len(text.images),
-        "answer_types": dict(text.answer_types),
-        "answers_per_question": {str(count): number for count, number in sorted(text.humans.items())},
-        "unsaid_answers": len(text.unsaid_answers),
-        "asked_in_both": text.asked_in_both,
-        "dropped": len(dropped),
-        "dropped_records": dropped,
-        "inputs": {key: {"name": path.name, "sha256": sha256_file(path)} for key, path in text.paths.inputs.items()},
-    }
 
 
 class Inspection(NamedTuple):
@@ -152,7 +143,19 @@ def _read(
         _store_images(places, data.max_image_pixels, part if keep else None, images, violations)
         _check_alike(places, data, images, violations)
     train, val = texts = [_without_bad_images(text, images, part, violations) for text in texts]
-    _check_texts(texts, data, violations)
+    if both := len(train.asked & val.asked):
+        log.warning("%d questions stand in both splits, about the same picture", both)
+    if not violations and len(val.images) < 2:
+        about = f"{val.paths.name}: {val.questions} questions about {len(val.images)} image"
+        violations.add(ViolationKind.FEW_VALIDATION, about)
+    for text in texts:
+        text.asked_in_both, unsaid = both, text.unsaid_answers
+        for where in unsaid if data.doubtful is Doubtful.REFUSE else ():
+            violations.add(ViolationKind.UNSAID_ANSWER, where)
+        if unsaid:
+            log.warning("%s: %d main answers that nobody gave, such as %s", text.paths.name, len(unsaid), unsaid[0])
+        if dropped := violations.dropped_records(text.paths.split):
+            log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
     if not data.allow_split_overlap:
         names = f"{train.paths.name} and {val.paths.name}"
         for image_id in sorted((train.images.keys() & val.images.keys()) - images.conflicts):
@@ -203,30 +206,9 @@ def _without_bad_images(text: Texts, images: Images, part: Path, violations: Vio
     return left
 
 
-def _check_texts(texts: list[Texts], data: DataParams, violations: Violations) -> None:
-    """Note what a later stage would refuse, and count or refuse what is doubtful."""
-    train, val = texts
-    both = len(train.asked & val.asked)
-    if both:
-        log.warning("%d questions stand in both splits, about the same picture", both)
-    if not violations and len(val.images) < 2:
-        about = f"{val.paths.name}: {val.questions} questions about {len(val.images)} image"
-        violations.add(ViolationKind.FEW_VALIDATION, about)
-    for text in texts:
-        text.asked_in_both = both
-        unsaid = text.unsaid_answers
-        for where in unsaid if data.doubtful is Doubtful.REFUSE else ():
-            violations.add(ViolationKind.UNSAID_ANSWER, where)
-        if unsaid:
-            log.warning("%s: %d main answers that nobody gave, such as %s", text.paths.name, len(unsaid), unsaid[0])
-        if dropped := violations.dropped_records(text.paths.split):
-            log.warning("%s: %d bad records dropped, such as %s", text.paths.name, len(dropped), dropped[0])
-
-
 _Place = tuple[ImageFiles, str]  # where an image is: among which files, and by which name
 _Problems = list[tuple[ViolationKind, str]]
-_Seen = tuple[dict[str, Any], list[str], Look]
-"""An image's row of `image_features`, what was changed to see it, and how it looks."""
+_Seen = tuple[dict[str, Any], list[str], Look]  # row of `image_features`, what was changed, and how it looks
 
 
 def _wanted_images(texts: list[Texts], stack: ExitStack, violations: Violations) -> dict[int, list[_Place]]:
@@ -239,9 +221,8 @@ def _wanted_images(texts: list[Texts], stack: ExitStack, violations: Violations)
             if paths not in opened:
                 files = stack.enter_context(ImageFiles(paths))
         except FileNotFoundError as error:
-            violations.add(
-                ViolationKind.MISSING_FILE, f"{error.filename}: neither a folder nor a zip archive of images"
-            )
+            missing = f"{error.filename}: neither a folder nor a zip archive of images"
+            violations.add(ViolationKind.MISSING_FILE, missing)
         except UserError as error:
             violations.add(ViolationKind.OTHER_ARCHIVE, str(error))
         except (OSError, zipfile.BadZipFile) as error:

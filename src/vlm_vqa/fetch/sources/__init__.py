@@ -19,11 +19,8 @@ from vlm_vqa.sealed import scratch
 
 @contextmanager
 def open_source(data: params.DataParams, records: Path) -> Generator[Source]:
-    """Yield the source that `data.source` names; what it had to write beside `records` is gone afterwards.
-
-    Archives, which are downloaded into `archives` beside the folder `records`, stay whatever goes wrong; only where
-    `data.official.keep_archives` is false do they go in the end. What is not there, or not as expected, is a `UserError`.
-    """
+    """Yield the source that `data.source` names, or raise UserError; what it had to write beside `records` is gone
+    afterwards, but for downloaded archives, unless all went well and `data.official.keep_archives` is false."""
     with scratch(records.with_name(f"{records.name}.pictures")) as folder:
         match data.source:
             case params.Source.DIRECTORY:
@@ -38,7 +35,5 @@ def open_source(data: params.DataParams, records: Path) -> Generator[Source]:
                 if not data.official.keep_archives:
                     remove_archives(records)
             case params.Source.HUB:
-                assert data.hub is not None and not isinstance(data.table, params.TableParams), (
-                    "load_params asks for it"
-                )
+                assert data.hub and not isinstance(data.table, params.TableParams), "load_params asks for it"
                 yield hub_source(data.hub, data.table, folder)

@@ -44,10 +44,8 @@ def easy_vqa_source(folder: Path) -> Source:
 
 
 def write_official_layout(folder: str | Path) -> None:
-    """Write easy-VQA into `folder` in VQAv2's official layout: questions, annotations and JPEGs of both splits.
-
-    A package that is missing, or whose data are not those of version 1.0, is a `UserError`.
-    """
+    """Write easy-VQA into `folder` in VQAv2's official layout: questions, annotations and JPEGs of both splits. UserError
+    if the package is missing, or its data are not those of version 1.0."""
     folder = Path(folder)
     data = _package_data()
     for split, package_split, offset in _SPLITS:
@@ -75,10 +73,8 @@ def _package_data() -> Path:
     found = hash_files((path for path in files if path.is_file()), data)
     if found != DATA_HASH:
         version = importlib.metadata.version(PACKAGE)
-        raise UserError(
-            f"{data}: easy-VQA's files have hash {found}, not {DATA_HASH}; {PACKAGE} {version} is installed. "
-            f"Run `pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`."
-        )
+        mend = f"Run `pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`; {version} is installed."
+        raise UserError(f"{data}: easy-VQA's files have hash {found}, not {DATA_HASH}. {mend}")
     return data
 
 

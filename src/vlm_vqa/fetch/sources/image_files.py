@@ -1,7 +1,5 @@
-"""Pictures by name, in one or several folders and zip archives: exactly, else as people mean the name.
-
-Names from strangers' tables are looked up in an index of what is there, so no name leads out of it.
-"""
+"""Pictures by name, in folders and zip archives: exactly, else as people mean the name. Names from strangers' tables are
+looked up in an index of what is there, so no name leads out of it."""
 
 import difflib
 import lzma
@@ -24,15 +22,13 @@ from vlm_vqa.files import check_regular
 ENCRYPTED = 0x1  # of a zip member's flags (APPNOTE 4.4.4)
 # Reading a damaged member, zipfile raises its own error and those of its decompressors (bz2's is an OSError, which readers
 # expect anyway); EOFError where the bytes end early; NotImplementedError for a compression method that Python lacks, and for
-# patched or strongly encrypted data; ValueError for a ZIP64 offset that no file has, and as UnicodeDecodeError for a name
-# that is not UTF-8 though flagged so.
+# patched or strongly encrypted data; ValueError for an offset that no file has, and for a name that is no UTF-8.
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
 _OTHERS = {(257, b"ustar"): "tar", (0, b"\x1f\x8b"): "gzip", (0, b"7z\xbc\xaf"): "7z", (0, b"Rar!"): "rar"}
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|data:")
 _ENDINGS = ("", *PICTURES)
 _NEAREST, _NEIGHBOURS = 3, 20
-_HINTS = 50
-"""Missing images that are told the nearest names: a message shows fewer, and a wrong path makes every one missing."""
+_HINTS = 50  # missing images that are told the nearest names: a wrong path makes every one missing
 
 
 class MissingImage(Exception):
@@ -55,9 +51,9 @@ class _Found(NamedTuple):
 class ImageFiles(ExitStack):
     """Image files by name, below folders and inside zip archives until it is closed. Reads from several threads.
 
-    The first of these that holds: the path is the name; the file's name is the last part of the name, in any folder;
-    but for case, and how an accent is written (macOS); but for the ending. Among several of one kind the one whose folders
-    agree with the name's; a file in a folder that the name contradicts is none, and one in a hidden folder comes last.
+    The first of these that holds: the path is the name; the file's name is the last part of the name, in any folder; but for
+    case, and how an accent is written (macOS); but for the ending. Among several of one kind the one whose folders agree
+    with the name's; a file in a folder that the name contradicts is none, and one in a hidden folder comes last.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -79,12 +75,8 @@ class ImageFiles(ExitStack):
                 self._index[key] = (*self._index.get(key, ()), found)
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """Return the bytes of the file that `find` finds.
-
-        Raises:
-            UserError: it is larger than `max_bytes`, or encrypted, damaged or of an unknown compression inside the archive.
-            OSError: it cannot be read.
-        """
+        """Return the bytes of the file that `find` finds. UserError if it is larger than `max_bytes`, or encrypted,
+        damaged or of an unknown compression inside the archive; OSError if it cannot be read."""
         top, path, archive, member = found = self.find(name)
         size = (top / path).stat().st_size if member is None else member.file_size
         if size > max_bytes:
@@ -101,12 +93,8 @@ class ImageFiles(ExitStack):
             raise UserError(f"{found.where}: cannot be unpacked ({error})") from error
 
     def find(self, name: str, hint: bool = True) -> _Found:
-        """Return the one file that `name` means.
-
-        Raises:
-            MissingImage: there is none.
-            UserError: there are several, or it is a URL.
-        """
+        """Return the one file that `name` means. MissingImage if there is none, UserError if there are several, or for a
+        URL."""
         if _URL.match(name):
             raise UserError(f"{name:.200}: a URL, not a file. Download the images, and put their names into the data")
         *folders, last = parts(name.strip()) or [""]

@@ -27,11 +27,10 @@ log = logging.getLogger(__name__)
 
 _COCO = ("train2014", "val2014")
 _IDS = {"question_id", "image_id"}
+_MORE = ("question_type", "answer_type", "multiple_choice_answer")
 _FOREIGN = {"questions": {"direct_answers", "answers", "answer"}, "annotations": {"question", "direct_answers"}}
 """What no entry of a bare list has."""
-READ_ERRORS = (OSError, RecursionError, *DAMAGE)
-"""What reading a file of texts raises: JSON's errors are ValueErrors too; nested a thousand deep it is a RecursionError."""
-
+READ_ERRORS = (OSError, RecursionError, *DAMAGE)  # of a file of texts: JSON's errors are ValueErrors too
 
 OFFICIAL = {
     split: SplitFiles(
@@ -66,10 +65,8 @@ def places(folder: Path, names: str | Sequence[str]) -> list[Path]:
 
 
 def official_split(folder: Path, split: str, files: SplitFiles, others: str | Sequence[str] = ()) -> Split:
-    """Return a split that is read from its questions and annotations files.
-
-    `others` are the images of the other split, looked through where an entry says that its image is of that part of COCO.
-    """
+    """Return a split that is read from its questions and annotations files; `others` are the images of the other split,
+    looked through where an entry says that its image is of that part of COCO."""
     inputs = {"questions": folder / files.questions, "annotations": folder / files.annotations}
     images, more = places(folder, files.images), places(folder, others)
     rows = functools.partial(_rows, *inputs.values(), files.image_name, images, more)
@@ -100,8 +97,6 @@ def _rows(
 
 
 class _Entry(NamedTuple):
-    """A well-formed entry."""
-
     question_id: int
     image_id: int
     content: Any
@@ -164,22 +159,16 @@ def _parse(entry: Any, key: str) -> _Entry:
         # bool is a subclass of int.
         if type(value) is not int or not 0 <= value <= contract.LARGEST_ID:
             raise MalformedRecord(kind, f"{name} is {value!r:.60}, not a whole number from 0 up")
-    if not asked:
-        return _Entry(*ids, _answers(entry))
-    part = entry.get("coco_split")
-    return _Entry(*ids, (contract.as_question(entry["question"]), sys.intern(part) if part in _COCO else ""))
-
-
-def _answers(entry: dict[str, Any]) -> tuple[Any, ...]:
-    more = ("question_type", "answer_type", "multiple_choice_answer")
-    *kinds, main = (sys.intern(_text(entry.get(key), key)) for key in more)
-    key = "answers" if "answers" in entry or "answer" not in entry else "answer"
+    if asked:
+        part = entry.get("coco_split")
+        return _Entry(*ids, (contract.as_question(entry["question"]), sys.intern(part) if part in _COCO else ""))
+    *kinds, main = (sys.intern(_text(entry.get(name), name)) for name in _MORE)
+    name = "answers" if "answers" in entry or "answer" not in entry else "answer"
     # One answer may stand alone, under either name.
-    items = [entry[key]] if isinstance(entry.get(key), str) else entry.get(key)
+    items = [entry[name]] if isinstance(entry.get(name), str) else entry.get(name)
     if not isinstance(items, list):
-        what = f"{key} is {items!r:.60}, not a list" if key in entry else f"without {key}"
-        raise MalformedRecord(ViolationKind.BAD_ANNOTATION, what)
-    return contract.read_answers(items, _text), kinds, main
+        raise MalformedRecord(kind, f"{name} is {items!r:.60}, not a list" if name in entry else f"without {name}")
+    return _Entry(*ids, (contract.read_answers(items, _text), kinds, main))
 
 
 def _text(value: Any, what: str) -> str:

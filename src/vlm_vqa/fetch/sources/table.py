@@ -46,6 +46,7 @@ _PARQUET = {"path": "parquet", "batch_size": 100}  # rows that are decoded toget
 _FILE_NAME = re.compile(r"\w[\w .()+,=-]{0,120}")  # that means the same everywhere
 _WHOLE = re.compile("0|[1-9][0-9]{,18}")
 _Raw = dict[str, Any] | MalformedRecord
+_Paths = Mapping[str, list[Path]]  # by split
 
 
 def table_source(data: DataParams, spilled: Path) -> Source:
@@ -55,7 +56,11 @@ def table_source(data: DataParams, spilled: Path) -> Source:
     files = {split: folder / (getattr(table, split) or table.train) for split in SPLITS}
     written = [table.images] if isinstance(table.images, str) else table.images or ["."]
     images = {split: places(folder, [name.replace("{split}", split) for name in written]) for split in SPLITS}
-    parts = {split: parts_of(file) for split, file in files.items()}
+    endings = (".parquet", ".arrow", ".jsonl")
+    parts = {
+        split: sorted(path for path in file.rglob("*") if path.suffix in endings) if file.is_dir() else [file]
+        for split, file in files.items()
+    }
     reader = Tables(parts, {split: str(file) for split, file in files.items()}, table, images, spilled)
     splits = []
     for split, file in files.items():
@@ -68,20 +73,12 @@ def table_source(data: DataParams, spilled: Path) -> Source:
 class Tables:
     """Both splits of a table, and what is known of all their rows."""
 
-    def __init__(
-        self,
-        files: Mapping[str, Sequence[Path]],
-        called: Mapping[str, str],
-        table: TableParams,
-        images: Mapping[str, list[Path]],
-        spilled: Path,
-    ):
+    def __init__(self, files: _Paths, called: Mapping[str, str], table: TableParams, images: _Paths, spilled: Path):
         """Take the files by split, the same for both where a share of train's images is val; what messages call them; where
         the pictures are; and the folder for pictures that stand in rows, which becomes the place of that split's."""
         self.files, self.called, self.table, self.images, self.spilled = files, called, table, images, spilled
-        self._written: dict[
-            str, tuple[str, str]
-        ] = {}  # SHA-256 and name of spilled files, by the name in small letters
+        # SHA-256 and name of what is spilled, by its name in small letters.
+        self._written: dict[str, tuple[str, str]] = {}
         self._whole = dict.fromkeys(_FIRST, True)  # whether all ids are whole numbers as they stand
         self._val_images: set[str] | None = None
         self._few = ""  # what is wrong where there are too few images for a share
@@ -125,25 +122,20 @@ class Tables:
         return columns, rows if self.table.images else self._spill(rows, columns["image"], split)
 
     def _spill(self, rows: Iterable[_Raw], column: str, split: str) -> Iterator[_Raw]:
-        """Yield rows; a picture that stands in one as bytes is written out, and its file's name stands there instead."""
+        """Yield rows; pictures that stand in them as bytes are written out, and their files' names stand there instead."""
         for row in rows:
             cell = row.get(column) if isinstance(row, dict) else None
             data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
             if isinstance(row, dict) and isinstance(data, bytes):
                 self.images[split][:] = [self.spilled]
-                row[column] = self._write_out(data, PurePosixPath(path or "").name)
+                sha256, name = sha256_bytes(data), PurePosixPath(path or "").name
+                if not _FILE_NAME.fullmatch(name) or self._written.get(name.lower(), [sha256])[0] != sha256:
+                    name = sha256[:32]
+                if name.lower() not in self._written:
+                    self.spilled.mkdir(parents=True, exist_ok=True)
+                    (self.spilled / name).write_bytes(data)
+                row[column] = self._written.setdefault(name.lower(), (sha256, name))[1]
             yield row
-
-    def _write_out(self, data: bytes, name: str) -> str:
-        """Write a picture unless it is there; return its file's name: its own, if no other picture has that."""
-        sha256 = sha256_bytes(data)
-        if not _FILE_NAME.fullmatch(name) or self._written.get(name.lower(), [sha256])[0] != sha256:
-            name = sha256[:32]
-        if name.lower() not in self._written:
-            self.spilled.mkdir(parents=True, exist_ok=True)
-            (self.spilled / name).write_bytes(data)
-            self._written[name.lower()] = (sha256, name)
-        return self._written[name.lower()][1]
 
     def _draw(self, share: float) -> None:
         """Draw val's pictures: equal files go to one split, under whatever names. What is wrong is said on reading them."""
@@ -218,8 +210,8 @@ class Tables:
         return contract.image_name(pattern, int(name)) if name.isdecimal() else None
 
     def _question_id(self, given: str, split: str, about: str) -> tuple[int, str | None]:
-        """Return a question's id, made of what it is `about` where the table has none, and what the table calls it if that
-        is something else."""
+        """Return a question's id, made of what it is `about` where the table has none, and the table's own if it is
+        another."""
         whole = self._id("question_id", given)
         made, place = made_id(given or about) if whole is None else whole, 0
         while (first := self._questions.get(made)) is not None:
@@ -272,10 +264,8 @@ def _listed(value: Any) -> Any:
 
 
 def read_cell(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the answers of a cell, and how sure who gave them was, as `read_answers` does.
-
-    One text or number; a list of such, or of objects with `answer`; an object of lists, as `datasets` may give the latter.
-    """
+    """Return the answers of a cell, as `read_answers` does: one text or number; a list of such, or of objects with
+    `answer`; or an object of lists, as `datasets` may give the latter."""
     value = _listed(value)
     if isinstance(value, dict) and isinstance(value.get("answer"), list):
         value = [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
@@ -296,9 +286,6 @@ def _turns(talk: Any) -> Iterator[tuple[str, str]]:
             question = None
         elif who != "system":
             raise MalformedRecord(ViolationKind.BAD_ROW, f"{turn!r:.60} is no turn of a human's and then of a model's")
-
-
-# --- columns ------------------------------------------------------------------------------------------------------------
 
 
 def find_columns(file: str, there: Sequence[str], wanted: Columns, violations: Violations) -> dict[str, str]:
@@ -325,16 +312,6 @@ def find_columns(file: str, there: Sequence[str], wanted: Columns, violations: V
     return {} if wrong else found
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------------
-
-
-def parts_of(file: Path) -> list[Path]:
-    """Return the files of a table: itself, or those in its folder."""
-    if not file.is_dir():
-        return [file]
-    return sorted(path for path in file.rglob("*") if path.suffix in (".parquet", ".arrow", ".jsonl"))
-
-
 def read_rows(files: Sequence[Path], violations: Violations) -> Iterator[_Raw]:
     """Yield a table's rows by column, and for each one that cannot be read why; what is no table is a violation."""
     for path in files:
@@ -342,7 +319,14 @@ def read_rows(files: Sequence[Path], violations: Violations) -> Iterator[_Raw]:
         try:
             if kind in ("parquet", "arrow"):
                 check_regular(path, sys.maxsize)
-                yield from read_parquet(path)
+                config: dict[str, Any] = {"path": "arrow"} if kind == "arrow" else dict(_PARQUET)
+                config |= {"data_files": {"rows": [str(path)]}, "split": "rows"}
+                stream = datasets.load_dataset(**config, streaming=True, trust_remote_code=False)
+                assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "it names columns"
+                for column, feature in stream.features.items():
+                    if isinstance(feature, datasets.Image):
+                        stream = stream.cast_column(column, datasets.Image(decode=False))
+                yield from stream
             elif kind in ("csv", "tsv", "jsonl", "ndjson", "json"):
                 yield from _read_text(path, kind, violations)
             else:
@@ -352,19 +336,6 @@ def read_rows(files: Sequence[Path], violations: Violations) -> Iterator[_Raw]:
             violations.add(ViolationKind.BROKEN_FILE, f"{path}: {' '.join(str(error).split())}")
         except READ_ERRORS as error:
             violations.add(*unreadable(path, error))
-
-
-def read_parquet(file: Path) -> datasets.IterableDataset:
-    """Return the rows of one file of Parquet or Arrow, pictures undecoded."""
-    config: dict[str, Any] = {"path": "arrow"} if file.suffix == ".arrow" else _PARQUET
-    stream = datasets.load_dataset(
-        **config, data_files={"rows": [str(file)]}, split="rows", streaming=True, trust_remote_code=False
-    )
-    assert isinstance(stream, datasets.IterableDataset) and stream.features is not None, "parquet names its columns"
-    for column, feature in stream.features.items():
-        if isinstance(feature, datasets.Image):
-            stream = stream.cast_column(column, datasets.Image(decode=False))
-    return stream
 
 
 def _read_text(path: Path, kind: str, violations: Violations) -> Iterator[_Raw]:
@@ -379,29 +350,19 @@ def _read_text(path: Path, kind: str, violations: Violations) -> Iterator[_Raw]:
                     yield _object(json.loads(line))
                 except (ValueError, RecursionError) as error:
                     yield MalformedRecord(ViolationKind.BAD_ROW, f"not JSON ({error})")
-        elif written != "whole":
-            yield from _read_csv(rest, written)
-    if written == "whole":
-        yield from _json_rows(path, read_json(path, violations), violations)
-
-
-def _read_csv(lines: Iterable[str], delimiter: str) -> Iterator[_Raw]:
-    reader = csv.reader(lines, delimiter=delimiter)
-    header = [name.strip() for name in next(reader, [])]
-    for cells in reader:
-        if cells and len(cells) == len(header):
-            yield dict(zip(header, cells, strict=True))
-        elif cells:
-            found = f"line {reader.line_num}: {len(cells)} cells, but {len(header)} columns"
-            yield MalformedRecord(ViolationKind.BAD_ROW, found)
-
-
-def _object(row: Any) -> _Raw:
-    return row if isinstance(row, dict) else MalformedRecord(ViolationKind.BAD_ROW, f"{row!r:.60} is not an object")
-
-
-def _json_rows(path: Path, content: Any, violations: Violations) -> Iterator[_Raw]:
-    """Yield the rows of a list, of the one list in an object (TextVQA), or of an object of objects by their ids (GQA)."""
+            return
+        if written != "whole":
+            reader = csv.reader(rest, delimiter=written)
+            header = [name.strip() for name in next(reader, [])]
+            for cells in filter(None, reader):
+                if len(cells) == len(header):
+                    yield dict(zip(header, cells, strict=True))
+                else:
+                    found = f"line {reader.line_num}: {len(cells)} cells, but {len(header)} columns"
+                    yield MalformedRecord(ViolationKind.BAD_ROW, found)
+            return
+    content = read_json(path, violations)
+    # A list, the one list in an object (TextVQA), or an object of objects by their ids (GQA).
     if isinstance(content, dict):
         lists = (value for value in content.values() if isinstance(value, list))
         lists = [value for value in lists if value and isinstance(value[0], dict)]
@@ -414,3 +375,7 @@ def _json_rows(path: Path, content: Any, violations: Violations) -> Iterator[_Ra
     elif content is not None:
         found = refusal(path) or "neither a list of objects nor an object with one such list"
         violations.add(ViolationKind.FOREIGN_FILE, f"{path}: {found}")
+
+
+def _object(row: Any) -> _Raw:
+    return row if isinstance(row, dict) else MalformedRecord(ViolationKind.BAD_ROW, f"{row!r:.60} is not an object")

@@ -16,13 +16,8 @@ _JUNK = re.compile(r"(.*/)?(__MACOSX/.*|\.DS_Store)")
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open an archive.
-
-    Raises:
-        zipfile.BadZipFile: it is cut short or damaged; or an entry would leave its folder, is a link, or stands there
-            twice; or entries share their bytes, as in archives that are made to overflow a disk. Entries are named.
-        OSError: it cannot be read.
-    """
+    """Open an archive. OSError if it cannot be read; BadZipFile if it is damaged, or an entry, which it names, would
+    leave its folder, is a link, stands there twice, or shares its bytes with others, as in archives that overflow a disk."""
     check_regular(path, sys.maxsize)
     try:
         archive = zipfile.ZipFile(path)
@@ -30,27 +25,17 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     # format above 6.3, UnicodeDecodeError for a name that is not the UTF-8 that its flag says.
     except (NotImplementedError, UnicodeDecodeError) as error:
         raise zipfile.BadZipFile(f"its directory cannot be read: {error}") from error
-    _check(archive.infolist())
-    return archive
-
-
-def files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the entries that are files, without what macOS adds."""
-    infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
-    return [info for info in infos if not _JUNK.fullmatch("/".join(parts(info.filename)))]
-
-
-def parts(name: str) -> list[str]:
-    """Return a name's folders and its last part. Windows writes backslashes; every unpacker reads them as folders."""
-    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-
-
-def _check(entries: list[zipfile.ZipInfo]) -> None:
+    entries = archive.infolist()
     names = Counter("/".join(parts(info.filename)) for info in entries)
     kinds = {info.filename: stat.S_IFMT(info.external_attr >> 16) for info in entries}
     by_place = sorted(entries, key=lambda info: info.header_offset)
     faults = {
-        "would leave the archive's folder": [info.orig_filename for info in entries if _leaves(info)],
+        # Absolute, with a drive, climbing, or with a byte that ends names.
+        "would leave the archive's folder": [
+            name
+            for name in (info.orig_filename for info in entries)
+            if ".." in parts(name) or "\0" in name or re.match(r"[/\\]|[A-Za-z]:", name)
+        ],
         # By the Unix mode, where the archive has one.
         "are links or devices": [name for name, kind in kinds.items() if kind not in (0, stat.S_IFREG, stat.S_IFDIR)],
         "stand there more than once": [name for name, count in names.items() if count > 1],
@@ -64,9 +49,15 @@ def _check(entries: list[zipfile.ZipInfo]) -> None:
     for fault, found in faults.items():
         if found:
             raise zipfile.BadZipFile(f"entries that {fault}: {shown(map(repr, found))}")
+    return archive
 
 
-def _leaves(info: zipfile.ZipInfo) -> bool:
-    """Tell whether a name is absolute, has a drive, climbs, or has a byte that ends names."""
-    name = info.orig_filename
-    return name.startswith(("/", "\\")) or "\0" in name or bool(re.match("[A-Za-z]:", name)) or ".." in parts(name)
+def files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the entries that are files, without what macOS adds."""
+    infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
+    return [info for info in infos if not _JUNK.fullmatch("/".join(parts(info.filename)))]
+
+
+def parts(name: str) -> list[str]:
+    """Return a name's folders and its last part. Windows writes backslashes; every unpacker reads them as folders."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
