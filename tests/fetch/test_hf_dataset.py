@@ -32,6 +32,7 @@ from tests.fake_hub import (
 from vlm_vqa.cli import main
 from vlm_vqa.data import records
 from vlm_vqa.errors import UserError
+from vlm_vqa.fetch.sources import hf_dataset as source
 from vlm_vqa.fetch.sources import table as module
 from vlm_vqa.fetch.write_records import fetch
 from vlm_vqa.params import Columns, HubParams, HubRepository, HubTable, Source, load_params
@@ -236,21 +237,21 @@ def test_what_breaks_the_contract_is_kept_for_the_next_run(made, hub, tmp_path):
     assert not hub.asked_for("/storage/")
 
 
-@pytest.mark.parametrize("fault", [429, "drop"])
+@pytest.mark.parametrize("fault", [503, 429, "drop"])
 def test_a_failing_network_is_tried_again(made, hub, fault):
-    """By huggingface_hub itself."""
     failed = []
     hub.fault = lambda request: (
-        (failed.append(request), fault)[1] if "/storage/" in request.path and len(failed) < 4 else None
+        (failed.append(request), fault)[1] if "/storage/" in request.path and len(failed) < 5 else None
     )
     assert made.fetch()["data_hash"] == made.directory()["data_hash"]
-    assert len(failed) == 4 and hub.slept
+    assert len(failed) == 5 and hub.slept
 
 
 def test_a_hub_that_stays_down_is_told_with_what_to_do(made, hub):
     hub.fault = lambda request: 503 if "/storage/" in request.path else None
     with pytest.raises(UserError, match=f"{hub.url} answers 503.*run the stage again, which goes on.*HF_ENDPOINT"):
         made.fetch()
+    assert set(source._PAUSES) <= set(hub.slept)
 
 
 def test_no_connection_is_told_with_what_to_do(made, hub, monkeypatch):

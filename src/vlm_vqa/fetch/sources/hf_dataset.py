@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import logging
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import fsspec
 from datasets.data_files import DataFilesList, get_data_patterns, sanitize_patterns
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from vlm_vqa.data.records import SPLITS
 from vlm_vqa.errors import UserError
@@ -18,7 +21,10 @@ from vlm_vqa.fetch.sources.table import Tables
 from vlm_vqa.hf_hub import Repository, translate_errors
 from vlm_vqa.params import HubParams, HubTable, TableParams
 
+log = logging.getLogger(__name__)
+
 NOTES = ("Rows of a datasets repository; images are the bytes that it holds, which its makers may have encoded anew.",)
+_PAUSES = (5, 15, 45, 135, 135)  # seconds before each further try
 
 
 def hub_source(hub: HubParams, table: HubTable | None, spilled: Path) -> Source:
@@ -39,14 +45,29 @@ def hub_source(hub: HubParams, table: HubTable | None, spilled: Path) -> Source:
                 found = DataFilesList.from_patterns(patterns[one.split], base, allowed_extensions=[".parquet"])
             if not found:
                 raise UserError(f"{repository} has no Parquet files of split {one.split!r}; only such are read.")
-            load = functools.partial(hf_hub_download, one.repository, repo_type="dataset", revision=one.revision)
-            files[split] = [Path(load(file.removeprefix(f"{base}/"))) for file in found]
+            files[split] = [_download(repository, file.removeprefix(f"{base}/")) for file in found]
     columns = table.columns if table else None
     images = {split: [spilled] for split in SPLITS}
     spilled.mkdir(parents=True)
     reader = Tables(files, called, TableParams(train="train", columns=columns), images, spilled)
     splits = (Split(split, called[split], images[split], functools.partial(reader.rows, split)) for split in SPLITS)
     return Source("hub", dataclasses.asdict(hub), tuple(splits), NOTES)
+
+
+def _download(repository: Repository, name: str) -> Path:
+    """Return a file, downloaded again and again after pauses while the network or the hub fails."""
+    for seconds in (*_PAUSES, None):
+        try:
+            return Path(hf_hub_download(repository.name, name, repo_type="dataset", revision=repository.revision))
+        except (HTTPError, ConnectionError, TimeoutError) as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+            # 408 and 429 say that the hub is busy.
+            if seconds is None or (status < 500 and status not in (408, 429)):
+                raise
+            # Not the error's text: it may hold the signed address of a file in storage.
+            log.warning("%s: %s; trying again in %d s", name, type(error).__name__, seconds)
+            time.sleep(seconds)
+    raise AssertionError("the last error has been raised")
 
 
 def newest(name: str) -> tuple[str, list[str]]:
