@@ -16,8 +16,7 @@ ADDED_TOKENS = 1024 + 128 + 1  # by `PaliGemmaProcessor` to a tokenizer: locatio
 
 
 Language = LanguageConfig | Gemma2Config
-Tower = Any
-"""A `Dinov2Config` or a `SiglipVisionConfig`, of whose sizes transformers says that they may be pairs."""
+Tower = Any  # a `Dinov2Config` or a `SiglipVisionConfig`, of whose sizes transformers says that they may be pairs
 
 
 def _sizes(width: int, layers: int, heads: int) -> dict[str, Any]:

@@ -24,18 +24,14 @@ from vlm_vqa.sealed import read_folder, write_folder
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
 
-ADAPTER = "adapter"
-"""The folder's name, in `models/trained` and in an export."""
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-"""As peft calls them."""
+ADAPTER = "adapter"  # the folder's name, in `models/trained` and in an export
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # as peft calls them
 FACTS_FILE = "adapter.json"
 """Beside peft's files, of those made here: `base_hash`, the hash of the weights before the first step; `weights_hash`, of
 those that merging gives; `mask` and `instruction` of the training; the SHA-256 of peft's files."""
 PROJECTOR = "multi_modal_projector"
-_BASE = ".base_layer.weight"
-"""How peft calls the weight under an adapter."""
-_PREFIX = "base_model.model."
-"""What peft's files put before the stock model's names."""
+_BASE = ".base_layer.weight"  # how peft calls the weight under an adapter
+_PREFIX = "base_model.model."  # what peft's files put before the stock model's names
 _MAY_CHANGE = re.compile(rf"language_model\.(model\.)?layers\.\d+\.|{PROJECTOR}\.")
 _CAN_MERGE = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",

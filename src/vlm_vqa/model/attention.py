@@ -28,8 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm_vqa.model.layout import PREFIX_SEGMENT, additive_mask, visible
 from vlm_vqa.params import Attention
 
-ROW_ATTENTION = "vlm_vqa_rows"
-"""Name under which transformers knows `row_attention`."""
+ROW_ATTENTION = "vlm_vqa_rows"  # name under which transformers knows `row_attention`
 RECOMPUTES = "recomputes_scores"
 """Attribute of an attention module that keeps no scores for the backward pass; see `train.attention_checkpointing`."""
 IMPLEMENTATION = {Attention.EAGER: ROW_ATTENTION, Attention.FLEX: "flex_attention"}
@@ -39,11 +38,9 @@ IMPLEMENTATION = {Attention.EAGER: ROW_ATTENTION, Attention.FLEX: "flex_attentio
 class PackedRows:
     """Where packed tokens stand in their rows, and who sees whom there. Masks hold 0 or the type's lowest value."""
 
-    prefix: int
-    """P: the first B x P packed tokens are prefixes that see nothing beyond themselves; 0 where they do."""
+    prefix: int  # P: the first B x P packed tokens are prefixes that see nothing beyond themselves; 0 where they do
     prefix_mask_11PP: Tensor
-    rest_places_X: Tensor
-    """int64, place b * R + r of each token after the prefixes; every real place once."""
+    rest_places_X: Tensor  # int64, place b * R + r of each token after the prefixes; every real place once
     rest_mask_B1RS: Tensor
     asked_M: Tensor | None = None
     """int64, which of the X tokens the queries are of; None: they are of all N packed ones."""

@@ -18,12 +18,10 @@ from vlm_vqa.hashing import hash_files, hash_json
 from vlm_vqa.hf_hub import WANTED, download_snapshot
 from vlm_vqa.params import ModelParams
 
-OUTPUTS = Path("models")
-"""Where the stages write, and remove what stands there before."""
+OUTPUTS = Path("models")  # where the stages write, and remove what stands there before
 TOWERS = ("dinov2", "siglip_vision_model")
 LANGUAGES = ("gemma2", "gemma")
-HEAD = "lm_head.weight"
-"""Tied to the token embedding, it need not stand in a file."""
+HEAD = "lm_head.weight"  # tied to the token embedding, it need not stand in a file
 
 
 def name_of(start: ModelParams) -> str:

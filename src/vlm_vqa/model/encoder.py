@@ -37,8 +37,7 @@ TOWERS_ALONE = ModelParams()
 _IN_CHECKPOINT = {r"^(model\.)?vision_tower\.": ""}
 """How a whole model's names of the tower's weights become the tower's own."""
 
-MOST_ELONGATED = 32
-"""Longer edge over shorter edge up to which an image is seen as it is; see `crop_elongated`."""
+MOST_ELONGATED = 32  # longer edge over shorter edge up to which an image is seen as it is; see `crop_elongated`
 
 
 Config = Dinov2Config | SiglipVisionConfig
@@ -52,8 +51,7 @@ class Tower(NamedTuple):
     config: type[Config]
     processor: type[Processor]
     model: type[Model]
-    cls: int
-    """Tokens beside those of the patches."""
+    cls: int  # tokens beside those of the patches
 
 
 TOWERS = {
@@ -67,15 +65,12 @@ TOWERS = {
 class Encoder:
     """A vision tower that is ready to look at images; made by `load_encoder`."""
 
-    model: Model
-    """Frozen, in evaluation mode, in the compute dtype."""
+    model: Model  # frozen, in evaluation mode, in the compute dtype
     processor: Processor
     """Always the torchvision one: plain `AutoProcessor` also takes it where torchvision is installed, so an export
     sees with the same eyes. The PIL one rounds differently."""
-    hash: str
-    """Names weights (as float32), config and processor settings; features of equal hash and dtypes are equal."""
-    num_tokens: int
-    """T: one token a patch, and a DINOv2's CLS, at the size that the processor gives images."""
+    hash: str  # names weights (as float32), config and processor settings; features of equal hash and dtypes are equal
+    num_tokens: int  # T: one token a patch, and a DINOv2's CLS, at the size that the processor gives images
 
     @property
     def width(self) -> int:

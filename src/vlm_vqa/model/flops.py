@@ -28,15 +28,11 @@ FORMULA = (
 class Work:
     """What the FLOPs of rows depend on; rows that teach nothing add nothing."""
 
-    tokens: int
-    """Real ones, image tokens included."""
+    tokens: int  # real ones, image tokens included
     image_tokens: int
-    supervised: int
-    """Tokens to predict."""
-    pairs: int
-    """(query, key) pairs where the query sees the key."""
-    supervised_pairs: int
-    """Those of supervised queries."""
+    supervised: int  # tokens to predict
+    pairs: int  # (query, key) pairs where the query sees the key
+    supervised_pairs: int  # those of supervised queries
 
 
 @dataclass(frozen=True)

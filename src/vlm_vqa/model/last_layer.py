@@ -18,18 +18,15 @@ from transformers.models.gemma2.modeling_gemma2 import rotate_half
 
 from vlm_vqa.model.attention import PackedRows
 
-Rotations = tuple[Tensor, Tensor]
-"""Cosines and sines [1, N, C] of positions."""
+Rotations = tuple[Tensor, Tensor]  # cosines and sines [1, N, C] of positions
 
 
 @dataclass(frozen=True)
 class Asked:
     """What the last layer is asked for."""
 
-    places: Tensor
-    """int64 [M], places of packed tokens."""
-    mask: PackedRows | BlockMask
-    """Which of all tokens these see."""
+    places: Tensor  # int64 [M], places of packed tokens
+    mask: PackedRows | BlockMask  # which of all tokens these see
 
 
 class _Layer(nn.Module):

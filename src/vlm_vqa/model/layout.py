@@ -34,8 +34,7 @@ from torch import Tensor
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import Mask
 
-IGNORED = -100
-"""Label of a position that is not supervised, as in torch's cross entropy."""
+IGNORED = -100  # label of a position that is not supervised, as in torch's cross entropy
 PREFIX_SEGMENT = 0
 PAD_SEGMENT = -1
 
@@ -51,10 +50,8 @@ class TooManyTokens(UserError):
 class QuestionTokens(NamedTuple):
     """One tokenised question."""
 
-    prompt: list[int]
-    """Question and newline."""
-    answer: list[int]
-    """Answer and `<eos>`; empty when the answer is asked for."""
+    prompt: list[int]  # question and newline
+    answer: list[int]  # answer and `<eos>`; empty when the answer is asked for
 
     @property
     def read(self) -> list[int]:
@@ -67,8 +64,7 @@ class Row:
     """One sequence: an image and the questions that share it."""
 
     image_id: int
-    questions: tuple[QuestionTokens, ...]
-    """None of them: a row that teaches nothing."""
+    questions: tuple[QuestionTokens, ...]  # none of them: a row that teaches nothing
 
 
 class TokenLayout:

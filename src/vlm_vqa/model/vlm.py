@@ -42,12 +42,9 @@ from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, ModelParams
 
 WEIGHTS_FILE = "model.safetensors"
-TRAINING_FILE = "training.json"
-"""Seals a folder of trained weights and says what they were made of."""
-VISION_PREFIX = "model.vision_tower."
-"""Names of the tower's weights in the stock model begin so."""
-PROJECTOR = "model.multi_modal_projector."
-"""Names of the projector's."""
+TRAINING_FILE = "training.json"  # seals a folder of trained weights and says what they were made of
+VISION_PREFIX = "model.vision_tower."  # names of the tower's weights in the stock model begin so
+PROJECTOR = "model.multi_modal_projector."  # names of the projector's
 
 
 def language_of(config: PaliGemmaConfig) -> Gemma2Config:
@@ -62,8 +59,7 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
     # might divide by the accumulation steps a second time.
     accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = ["vision_tower"]
-    narrow_last_layer = True
-    """The last layer computes supervised positions alone; false is for comparisons."""
+    narrow_last_layer = True  # the last layer computes supervised positions alone; false is for comparisons
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__(config)

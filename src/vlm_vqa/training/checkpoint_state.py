@@ -24,12 +24,9 @@ from vlm_vqa.training.optimizer import BLOCK, is_sharded, local
 
 log = logging.getLogger(__name__)
 
-CONSTANT_STATES = {"qmap1", "qmap2"}
-"""States of bitsandbytes that are the same for all parameters and are made anew."""
-BLOCK_STATES = {"absmax1", "absmax2"}
-"""One value for each block of 256 values of the rows."""
-WHOLE_STATES = {"gnorm_vec"}
-"""One for the whole parameter, the same on all processes."""
+CONSTANT_STATES = {"qmap1", "qmap2"}  # states of bitsandbytes that are the same for all parameters and are made anew
+BLOCK_STATES = {"absmax1", "absmax2"}  # one value for each block of 256 values of the rows
+WHOLE_STATES = {"gnorm_vec"}  # one for the whole parameter, the same on all processes
 
 
 class Rows(NamedTuple):

@@ -26,8 +26,7 @@ from vlm_vqa.launch_file import LaunchFile, Strategy, check_params, read_launch
 from vlm_vqa.params import TrainParams
 from vlm_vqa.training.optimizer import is_sharded, local
 
-SLACK_SECONDS = 60
-"""How much later than our own watch a collective gives up by itself."""
+SLACK_SECONDS = 60  # how much later than our own watch a collective gives up by itself
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,9 @@ class Launch:
     processes: int
     process: int
     machines: int
-    device: str
-    """`cpu` or `cuda`."""
+    device: str  # `cpu` or `cuda`
     backend: str
-    threads: cores.Threads
-    """Of each process."""
+    threads: cores.Threads  # of each process
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -26,14 +26,11 @@ else:
     # torch's own AdamW does without; `build_optimizer` says so where it is needed.
     bnb, AdamW8bit = None, torch.optim.AdamW
 
-HISTORY = 100
-"""Gradient norms remembered for each parameter."""
-BLOCK = 256
-"""Values that share a scale in bitsandbytes' 8-bit states."""
+HISTORY = 100  # gradient norms remembered for each parameter
+BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit states
 LEAST_8BIT = 4096
 """Smaller parameters keep 32-bit states, as bitsandbytes has it; counted over all shards, so that every launch agrees."""
-CHUNK = 1 << 24
-"""Values of bfloat16 weights that are updated at once: what bounds the memory of their float32 copies."""
+CHUNK = 1 << 24  # values of bfloat16 weights that are updated at once: what bounds the memory of their float32 copies
 
 
 class ClippedAdamW8bit(AdamW8bit):

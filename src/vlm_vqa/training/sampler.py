@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import BatchSampler
 
-LOOKAHEAD = 64
-"""Images looked through for one that fits before an image is cut at a global batch's end."""
+LOOKAHEAD = 64  # images looked through for one that fits before an image is cut at a global batch's end
 
 
 class PlannedRow(NamedTuple):
@@ -24,23 +23,19 @@ class PlannedRow(NamedTuple):
 
     image_id: int
     questions: tuple[int, ...]
-    epoch: int = 0
-    """Decides which of its answers a question has."""
+    epoch: int = 0  # decides which of its answers a question has
 
 
 @dataclass(frozen=True)
 class GlobalBatchShape:
     """The size of an optimizer step and who computes which part of it."""
 
-    questions: int
-    """Questions of a global batch, over all processes."""
+    questions: int  # questions of a global batch, over all processes
     questions_per_row: int
     """Most questions that share a row; those of an image beyond it come in another row and another step."""
-    micro_batches: int
-    """Micro-batches of each process: the gradient accumulation steps."""
+    micro_batches: int  # micro-batches of each process: the gradient accumulation steps
     processes: int = 1
-    process: int = 0
-    """This process's number."""
+    process: int = 0  # this process's number
 
 
 class GlobalBatchSampler(BatchSampler):

@@ -25,8 +25,7 @@ from torch import Tensor, distributed
 from vlm_vqa.model.flops import Cost, rows_work
 from vlm_vqa.model.layout import Row, TokenLayout
 
-COUNTS = "counts"
-"""Key of what a batch holds, by the names in `COUNTED`."""
+COUNTS = "counts"  # key of what a batch holds, by the names in `COUNTED`
 COUNTED = ("questions", "tokens", "supervised", "flops")
 Batch = TypeVar("Batch")
 

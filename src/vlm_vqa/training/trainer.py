@@ -40,8 +40,7 @@ from vlm_vqa.training.watchdog import Phase, Watchdog
 log = logging.getLogger(__name__)
 
 CURVE_COLUMNS = ("epoch", "loss", "grad_norm", "learning_rate")
-STATE_FILE = "trainer_state.json"
-"""Where the Trainer looks for its own state."""
+STATE_FILE = "trainer_state.json"  # where the Trainer looks for its own state
 SMALL_WEIGHTS = 100_000
 """Elements up to which ZeRO-3 on GPUs keeps a parameter whole: fetching it would cost more than it saves."""
 

@@ -35,8 +35,7 @@ COLUMNS = (LOSS, SCORE, "validation_blind_score", "train_part_loss", "train_part
 SHOWN = 12
 
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
-Score = Callable[[str, Sequence[str]], float]
-"""Scores an answer, 0 to 1, beside those of people."""
+Score = Callable[[str, Sequence[str]], float]  # scores an answer, 0 to 1, beside those of people
 Forward = Callable[[Sequence[Row]], tuple[Tensor, Tensor]]
 """Turns rows into the logits [M, V] and labels [M] of their supervised positions, row by row."""
 
@@ -47,13 +46,10 @@ Forward = Callable[[Sequence[Row]], tuple[Tensor, Tensor]]
 class Branch(NamedTuple):
     """A question with one of its distinct answers."""
 
-    question: int
-    """Its place in the part."""
+    question: int  # its place in the part
     tokens: QuestionTokens
-    score: float
-    """What greedy decoding would score that wrote this answer."""
-    main: bool
-    """It is the answer that is taught, whose loss counts."""
+    score: float  # what greedy decoding would score that wrote this answer
+    main: bool  # it is the answer that is taught, whose loss counts
 
 
 class Part:
@@ -162,8 +158,7 @@ class Validation:
         self.other_image = other_image
         order = np.random.RandomState(params.seed).permutation(len(held))
         one_each = {self.held.questions[at]["image_id"]: self.held.questions[at] for at in order}
-        self.shown = list(one_each.values())[:SHOWN]
-        """Questions whose answers are kept, each about another image."""
+        self.shown = list(one_each.values())[:SHOWN]  # questions whose answers are kept, each about another image
 
     def describe(self) -> str:
         """Say what the score is of."""
