@@ -5,7 +5,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback as ProgressBar
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from vlm_vqa.cores import Crowd, waits
@@ -40,7 +42,6 @@ from vlm_vqa.training.watchdog import Phase, Watchdog
 log = logging.getLogger(__name__)
 
 CURVE_COLUMNS = ("epoch", "loss", "grad_norm", "learning_rate")
-STATE_FILE = "trainer_state.json"  # where the Trainer looks for its own state
 SMALL_WEIGHTS = 100_000
 """Elements up to which ZeRO-3 on GPUs keeps a parameter whole: fetching it would cost more than it saves."""
 
@@ -151,11 +152,11 @@ class VqaTrainer(Trainer):
             # The launch file's is Gemma 2's; PaliGemma's first version has a Gemma.
             layer = next(iter(self.model.model.language_model.layers))
             state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layer).__name__]
-        if self.launch.strategy is Strategy.FSDP2 and self.args.bf16:
-            # Gradients are added up in float32, as under DDP.
-            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-            )
+            if self.args.bf16:
+                # Gradients are added up in float32, as under DDP.
+                state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                    param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+                )
         if self.launch.strategy.deepspeed:
             config = state.deepspeed_plugin.deepspeed_config
             # What stands in no file is left out by DeepSpeed without a word, clipping among it.
@@ -179,27 +180,22 @@ class VqaTrainer(Trainer):
             decayed = set(self.get_decay_parameter_names(model))
             self.optimizer = build_optimizer(self.train_settings, model, decayed, self.args.seed)
             if self.train_settings.projector_steps and self.launch.strategy.deepspeed:
-                self._hold_back_under_deepspeed(self.optimizer)
+                # Its steps happen within its backward pass, on pieces of its own.
+                for group in self.optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.register_hook(partial(self._zero_if_waiting, group["from_step"]))
+                # A gradient of zeros would count a step of AdamW's all the same.
+                self.optimizer.register_step_pre_hook(lambda *_: self._drop_gradients())
         return self.optimizer
 
-    def _hold_back_under_deepspeed(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep what waits out of DeepSpeed's steps, which happen within its backward pass, on pieces of its own."""
-
-        def nothing(first: int) -> Callable[[Tensor], Tensor | None]:
-            return lambda gradient: torch.zeros_like(gradient) if self.state.global_step + 1 < first else None
-
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.register_hook(nothing(group["from_step"]))
-        # A gradient of zeros would count a step of AdamW's all the same.
-        optimizer.register_step_pre_hook(lambda *_: self._drop_gradients())
+    def _zero_if_waiting(self, first: int, gradient: Tensor) -> Tensor | None:
+        return torch.zeros_like(gradient) if self.state.global_step + 1 < first else None
 
     def _drop_gradients(self) -> None:
         """Drop the gradients of what waits until the projector has been trained: no norm knows them, no state begins."""
         for group in self.inner_optimizer.param_groups:
-            if self.state.global_step + 1 < group["from_step"]:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            for parameter in group["params"] if self.state.global_step + 1 < group["from_step"] else ():
+                parameter.grad = None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Let what waits for the projector follow the same schedule, warm-up included, over the steps that are left."""
@@ -208,12 +204,9 @@ class VqaTrainer(Trainer):
             left, stand_in = max(0, num_training_steps - wait), torch.optim.SGD([torch.zeros(1)])
             kind, warmup = self.args.lr_scheduler_type, self.args.get_warmup_steps(left)
             (at_once, *_), (late,) = scheduler.lr_lambdas, get_scheduler(kind, stand_in, warmup, left).lr_lambdas
-
-            def after(step: int) -> float:
-                return 0.0 if step < wait else late(step - wait)
-
+            rates = {1: at_once, 1 + wait: lambda step: 0.0 if step < wait else late(step - wait)}
             firsts = [group["from_step"] for group in self.inner_optimizer.param_groups]
-            self.lr_scheduler = LambdaLR(scheduler.optimizer, [at_once if first == 1 else after for first in firsts])
+            self.lr_scheduler = LambdaLR(scheduler.optimizer, [rates[first] for first in firsts])
         return self.lr_scheduler
 
     @property
@@ -266,10 +259,8 @@ class VqaTrainer(Trainer):
             prefetch_factor=-(-2 * shape.micro_batches // workers) if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        device = self.accelerator.device
-        return prepare_data_loader(
-            loader, device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
-        )
+        one = {"num_processes": 1, "process_index": 0}
+        return prepare_data_loader(loader, self.accelerator.device, **one, put_on_device=True, non_blocking=True)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -318,12 +309,11 @@ class VqaTrainer(Trainer):
 
     def note_states(self) -> None:
         """Note the types of the optimizer's states after a step; UserError if 8 bits were asked for, and there are none."""
-        kinds = state_types(self.inner_optimizer)
+        kinds, asked = state_types(self.inner_optimizer), self.train_settings.optimizer
         self.facts["optimizer_states"] = "+".join(kinds)
-        eight = self.train_settings.optimizer is Optimizer.ADAMW_BNB_8BIT
-        if eight and "uint8" not in kinds and has_8bit_work(self.inner_optimizer):
+        if asked is Optimizer.ADAMW_BNB_8BIT and "uint8" not in kinds and has_8bit_work(self.inner_optimizer):
             raise UserError(
-                f"train.optimizer is {self.train_settings.optimizer.value}, but the states are {', '.join(kinds)}. Install "
+                f"train.optimizer is {asked.value}, but the states are {', '.join(kinds)}. Install "
                 "the pinned bitsandbytes (`make setup`) or choose another train.optimizer."
             )
 
@@ -390,8 +380,7 @@ class VqaTrainer(Trainer):
     @property
     def _validated(self) -> int | None:
         """The last step that was validated, also before a resume."""
-        done = validations(self.state.log_history)
-        return done[-1]["step"] if done else None
+        return next((one["step"] for one in reversed(validations(self.state.log_history))), None)
 
     def _return_to_best(self) -> None:
         """Put the best step's weights back, from its checkpoint, where they are the result."""
@@ -437,10 +426,8 @@ class VqaTrainer(Trainer):
         if last is None:
             return None
         if not last.is_dir():
-            raise UserError(
-                f"{last}: process {launch.process} does not see it. The machines of a launch must share the "
-                "project's folder."
-            )
+            where = "The machines of a launch must share the project's folder."
+            raise UserError(f"{last}: process {launch.process} does not see it. {where}")
         world = self._verify(last)
         if (best := checkpoint_files.best_of(last)) not in (None, last):
             self._verify(best)
@@ -471,17 +458,15 @@ class VqaTrainer(Trainer):
         self.store_flos()
         step, launch = self.state.global_step, self.launch
         state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
-        texts = {STATE_FILE: state} if launch.main else {}
+        texts = {TRAINER_STATE_NAME: state} if launch.main else {}
         facts: dict[str, Any] = {"kind": self.kind, "best": self.kept_step if self.keep is Keep.BEST else None}
         facts["logging"] = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
         with self.meter.paused():
-            others: list[str] = []
-            if launch.strategy.deepspeed:
-                others = self._save_deepspeed(step)
-                tensors, more = checkpoint_state.save_random_state(self.lr_scheduler)
-            else:
-                model, optimizer = self.model, self.inner_optimizer
-                tensors, more = checkpoint_state.save_state(model, optimizer, self.lr_scheduler, rank=launch.process)
+            others = self._save_deepspeed(step) if launch.strategy.deepspeed else []
+            tensors, more = checkpoint_state.save_random_state(self.lr_scheduler)
+            if not launch.strategy.deepspeed:
+                rows, described = checkpoint_state.save_state(self.model, self.inner_optimizer, rank=launch.process)
+                tensors, more = rows | tensors, described | more
             self.writer.save(step, tensors, facts | more, texts, others)
 
     def _save_deepspeed(self, step: int) -> list[str]:
@@ -503,12 +488,9 @@ class VqaTrainer(Trainer):
         if checkpoint is None:
             return
         self.opened = checkpoint_state.Checkpoint(Path(checkpoint), self.launch.process, self.launch.processes)
-        if self.launch.strategy.deepspeed:
-            # DeepSpeed has read its own files already.
-            self.lr_scheduler.load_state_dict(self.opened.facts[0]["scheduler"])
-            return
-        restart = self.train_settings.restart_optimizer
-        self.opened.load_state(self.model, self.inner_optimizer, self.lr_scheduler, restart=restart)
+        self.lr_scheduler.load_state_dict(self.opened.facts[0]["scheduler"])
+        if not self.launch.strategy.deepspeed:  # which has read its own files already
+            self.opened.load_state(self.model, self.inner_optimizer, restart=self.train_settings.restart_optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.opened is None:
