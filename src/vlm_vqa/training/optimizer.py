@@ -117,17 +117,14 @@ class ClippedAdamW8bit(AdamW8bit):
         first, second = (state[name].view(-1)[part] for name in ("state1", "state2"))
         (beta1, beta2), step = config["betas"], state["step"]
         eps, rate, decay = (config[name] for name in ("eps", "lr", "weight_decay"))
+        what = ("adam", gradient, weights, first)
         if first.dtype == torch.float32:
-            bnb.optimizer_update_32bit(
-                "adam", gradient, weights, first, beta1, eps, step, rate, second, beta2, weight_decay=decay
-            )
+            bnb.optimizer_update_32bit(*what, beta1, eps, step, rate, second, beta2, weight_decay=decay)
             return
         blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
         maps, scales = (state["qmap1"], state["qmap2"]), (state["absmax1"][blocks], state["absmax2"][blocks])
-        moments, betas = (first, second), (beta1, beta2, 0.0, 0.0)
-        bnb.optimizer_update_8bit_blockwise(
-            "adam", gradient, weights, *moments, *betas, eps, step, rate, *maps, *scales, weight_decay=decay
-        )
+        betas = (beta1, beta2, 0.0, 0.0)
+        bnb.optimizer_update_8bit_blockwise(*what, second, *betas, eps, step, rate, *maps, *scales, weight_decay=decay)
 
 
 class StochasticAdamW(ClippedAdamW8bit):
@@ -228,32 +225,26 @@ def has_8bit_work(optimizer: torch.optim.Optimizer) -> bool:
 def build_optimizer(train: TrainParams, model: nn.Module, decayed: set[str], seed: int) -> torch.optim.Optimizer:
     """Return the optimizer that `train` asks for over the model's trained parameters.
 
-    Args:
-        decayed: names of the parameters that weight decay acts on.
-        seed: of stochastic rounding.
-
-    Raises:
-        UserError: it is bitsandbytes', which is not installed.
+    `decayed` names those that weight decay acts on; `seed` is of stochastic rounding. UserError if the optimizer is
+    bitsandbytes', which is not installed.
     """
-    groups = list(_groups(train, model, decayed))
-    if bnb is None and (train.optimizer is Optimizer.ADAMW_BNB_8BIT or train.weights_dtype is Dtype.BFLOAT16):
+    groups, eight = list(_groups(train, model, decayed)), train.optimizer is Optimizer.ADAMW_BNB_8BIT
+    if not eight and train.weights_dtype is not Dtype.BFLOAT16:
+        return torch.optim.AdamW(groups, lr=train.learning_rate)
+    if bnb is None:
         asked = f"{train.optimizer.value} on {train.weights_dtype.value} weights"
         raise UserError(f"train.optimizer: {asked} needs bitsandbytes, which is not installed. Run `make setup`.")
-    if train.optimizer is Optimizer.ADAMW_BNB_8BIT:
-        return ClippedAdamW8bit(
-            groups, lr=train.learning_rate, percentile_clipping=train.percentile_clipping, seed=seed
-        )
-    if train.weights_dtype is Dtype.BFLOAT16:
-        return StochasticAdamW(groups, lr=train.learning_rate, seed=seed)
-    return torch.optim.AdamW(groups, lr=train.learning_rate)
+    if eight:
+        clipping = train.percentile_clipping
+        return ClippedAdamW8bit(groups, lr=train.learning_rate, percentile_clipping=clipping, seed=seed)
+    return StochasticAdamW(groups, lr=train.learning_rate, seed=seed)
 
 
 def _groups(train: TrainParams, model: nn.Module, decayed: set[str]) -> Iterator[dict[str, Any]]:
     """Yield parameters that are treated alike, and how; first those of no rate or phase of their own, whose rate is logged.
 
-    With 8-bit AdamW the embedding keeps 32-bit states, as the Trainer itself arranges for bitsandbytes: its gradients are
-    sparse, and quantised blocks would mix rare words with frequent ones. It is a group of its own, since DeepSpeed joins the
-    parameters of a group.
+    With 8-bit AdamW the embedding keeps 32-bit states, as the Trainer arranges for bitsandbytes (quantised blocks would mix
+    rare words with frequent ones), in a group of its own, since DeepSpeed joins the parameters of a group.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     rates = {"projector": train.projector_learning_rate, "embedding": train.embedding_learning_rate}

@@ -259,8 +259,8 @@ class VqaTrainer(Trainer):
             prefetch_factor=-(-2 * shape.micro_batches // workers) if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        one = {"num_processes": 1, "process_index": 0}
-        return prepare_data_loader(loader, self.accelerator.device, **one, put_on_device=True, non_blocking=True)
+        place = self.accelerator.device
+        return prepare_data_loader(loader, place, 1, 0, put_on_device=True, non_blocking=True)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 

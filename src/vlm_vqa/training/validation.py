@@ -40,9 +40,6 @@ Forward = Callable[[Sequence[Row]], tuple[Tensor, Tensor]]
 """Turns rows into the logits [M, V] and labels [M] of their supervised positions, row by row."""
 
 
-# --- what of them is computed -------------------------------------------------------------------------------------------
-
-
 class Branch(NamedTuple):
     """A question with one of its distinct answers."""
 
@@ -72,11 +69,9 @@ class Part:
                 self.branches.append(branch)
         if self.left_out:
             log.warning("%d answers of the validation questions do not fit prompt.text_length", self.left_out)
-        self._rows = [
-            (image_id, numbers[at : at + a_row])
-            for image_id, numbers in by_image.items()
-            for at in range(0, len(numbers), a_row)
-        ]
+        self._rows: list[tuple[int, list[int]]] = []
+        for image_id, numbers in by_image.items():
+            self._rows += [(image_id, numbers[at : at + a_row]) for at in range(0, len(numbers), a_row)]
         self._rows.sort(key=lambda row: -sum(len(self.branches[one].tokens.read) for one in row[1]))
 
     def _branches(
@@ -100,8 +95,7 @@ class Part:
         """Yield this process's forward passes: rows, and the places of their branches; every process has equally many."""
         batches: list[list[tuple[int, list[int]]]] = [[]]
         for row in self._rows:
-            held = sum(len(numbers) for _, numbers in batches[-1])
-            if batches[-1] and held + len(row[1]) > self.a_batch:
+            if batches[-1] and sum(len(numbers) for _, numbers in [*batches[-1], row]) > self.a_batch:
                 batches.append([])
             batches[-1].append(row)
         for at in range(process, -(-len(batches) // processes) * processes, processes):
@@ -145,7 +139,6 @@ class Validation:
             held, trained: as `validation_questions` gives them.
             other_image: shown instead of a held question's own to measure the blind score, by image id.
             metrics: `vqa_accuracy`, which scores questions of ten answers each, and `answer_accuracy`.
-            process, processes: this one's number, and how many there are.
         """
         settings, train = params.validation, params.train
         self.settings, self.layout, self.collate = settings, layout, collate
@@ -169,11 +162,8 @@ class Validation:
     def measure(self, model: nn.Module, device: torch.device, beat: Callable[[], None]) -> dict[str, Any]:
         """Return the figures of `COLUMNS` and, as `ANSWERS`, what is said to the questions that are shown.
 
-        All processes must call it, and get the same.
-
-        Args:
-            model: as the launch has wrapped it; left in training mode.
-            beat: called before each forward pass.
+        All processes must call it, and get the same. `model` is as the launch has wrapped it, and left in training mode;
+        `beat` is called before each forward pass.
         """
 
         def forward(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
@@ -220,13 +210,10 @@ class Validation:
         """Decode greedily, each step a whole forward pass of the answers so far: slow, and the same under every launch."""
         prompts = [self.layout.tokenize(row["question"]).prompt for row in self.shown]
         said: list[list[int]] = [[] for _ in prompts]
-        unfinished = list(range(len(prompts)))
+        unfinished, eos = list(range(len(prompts))), self.layout.eos_id
         for _ in range(HELM_MAX_TOKENS):
-            eos = self.layout.eos_id
-            rows = [
-                Row(self.shown[at]["image_id"], (QuestionTokens(prompts[at], [*said[at], eos]),)) for at in unfinished
-            ]
-            logits, _ = forward(rows)
+            asked = ((self.shown[at]["image_id"], QuestionTokens(prompts[at], [*said[at], eos])) for at in unfinished)
+            logits, _ = forward([Row(image_id, (tokens,)) for image_id, tokens in asked])
             lasts = torch.tensor([len(said[at]) + 1 for at in unfinished]).cumsum(0) - 1
             following = logits[lasts.to(logits.device)].argmax(-1)
             if self.processes > 1:
@@ -234,13 +221,9 @@ class Validation:
                 distributed.broadcast(following, 0)
             for at, token in zip(unfinished, following.tolist(), strict=True):
                 said[at].append(token)
-            unfinished = [at for at in unfinished if said[at][-1] != eos]
-            if not unfinished:
+            if not (unfinished := [at for at in unfinished if said[at][-1] != eos]):
                 break
-        return [self.layout.decode([token for token in tokens if token != self.layout.eos_id]) for tokens in said]
-
-
-# --- what is chosen by it -----------------------------------------------------------------------------------------------
+        return [self.layout.decode([token for token in tokens if token != eos]) for tokens in said]
 
 
 def validations(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
