@@ -32,23 +32,18 @@ def name_of(start: ModelParams) -> str:
 def folder_of(start: ModelParams, wanted: list[str] = WANTED) -> Path:
     """Return where the checkpoint lies; from the hub, what is `wanted` of it is downloaded first.
 
-    Raises:
-        UserError: it is not there, or lies where the stages write.
+    UserError if it is not there, or lies where the stages write.
     """
     assert start.checkpoint is not None, "load_params asks for it where training starts from one"
     if start.revision is not None:
         return download_snapshot("model.checkpoint", start.checkpoint, start.revision, wanted)
     folder = Path(start.checkpoint).expanduser()
+    said = f"model.checkpoint is {start.checkpoint!r}, but"
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model.checkpoint is {start.checkpoint!r}, but no model's config.json is there. Mend the path."
-        )
+        raise UserError(f"{said} no model's config.json is there. Mend the path.")
     if folder.resolve().is_relative_to(OUTPUTS.resolve()):
-        copy = f"`mkdir -p starts && cp -rL {start.checkpoint} starts/first`"
-        raise UserError(
-            f"model.checkpoint is {start.checkpoint!r}, but the stages remove what is in {OUTPUTS}/ and write it anew. "
-            f"Copy it ({copy}), and set model.checkpoint to starts/first."
-        )
+        copy = f"Copy it (`mkdir -p starts && cp -rL {start.checkpoint} starts/first`), and set model.checkpoint"
+        raise UserError(f"{said} the stages remove what is in {OUTPUTS}/ and write it anew. {copy} to starts/first.")
     return folder
 
 
@@ -65,9 +60,8 @@ def read_config(start: ModelParams, folder: Path) -> PaliGemmaConfig:
     with reading(name_of(start), "config.json"):
         config = PaliGemmaConfig.from_dict(values)
     if not config.tie_word_embeddings:
-        _refuse(
-            start, "has an output head of its own (tie_word_embeddings); only Gemma's, its token embedding, is read"
-        )
+        what = "has an output head of its own (tie_word_embeddings)"
+        _refuse(start, f"{what}; only Gemma's, its token embedding, is read")
     without_head(config.vision_config)
     return config
 
@@ -80,16 +74,10 @@ def without_head(tower: Any) -> None:
 
 def check_weights(start: ModelParams, folder: Path, config: PaliGemmaConfig) -> None:
     """Refuse, by UserError, a folder without all weights that `config` describes; their files' headers are read alone."""
+    how = {"config": config, "device_map": "meta", "use_safetensors": True, "trust_remote_code": False}
     with reading(name_of(start), "its *.safetensors"), quiet():
-        _, found = PaliGemmaForConditionalGeneration.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
-            folder,
-            config=config,
-            device_map="meta",
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        stock: Any = PaliGemmaForConditionalGeneration
+        _, found = stock.from_pretrained(folder, **how, ignore_mismatched_sizes=True, output_loading_info=True)
     missing = sorted(set(found["missing_keys"]) - {HEAD})
     for part in ("vision_tower", "multi_modal_projector", "language_model"):
         if lacking := [name for name in missing if f".{part}." in name]:
@@ -120,15 +108,12 @@ def load_tokenizer(start: ModelParams, folder: Path):
 def start_hash(start: ModelParams) -> str:
     """Return a hash over the files of checkpoint and adapter: what training starts from, whatever they are called."""
     folders = [folder_of(start), *([Path(start.adapter).expanduser()] if start.adapter else [])]
-    return hash_json(
-        [hash_files((path for wanted in WANTED for path in folder.glob(wanted)), folder) for folder in folders]
-    )
+    found = [[path for wanted in WANTED for path in folder.glob(wanted)] for folder in folders]
+    return hash_json(list(map(hash_files, found, folders)))
 
 
 def _refuse(start: ModelParams, what: str) -> None:
-    raise UserError(
-        f"model.checkpoint {start.checkpoint!r} {what}. Name another checkpoint, or get a whole copy of it."
-    )
+    raise UserError(f"{name_of(start)} {what}. Name another checkpoint, or get a whole copy of it.")
 
 
 @contextmanager

@@ -84,10 +84,8 @@ class Encoder:
     def preprocess(self, images: Iterable[Image.Image]) -> Tensor:
         """Bring images of any size and mode to what the model reads; may run in any thread.
 
-        They are taken one by one, so an iterable that decodes them holds one of them in memory at a time.
-
-        Returns:
-            [N, C, H, W] float32 on the CPU, in pinned memory where the model is on a GPU.
+        They are taken one by one, so an iterable that decodes them holds one of them in memory at a time. Returned is
+        [N, C, H, W] float32 on the CPU, in pinned memory where the model is on a GPU.
         """
         crops = (crop_elongated(image, self.processor) for image in images)
         seen = (self.processor(crop, do_convert_rgb=True, return_tensors="pt") for crop in crops)
@@ -95,10 +93,9 @@ class Encoder:
         return pixels_NCHW.pin_memory() if self.model.device.type == "cuda" else pixels_NCHW
 
     def encode_pixels(self, pixels_NCHW: Tensor) -> Tensor:
-        """Look at what `preprocess` returned; on a GPU the result may still be under way.
+        """Return the last hidden state after the final layer norm, [N, T, D] in the compute dtype, on the model's device.
 
-        Returns:
-            [N, T, D] in the compute dtype, on the model's device: the last hidden state after the final layer norm.
+        On a GPU it may still be under way.
         """
         with torch.no_grad():
             # The model casts them itself; a cast here would come before the copy, into memory that is not pinned.
@@ -112,7 +109,7 @@ def crop_elongated(image: Image.Image, processor: Processor) -> Image.Image:
 
     DINOv2's processor brings the shorter edge to 256 pixels and then cuts out the centre: of 1 x 5,000 pixels it would first
     make 256 x 1,280,000, a gigabyte. So the longer edge of such an image is cut down to its middle beforehand, which the
-    centre lies well within. A processor that squeezes all images into one size has no such bound, and needs none.
+    centre lies well within. A processor that squeezes all images into one size needs no bound.
     """
     longest = MOST_ELONGATED * min(image.size)
     if not processor.size.shortest_edge or max(image.size) <= longest:  # ty: ignore[missing-attribute] - a SizeDict
@@ -125,40 +122,31 @@ def crop_elongated(image: Image.Image, processor: Processor) -> Image.Image:
 def load_encoder(
     vision: VisionParams, device: torch.device | str | None = None, start: ModelParams = TOWERS_ALONE
 ) -> Encoder:
-    """Load the vision tower that `params.yaml` names.
+    """Load the vision tower that `params.yaml` names, in `vision.compute_dtype`; `device` None is the first GPU, or the CPU.
 
     `vision.model` is `small` (the encoder in this package), a local folder, a hub id with `vision.revision`, or
     `checkpoint`: the tower of the whole model that `start` names. Weights come from safetensors only and no remote code is
-    run; they are read as float32 and then cast to `vision.compute_dtype`. `device` None is the first GPU, or the CPU.
-
-    Raises:
-        UserError: as `read_settings`, or it cannot be found or lacks weights.
+    run. UserError as `read_settings`, or if it cannot be found or lacks weights.
     """
     folder = _folder(vision, start)
     config, processor, num_tokens = read_settings(vision, start, folder)
     if vision.model == CHECKPOINT:
         checkpoint.check_weights(start, folder, checkpoint.read_config(start, folder))
     model = _load_model(_name(vision, start), folder, config, _IN_CHECKPOINT if vision.model == CHECKPOINT else None)
-    settings = {key: value for key, value in processor_settings(processor).items() if key != "image_seq_length"}
-    encoder_hash = hash_json(
-        {
-            "weights": _hash_weights(model),
-            "config": {k: v for k, v in model.config.to_dict().items() if k not in _INCIDENTAL_CONFIG},
-            "processor": settings,
-        }
-    )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    made_of = {
+        "weights": _hash_weights(model),
+        "config": {key: value for key, value in model.config.to_dict().items() if key not in _INCIDENTAL_CONFIG},
+        "processor": {key: value for key, value in processor_settings(processor).items() if key != "image_seq_length"},
+    }
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, getattr(torch, vision.compute_dtype.value)).eval().requires_grad_(False)
-    return Encoder(model=model, processor=processor, hash=encoder_hash, num_tokens=num_tokens)
+    return Encoder(model=model, processor=processor, hash=hash_json(made_of), num_tokens=num_tokens)
 
 
 def read_settings(vision: VisionParams, start: ModelParams, folder: Path) -> tuple[Config, Processor, int]:
     """Return the configuration of the tower in `folder`, its image processor, and how many tokens it makes of an image.
 
-    Raises:
-        UserError: it is no DINOv2 or SigLIP with the processor of its kind, or its tokens are not `vision.num_patches` of
-            width `vision.visual_embed_dim`.
+    UserError if it is no DINOv2 or SigLIP with the processor of its kind, or its tokens are not as `vision` says.
     """
     name = _name(vision, start)
     config = _load_config(name, folder, start if vision.model == CHECKPOINT else None)
@@ -166,9 +154,8 @@ def read_settings(vision: VisionParams, start: ModelParams, folder: Path) -> tup
     num_tokens = _count_tokens(name, config, processor)
     for key, found in (("num_patches", num_tokens), ("visual_embed_dim", config.hidden_size)):
         if (said := getattr(vision, key)) != found:
-            raise UserError(
-                f"vision.{key} is {said}, but the encoder of {name} makes {found}. Set vision.{key}: {found}."
-            )
+            asks = f"vision.{key} is {said}, but the encoder of {name} makes {found}"
+            raise UserError(f"{asks}. Set vision.{key}: {found}.")
     return config, processor, num_tokens
 
 
@@ -228,19 +215,12 @@ def _load_processor(name: str, folder: Path, config: Config) -> Processor:
 
 
 def _load_model(name: str, folder: Path, config: Config, names: dict[str, str] | None) -> Model:
+    how: dict[str, Any] = {"config": config, "key_mapping": names, "dtype": torch.float32, "use_safetensors": True}
     with reading(name, "its *.safetensors"), quiet():
-        model, found = TOWERS[config.model_type].model.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
-            folder,
-            config=config,
-            key_mapping=names,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        kind: Any = TOWERS[config.model_type].model
+        model, found = kind.from_pretrained(folder, **how, output_loading_info=True, trust_remote_code=False)
     # transformers fills gaps with random numbers and a warning.
-    lacking = sorted(found["missing_keys"])
-    if lacking:
+    if lacking := sorted(found["missing_keys"]):
         raise UserError(f"{name} lacks the weights {lacking[:5]}. Get a whole copy of it.")
     return model
 
@@ -249,18 +229,16 @@ def _count_tokens(name: str, config: Config, processor: Processor) -> int:
     """One token a patch, at the size to which the processor brings every image, and a DINOv2's CLS."""
     cuts = isinstance(processor, BitImageProcessor) and processor.do_center_crop
     size: Any = processor.crop_size if cuts else processor.size
-    height, width = size.height, size.width
     patch: Any = config.patch_size
+    height, width = size.height, size.width
     if not height or not width or height % patch or width % patch:
         raise UserError(
             f"{name}: its preprocessor_config.json brings images to {dict(size)}, which is not "
             f"a fixed height and width in multiples of the patch size {patch}. Set crop_size, do_center_crop or size."
         )
     if isinstance(config, SiglipVisionConfig) and not height == width == config.image_size:
-        raise UserError(
-            f"{name}: its preprocessor_config.json brings images to {height} x {width} pixels, but a SigLIP sees one size, "
-            f"{config.image_size} by its config.json. Set size."
-        )
+        brings = f"{name}: its preprocessor_config.json brings images to {height} x {width} pixels"
+        raise UserError(f"{brings}, but a SigLIP sees one size, {config.image_size} by its config.json. Set size.")
     return TOWERS[config.model_type].cls + (height // patch) * (width // patch)
 
 

@@ -122,19 +122,15 @@ def text_hidden(
     allowed: Tensor,
     cache: Cache | None = None,
 ) -> Tensor:
-    """Run the projector and Gemma 2 and return its last hidden states.
+    """Run the projector and Gemma 2 and return its last hidden states [B, S, D] in the compute type.
+
+    UserError if there are more keys than Gemma 2's sliding window holds.
 
     Args:
         image_features: [B, T, E], whose projections replace the first T tokens; None in a later step of generation.
         input_ids, position_ids: int64 [B, S].
         allowed: bool [B, S, K], which keys each position sees; K counts the cache's keys too.
         cache: keys and values to extend in place.
-
-    Returns:
-        [B, S, D] in the compute type.
-
-    Raises:
-        UserError: more keys than Gemma 2's sliding window, where its layers would need a second mask.
     """
     _check_window(model, allowed.shape[-1])
     if image_features is None:
@@ -175,12 +171,9 @@ def _run_layers(
         masks = {"rows": mask} if isinstance(mask, PackedRows) else {"attention_mask": mask}
     if asked is not None:
         masks["asked"] = asked
+    cached = {"past_key_values": cache, "use_cache": cache is not None}
     return model.model.language_model(
-        inputs_embeds=embeds,
-        **masks,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=cache is not None,
+        inputs_embeds=embeds, **masks, position_ids=position_ids, **cached
     ).last_hidden_state
 
 
@@ -192,14 +185,9 @@ def text_logits(model: PaliGemmaForConditionalGeneration, hidden: Tensor) -> Ten
 
 
 def initial_model(language: LanguageParams, encoder_config, processor: PaliGemmaProcessor, seed: int) -> VlmForTraining:
-    """Build the model that training starts from: Gemma 2 as `language` says, a fresh linear projector.
+    """Build the model that training starts from: Gemma 2 as `language` says, a fresh linear projector; float32.
 
-    Args:
-        encoder_config: the `Dinov2Config` of the tower.
-        processor: as `build_processor` gives it; the embedding grows to its tokenizer's size.
-
-    Returns:
-        float32 weights, in training mode.
+    `encoder_config` is the tower's; the embedding grows to the size of the tokenizer of `processor`.
     """
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
@@ -226,34 +214,20 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
 
 
 def checkpoint_model(start: ModelParams, encoder_config, processor: PaliGemmaProcessor) -> VlmForTraining:
-    """Load the model that training starts from where that is a whole checkpoint: its projector and Gemma 2.
+    """Load the projector and Gemma 2 of a whole checkpoint to start from; float32, whatever their type in the files.
 
-    Args:
-        encoder_config: of its tower, as `load_encoder` read it.
-        processor: of its tokenizer, as `build_processor` gives it.
-
-    Returns:
-        float32 weights, whatever their type in the files, in training mode.
-
-    Raises:
-        UserError: as `checkpoint.read_config`, `check_weights` and `check_tokens`.
+    `encoder_config` is its tower's, as `load_encoder` read it. UserError as `checkpoint.read_config`, `check_weights` and
+    `check_tokens`.
     """
     folder = checkpoint.folder_of(start)
     found = checkpoint.read_config(start, folder)
     checkpoint.check_weights(start, folder, found)
     checkpoint.check_tokens(start, found, processor)
-    config = PaliGemmaConfig.from_dict(
-        {**found.to_dict(), "vision_config": encoder_config.to_dict(), "dtype": "float32"}
-    )
+    own = {"vision_config": encoder_config.to_dict(), "dtype": "float32"}
+    how: dict[str, Any] = {"config": PaliGemmaConfig.from_dict(found.to_dict() | own), "dtype": torch.float32}
+    how |= {"attn_implementation": "eager", "use_safetensors": True, "trust_remote_code": False}
     with checkpoint.reading(checkpoint.name_of(start), "its *.safetensors"):
-        model: VlmForTraining = VlmForTraining.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        model: VlmForTraining = VlmForTraining.from_pretrained(folder, **how)
     without_paths(model.config)
     set_attention(model, Attention.EAGER)
     return model.train()
@@ -340,13 +314,10 @@ def load_tokenizer(language: LanguageParams, texts: list[str]) -> PreTrainedToke
 
 
 def _load_gemma(language: LanguageParams) -> Gemma2ForCausalLM:
-    """Load a whole Gemma 2 in float32.
+    """Load a whole Gemma 2 in float32; UserError if it is not there, is no Gemma 2, or lacks weights.
 
     Left to itself, `from_pretrained` takes the 2.6 B model's shape where config.json is missing, reads another
     architecture's file as Gemma 2, and fills missing weights with random ones, with no more than a warning.
-
-    Raises:
-        UserError: it is not there, is no Gemma 2, or lacks weights.
     """
     config = _from_pretrained(AutoConfig, language)
     if not isinstance(config, Gemma2Config):
@@ -376,14 +347,12 @@ def _from_pretrained(kind, language: LanguageParams, **options):
         ) from error
 
 
-_SPECIAL = ("pad", "eos", "bos", "unk")
-
-
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with Gemma's special tokens; deterministic in the order of `texts`.
 
     Byte level: any text can be written, also words that training never saw.
     """
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
     tokenizer = Tokenizer(models.BPE())
     # A newline ends the question, so it must never melt into a word.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -392,12 +361,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[f"<{name}>" for name in _SPECIAL],
+        special_tokens=list(special.values()),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    special = {f"{name}_token": f"<{name}>" for name in _SPECIAL}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
 
 
@@ -426,13 +394,14 @@ def save_trained(config: PaliGemmaConfig, state: Mapping[str, Tensor], folder: s
     `save_pretrained` would rename the weights on disk, and what reads files without renaming them back would go on from a
     fresh model with no more than a warning.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    weights = folder / WEIGHTS_FILE
-    save_file({name: value.contiguous() for name, value in state.items()}, weights)
-    # safetensors leaves the file to its owner alone.
-    weights.chmod(0o644)
+    save_tensors(state, Path(folder) / WEIGHTS_FILE)
+
+
+def save_tensors(state: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that all may read."""
+    save_file({name: value.contiguous() for name, value in state.items()}, file, metadata)
+    file.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
 class StoredWeights(Mapping[str, Tensor]):

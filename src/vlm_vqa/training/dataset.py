@@ -54,13 +54,8 @@ class QuestionDataset(Dataset):
         taught = "multiple_choice_answer" if answers is Answers.MAJORITY else "answers"
         tokenize, refused = cache(layout.tokenize), list[tuple[int, int, TooManyTokens]]()
         columns = (records[name] for name in ("question_id", "image_id", "question", taught))
-        for question_id, image_id, question, given in tqdm(
-            zip(*columns, strict=True),
-            total=len(records),
-            desc="tokenising",
-            unit="question",
-            disable=not on_main_process(),
-        ):
+        bar = {"desc": "tokenising", "unit": "question", "disable": not on_main_process()}
+        for question_id, image_id, question, given in tqdm(zip(*columns, strict=True), total=len(records), **bar):
             try:
                 tokens = _tokenize(tokenize, question, [given] if isinstance(given, str) else given, too_long)
             except TooManyTokens as error:

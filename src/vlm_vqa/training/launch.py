@@ -101,11 +101,11 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
 
 def _check_environment(asked: LaunchFile) -> None:
     """Compare what `accelerate launch` has set with what the file asks for, before any process waits for another."""
-    on = {name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED")}
     strategy, world = asked.strategy, int(os.environ.get("WORLD_SIZE", 1))
-    found = {"num_processes": world, "FSDP": on["FSDP"], "DeepSpeed": on["DEEPSPEED"]}
-    wanted: dict[str, Any] = {"num_processes": asked.processes}
-    wanted |= {"FSDP": strategy is Strategy.FSDP2, "DeepSpeed": strategy.deepspeed}
+    found, wanted = {"num_processes": world}, dict[str, Any](num_processes=asked.processes)
+    for name, is_wanted in (("FSDP", strategy is Strategy.FSDP2), ("DeepSpeed", strategy.deepspeed)):
+        found[name] = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
+        wanted[name] = is_wanted
     if world > 1:
         found["num_machines"] = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
         wanted["num_machines"] = asked.machines
@@ -140,19 +140,16 @@ def _keep_deepspeed_on_cpu() -> None:
     which every later run waits for ever.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
-    if find_spec("deepspeed") is None:
-        return
-    import deepspeed
+    if find_spec("deepspeed"):
+        import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Compare what accelerate has made of model and (unwrapped) optimizer with what the launch means.
 
-    Returns:
-        Facts for the start banner and MLflow: the share of weights and of trained elements that this process holds, and the
-        optimizer's class. UserError if the model is not divided as asked for.
+    Return facts for the start banner and MLflow; UserError if the model is not divided as asked for.
     """
     parameters = list(model.parameters())
     unsharded = sum(not is_sharded(p) for p in parameters)
@@ -172,11 +169,8 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
             raise _refused(launch, f"{who} holds {found:.0%} of the {what} instead of {wanted:.0%}")
     if launch.strategy is Strategy.DDP and not isinstance(model, DistributedDataParallel):
         raise _refused(launch, f"the model is a {type(model).__name__}: gradients would not be averaged")
-    return {
-        "share_of_weights": round(weights, 4),
-        "share_of_updates": round(updates, 4),
-        "optimizer": type(optimizer).__name__,
-    }
+    shares = {"share_of_weights": round(weights, 4), "share_of_updates": round(updates, 4)}
+    return shares | {"optimizer": type(optimizer).__name__}
 
 
 def _refused(launch: Launch, found: str) -> UserError:
@@ -190,8 +184,7 @@ def _updated_parts(strategy: Strategy, model: Any, optimizer: torch.optim.Optimi
     """Return the tensors that this process's optimizer updates."""
     if strategy is Strategy.ZERO2:
         return model.optimizer.single_partition_of_fp32_groups
-    if strategy is Strategy.ZERO3:
-        # Its optimizer is given one of these at a time.
+    if strategy is Strategy.ZERO3:  # whose optimizer is given one of these at a time
         return model.optimizer.fp32_partitioned_groups_flat
     return [_local(p) for group in optimizer.param_groups for p in group["params"]]
 

@@ -54,14 +54,9 @@ def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, P
         if params.train.answers is Answers.DRAWN:
             taught = [answer for answers in records["answers"] for answer in answers]
         tokenizer = load_tokenizer(params.language, [params.prompt.instruction, *records["question"], *taught])
-    layout = TokenLayout(
-        tokenizer,
-        mask=params.prompt.mask,
-        instruction=params.prompt.instruction,
-        num_patches=params.vision.num_patches,
-        text_length=params.prompt.text_length,
-        image_token_id=-1,
-    )
+    prompt, patches = params.prompt, params.vision.num_patches
+    how = {"instruction": prompt.instruction, "text_length": prompt.text_length, "num_patches": patches}
+    layout = TokenLayout(tokenizer, mask=prompt.mask, **how, image_token_id=-1)
     trained, _ = divide(records, params, folder)
     return QuestionDataset(trained, layout, params.prompt.too_long, params.train.answers, params.seed), tokenizer
 

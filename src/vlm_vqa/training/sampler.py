@@ -55,15 +55,11 @@ class GlobalBatchSampler(BatchSampler):
         seed: int,
     ):
         """`text_lengths` gives every question's tokens after the prefix, in an epoch; a prefix comes once a row."""
-        self.image_ids = list(image_ids)
-        self.prefix_length = prefix_length
-        self.shape = shape
-        self.seed = seed
+        self.image_ids, self.prefix_length, self.shape, self.seed = list(image_ids), prefix_length, shape, seed
         self._lengths_of = text_lengths
         self.set_epoch(0)
         # What accelerate and the Trainer ask of any batch sampler: batches have no fixed number of rows.
-        self.batch_size = None
-        self.drop_last = False
+        self.batch_size, self.drop_last = None, False
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order; called by the Trainer at the start of each epoch."""
@@ -134,17 +130,12 @@ def fill(groups: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[in
     waiting = deque(groups)
     least = min(map(len, groups), default=0)
     while waiting:
-        batch: list[tuple[int, ...]] = []
-        rest = size
-        passed: list[tuple[int, ...]] = []
+        rest, batch, passed = size, list[tuple[int, ...]](), list[tuple[int, ...]]()
         while rest and waiting and len(passed) < LOOKAHEAD:
             group = waiting.popleft()
-            left = rest - len(group)
-            if left == 0 or left >= least:
-                batch.append(group)
-                rest = left
-            else:
-                passed.append(group)
+            fits = rest - len(group) == 0 or rest - len(group) >= least
+            (batch if fits else passed).append(group)
+            rest -= len(group) * fits
         waiting.extendleft(reversed(passed))
         while rest and waiting:
             group = waiting.popleft()
@@ -158,8 +149,7 @@ def fill(groups: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[in
 def divide(lengths: Sequence[int], parts: int) -> list[int]:
     """Cut rows, the longest first, into `parts` runs whose largest (rows times its longest row) is smallest.
 
-    Returns:
-        How many rows each part holds; the last ones may be 0 where there are fewer rows than parts.
+    Return how many rows each part holds; the last ones may be 0 where there are fewer rows than parts.
     """
     capacities = range(lengths[0], lengths[0] * len(lengths))
     enough = bisect_left(capacities, True, key=lambda capacity: len(_fill_parts(lengths, capacity)) <= parts)
@@ -173,8 +163,7 @@ def divide(lengths: Sequence[int], parts: int) -> list[int]:
 
 def _fill_parts(lengths: Sequence[int], capacity: int) -> list[int]:
     """Return the sizes of the runs that arise when each takes rows until another would exceed `capacity`."""
-    sizes: list[int] = []
-    longest = 0
+    sizes, longest = list[int](), 0
     for length in lengths:
         if sizes and (sizes[-1] + 1) * longest <= capacity:
             sizes[-1] += 1
