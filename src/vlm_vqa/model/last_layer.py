@@ -33,11 +33,7 @@ class _Layer(nn.Module):
     input_layernorm: nn.Module
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Rotations,
-        asked: Asked | None = None,
-        **options: Any,
+        self, hidden_states: Tensor, position_embeddings: Rotations, asked: Asked | None = None, **options: Any
     ) -> Tensor:
         """Return [1, M, D] of [1, N, D]."""
         if asked is None:
@@ -97,14 +93,14 @@ def _rotated(states_1HNC: Tensor, rotations: Rotations) -> Tensor:
     return states_1HNC * cosines + rotate_half(states_1HNC) * sines
 
 
-_STOCK: dict[type, tuple[type, ...]] = {
-    _Layer: (modeling_gemma2.Gemma2DecoderLayer, modeling_gemma.GemmaDecoderLayer),
-    _Attention: (modeling_gemma2.Gemma2Attention, modeling_gemma.GemmaAttention),
+_STOCK: dict[type, type] = {
+    modeling_gemma2.Gemma2DecoderLayer: _Layer,
+    modeling_gemma.GemmaDecoderLayer: _Layer,
+    modeling_gemma2.Gemma2Attention: _Attention,
+    modeling_gemma.GemmaAttention: _Attention,
 }
 NARROW: dict[type, Any] = {
-    stock: type(stock.__name__, (part, stock), {"__module__": __name__})
-    for part, both in _STOCK.items()
-    for stock in both
+    stock: type(stock.__name__, (part, stock), {"__module__": __name__}) for stock, part in _STOCK.items()
 }
 # Where pickle looks for them: process 0 sends the others the model's shape.
 globals().update({one.__name__: one for one in NARROW.values()})
