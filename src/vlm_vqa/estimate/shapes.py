@@ -43,8 +43,6 @@ CHECKPOINTS = {
 
 
 class Parameter(NamedTuple):
-    """One parameter tensor of the model in training."""
-
     name: str
     shape: tuple[int, ...]
     trained: bool
@@ -147,7 +145,6 @@ def tower_parameters(tower: Tower) -> int:
 
 
 def _read_config(model: str, key: str, kinds: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
-    """Read a local folder's config.json."""
     try:
         config = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -25,7 +25,6 @@ HEAD = "lm_head.weight"  # tied to the token embedding, it need not stand in a f
 
 
 def name_of(start: ModelParams) -> str:
-    """Return the checkpoint's name for messages."""
     return f"model.checkpoint {start.checkpoint!r}"
 
 
@@ -100,7 +99,6 @@ def check_tokens(start: ModelParams, config: PaliGemmaConfig, processor: PaliGem
 
 
 def load_tokenizer(start: ModelParams, folder: Path):
-    """Return the checkpoint's own tokenizer."""
     with reading(name_of(start), "its tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 

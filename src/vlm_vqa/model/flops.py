@@ -38,7 +38,6 @@ class Cost:
     supervised_pair: int
 
     def flops(self, work: Work) -> int:
-        """Return the model FLOPs of `work`."""
         return sum(price * count for price, count in zip(astuple(self), astuple(work), strict=True))
 
 

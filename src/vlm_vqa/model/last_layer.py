@@ -23,8 +23,6 @@ Rotations = tuple[Tensor, Tensor]  # cosines and sines [1, N, C] of positions
 
 @dataclass(frozen=True)
 class Asked:
-    """What the last layer is asked for."""
-
     places: Tensor  # int64 [M], places of packed tokens
     mask: PackedRows | BlockMask  # which of all tokens these see
 

@@ -38,8 +38,6 @@ class TooManyTokens(UserError):
 
 
 class QuestionTokens(NamedTuple):
-    """One tokenised question."""
-
     prompt: list[int]  # question and newline
     answer: list[int]  # answer and `<eos>`; empty when the answer is asked for
 
@@ -144,7 +142,6 @@ class TokenLayout:
         return grid | {"prefix_places": prefix_places, "rest_places": rest_places, "supervised": supervised}
 
     def _columns(self, row: Row) -> dict[str, list]:
-        """Write one row out, unpadded."""
         input_ids = [self.image_token_id] * self.num_patches + self.prefix
         start = len(input_ids)
         segments, positions, labels = [PREFIX_SEGMENT] * start, list(range(1, start + 1)), [IGNORED] * start

@@ -29,8 +29,6 @@ ENOUGH = 0.5
 
 
 class Line(NamedTuple):
-    """A line of text."""
-
     text: str
     colour: str
     bold: bool

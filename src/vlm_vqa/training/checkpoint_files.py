@@ -43,12 +43,10 @@ TENSORS = ".safetensors"
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` optimizer steps; the Trainer expects this name."""
-    return root / f"checkpoint-{step}"
+    return root / f"checkpoint-{step}"  # the name that the Trainer expects
 
 
 def seal_of(checkpoint: Path, rank: int, world: int) -> Path:
-    """Return where the seal of a process's part of a checkpoint lies."""
     return checkpoint / f"rank-{rank}-of-{world}.json"
 
 

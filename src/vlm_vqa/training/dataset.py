@@ -79,7 +79,6 @@ class QuestionDataset(Dataset):
         return [len(self.tokens(question, epoch).read) for question in range(len(self))]
 
     def tokens(self, question: int, epoch: int) -> QuestionTokens:
-        """Return a question with its answer of this epoch."""
         answers = self._answers[question]
         return QuestionTokens(self._prompts[question], answers[self._draw(epoch)[question] if len(answers) > 1 else 0])
 
@@ -93,7 +92,6 @@ class QuestionDataset(Dataset):
         return self._drawn[1]
 
     def head(self, count: int) -> None:
-        """Keep the first `count` questions only."""
         self.image_ids, self._drawn = self.image_ids[:count], None
         self._prompts, self._answers = self._prompts[:count], self._answers[:count]
 
@@ -124,8 +122,6 @@ def _tokenize(tokenize: Callable, question: str, answers: Sequence[str], too_lon
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns rows into the model's inputs."""
-
     layout: TokenLayout
     features: FeatureStore
 

@@ -31,8 +31,6 @@ SLACK_SECONDS = 60  # how much later than our own watch a collective gives up by
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that runs as it was asked for."""
-
     name: str
     strategy: Strategy
     processes: int
@@ -190,10 +188,8 @@ def _updated_parts(strategy: Strategy, model: Any, optimizer: torch.optim.Optimi
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the part of a parameter that this process holds."""
     return getattr(parameter, "ds_tensor", local(parameter))
 
 
 def _whole(parameter: torch.Tensor) -> int:
-    """Return the elements of a whole parameter."""
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -48,7 +48,6 @@ class ClippedAdamW8bit(AdamW8bit):
         self.seed: Any = seed  # None where no weights are bfloat16, and nobody asks
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-        """Return bitsandbytes' settings for one parameter."""
         config = super().get_config(gindex, pindex, group)
         whole = self.param_groups[gindex]["params"][pindex].numel()
         eight = group.get("optim_bits", 8) == 8 and whole >= LEAST_8BIT

@@ -71,7 +71,13 @@ class GlobalBatchSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[list[PlannedRow]]:  # ty: ignore[incompatible-method-override] - torch says int
         for batch in self.global_batches():
-            parts = self._divide(self._rows(batch))
+            rows = self._rows(batch)
+            sizes = divide([self._length(row) for row in rows], self.shape.micro_batches * self.shape.processes)
+            ends = itertools.accumulate(sizes)
+            # Every process must take part in every micro-batch: with nothing left to learn, by a row that teaches nothing.
+            idle = PlannedRow(rows[-1].image_id, (), self.epoch)
+            parts = [rows[end - size : end] or [idle] for size, end in zip(sizes, ends, strict=True)]
+            # One of each process in turn, so that they keep step.
             yield from parts[self.shape.process :: self.shape.processes]
 
     def idle_share(self) -> float:
@@ -94,31 +100,20 @@ class GlobalBatchSampler(BatchSampler):
         by_image: dict[int, list[int]] = {}
         for question in shuffled:
             by_image.setdefault(self.image_ids[question], []).append(question)
-        groups = [group for questions in by_image.values() for group in self._split(questions)]
+        groups: list[tuple[int, ...]] = []
+        for questions in by_image.values():
+            # Equal parts: 7 at most 6 a row are 4 and 3, not 6 and 1.
+            parts = -(-len(questions) // self.shape.questions_per_row)
+            groups += [tuple(questions[part::parts]) for part in range(parts)]
         order = torch.randperm(len(groups), generator=generator).tolist()
         yield from fill([groups[at] for at in order], self.shape.questions)
 
-    def _split(self, questions: list[int]) -> list[tuple[int, ...]]:
-        """Split an image's questions into equal parts: 7 at most 6 a row are 4 and 3, not 6 and 1."""
-        parts = -(-len(questions) // self.shape.questions_per_row)
-        return [tuple(questions[part::parts]) for part in range(parts)]
-
     def _rows(self, batch: Sequence[tuple[int, ...]]) -> list[PlannedRow]:
-        """Plan a global batch's rows, the longest first."""
         rows = [PlannedRow(self.image_ids[group[0]], group, self.epoch) for group in batch]
         return sorted(rows, key=self._length, reverse=True)
 
     def _length(self, row: PlannedRow) -> int:
         return self.prefix_length + sum(self.text_lengths[question] for question in row.questions)
-
-    def _divide(self, rows: list[PlannedRow]) -> list[list[PlannedRow]]:
-        """Divide rows into the micro-batches of all processes; one of each process in turn, so that they keep step."""
-        count = self.shape.micro_batches * self.shape.processes
-        sizes = divide([self._length(row) for row in rows], count)
-        ends = torch.tensor(sizes).cumsum(0).tolist()
-        # Every process must take part in every micro-batch: with nothing left to learn, by a row that teaches nothing.
-        idle = PlannedRow(rows[-1].image_id, (), self.epoch)
-        return [rows[end - size : end] or [idle] for size, end in zip(sizes, ends, strict=True)]
 
 
 def fill(groups: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:

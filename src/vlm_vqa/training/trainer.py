@@ -265,7 +265,6 @@ class VqaTrainer(Trainer):
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def heartbeat(self, phase: Phase) -> None:
-        """Tell the watchdog which phase of which step this process enters."""
         self.watchdog.heartbeat(phase, self.state.global_step + 1)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -281,7 +280,6 @@ class VqaTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Compute one forward and backward pass and remember its loss."""
         self.heartbeat(Phase.COMPUTING)
         self.meter.batch(inputs.pop(COUNTS))
         loss = super().training_step(model, inputs, num_items_in_batch)

@@ -154,7 +154,6 @@ class Validation:
         self.shown = list(one_each.values())[:SHOWN]  # questions whose answers are kept, each about another image
 
     def describe(self) -> str:
-        """Say what the score is of."""
         of = "a dev part of the training images" if self.settings.from_ is ValidateOn.TRAIN else "the validation split"
         return f"{self.metric} of {len(self.held.questions)} questions of {of}"
 

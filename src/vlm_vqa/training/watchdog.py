@@ -73,8 +73,6 @@ class Progress(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """What a rank tells the others."""
-
     host: str
     tick: int  # Changes as long as the process runs, whatever its main thread does.
     place: Progress
