@@ -128,11 +128,18 @@ def load_encoder(
     `checkpoint`: the tower of the whole model that `start` names. Weights come from safetensors only and no remote code is
     run. UserError as `read_settings`, or if it cannot be found or lacks weights.
     """
-    folder = _folder(vision, start)
+    folder, name, whole = _folder(vision, start), _name(vision, start), vision.model == CHECKPOINT
     config, processor, num_tokens = read_settings(vision, start, folder)
-    if vision.model == CHECKPOINT:
+    if whole:
         checkpoint.check_weights(start, folder, checkpoint.read_config(start, folder))
-    model = _load_model(_name(vision, start), folder, config, _IN_CHECKPOINT if vision.model == CHECKPOINT else None)
+    how: dict[str, Any] = {"config": config, "key_mapping": _IN_CHECKPOINT if whole else None, "dtype": torch.float32}
+    how |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
+    kind: Any = TOWERS[config.model_type].model
+    with reading(name, "its *.safetensors"), quiet():
+        model, loaded = kind.from_pretrained(folder, **how)
+    # transformers fills gaps with random numbers and a warning.
+    if lacking := sorted(loaded["missing_keys"]):
+        raise UserError(f"{name} lacks the weights {lacking[:5]}. Get a whole copy of it.")
     made_of = {
         "weights": _hash_weights(model),
         "config": {key: value for key, value in model.config.to_dict().items() if key not in _INCIDENTAL_CONFIG},
@@ -149,8 +156,32 @@ def read_settings(vision: VisionParams, start: ModelParams, folder: Path) -> tup
     UserError if it is no DINOv2 or SigLIP with the processor of its kind, or its tokens are not as `vision` says.
     """
     name = _name(vision, start)
-    config = _load_config(name, folder, start if vision.model == CHECKPOINT else None)
-    processor = _load_processor(name, folder, config)
+    with reading(name, "config.json"):
+        values, _ = Dinov2Config.get_config_dict(folder)
+        if vision.model == CHECKPOINT:
+            checkpoint.read_config(start, folder)
+            values = values["vision_config"]
+        elif values.get("model_type") == "siglip":
+            # With the tower for texts beside it.
+            values = {**values["vision_config"], "model_type": "siglip_vision_model"}
+        # A config of another class would load with a warning and give an encoder of defaults.
+        if (kind := values.get("model_type")) not in TOWERS:
+            raise UserError(
+                f"{name} is a {kind!r} model; only 'dinov2' (such as facebook/dinov2-base) and 'siglip' "
+                "(such as google/siglip-so400m-patch14-224) are supported."
+            )
+        config = TOWERS[kind].config.from_dict(values)
+    checkpoint.without_head(config)
+    with reading(name, "preprocessor_config.json"):
+        wanted = TOWERS[kind].processor
+        values, _ = wanted.get_image_processor_dict(folder)
+        found = values.get("image_processor_type") or values.get("feature_extractor_type")
+        if found not in (wanted.__name__, f"{wanted.__name__}Fast"):
+            raise UserError(
+                f"{name} comes with the image processor {found!r}; a {kind} needs {wanted.__name__!r}. Mend its "
+                "preprocessor_config.json or choose another model."
+            )
+        processor = wanted.from_dict(values)
     num_tokens = _count_tokens(name, config, processor)
     for key, found in (("num_patches", num_tokens), ("visual_embed_dim", config.hidden_size)):
         if (said := getattr(vision, key)) != found:
@@ -177,52 +208,6 @@ def _folder(vision: VisionParams, start: ModelParams) -> Path:
         return folder
     assert vision.revision is not None, "load_params asks for it where the model is from the hub"
     return download_snapshot("vision.model", vision.model, vision.revision)
-
-
-def _load_config(name: str, folder: Path, start: ModelParams | None) -> Config:
-    """Read the tower's own part of config.json; `start` if it is one of a whole model."""
-    with reading(name, "config.json"):
-        values, _ = Dinov2Config.get_config_dict(folder)
-        if start is not None:
-            checkpoint.read_config(start, folder)
-            values = values["vision_config"]
-        elif values.get("model_type") == "siglip":
-            # With the tower for texts beside it.
-            values = {**values["vision_config"], "model_type": "siglip_vision_model"}
-    # A config of another class would load with a warning and give an encoder of defaults.
-    if values.get("model_type") not in TOWERS:
-        raise UserError(
-            f"{name} is a {values.get('model_type')!r} model; only 'dinov2' (such as facebook/dinov2-base) and 'siglip' "
-            "(such as google/siglip-so400m-patch14-224) are supported."
-        )
-    with reading(name, "config.json"):
-        config = TOWERS[values["model_type"]].config.from_dict(values)
-    checkpoint.without_head(config)
-    return config
-
-
-def _load_processor(name: str, folder: Path, config: Config) -> Processor:
-    kind = TOWERS[config.model_type].processor
-    with reading(name, "preprocessor_config.json"):
-        values, _ = kind.get_image_processor_dict(folder)
-        found = values.get("image_processor_type") or values.get("feature_extractor_type")
-        if found not in (kind.__name__, f"{kind.__name__}Fast"):
-            raise UserError(
-                f"{name} comes with the image processor {found!r}; a {config.model_type} needs {kind.__name__!r}. Mend its "
-                "preprocessor_config.json or choose another model."
-            )
-        return kind.from_dict(values)
-
-
-def _load_model(name: str, folder: Path, config: Config, names: dict[str, str] | None) -> Model:
-    how: dict[str, Any] = {"config": config, "key_mapping": names, "dtype": torch.float32, "use_safetensors": True}
-    with reading(name, "its *.safetensors"), quiet():
-        kind: Any = TOWERS[config.model_type].model
-        model, found = kind.from_pretrained(folder, **how, output_loading_info=True, trust_remote_code=False)
-    # transformers fills gaps with random numbers and a warning.
-    if lacking := sorted(found["missing_keys"]):
-        raise UserError(f"{name} lacks the weights {lacking[:5]}. Get a whole copy of it.")
-    return model
 
 
 def _count_tokens(name: str, config: Config, processor: Processor) -> int:

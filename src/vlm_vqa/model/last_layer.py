@@ -28,10 +28,8 @@ class Asked:
 
 
 class _Layer(nn.Module):
-    input_layernorm: nn.Module
-
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Rotations, asked: Asked | None = None, **options: Any
+        self: Any, hidden_states: Tensor, position_embeddings: Rotations, asked: Asked | None = None, **options: Any
     ) -> Tensor:
         """Return [1, M, D] of [1, N, D]."""
         if asked is None:
@@ -45,17 +43,8 @@ class _Layer(nn.Module):
 
 
 class _Attention(nn.Module):
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-    config: Any
-    head_dim: int
-    scaling: float
-    attention_dropout: float
-
     def forward(
-        self,
+        self: Any,
         hidden_states: Tensor,
         position_embeddings: Rotations,
         attention_mask: Any,
@@ -82,7 +71,7 @@ class _Attention(nn.Module):
         )
         return self.o_proj(attended.flatten(2)), None
 
-    def _heads(self, projected: Tensor) -> Tensor:
+    def _heads(self: Any, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 

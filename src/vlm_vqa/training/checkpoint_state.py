@@ -167,8 +167,14 @@ class Checkpoint:
             else:
                 width = self._width(name, parameter) if state in BLOCK_STATES else None
                 value = self._read(key, name, rows, width)
-            # torch keeps its step on the CPU.
-            yield state, _like(value, parameter, optimizer) if state != "step" else value
+            if state != "step":  # which torch keeps on the CPU
+                value = value.to(local(parameter).device)
+                if isinstance(parameter, DTensor) and isinstance(optimizer, torch.optim.AdamW):
+                    # torch's own wants a state sharded as the parameter is.
+                    where, shape, stride = parameter.placements, parameter.shape, parameter.stride()
+                    place: dict[str, Any] = {"run_check": False, "shape": shape, "stride": stride}
+                    value = DTensor.from_local(value, parameter.device_mesh, where, **place)
+            yield state, value
         scalars = next((facts["states"][name] for facts in self.facts if name in facts["states"]), {})
         yield from scalars.items()
         if any(key.endswith("absmax1") for key in keys):
@@ -210,13 +216,3 @@ class Checkpoint:
         for file, facts in zip(self._files, self.facts, strict=True):
             if name in facts["rows"]:
                 yield file, Rows(*facts["rows"][name])
-
-
-def _like(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Place a state where its parameter is; torch's own AdamW wants it sharded as the parameter is."""
-    value = value.to(local(parameter).device)
-    if isinstance(parameter, DTensor) and isinstance(optimizer, torch.optim.AdamW):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        shape, stride = parameter.shape, parameter.stride()
-        return DTensor.from_local(value, mesh, placements, run_check=False, shape=shape, stride=stride)
-    return value

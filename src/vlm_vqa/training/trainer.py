@@ -509,24 +509,19 @@ class VqaTrainer(Trainer):
         self.heartbeat(Phase.WAITING)
         weights = {}
         for name, parameter in checkpoint_state.named_parameters(self.model).items():
-            value = whole(parameter, self.launch.strategy).detach()
+            value: Tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if self.launch.strategy.deepspeed:
+                from deepspeed.runtime.zero import GatheredParameters
+                from deepspeed.utils import safe_get_full_fp32_param
+
+                if (master := safe_get_full_fp32_param(parameter)) is None:
+                    # One that is not trained has no master copy.
+                    with GatheredParameters([parameter]):
+                        master = parameter.detach().clone()
+                value = master
             if self.launch.main:
-                weights[name] = value.to("cpu", torch.float32)
+                weights[name] = value.detach().to("cpu", torch.float32)
         return weights
-
-
-def whole(parameter: Tensor, strategy: Strategy) -> Tensor:
-    """Return a whole parameter; all processes must ask for it."""
-    if strategy.deepspeed:
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if (master := safe_get_full_fp32_param(parameter)) is not None:
-            return master
-        # One that is not trained has no master copy.
-        with GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 class ProgressCallback(TrainerCallback):

@@ -150,7 +150,12 @@ class Watchdog:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._store is None:
             return
-        self._left = _told_to_end(error)
+        if isinstance(error, KeyboardInterrupt):
+            self._left = "was interrupted (Ctrl-C)"
+        elif isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+            self._left = "was told to end (SIGTERM)"
+        elif error is None or (isinstance(error, SystemExit) and not error.code):
+            self._left = _DONE
         if self._left == _DONE:
             self._stopping.set()
             self._tell()
@@ -334,15 +339,6 @@ def _is_stopped(pid: int | None) -> bool:
         return pid is not None and psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     except psutil.Error:
         return False
-
-
-def _told_to_end(error: BaseException | None) -> str:
-    """Say how a rank left if not by an error of its own."""
-    if isinstance(error, KeyboardInterrupt):
-        return "was interrupted (Ctrl-C)"
-    if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
-        return "was told to end (SIGTERM)"
-    return _DONE if error is None or (isinstance(error, SystemExit) and not error.code) else ""
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:
