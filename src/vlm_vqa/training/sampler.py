@@ -71,7 +71,8 @@ class GlobalBatchSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[list[PlannedRow]]:  # ty: ignore[incompatible-method-override] - torch says int
         for batch in self.global_batches():
-            rows = self._rows(batch)
+            rows = [PlannedRow(self.image_ids[group[0]], group, self.epoch) for group in batch]
+            rows.sort(key=self._length, reverse=True)
             sizes = divide([self._length(row) for row in rows], self.shape.micro_batches * self.shape.processes)
             ends = itertools.accumulate(sizes)
             # Every process must take part in every micro-batch: with nothing left to learn, by a row that teaches nothing.
@@ -79,14 +80,6 @@ class GlobalBatchSampler(BatchSampler):
             parts = [rows[end - size : end] or [idle] for size, end in zip(sizes, ends, strict=True)]
             # One of each process in turn, so that they keep step.
             yield from parts[self.shape.process :: self.shape.processes]
-
-    def idle_share(self) -> float:
-        """Return the share of micro-batches without rows, estimated on 100 steps."""
-        count = self.shape.micro_batches * self.shape.processes
-        rows = [min(count, len(self._rows(batch))) for batch in itertools.islice(self.global_batches(), 100)]
-        # The last one holds what is left.
-        rows = rows[:-1] or rows
-        return 1 - sum(rows) / (count * len(rows))
 
     def global_batches(self) -> Iterator[list[tuple[int, ...]]]:
         """Yield each global batch as groups of questions, those of an image together where they may share a row."""
@@ -107,10 +100,6 @@ class GlobalBatchSampler(BatchSampler):
             groups += [tuple(questions[part::parts]) for part in range(parts)]
         order = torch.randperm(len(groups), generator=generator).tolist()
         yield from fill([groups[at] for at in order], self.shape.questions)
-
-    def _rows(self, batch: Sequence[tuple[int, ...]]) -> list[PlannedRow]:
-        rows = [PlannedRow(self.image_ids[group[0]], group, self.epoch) for group in batch]
-        return sorted(rows, key=self._length, reverse=True)
 
     def _length(self, row: PlannedRow) -> int:
         return self.prefix_length + sum(self.text_lengths[question] for question in row.questions)

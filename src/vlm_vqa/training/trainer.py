@@ -244,12 +244,6 @@ class VqaTrainer(Trainer):
         )
         prefix = self.data_collator.layout.num_patches + len(self.data_collator.layout.prefix)
         sampler = GlobalBatchSampler(data.image_ids, data.text_lengths, prefix, shape, args.data_seed)  # ty: ignore[invalid-argument-type] - data_seed is set
-        if self.launch.main and (idle := sampler.idle_share()) > 0.01:
-            log.warning(
-                "%.0f%% of the micro-batches are empty: the questions of a step make fewer rows than it has micro-batches. "
-                "Lower train.gradient_accumulation_steps and raise train.batch_size by the same factor.",
-                100 * idle,
-            )
         loader = DataLoader(
             data,
             batch_sampler=sampler,
@@ -574,13 +568,11 @@ class ProgressCallback(TrainerCallback):
 
     def _show(self, speed: dict[str, float]) -> None:
         used = f", MFU {speed['flops_utilisation']:.0%}" if "flops_utilisation" in speed else ""
+        said = f"{speed['questions_per_second']:,.0f} questions/s, {speed['tokens_per_second']:,.0f} tokens/s{used}, "
+        said += f"waiting for data {speed['loading_share']:.0%}, {speed['peak_memory_gib']:.1f} GiB"
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar) and callback.training_bar is not None:
-                callback.training_bar.set_postfix_str(
-                    f"{speed['questions_per_second']:,.0f} questions/s, {speed['tokens_per_second']:,.0f} tokens/s{used}, "
-                    f"waiting for data {speed['loading_share']:.0%}, {speed['peak_memory_gib']:.1f} GiB",
-                    refresh=False,
-                )
+                callback.training_bar.set_postfix_str(said, refresh=False)
 
 
 def write_curve(history: Sequence[Mapping[str, Any]], path: Path, key: str, columns: Sequence[str]) -> None:

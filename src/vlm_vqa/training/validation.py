@@ -1,13 +1,9 @@
 """Loss and score of questions while training, without generation and without gathering weights.
 
-Fed with a question and one of its reference answers, the model says at each position of the answer which token it would
-write there. Greedy decoding writes the reference exactly if each of these is the reference's own. So every distinct answer
-that people gave to a question becomes a branch of its image's row, and the question scores what the branch that is wholly
-right scores. It is the score of greedy decoding, but where an answer is no reference to the letter and equals one only
-when both are normalised, or is spelled with other tokens: there it is lower. The same questions are measured with another
-image's features too, which says what an answer owes to the image.
-
-Rows are divided among the processes of a launch; each runs equally many forward passes, as FSDP and ZeRO-3 want it.
+Every distinct answer that people gave to a question becomes a branch of its image's row, and the question scores what the
+branch scores of which each token is the likeliest: that of greedy decoding, but where an answer equals a reference only when
+both are normalised, or is spelled with other tokens (docs/training.md#validation). Rows are divided among the processes of a
+launch; each runs equally many forward passes, as FSDP and ZeRO-3 want it.
 """
 
 import logging
