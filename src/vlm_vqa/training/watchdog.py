@@ -311,16 +311,10 @@ def connect(world_size: int, seconds: float = 60.0) -> dist.Store | None:
     """Open a connection of one's own to the store of the launch; None when there is one rank only.
 
     Under torchrun the launcher keeps the store. Where rank 0 does (`TORCHELASTIC_USE_AGENT_STORE` is not True), it exists
-    once the process group has been initialized: call this afterwards. UserError if no launcher has started this process.
+    once the process group has been initialized: call this afterwards.
     """
     if world_size == 1:
         return None
-    missing = {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if missing:
-        raise UserError(
-            f"{' and '.join(sorted(missing))} not set: start several processes with "
-            "`accelerate launch --config_file launch/NAME.yaml stages/train.py`."
-        )
     # No world size: the server counts the clients that give one, and the process group waits for that count.
     host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
