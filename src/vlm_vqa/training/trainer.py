@@ -21,7 +21,6 @@ from transformers import ProgressCallback as ProgressBar
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import SaveStrategy
 
 from vlm_vqa.cores import Crowd, waits
 from vlm_vqa.errors import UserError
@@ -79,7 +78,6 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: 
         ddp_find_unused_parameters=False,
         logging_steps=train.logging_steps,
         logging_first_step=True,
-        save_strategy=SaveStrategy.STEPS,
         save_steps=train.save_steps,
         save_total_limit=train.save_total_limit,
         # The batches are ready-made tensors, and MLflow is spoken to by our own callback.
@@ -114,10 +112,8 @@ class VqaTrainer(Trainer):
         validation: Validation | None = None,
     ):
         """`watchdog` watches over the processes of a launch; one process needs none."""
-        self.train_settings = train
-        self.validation = validation
+        self.train_settings, self.validation, self.launch = train, validation, launch
         self.keep = Keep.LAST if validation is None else validation.settings.keep
-        self.launch = launch
         self.watchdog = watchdog or Watchdog(None, 0, 1, train.stall_seconds)
         computed = torch.bfloat16 if train.compute_dtype is Dtype.BFLOAT16 else torch.float32
         self.meter = Meter(args.device, computed)
