@@ -43,14 +43,9 @@ class Launch:
     @property
     def facts(self) -> dict[str, Any]:
         """What the start banner and MLflow say."""
-        return {
-            "strategy": self.strategy.value,
-            "num_processes": self.processes,
-            "num_machines": self.machines,
-            "device": self.device,
-            "backend": self.backend,
-            "threads": str(self.threads),
-        }
+        counts = {"num_processes": self.processes, "num_machines": self.machines}
+        where = {"device": self.device, "backend": self.backend, "threads": str(self.threads)}
+        return {"strategy": self.strategy.value, **counts, **where}
 
     @property
     def main(self) -> bool:
@@ -92,32 +87,26 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     asked.compare({"num_processes": asked.processes, "device": device}, found)
     torch.set_num_threads(threads.count)
     backend = distributed.get_backend() if distributed.is_initialized() else "none"
-    return Launch(
-        name, strategy, state.num_processes, state.process_index, state.num_processes // local, device, backend, threads
-    )
+    count = state.num_processes
+    return Launch(name, strategy, count, state.process_index, count // local, device, backend, threads)
 
 
 def _check_environment(asked: LaunchFile) -> None:
     """Compare what `accelerate launch` has set with what the file asks for, before any process waits for another."""
-    strategy, world = asked.strategy, int(os.environ.get("WORLD_SIZE", 1))
-    found, wanted = {"num_processes": world}, dict[str, Any](num_processes=asked.processes)
-    for name, is_wanted in (("FSDP", strategy is Strategy.FSDP2), ("DeepSpeed", strategy.deepspeed)):
-        found[name] = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
-        wanted[name] = is_wanted
+    environ, strategy, world = os.environ.get, asked.strategy, int(os.environ.get("WORLD_SIZE", 1))
+    facts: dict[str, tuple[Any, Any]] = {"num_processes": (asked.processes, world)}
+    for name, wanted in (("FSDP", strategy is Strategy.FSDP2), ("DeepSpeed", strategy.deepspeed)):
+        facts[name] = wanted, environ(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
     if world > 1:
-        found["num_machines"] = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        wanted["num_machines"] = asked.machines
+        facts["num_machines"] = asked.machines, world // int(environ("LOCAL_WORLD_SIZE", world))
     if strategy is Strategy.FSDP2:
-        found["fsdp_version"] = int(os.environ.get("FSDP_VERSION", 1))
-        wanted["fsdp_version"] = 2
+        facts["fsdp_version"] = 2, int(environ("FSDP_VERSION", 1))
     if strategy.deepspeed:
-        found["zero_stage"] = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
-        wanted["zero_stage"] = 2 if strategy is Strategy.ZERO2 else 3
+        facts["zero_stage"] = 2 if strategy is Strategy.ZERO2 else 3, int(environ("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
     if not asked.on_cpu:
-        # More than it needs do no harm.
-        wanted["GPUs"] = max(1, asked.on_a_machine)
-        found["GPUs"] = min(wanted["GPUs"], torch.cuda.device_count())
-    asked.compare(wanted, found)
+        gpus = max(1, asked.on_a_machine)
+        facts["GPUs"] = gpus, min(gpus, torch.cuda.device_count())  # more than it needs do no harm
+    asked.compare(*({name: both[side] for name, both in facts.items()} for side in (0, 1)))
 
 
 def _join(device: str, stall_seconds: int) -> None:
@@ -161,8 +150,7 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
     expected = (even if launch.strategy.sharded_weights else 1.0, 1.0 if whole else even)
     for what, found, wanted in zip(("weights", "trained elements"), (weights, updates), expected, strict=True):
         # A matrix of few rows cannot be divided evenly; a whole copy or none at all is what must not be.
-        close = found == wanted if wanted == 1.0 else 0.5 * wanted < found < (1 + wanted) / 2
-        if not close:
+        if not (found == wanted if wanted == 1.0 else 0.5 * wanted < found < (1 + wanted) / 2):
             who = f"process {launch.process} of {launch.processes}"
             raise _refused(launch, f"{who} holds {found:.0%} of the {what} instead of {wanted:.0%}")
     if launch.strategy is Strategy.DDP and not isinstance(model, DistributedDataParallel):
