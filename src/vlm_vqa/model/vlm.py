@@ -199,18 +199,27 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
         if len(tokenizer) > lm.config.vocab_size:
             # The processor's tokens (image, locations, segments) must have rows of their own.
             lm.resize_token_embeddings(len(tokenizer))
-    config = PaliGemmaConfig(
-        text_config=lm.config.to_dict(),
-        vision_config=encoder_config.to_dict(),
-        projection_dim=lm.config.hidden_size,
-        hidden_size=lm.config.hidden_size,
-        vocab_size=lm.config.vocab_size,
-        image_token_index=processor.image_token_id,
-        dtype="float32",
-        **special_tokens(tokenizer),
-    )
+    width = lm.config.hidden_size
+    how: dict[str, Any] = {"projection_dim": width, "hidden_size": width, "vocab_size": lm.config.vocab_size}
+    how |= {"text_config": lm.config.to_dict(), "vision_config": encoder_config.to_dict(), "dtype": "float32"}
+    config = PaliGemmaConfig(**how, image_token_index=processor.image_token_id, **special_tokens(tokenizer))
     without_paths(config)
-    return _assemble(config, lm)
+    # Its weights stand in the stock model's frame without a second copy.
+    with torch.device("meta"):
+        model = VlmForTraining._from_config(config, attn_implementation="eager")
+    model.model.language_model, model.lm_head = lm.model, lm.lm_head
+    narrow(lm.model.layers[-1])
+    # One configuration object for the frame and its language model: what is saved is what ran.
+    parts: list[Any] = [lm.model, *(layer.self_attn for layer in lm.model.layers)]
+    for part in parts:
+        part.config = model.config.text_config
+    projector = model.model.multi_modal_projector.to_empty(device="cpu")
+    # Image tokens enter Gemma 2 about as large as the features are.
+    nn.init.normal_(projector.linear.weight, std=projector.linear.in_features**-0.5)
+    nn.init.zeros_(projector.linear.bias)
+    model.tie_weights()
+    set_attention(model, Attention.EAGER)
+    return model.train()
 
 
 def checkpoint_model(start: ModelParams, encoder_config, processor: PaliGemmaProcessor) -> VlmForTraining:
@@ -237,26 +246,6 @@ def without_paths(config: PaliGemmaConfig) -> None:
     """Leave out where the parts were read from: a path of this machine, which would make equal runs differ."""
     vision: Any = config.vision_config
     config._name_or_path = language_of(config)._name_or_path = vision._name_or_path = ""
-
-
-def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
-    """Put `lm` into the stock model's frame without a second copy of its weights."""
-    with torch.device("meta"):
-        model = VlmForTraining._from_config(config, attn_implementation="eager")
-    model.model.language_model = lm.model
-    model.lm_head = lm.lm_head
-    narrow(lm.model.layers[-1])
-    # One configuration object for the frame and its language model: what is saved is what ran.
-    lm.model.config = model.config.text_config
-    for layer in lm.model.layers:
-        layer.self_attn.config = model.config.text_config  # ty: ignore[invalid-assignment] - nn.Module hides its type
-    projector = model.model.multi_modal_projector.to_empty(device="cpu")
-    # Image tokens enter Gemma 2 about as large as the features are.
-    nn.init.normal_(projector.linear.weight, std=projector.linear.in_features**-0.5)
-    nn.init.zeros_(projector.linear.bias)
-    model.tie_weights()
-    set_attention(model, Attention.EAGER)
-    return model.train()
 
 
 def random_config(shape: LanguageConfig, tokenizer) -> Gemma2Config:
