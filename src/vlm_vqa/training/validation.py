@@ -100,11 +100,6 @@ class Part:
             filled = [Row(image_id, tuple(self.branches[one].tokens for one in numbers)) for image_id, numbers in rows]
             yield filled, [one for _, numbers in rows for one in numbers]
 
-    def loss(self, losses: Tensor) -> float:
-        """Return the loss of a token of the main answers, in nats; `losses`, float64 [branches], are sums of each answer."""
-        main = [at for at, branch in enumerate(self.branches) if branch.main]
-        return losses[main].sum().item() / max(sum(len(self.branches[at].tokens.answer) for at in main), 1)
-
     def scores(self, right: Tensor) -> list[float]:
         """Return every question's score, 0 to 1; `right`, float64 [branches], is 1 where greedy decoding writes that."""
         scores = [0.0] * len(self.questions)
@@ -198,8 +193,10 @@ class Validation:
             found = found.to(device)
             distributed.all_reduce(found)
         right, losses = found.cpu()
-        scores = part.scores(right)
-        return part.loss(losses), sum(scores) / len(scores)
+        scores, main = part.scores(right), [at for at, branch in enumerate(part.branches) if branch.main]
+        # Of a token of the main answers, in nats.
+        loss = losses[main].sum().item() / max(sum(len(part.branches[at].tokens.answer) for at in main), 1)
+        return loss, sum(scores) / len(scores)
 
     def _answers(self, forward: Forward, device: torch.device) -> list[str]:
         """Decode greedily, each step a whole forward pass of the answers so far: slow, and the same under every launch."""
