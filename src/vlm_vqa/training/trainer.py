@@ -32,8 +32,8 @@ from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
 from vlm_vqa.training.optimizer import InBackward, build_optimizer, describe_group, has_8bit_work, state_types
+from vlm_vqa.training.prepare import send_rows, take_weights
 from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
-from vlm_vqa.training.shards import send_rows, take_weights
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
 from vlm_vqa.training.validation import ANSWERS, COLUMNS, SCORE, Validation, best_step, is_over, validations
 from vlm_vqa.training.watchdog import Phase, Watchdog
