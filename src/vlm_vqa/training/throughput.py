@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -20,7 +20,6 @@ from vlm_vqa.model.layout import Row, TokenLayout
 
 COUNTS = "counts"  # key of what a batch holds, by the names in `COUNTED`
 COUNTED = ("questions", "tokens", "supervised", "flops")
-Batch = TypeVar("Batch")
 
 
 class Peak(NamedTuple):
@@ -120,7 +119,7 @@ class Meter:
         if self._begun is not None:  # before the first step all is start-up
             self._sums[kind] += seconds
 
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield what `batches` yields and add how long each took to come."""
         begun = self._clock()
         for batch in batches:
