@@ -28,7 +28,7 @@ from benchmarks import measure, recipes
 from benchmarks.measure import Claim, Timing
 from benchmarks.recipes import MicroBatch, Recipe
 from benchmarks.workload import Workload, data, draw_step, read_questions
-from vlm_vqa.model.flops import FORMULA, cost, linear_maps, rows_work
+from vlm_vqa.model.flops import cost, linear_maps, rows_work
 from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import VlmForTraining
 from vlm_vqa.params import LanguageConfig
@@ -37,6 +37,12 @@ from vlm_vqa.params import LanguageConfig
 SMALL, SMALL_VOCABULARY = LanguageConfig(512, 2048, 4, 8, 4, 64), 32_000
 GEMMA_2B, GEMMA_VOCABULARY = LanguageConfig(2304, 9216, 26, 8, 4, 256), 256_000
 DEPTHS = (2, 4)
+FORMULA = (
+    "6 x parameters of the layers' linear maps x real tokens + 4 x projector's parameters x image tokens + "
+    "6 x hidden x vocabulary x supervised tokens + "
+    "12 x heads x head width x layers x (query, key) pairs that see each other; "
+    "in the last layer, of tokens that are not supervised, keys and values alone"
+)
 LAYER = "one layer, "
 """Before the name of a recipe whose first layer is timed alone."""
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4

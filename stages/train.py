@@ -10,9 +10,6 @@ import vlm_vqa  # noqa: F401 - first: from here on Ctrl-C ends without a traceba
 import shutil
 from pathlib import Path
 
-from torch import Tensor
-from transformers import PaliGemmaConfig
-
 from vlm_vqa import sealed, tracking
 from vlm_vqa.checks import check_machine, check_records
 from vlm_vqa.data.feature_store import FeatureStore
@@ -90,46 +87,23 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         if not running.main:
             return
         report(trainer, data, picture)
-        made_of["weights_hash"] = save(params, model.config, weights, projector, processor, made_of)
-        run.log_metrics(
-            {
-                "train_loss": result.training_loss,
-                "train_minutes": result.metrics["train_runtime"] / 60,
-                "train_questions_per_second": result.metrics["train_samples_per_second"],
-                "peak_memory_gib": peak_memory_gib(arguments.device),
-            },
-            trainer.state.global_step,
-        )
+        lora = params.train.lora
+        merged = weights if lora is None else merge_adapters(weights, lora)
+        made_of["weights_hash"] = hash_weights(merged)
+        # What stands there may be a hard link into DVC's cache: remove it, never write through it.
+        shutil.rmtree(TRAINED, ignore_errors=True)
+        save_trained(model.config, merged, TRAINED)
+        if lora is not None:
+            save_adapter(TRAINED / ADAPTER, weights, projector, params, made_of["weights_hash"])
+        processor.save_pretrained(TRAINED)
+        sealed.write_folder(TRAINED / TRAINING_FILE, made_of, [REPORTS / "train.json"])
+        rate = {"train_questions_per_second": result.metrics["train_samples_per_second"]}
+        rate |= {"train_minutes": result.metrics["train_runtime"] / 60, "train_loss": result.training_loss}
+        run.log_metrics(rate | {"peak_memory_gib": peak_memory_gib(arguments.device)}, trainer.state.global_step)
         run.log_weights(TRAINED, made_of["weights_hash"])
-        run.log_artifact(REPORTS / "train.json", "reports")
-        run.log_artifact(REPORTS / "train_curve.csv", "reports")
-        run.log_artifact(REPORTS / "validation", "reports/validation")
+        for name, place in (("train.json", ""), ("train_curve.csv", ""), ("validation", "/validation")):
+            run.log_artifact(REPORTS / name, f"reports{place}")
     checkpoint_files.remove_all(folder)
-
-
-def save(
-    params: Params,
-    config: PaliGemmaConfig,
-    weights: dict[str, Tensor],
-    projector: dict[str, Tensor],
-    processor,
-    made_of: dict[str, str],
-) -> str:
-    """Write the trained weights, the processor and what they were made of; return the weights' hash.
-
-    Under `train.lora` that is the merged weights, and beside them the adapter; `projector` is the one before the first step.
-    """
-    lora = params.train.lora
-    merged = weights if lora is None else merge_adapters(weights, lora)
-    weights_hash = hash_weights(merged)
-    # What stands there may be a hard link into DVC's cache: remove it, never write through it.
-    shutil.rmtree(TRAINED, ignore_errors=True)
-    save_trained(config, merged, TRAINED)
-    if lora is not None:
-        save_adapter(TRAINED / ADAPTER, weights, projector, params, weights_hash)
-    processor.save_pretrained(TRAINED)
-    sealed.write_folder(TRAINED / TRAINING_FILE, {**made_of, "weights_hash": weights_hash}, [REPORTS / "train.json"])
-    return weights_hash
 
 
 def report(trainer: VqaTrainer, data: QuestionDataset, picture: AnswersPicture | None) -> None:

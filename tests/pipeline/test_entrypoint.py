@@ -87,11 +87,14 @@ def test_a_signal_that_meets_a_finalizer_is_not_lost(stop, code):
 
 
 def test_another_fault_of_a_finalizer_is_shown():
-    assert "KeyError: 'bug'" in run("""
+    assert (
+        "KeyError: 'bug'"
+        in run("""
     class Thing:
         def __del__(self):
             raise KeyError("bug")
     Thing()""")[1]
+    )
 
 
 @pytest.mark.parametrize("name", ["train.py", "vlm-vqa", "notebook.py"])

@@ -57,7 +57,7 @@ def png(page):
 def texts(drawn, log):
     """Return the lines of the first question's cell."""
     said = {entry["step"]: entry[ANSWERS][0] for entry in log if ANSWERS in entry}
-    return [line.text for line in drawn._cell(drawn.questions[0], said).lines]
+    return [line.text for line in drawn._cell(drawn.questions[0], said)[0]]
 
 
 def test_same_history_same_bytes_also_after_a_resume_and_another_history_other_bytes():

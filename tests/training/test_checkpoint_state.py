@@ -79,7 +79,8 @@ class Training:
 
     def take_up(self, checkpoint, rank, world, restart=False):
         opened = checkpoint_state.Checkpoint(checkpoint, rank, world)
-        opened.load_state(self.model, self.optimizer, self.scheduler, restart=restart)
+        opened.load_state(self.model, self.optimizer, restart=restart)
+        self.scheduler.load_state_dict(opened.facts[0]["scheduler"])
         return self
 
 
@@ -88,9 +89,10 @@ def write(folder, world, shapes, optimizer, sharded=True):
     for rank in range(world):
         with acting_as(rank, world, sharded) as divide:
             training = Training(divide, shapes, optimizer).train(1, 2)
-            taken = checkpoint_state.save_state(training.model, training.optimizer, training.scheduler, rank=rank)
+            tensors, facts = checkpoint_state.save_state(training.model, training.optimizer, rank=rank)
+            more, general = checkpoint_state.save_random_state(training.scheduler)
         writer = checkpoint_files.Writer(folder, rank, world, limit=2)
-        writer.save(2, *taken, {})
+        writer.save(2, tensors | more, facts | general, {})
         writer.wait()
     return checkpoint_files.folder_of(folder, 2)
 

@@ -66,13 +66,6 @@ def test_sharing_does_not_depend_on_a_small_batch_size():
     assert rows[1] == rows[6]
 
 
-def test_the_share_of_idle_passes_is_known():
-    assert sampler(micro_batches=2).idle_share() == 0
-    # 24 questions about images of 3 to 9 make 3 to 8 rows.
-    assert 0.3 < sampler(micro_batches=8).idle_share() < 0.7
-    assert sampler(micro_batches=8, questions_per_row=1).idle_share() == 0
-
-
 def test_images_are_cut_only_where_nothing_fits():
     batches = list(sampler(questions=24).global_batches())
     pieces = [IMAGE_IDS[group[0]] for whole in batches for group in whole]

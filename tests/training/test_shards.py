@@ -12,7 +12,7 @@ from tests.tiny_model import tiny_base
 from tests.training.test_checkpoint_state import acting_as
 from vlm_vqa.model.adapters import add_adapters
 from vlm_vqa.params import LoraParams
-from vlm_vqa.training import prepare, shards
+from vlm_vqa.training import prepare
 from vlm_vqa.training.checkpoint_state import named_parameters, rows_held
 from vlm_vqa.training.launch import Strategy
 from vlm_vqa.training.optimizer import local
@@ -73,7 +73,7 @@ def test_each_process_holds_its_rows_and_what_was_sent_is_let_go(model, world):
     whole = {name: one.detach().clone() for name, one in named_parameters(model).items()}
     for rank in range(world):
         mine = copy.deepcopy(model)
-        taken = shards.take_weights(mine)
+        taken = prepare.take_weights(mine)
         assert taken.keys() == whole.keys() and all(one.is_meta for one in mine.parameters())
         with acting_as(rank, world) as divide:
             divide(mine)
@@ -81,7 +81,7 @@ def test_each_process_holds_its_rows_and_what_was_sent_is_let_go(model, world):
             sent = copy.deepcopy(taken)
             receiver = pytest.MonkeyPatch()
             receiver.setattr(distributed, "get_rank", lambda: 0)
-            shards.send_rows(mine, sent, torch.device("cpu"))
+            prepare.send_rows(mine, sent, torch.device("cpu"))
             receiver.undo()
             assert not sent
             for name, one in named_parameters(mine).items():
@@ -92,4 +92,4 @@ def test_each_process_holds_its_rows_and_what_was_sent_is_let_go(model, world):
 
 
 def test_a_shape_has_no_weights_to_take(model):
-    assert shards.take_weights(prepare.shape_of(model)) == {}
+    assert prepare.take_weights(prepare.shape_of(model)) == {}

@@ -204,8 +204,6 @@ def test_one_rank_needs_no_watchdog(monkeypatch):
             watchdog.heartbeat(phase, 1)
             assert watchdog._place == Progress(1, phase, beats)
         assert module.threading.active_count() == threads
-    with pytest.raises(UserError, match="MASTER_ADDR.*accelerate launch"):
-        connect(2)
 
 
 class FlakyStore:

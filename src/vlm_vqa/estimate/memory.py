@@ -155,7 +155,6 @@ class Step:
         return one.work.supervised * self.model.vocabulary * ((12 if self.compute == 2 else 16) + 4 * self.autocast)
 
     def update(self) -> int:
-        """Temporary copies of the optimizer."""
         eight, largest = self.train.optimizer is Optimizer.ADAMW_BNB_8BIT, self.largest()
         if self.weight == 2:
             # Weights, gradient, moments, denominator, random bits; a CPU's 8-bit states are unpacked beside them.

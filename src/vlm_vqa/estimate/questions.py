@@ -49,7 +49,6 @@ class DatasetSize(NamedTuple):
 
 
 def tokens(text: str) -> int:
-    """Estimate a text's tokens."""
     return len(TOKEN.findall(text))
 
 

@@ -16,8 +16,7 @@ ADDED_TOKENS = 1024 + 128 + 1  # by `PaliGemmaProcessor` to a tokenizer: locatio
 
 
 Language = LanguageConfig | Gemma2Config
-Tower = Any
-"""A `Dinov2Config` or a `SiglipVisionConfig`, of whose sizes transformers says that they may be pairs."""
+Tower = Any  # a `Dinov2Config` or a `SiglipVisionConfig`, of whose sizes transformers says that they may be pairs
 
 
 def _sizes(width: int, layers: int, heads: int) -> dict[str, Any]:
@@ -44,8 +43,6 @@ CHECKPOINTS = {
 
 
 class Parameter(NamedTuple):
-    """One parameter tensor of the model in training."""
-
     name: str
     shape: tuple[int, ...]
     trained: bool
@@ -148,7 +145,6 @@ def tower_parameters(tower: Tower) -> int:
 
 
 def _read_config(model: str, key: str, kinds: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
-    """Read a local folder's config.json."""
     try:
         config = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

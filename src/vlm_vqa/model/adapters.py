@@ -12,30 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.model.vlm import VlmForTraining, hash_weights, trained_state
+from vlm_vqa.model.vlm import VlmForTraining, hash_weights, save_tensors, trained_state
 from vlm_vqa.params import LoraParams, Params, is_local
 from vlm_vqa.sealed import read_folder, write_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
 
-ADAPTER = "adapter"
-"""The folder's name, in `models/trained` and in an export."""
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-"""As peft calls them."""
+ADAPTER = "adapter"  # the folder's name, in `models/trained` and in an export
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # as peft calls them
 FACTS_FILE = "adapter.json"
 """Beside peft's files, of those made here: `base_hash`, the hash of the weights before the first step; `weights_hash`, of
 those that merging gives; `mask` and `instruction` of the training; the SHA-256 of peft's files."""
 PROJECTOR = "multi_modal_projector"
-_BASE = ".base_layer.weight"
-"""How peft calls the weight under an adapter."""
-_PREFIX = "base_model.model."
-"""What peft's files put before the stock model's names."""
+_BASE = ".base_layer.weight"  # how peft calls the weight under an adapter
+_PREFIX = "base_model.model."  # what peft's files put before the stock model's names
 _MAY_CHANGE = re.compile(rf"language_model\.(model\.)?layers\.\d+\.|{PROJECTOR}\.")
 _CAN_MERGE = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
@@ -77,11 +73,7 @@ def projector_of(model: PaliGemmaForConditionalGeneration) -> dict[str, Tensor]:
 
 
 def merge_adapters(weights: Mapping[str, Tensor], lora: LoraParams) -> dict[str, Tensor]:
-    """Return whole weights with adapters added to the layers that they stand on, by the names of the plain model.
-
-    Args:
-        weights: float32, of a model that `add_adapters` has changed.
-    """
+    """Return the float32 weights of a model that `add_adapters` has changed, merged, by the names of the plain model."""
     merged = _without_adapters(weights)
     for name in weights:
         if name.endswith(_BASE):
@@ -100,10 +92,8 @@ def save_adapter(
 ) -> None:
     """Write the adapter as `PeftModel.from_pretrained` reads it; the same training writes the same bytes.
 
-    Args:
-        weights: as `merge_adapters` takes them, after training.
-        projector: `projector_of` the model before the first step; it and the weights under adapters are the base.
-        weights_hash: of what `merge_adapters` gives.
+    `weights` are as `merge_adapters` takes them, `weights_hash` of what it gives; `projector` is that of the model before
+    the first step, which with the weights under adapters is the base.
     """
     lora, start = params.train.lora, params.model
     assert lora is not None, "there is no adapter"
@@ -114,11 +104,10 @@ def save_adapter(
     peft_config(
         lora, modules_to_save=[PROJECTOR], inference_mode=True, base_model_name_or_path=named, revision=revision
     ).save_pretrained(str(folder))
-    of_adapter = {name.replace(".default.", "."): value for name, value in weights.items() if _is_of_adapter(name)}
-    file = folder / WEIGHTS_FILE
-    save_file({f"{_PREFIX}{name}": value.contiguous() for name, value in of_adapter.items()}, file, {"format": "pt"})
-    # safetensors leaves the file to its owner alone.
-    file.chmod(0o644)
+    of_adapter = {
+        _PREFIX + name.replace(".default.", "."): one for name, one in weights.items() if _is_of_adapter(name)
+    }
+    save_tensors(of_adapter, folder / WEIGHTS_FILE, {"format": "pt"})
     facts = {
         "base_hash": hash_weights({**_without_adapters(weights), **projector}),
         "weights_hash": weights_hash,
@@ -129,15 +118,10 @@ def save_adapter(
 
 
 def merge_adapter(model: PaliGemmaForConditionalGeneration, folder: str | Path, checkpoint: str) -> None:
-    """Merge an adapter in peft's format into its base, in place.
+    """Merge an adapter in peft's format, ours or others', into its base, in place.
 
-    Args:
-        model: the whole checkpoint, float32, with or without its tower.
-        folder: as `save_adapter` or peft's own `save_pretrained` writes it.
-        checkpoint: what `model` was read from, for messages.
-
-    Raises:
-        UserError: as `check_adapter`; or the adapter was made here on other weights than `model` has, or is not finite.
+    `model` is the whole checkpoint, float32, with or without its tower; `checkpoint` its name for messages. UserError as
+    `check_adapter`; or the adapter was made here on other weights than `model` has, or is not finite.
     """
     base_hash = hash_weights(trained_state(model)) if (Path(folder) / FACTS_FILE).is_file() else None
     check_adapter(folder, model.config, checkpoint, base_hash)
@@ -153,15 +137,10 @@ def merge_adapter(model: PaliGemmaForConditionalGeneration, folder: str | Path, 
 
 
 def check_adapter(folder: str | Path, config: PaliGemmaConfig, checkpoint: str, base_hash: str | None = None) -> None:
-    """Refuse a folder that is no adapter of a checkpoint, or that cannot be merged exactly; reads no checkpoint's weights.
+    """Refuse, by UserError, a folder that is no adapter of a checkpoint, or that cannot be merged exactly.
 
-    Args:
-        config: the checkpoint's, from which names and shapes follow.
-        checkpoint: its name, for messages.
-        base_hash: the `hash_weights` of its weights but the tower's, where it is known.
-
-    Raises:
-        UserError: naming the file, the setting or the weight.
+    Names and shapes follow from the checkpoint's `config`, none of its weights is read; `base_hash` is the `hash_weights` of
+    those but the tower's, where it is known.
     """
     where, folder = f"model.adapter {str(folder)!r}", Path(folder).expanduser()
     remedy = "Name the folder of another adapter, or make this one again."

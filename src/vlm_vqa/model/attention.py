@@ -1,21 +1,15 @@
 """Gemma 2's attention over packed rows, in plain torch or by flex_attention.
 
-Training packs rows: the tokens of all rows stand one after another in a single sequence, without padding, so that the
-linear layers, which are nearly all of the work, compute real tokens only. First come the prefixes of all rows, then what
-follows them, row by row. The attention mask decides visibility:
-
-    eager            prefixes, all of one length, attend to themselves; the rest of each row is laid out in a grid as wide as
-                     the longest and attends to its prefix and itself. Masks are one for all heads and layers
-    flex_attention   stays packed; a block mask leaves out the blocks in which nobody sees anybody
-
-Both are the same function of the same batch. Hugging Face's own eager gives the same values, which is tested; this one
-saves passes over the scores, the largest tensor of all, and copies of the keys.
+The tokens of all rows stand one after another in a single sequence, without padding, so that the linear layers compute real
+tokens only: first the prefixes of all rows, then what follows them, row by row. Under `eager` prefixes, all of one length,
+attend to themselves; the rest of each row is laid out in a grid as wide as the longest and attends to its prefix and itself.
+`flex_attention` stays packed; a block mask leaves out the blocks in which nobody sees anybody. Both are the same function.
+Hugging Face's eager gives the same values; this one saves passes over the scores, the largest tensor, and copies of keys.
 
 Shapes: B rows, S tokens of the longest row, P tokens of a prefix, R = S - P, N packed tokens (those of all rows, no
 padding), X = N - B P, H query heads, G query heads a key head, C head width, Q queries, K keys.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm_vqa.model.layout import PREFIX_SEGMENT, additive_mask, visible
 from vlm_vqa.params import Attention
 
-ROW_ATTENTION = "vlm_vqa_rows"
-"""Name under which transformers knows `row_attention`."""
+ROW_ATTENTION = "vlm_vqa_rows"  # name under which transformers knows `row_attention`
 RECOMPUTES = "recomputes_scores"
 """Attribute of an attention module that keeps no scores for the backward pass; see `train.attention_checkpointing`."""
 IMPLEMENTATION = {Attention.EAGER: ROW_ATTENTION, Attention.FLEX: "flex_attention"}
@@ -39,11 +32,9 @@ IMPLEMENTATION = {Attention.EAGER: ROW_ATTENTION, Attention.FLEX: "flex_attentio
 class PackedRows:
     """Where packed tokens stand in their rows, and who sees whom there. Masks hold 0 or the type's lowest value."""
 
-    prefix: int
-    """P: the first B x P packed tokens are prefixes that see nothing beyond themselves; 0 where they do."""
+    prefix: int  # P: the first B x P packed tokens are prefixes that see nothing beyond themselves; 0 where they do
     prefix_mask_11PP: Tensor
-    rest_places_X: Tensor
-    """int64, place b * R + r of each token after the prefixes; every real place once."""
+    rest_places_X: Tensor  # int64, place b * R + r of each token after the prefixes; every real place once
     rest_mask_B1RS: Tensor
     asked_M: Tensor | None = None
     """int64, which of the X tokens the queries are of; None: they are of all N packed ones."""
@@ -99,8 +90,7 @@ def packed_mask(
     """
     places_N = torch.cat([prefix_places.flatten(), rest_places])
     if attention == IMPLEMENTATION[Attention.FLEX]:
-        every = torch.arange(len(places_N), device=places_N.device)
-        grids = segment_ids, position_ids, bidirectional
+        every, grids = torch.arange(len(places_N), device=places_N.device), (segment_ids, position_ids, bidirectional)
         return _block_mask(places_N, every, *grids), _block_mask(places_N, asked, *grids)
     assert attention == ROW_ATTENTION, f"attention {attention!r} cannot read packed rows"
     mask = additive_mask(visible(segment_ids, position_ids, bidirectional), dtype)
@@ -118,11 +108,9 @@ def packed_mask(
     return rows, replace(rows, asked_M=asked - len(mask) * prefix)
 
 
-def _block_mask(
-    places_N: Tensor, queries: Tensor, segment_ids: Tensor, position_ids: Tensor, bidirectional: Tensor
-) -> BlockMask:
-    row = places_N // segment_ids.shape[1]
-    segment, position, block = (grid.flatten()[places_N] for grid in (segment_ids, position_ids, bidirectional))
+def _block_mask(places_N: Tensor, queries: Tensor, *grids: Tensor) -> BlockMask:
+    row = places_N // grids[0].shape[1]
+    segment, position, block = (grid.flatten()[places_N] for grid in grids)
 
     def sees(_batch: Tensor, _head: Tensor, number: Tensor, key: Tensor) -> Tensor:
         """`layout.visible`, token by token; packed rows hold no padding."""
@@ -146,25 +134,21 @@ def row_attention(
     rows: PackedRows | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as Gemma 2 does; transformers calls this for every layer.
+    """Attend as Gemma 2 does; transformers calls this for every layer. Return [1, N, H, C] or [B, Q, H, C], and no weights.
 
     Args:
         query: [1, H, N, C]; key, value: [1, H / G, N, C], packed, with `PackedRows`; or padded, [B, H, Q, C] and
             [B, H / G, K, C], with an additive mask [B, 1, Q, K].
         rows: the packed rows, where the model takes no mask of that kind (a Gemma 1).
-
-    Returns:
-        [1, N, H, C] or [B, Q, H, C], and no attention weights.
     """
-    options = {"scaling": scaling, "softcap": softcap, "dropout": dropout if module.training else 0.0}
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "dropout": dropout if module.training else 0.0}
     mask = attention_mask if rows is None else rows
     assert mask is not None, "transformers has lost the mask"
-    if isinstance(mask, PackedRows):
-        attend = functools.partial(mask.attend, **options)
-        if getattr(module, RECOMPUTES, False):
-            return checkpoint(attend, query, key, value, use_reentrant=False), None
-        return attend(query, key, value), None
-    return _attend(query, key, value, mask, **options), None
+    if not isinstance(mask, PackedRows):
+        return _attend(query, key, value, mask, **options), None
+    if getattr(module, RECOMPUTES, False):
+        return checkpoint(mask.attend, query, key, value, use_reentrant=False, **options), None
+    return mask.attend(query, key, value, **options), None
 
 
 def _attend(

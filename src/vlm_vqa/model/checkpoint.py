@@ -18,39 +18,31 @@ from vlm_vqa.hashing import hash_files, hash_json
 from vlm_vqa.hf_hub import WANTED, download_snapshot
 from vlm_vqa.params import ModelParams
 
-OUTPUTS = Path("models")
-"""Where the stages write, and remove what stands there before."""
+OUTPUTS = Path("models")  # where the stages write, and remove what stands there before
 TOWERS = ("dinov2", "siglip_vision_model")
 LANGUAGES = ("gemma2", "gemma")
-HEAD = "lm_head.weight"
-"""Tied to the token embedding, it need not stand in a file."""
+HEAD = "lm_head.weight"  # tied to the token embedding, it need not stand in a file
 
 
 def name_of(start: ModelParams) -> str:
-    """Return the checkpoint's name for messages."""
     return f"model.checkpoint {start.checkpoint!r}"
 
 
 def folder_of(start: ModelParams, wanted: list[str] = WANTED) -> Path:
     """Return where the checkpoint lies; from the hub, what is `wanted` of it is downloaded first.
 
-    Raises:
-        UserError: it is not there, or lies where the stages write.
+    UserError if it is not there, or lies where the stages write.
     """
     assert start.checkpoint is not None, "load_params asks for it where training starts from one"
     if start.revision is not None:
         return download_snapshot("model.checkpoint", start.checkpoint, start.revision, wanted)
     folder = Path(start.checkpoint).expanduser()
+    said = f"model.checkpoint is {start.checkpoint!r}, but"
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model.checkpoint is {start.checkpoint!r}, but no model's config.json is there. Mend the path."
-        )
+        raise UserError(f"{said} no model's config.json is there. Mend the path.")
     if folder.resolve().is_relative_to(OUTPUTS.resolve()):
-        copy = f"`mkdir -p starts && cp -rL {start.checkpoint} starts/first`"
-        raise UserError(
-            f"model.checkpoint is {start.checkpoint!r}, but the stages remove what is in {OUTPUTS}/ and write it anew. "
-            f"Copy it ({copy}), and set model.checkpoint to starts/first."
-        )
+        copy = f"Copy it (`mkdir -p starts && cp -rL {start.checkpoint} starts/first`), and set model.checkpoint"
+        raise UserError(f"{said} the stages remove what is in {OUTPUTS}/ and write it anew. {copy} to starts/first.")
     return folder
 
 
@@ -67,9 +59,8 @@ def read_config(start: ModelParams, folder: Path) -> PaliGemmaConfig:
     with reading(name_of(start), "config.json"):
         config = PaliGemmaConfig.from_dict(values)
     if not config.tie_word_embeddings:
-        _refuse(
-            start, "has an output head of its own (tie_word_embeddings); only Gemma's, its token embedding, is read"
-        )
+        what = "has an output head of its own (tie_word_embeddings)"
+        _refuse(start, f"{what}; only Gemma's, its token embedding, is read")
     without_head(config.vision_config)
     return config
 
@@ -82,16 +73,10 @@ def without_head(tower: Any) -> None:
 
 def check_weights(start: ModelParams, folder: Path, config: PaliGemmaConfig) -> None:
     """Refuse, by UserError, a folder without all weights that `config` describes; their files' headers are read alone."""
+    how = {"config": config, "device_map": "meta", "use_safetensors": True, "trust_remote_code": False}
     with reading(name_of(start), "its *.safetensors"), quiet():
-        _, found = PaliGemmaForConditionalGeneration.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
-            folder,
-            config=config,
-            device_map="meta",
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        stock: Any = PaliGemmaForConditionalGeneration
+        _, found = stock.from_pretrained(folder, **how, ignore_mismatched_sizes=True, output_loading_info=True)
     missing = sorted(set(found["missing_keys"]) - {HEAD})
     for part in ("vision_tower", "multi_modal_projector", "language_model"):
         if lacking := [name for name in missing if f".{part}." in name]:
@@ -114,7 +99,6 @@ def check_tokens(start: ModelParams, config: PaliGemmaConfig, processor: PaliGem
 
 
 def load_tokenizer(start: ModelParams, folder: Path):
-    """Return the checkpoint's own tokenizer."""
     with reading(name_of(start), "its tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
@@ -122,15 +106,12 @@ def load_tokenizer(start: ModelParams, folder: Path):
 def start_hash(start: ModelParams) -> str:
     """Return a hash over the files of checkpoint and adapter: what training starts from, whatever they are called."""
     folders = [folder_of(start), *([Path(start.adapter).expanduser()] if start.adapter else [])]
-    return hash_json(
-        [hash_files((path for wanted in WANTED for path in folder.glob(wanted)), folder) for folder in folders]
-    )
+    found = [[path for wanted in WANTED for path in folder.glob(wanted)] for folder in folders]
+    return hash_json(list(map(hash_files, found, folders)))
 
 
 def _refuse(start: ModelParams, what: str) -> None:
-    raise UserError(
-        f"model.checkpoint {start.checkpoint!r} {what}. Name another checkpoint, or get a whole copy of it."
-    )
+    raise UserError(f"{name_of(start)} {what}. Name another checkpoint, or get a whole copy of it.")
 
 
 @contextmanager

@@ -37,8 +37,7 @@ TOWERS_ALONE = ModelParams()
 _IN_CHECKPOINT = {r"^(model\.)?vision_tower\.": ""}
 """How a whole model's names of the tower's weights become the tower's own."""
 
-MOST_ELONGATED = 32
-"""Longer edge over shorter edge up to which an image is seen as it is; see `crop_elongated`."""
+MOST_ELONGATED = 32  # longer edge over shorter edge up to which an image is seen as it is; see `crop_elongated`
 
 
 Config = Dinov2Config | SiglipVisionConfig
@@ -52,8 +51,7 @@ class Tower(NamedTuple):
     config: type[Config]
     processor: type[Processor]
     model: type[Model]
-    cls: int
-    """Tokens beside those of the patches."""
+    cls: int  # tokens beside those of the patches
 
 
 TOWERS = {
@@ -67,15 +65,12 @@ TOWERS = {
 class Encoder:
     """A vision tower that is ready to look at images; made by `load_encoder`."""
 
-    model: Model
-    """Frozen, in evaluation mode, in the compute dtype."""
+    model: Model  # frozen, in evaluation mode, in the compute dtype
     processor: Processor
     """Always the torchvision one: plain `AutoProcessor` also takes it where torchvision is installed, so an export
     sees with the same eyes. The PIL one rounds differently."""
-    hash: str
-    """Names weights (as float32), config and processor settings; features of equal hash and dtypes are equal."""
-    num_tokens: int
-    """T: one token a patch, and a DINOv2's CLS, at the size that the processor gives images."""
+    hash: str  # names weights (as float32), config and processor settings; features of equal hash and dtypes are equal
+    num_tokens: int  # T: one token a patch, and a DINOv2's CLS, at the size that the processor gives images
 
     @property
     def width(self) -> int:
@@ -89,10 +84,8 @@ class Encoder:
     def preprocess(self, images: Iterable[Image.Image]) -> Tensor:
         """Bring images of any size and mode to what the model reads; may run in any thread.
 
-        They are taken one by one, so an iterable that decodes them holds one of them in memory at a time.
-
-        Returns:
-            [N, C, H, W] float32 on the CPU, in pinned memory where the model is on a GPU.
+        They are taken one by one, so an iterable that decodes them holds one of them in memory at a time. Returned is
+        [N, C, H, W] float32 on the CPU, in pinned memory where the model is on a GPU.
         """
         crops = (crop_elongated(image, self.processor) for image in images)
         seen = (self.processor(crop, do_convert_rgb=True, return_tensors="pt") for crop in crops)
@@ -100,10 +93,9 @@ class Encoder:
         return pixels_NCHW.pin_memory() if self.model.device.type == "cuda" else pixels_NCHW
 
     def encode_pixels(self, pixels_NCHW: Tensor) -> Tensor:
-        """Look at what `preprocess` returned; on a GPU the result may still be under way.
+        """Return the last hidden state after the final layer norm, [N, T, D] in the compute dtype, on the model's device.
 
-        Returns:
-            [N, T, D] in the compute dtype, on the model's device: the last hidden state after the final layer norm.
+        On a GPU it may still be under way.
         """
         with torch.no_grad():
             # The model casts them itself; a cast here would come before the copy, into memory that is not pinned.
@@ -117,7 +109,7 @@ def crop_elongated(image: Image.Image, processor: Processor) -> Image.Image:
 
     DINOv2's processor brings the shorter edge to 256 pixels and then cuts out the centre: of 1 x 5,000 pixels it would first
     make 256 x 1,280,000, a gigabyte. So the longer edge of such an image is cut down to its middle beforehand, which the
-    centre lies well within. A processor that squeezes all images into one size has no such bound, and needs none.
+    centre lies well within. A processor that squeezes all images into one size needs no bound.
     """
     longest = MOST_ELONGATED * min(image.size)
     if not processor.size.shortest_edge or max(image.size) <= longest:  # ty: ignore[missing-attribute] - a SizeDict
@@ -130,50 +122,71 @@ def crop_elongated(image: Image.Image, processor: Processor) -> Image.Image:
 def load_encoder(
     vision: VisionParams, device: torch.device | str | None = None, start: ModelParams = TOWERS_ALONE
 ) -> Encoder:
-    """Load the vision tower that `params.yaml` names.
+    """Load the vision tower that `params.yaml` names, in `vision.compute_dtype`; `device` None is the first GPU, or the CPU.
 
     `vision.model` is `small` (the encoder in this package), a local folder, a hub id with `vision.revision`, or
     `checkpoint`: the tower of the whole model that `start` names. Weights come from safetensors only and no remote code is
-    run; they are read as float32 and then cast to `vision.compute_dtype`. `device` None is the first GPU, or the CPU.
-
-    Raises:
-        UserError: as `read_settings`, or it cannot be found or lacks weights.
+    run. UserError as `read_settings`, or if it cannot be found or lacks weights.
     """
-    folder = _folder(vision, start)
+    folder, name, whole = _folder(vision, start), _name(vision, start), vision.model == CHECKPOINT
     config, processor, num_tokens = read_settings(vision, start, folder)
-    if vision.model == CHECKPOINT:
+    if whole:
         checkpoint.check_weights(start, folder, checkpoint.read_config(start, folder))
-    model = _load_model(_name(vision, start), folder, config, _IN_CHECKPOINT if vision.model == CHECKPOINT else None)
-    settings = {key: value for key, value in processor_settings(processor).items() if key != "image_seq_length"}
-    encoder_hash = hash_json(
-        {
-            "weights": _hash_weights(model),
-            "config": {k: v for k, v in model.config.to_dict().items() if k not in _INCIDENTAL_CONFIG},
-            "processor": settings,
-        }
-    )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    how: dict[str, Any] = {"config": config, "key_mapping": _IN_CHECKPOINT if whole else None, "dtype": torch.float32}
+    how |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
+    kind: Any = TOWERS[config.model_type].model
+    with reading(name, "its *.safetensors"), quiet():
+        model, loaded = kind.from_pretrained(folder, **how)
+    # transformers fills gaps with random numbers and a warning.
+    if lacking := sorted(loaded["missing_keys"]):
+        raise UserError(f"{name} lacks the weights {lacking[:5]}. Get a whole copy of it.")
+    made_of = {
+        "weights": _hash_weights(model),
+        "config": {key: value for key, value in model.config.to_dict().items() if key not in _INCIDENTAL_CONFIG},
+        "processor": {key: value for key, value in processor_settings(processor).items() if key != "image_seq_length"},
+    }
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, getattr(torch, vision.compute_dtype.value)).eval().requires_grad_(False)
-    return Encoder(model=model, processor=processor, hash=encoder_hash, num_tokens=num_tokens)
+    return Encoder(model=model, processor=processor, hash=hash_json(made_of), num_tokens=num_tokens)
 
 
 def read_settings(vision: VisionParams, start: ModelParams, folder: Path) -> tuple[Config, Processor, int]:
     """Return the configuration of the tower in `folder`, its image processor, and how many tokens it makes of an image.
 
-    Raises:
-        UserError: it is no DINOv2 or SigLIP with the processor of its kind, or its tokens are not `vision.num_patches` of
-            width `vision.visual_embed_dim`.
+    UserError if it is no DINOv2 or SigLIP with the processor of its kind, or its tokens are not as `vision` says.
     """
     name = _name(vision, start)
-    config = _load_config(name, folder, start if vision.model == CHECKPOINT else None)
-    processor = _load_processor(name, folder, config)
+    with reading(name, "config.json"):
+        values, _ = Dinov2Config.get_config_dict(folder)
+        if vision.model == CHECKPOINT:
+            checkpoint.read_config(start, folder)
+            values = values["vision_config"]
+        elif values.get("model_type") == "siglip":
+            # With the tower for texts beside it.
+            values = {**values["vision_config"], "model_type": "siglip_vision_model"}
+        # A config of another class would load with a warning and give an encoder of defaults.
+        if (kind := values.get("model_type")) not in TOWERS:
+            raise UserError(
+                f"{name} is a {kind!r} model; only 'dinov2' (such as facebook/dinov2-base) and 'siglip' "
+                "(such as google/siglip-so400m-patch14-224) are supported."
+            )
+        config = TOWERS[kind].config.from_dict(values)
+    checkpoint.without_head(config)
+    with reading(name, "preprocessor_config.json"):
+        wanted = TOWERS[kind].processor
+        values, _ = wanted.get_image_processor_dict(folder)
+        found = values.get("image_processor_type") or values.get("feature_extractor_type")
+        if found not in (wanted.__name__, f"{wanted.__name__}Fast"):
+            raise UserError(
+                f"{name} comes with the image processor {found!r}; a {kind} needs {wanted.__name__!r}. Mend its "
+                "preprocessor_config.json or choose another model."
+            )
+        processor = wanted.from_dict(values)
     num_tokens = _count_tokens(name, config, processor)
     for key, found in (("num_patches", num_tokens), ("visual_embed_dim", config.hidden_size)):
         if (said := getattr(vision, key)) != found:
-            raise UserError(
-                f"vision.{key} is {said}, but the encoder of {name} makes {found}. Set vision.{key}: {found}."
-            )
+            asks = f"vision.{key} is {said}, but the encoder of {name} makes {found}"
+            raise UserError(f"{asks}. Set vision.{key}: {found}.")
     return config, processor, num_tokens
 
 
@@ -197,75 +210,20 @@ def _folder(vision: VisionParams, start: ModelParams) -> Path:
     return download_snapshot("vision.model", vision.model, vision.revision)
 
 
-def _load_config(name: str, folder: Path, start: ModelParams | None) -> Config:
-    """Read the tower's own part of config.json; `start` if it is one of a whole model."""
-    with reading(name, "config.json"):
-        values, _ = Dinov2Config.get_config_dict(folder)
-        if start is not None:
-            checkpoint.read_config(start, folder)
-            values = values["vision_config"]
-        elif values.get("model_type") == "siglip":
-            # With the tower for texts beside it.
-            values = {**values["vision_config"], "model_type": "siglip_vision_model"}
-    # A config of another class would load with a warning and give an encoder of defaults.
-    if values.get("model_type") not in TOWERS:
-        raise UserError(
-            f"{name} is a {values.get('model_type')!r} model; only 'dinov2' (such as facebook/dinov2-base) and 'siglip' "
-            "(such as google/siglip-so400m-patch14-224) are supported."
-        )
-    with reading(name, "config.json"):
-        config = TOWERS[values["model_type"]].config.from_dict(values)
-    checkpoint.without_head(config)
-    return config
-
-
-def _load_processor(name: str, folder: Path, config: Config) -> Processor:
-    kind = TOWERS[config.model_type].processor
-    with reading(name, "preprocessor_config.json"):
-        values, _ = kind.get_image_processor_dict(folder)
-        found = values.get("image_processor_type") or values.get("feature_extractor_type")
-        if found not in (kind.__name__, f"{kind.__name__}Fast"):
-            raise UserError(
-                f"{name} comes with the image processor {found!r}; a {config.model_type} needs {kind.__name__!r}. Mend its "
-                "preprocessor_config.json or choose another model."
-            )
-        return kind.from_dict(values)
-
-
-def _load_model(name: str, folder: Path, config: Config, names: dict[str, str] | None) -> Model:
-    with reading(name, "its *.safetensors"), quiet():
-        model, found = TOWERS[config.model_type].model.from_pretrained(  # ty: ignore[not-iterable] - a pair with output_loading_info
-            folder,
-            config=config,
-            key_mapping=names,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-    # transformers fills gaps with random numbers and a warning.
-    lacking = sorted(found["missing_keys"])
-    if lacking:
-        raise UserError(f"{name} lacks the weights {lacking[:5]}. Get a whole copy of it.")
-    return model
-
-
 def _count_tokens(name: str, config: Config, processor: Processor) -> int:
     """One token a patch, at the size to which the processor brings every image, and a DINOv2's CLS."""
     cuts = isinstance(processor, BitImageProcessor) and processor.do_center_crop
     size: Any = processor.crop_size if cuts else processor.size
-    height, width = size.height, size.width
     patch: Any = config.patch_size
+    height, width = size.height, size.width
     if not height or not width or height % patch or width % patch:
         raise UserError(
             f"{name}: its preprocessor_config.json brings images to {dict(size)}, which is not "
             f"a fixed height and width in multiples of the patch size {patch}. Set crop_size, do_center_crop or size."
         )
     if isinstance(config, SiglipVisionConfig) and not height == width == config.image_size:
-        raise UserError(
-            f"{name}: its preprocessor_config.json brings images to {height} x {width} pixels, but a SigLIP sees one size, "
-            f"{config.image_size} by its config.json. Set size."
-        )
+        brings = f"{name}: its preprocessor_config.json brings images to {height} x {width} pixels"
+        raise UserError(f"{brings}, but a SigLIP sees one size, {config.image_size} by its config.json. Set size.")
     return TOWERS[config.model_type].cls + (height // patch) * (width // patch)
 
 

@@ -15,28 +15,16 @@ from transformers import Gemma2Config, PaliGemmaConfig
 from vlm_vqa.model.layout import Row, TokenLayout
 from vlm_vqa.params import PROJECTIONS, LanguageConfig, LoraParams, Mask
 
-FORMULA = (
-    "6 x parameters of the layers' linear maps x real tokens + 4 x projector's parameters x image tokens + "
-    "6 x hidden x vocabulary x supervised tokens + "
-    "12 x heads x head width x layers x (query, key) pairs that see each other; "
-    "in the last layer, of tokens that are not supervised, keys and values alone"
-)
-"""With all weights trained; see `cost` for others."""
-
 
 @dataclass(frozen=True)
 class Work:
     """What the FLOPs of rows depend on; rows that teach nothing add nothing."""
 
-    tokens: int
-    """Real ones, image tokens included."""
+    tokens: int  # real ones, image tokens included
     image_tokens: int
-    supervised: int
-    """Tokens to predict."""
-    pairs: int
-    """(query, key) pairs where the query sees the key."""
-    supervised_pairs: int
-    """Those of supervised queries."""
+    supervised: int  # tokens to predict
+    pairs: int  # (query, key) pairs where the query sees the key
+    supervised_pairs: int  # those of supervised queries
 
 
 @dataclass(frozen=True)
@@ -50,7 +38,6 @@ class Cost:
     supervised_pair: int
 
     def flops(self, work: Work) -> int:
-        """Return the model FLOPs of `work`."""
         return sum(price * count for price, count in zip(astuple(self), astuple(work), strict=True))
 
 
@@ -70,7 +57,11 @@ def cost(
     lora: LoraParams | None = None,
     everywhere: bool = False,
 ) -> Cost:
-    """Return what each unit of work costs: `FORMULA`.
+    """Return what each unit of work costs.
+
+    With all weights trained: 6 x parameters of the layers' linear maps x real tokens + 4 x projector's parameters x image
+    tokens + 6 x hidden x vocabulary x supervised tokens + 12 x heads x head width x layers x pairs that see each other; in
+    the last layer, of tokens that are not supervised, keys and values alone.
 
     Args:
         vocabulary: rows of the embedding, which is the output head too.
@@ -110,10 +101,7 @@ def class_tokens(config: Any) -> int:
 
 
 def vision_linear_maps(config: Any) -> list[tuple[int, int]]:
-    """Return (inputs, outputs) of one layer's linear maps in a tower: queries, keys, values, output, the MLP's two.
-
-    `config` is a `Dinov2Config`, a `SiglipVisionConfig` or has the names of one, as preflight's shapes.
-    """
+    """Return (inputs, outputs) of one layer's linear maps in a tower: queries, keys, values, output, the MLP's two."""
     width = config.hidden_size
     inner = int(width * config.mlp_ratio) if config.model_type == "dinov2" else config.intermediate_size
     return [(width, width)] * 4 + [(width, inner), (inner, width)]

@@ -18,29 +18,18 @@ from transformers.models.gemma2.modeling_gemma2 import rotate_half
 
 from vlm_vqa.model.attention import PackedRows
 
-Rotations = tuple[Tensor, Tensor]
-"""Cosines and sines [1, N, C] of positions."""
+Rotations = tuple[Tensor, Tensor]  # cosines and sines [1, N, C] of positions
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the last layer is asked for."""
-
-    places: Tensor
-    """int64 [M], places of packed tokens."""
-    mask: PackedRows | BlockMask
-    """Which of all tokens these see."""
+    places: Tensor  # int64 [M], places of packed tokens
+    mask: PackedRows | BlockMask  # which of all tokens these see
 
 
 class _Layer(nn.Module):
-    input_layernorm: nn.Module
-
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Rotations,
-        asked: Asked | None = None,
-        **options: Any,
+        self: Any, hidden_states: Tensor, position_embeddings: Rotations, asked: Asked | None = None, **options: Any
     ) -> Tensor:
         """Return [1, M, D] of [1, N, D]."""
         if asked is None:
@@ -54,17 +43,8 @@ class _Layer(nn.Module):
 
 
 class _Attention(nn.Module):
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-    config: Any
-    head_dim: int
-    scaling: float
-    attention_dropout: float
-
     def forward(
-        self,
+        self: Any,
         hidden_states: Tensor,
         position_embeddings: Rotations,
         attention_mask: Any,
@@ -91,7 +71,7 @@ class _Attention(nn.Module):
         )
         return self.o_proj(attended.flatten(2)), None
 
-    def _heads(self, projected: Tensor) -> Tensor:
+    def _heads(self: Any, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
@@ -100,14 +80,14 @@ def _rotated(states_1HNC: Tensor, rotations: Rotations) -> Tensor:
     return states_1HNC * cosines + rotate_half(states_1HNC) * sines
 
 
-_STOCK: dict[type, tuple[type, ...]] = {
-    _Layer: (modeling_gemma2.Gemma2DecoderLayer, modeling_gemma.GemmaDecoderLayer),
-    _Attention: (modeling_gemma2.Gemma2Attention, modeling_gemma.GemmaAttention),
+_STOCK: dict[type, type] = {
+    modeling_gemma2.Gemma2DecoderLayer: _Layer,
+    modeling_gemma.GemmaDecoderLayer: _Layer,
+    modeling_gemma2.Gemma2Attention: _Attention,
+    modeling_gemma.GemmaAttention: _Attention,
 }
 NARROW: dict[type, Any] = {
-    stock: type(stock.__name__, (part, stock), {"__module__": __name__})
-    for part, both in _STOCK.items()
-    for stock in both
+    stock: type(stock.__name__, (part, stock), {"__module__": __name__}) for stock, part in _STOCK.items()
 }
 # Where pickle looks for them: process 0 sends the others the model's shape.
 globals().update({one.__name__: one for one in NARROW.values()})

@@ -3,20 +3,10 @@
 A sequence is: image tokens, one `<bos>`, instruction, newline, question, newline, answer, `<eos>`. As text this is exactly
 what `PaliGemmaProcessor` builds for the prompt `{instruction}\\n{question}`; the newline after the instruction is HELM's.
 
-Who sees whom (rows: the position that looks):
-
-    image-prefix    image  instr  q1  a1  q2  a2        prefix-lm       image  instr  q   a
-    image            all    -     -   -   -   -         image            all   all   all  -
-    <bos> instr      all   causal -   -   -   -         <bos> instr      all   all   all  -
-    question 1       all    all  causal - -   -         question         all   all   all  -
-    answer 1         all    all   all causal - -        answer           all   all   all causal
-    question 2       all    all   -   -  causal -
-    answer 2         all    all   -   -  all causal
-
-`causal` is `image-prefix` but that an image token, too, sees only itself and those before it: the mask of most open models.
-Under both, nothing before a question depends on it, so questions of one image can share a row: each restarts its positions
-after the prefix and sees the prefix and itself. Under `prefix-lm` the image sees the question, and a row holds one question.
-Positions count from 1, as in PaliGemma.
+Who sees whom under each mask is a table in docs/architecture.md. Under `image-prefix` and `causal` nothing before a question
+depends on it, so questions of one image can share a row: each restarts its positions after the prefix and sees the prefix
+and itself. Under `prefix-lm` the image sees the question, and a row holds one question. Positions count from 1, as in
+PaliGemma.
 
 Shapes: B rows, T image tokens, S tokens of a row (image tokens included), D width.
 """
@@ -34,8 +24,7 @@ from torch import Tensor
 from vlm_vqa.errors import UserError
 from vlm_vqa.params import Mask
 
-IGNORED = -100
-"""Label of a position that is not supervised, as in torch's cross entropy."""
+IGNORED = -100  # label of a position that is not supervised, as in torch's cross entropy
 PREFIX_SEGMENT = 0
 PAD_SEGMENT = -1
 
@@ -49,12 +38,8 @@ class TooManyTokens(UserError):
 
 
 class QuestionTokens(NamedTuple):
-    """One tokenised question."""
-
-    prompt: list[int]
-    """Question and newline."""
-    answer: list[int]
-    """Answer and `<eos>`; empty when the answer is asked for."""
+    prompt: list[int]  # question and newline
+    answer: list[int]  # answer and `<eos>`; empty when the answer is asked for
 
     @property
     def read(self) -> list[int]:
@@ -67,8 +52,7 @@ class Row:
     """One sequence: an image and the questions that share it."""
 
     image_id: int
-    questions: tuple[QuestionTokens, ...]
-    """None of them: a row that teaches nothing."""
+    questions: tuple[QuestionTokens, ...]  # none of them: a row that teaches nothing
 
 
 class TokenLayout:
@@ -86,14 +70,10 @@ class TokenLayout:
     def __init__(
         self, tokenizer, *, mask: Mask, instruction: str, num_patches: int, text_length: int, image_token_id: int
     ):
-        self.mask = mask
-        self.instruction = instruction
-        self.num_patches = num_patches
-        self.text_length = text_length
-        self.image_token_id = image_token_id
-        self.pad_id = tokenizer.pad_token_id
-        self.bos_id = tokenizer.bos_token_id
-        self.eos_id = tokenizer.eos_token_id
+        self.mask, self.instruction = mask, instruction
+        self.num_patches, self.text_length = num_patches, text_length
+        self.image_token_id, self.pad_id = image_token_id, tokenizer.pad_token_id
+        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._tokenizer = tokenizer
         self._plain = plain_text_tokenizer(tokenizer)
         self._newline = self._encode("\n")
@@ -102,9 +82,7 @@ class TokenLayout:
     def tokenize(self, question: str, answer: str | None = None) -> QuestionTokens:
         """Tokenise one question; special-token strings inside it are plain text.
 
-        Raises:
-            TooManyTokens: the record needs more than `text_length` text tokens.
-            UserError: it has an empty answer.
+        TooManyTokens if the record needs more than `text_length` text tokens, UserError if it has an empty answer.
         """
         prompt = self._encode(clean(question)) + self._newline
         tokens = QuestionTokens(prompt, [] if answer is None else self._encode(clean(answer)) + [self.eos_id])
@@ -149,13 +127,8 @@ class TokenLayout:
             raise ValueError("prefix-lm rows hold one question: the image sees it")
         columns = [self._columns(row) for row in rows]
         width = max(len(column["input_ids"]) for column in columns)
-        padding = {
-            "input_ids": self.pad_id,
-            "position_ids": 1,
-            "segment_ids": PAD_SEGMENT,
-            "labels": IGNORED,
-            "bidirectional": False,
-        }
+        padding = {"input_ids": self.pad_id, "position_ids": 1, "segment_ids": PAD_SEGMENT, "labels": IGNORED}
+        padding["bidirectional"] = False
         grid = {
             name: torch.tensor([column[name] + [fill] * (width - len(column[name])) for column in columns])
             for name, fill in padding.items()
@@ -169,7 +142,6 @@ class TokenLayout:
         return grid | {"prefix_places": prefix_places, "rest_places": rest_places, "supervised": supervised}
 
     def _columns(self, row: Row) -> dict[str, list]:
-        """Write one row out, unpadded."""
         input_ids = [self.image_token_id] * self.num_patches + self.prefix
         start = len(input_ids)
         segments, positions, labels = [PREFIX_SEGMENT] * start, list(range(1, start + 1)), [IGNORED] * start
@@ -183,13 +155,8 @@ class TokenLayout:
             positions += range(start + 1, start + 1 + len(read))
             bidirectional += [prefix_lm] * len(prompt) + [False] * (len(read) - len(prompt))
             labels += [IGNORED] * (len(prompt) - 1) + (answer or [IGNORED])
-        return {
-            "input_ids": input_ids,
-            "segment_ids": segments,
-            "position_ids": positions,
-            "labels": labels,
-            "bidirectional": bidirectional,
-        }
+        columns = {"input_ids": input_ids, "segment_ids": segments, "position_ids": positions, "labels": labels}
+        return columns | {"bidirectional": bidirectional}
 
     def _encode(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
@@ -205,21 +172,15 @@ def plain_text_tokenizer(tokenizer) -> Tokenizer:
 
     `PaliGemmaProcessor` would otherwise read `<image>` or `<loc0001>` typed inside a question as tokens of its own.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return Tokenizer.from_str(
-        json.dumps({**state, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
-    )
+    plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | plain))
 
 
 def visible(segment_ids: Tensor, position_ids: Tensor, bidirectional: Tensor) -> Tensor:
-    """Return who sees whom.
+    """Return who sees whom: bool [B, S, S], true where the query (dim 1) sees the key (dim 2).
 
-    Args:
-        segment_ids, position_ids: int64 [B, S]; bidirectional: bool [B, S]; as `TokenLayout.collate` gives them.
-
-    Returns:
-        bool [B, S, S], true where the query (dim 1) sees the key (dim 2). Padding is seen by nobody; a padded query sees
-        the prefix, so that its softmax stays finite (its output is never used).
+    The arguments are as `TokenLayout.collate` gives them. Padding is seen by nobody; a padded query sees the prefix, so that
+    its softmax stays finite (its output is never used).
     """
     query, key = segment_ids[:, :, None], segment_ids[:, None, :]
     same_row = (key == PREFIX_SEGMENT) | (key == query) & (key != PAD_SEGMENT)
@@ -236,11 +197,7 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows_of(questions: Iterable[tuple[int, QuestionTokens]], mask: Mask) -> list[Row]:
-    """Put consecutive questions of one image into one row where the mask allows it.
-
-    Args:
-        questions: (image id, tokens), in the order in which they are to stand.
-    """
+    """Put consecutive questions, (image id, tokens), of one image into one row where the mask allows it."""
     rows: list[Row] = []
     for image_id, tokens in questions:
         if mask is not Mask.PREFIX_LM and rows and rows[-1].image_id == image_id:

@@ -42,12 +42,9 @@ from vlm_vqa.model.layout import additive_mask
 from vlm_vqa.params import Attention, LanguageConfig, LanguageParams, ModelParams
 
 WEIGHTS_FILE = "model.safetensors"
-TRAINING_FILE = "training.json"
-"""Seals a folder of trained weights and says what they were made of."""
-VISION_PREFIX = "model.vision_tower."
-"""Names of the tower's weights in the stock model begin so."""
-PROJECTOR = "model.multi_modal_projector."
-"""Names of the projector's."""
+TRAINING_FILE = "training.json"  # seals a folder of trained weights and says what they were made of
+VISION_PREFIX = "model.vision_tower."  # names of the tower's weights in the stock model begin so
+PROJECTOR = "model.multi_modal_projector."  # names of the projector's
 
 
 def language_of(config: PaliGemmaConfig) -> Gemma2Config:
@@ -62,8 +59,7 @@ class VlmForTraining(PaliGemmaForConditionalGeneration):
     # might divide by the accumulation steps a second time.
     accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = ["vision_tower"]
-    narrow_last_layer = True
-    """The last layer computes supervised positions alone; false is for comparisons."""
+    narrow_last_layer = True  # the last layer computes supervised positions alone; false is for comparisons
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__(config)
@@ -126,19 +122,15 @@ def text_hidden(
     allowed: Tensor,
     cache: Cache | None = None,
 ) -> Tensor:
-    """Run the projector and Gemma 2 and return its last hidden states.
+    """Run the projector and Gemma 2 and return its last hidden states [B, S, D] in the compute type.
+
+    UserError if there are more keys than Gemma 2's sliding window holds.
 
     Args:
         image_features: [B, T, E], whose projections replace the first T tokens; None in a later step of generation.
         input_ids, position_ids: int64 [B, S].
         allowed: bool [B, S, K], which keys each position sees; K counts the cache's keys too.
         cache: keys and values to extend in place.
-
-    Returns:
-        [B, S, D] in the compute type.
-
-    Raises:
-        UserError: more keys than Gemma 2's sliding window, where its layers would need a second mask.
     """
     _check_window(model, allowed.shape[-1])
     if image_features is None:
@@ -179,12 +171,9 @@ def _run_layers(
         masks = {"rows": mask} if isinstance(mask, PackedRows) else {"attention_mask": mask}
     if asked is not None:
         masks["asked"] = asked
+    cached = {"past_key_values": cache, "use_cache": cache is not None}
     return model.model.language_model(
-        inputs_embeds=embeds,
-        **masks,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=cache is not None,
+        inputs_embeds=embeds, **masks, position_ids=position_ids, **cached
     ).last_hidden_state
 
 
@@ -196,14 +185,9 @@ def text_logits(model: PaliGemmaForConditionalGeneration, hidden: Tensor) -> Ten
 
 
 def initial_model(language: LanguageParams, encoder_config, processor: PaliGemmaProcessor, seed: int) -> VlmForTraining:
-    """Build the model that training starts from: Gemma 2 as `language` says, a fresh linear projector.
+    """Build the model that training starts from: Gemma 2 as `language` says, a fresh linear projector; float32.
 
-    Args:
-        encoder_config: the `Dinov2Config` of the tower.
-        processor: as `build_processor` gives it; the embedding grows to its tokenizer's size.
-
-    Returns:
-        float32 weights, in training mode.
+    `encoder_config` is the tower's; the embedding grows to the size of the tokenizer of `processor`.
     """
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
@@ -215,49 +199,44 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
         if len(tokenizer) > lm.config.vocab_size:
             # The processor's tokens (image, locations, segments) must have rows of their own.
             lm.resize_token_embeddings(len(tokenizer))
-    config = PaliGemmaConfig(
-        text_config=lm.config.to_dict(),
-        vision_config=encoder_config.to_dict(),
-        projection_dim=lm.config.hidden_size,
-        hidden_size=lm.config.hidden_size,
-        vocab_size=lm.config.vocab_size,
-        image_token_index=processor.image_token_id,
-        dtype="float32",
-        **special_tokens(tokenizer),
-    )
+    width = lm.config.hidden_size
+    how: dict[str, Any] = {"projection_dim": width, "hidden_size": width, "vocab_size": lm.config.vocab_size}
+    how |= {"text_config": lm.config.to_dict(), "vision_config": encoder_config.to_dict(), "dtype": "float32"}
+    config = PaliGemmaConfig(**how, image_token_index=processor.image_token_id, **special_tokens(tokenizer))
     without_paths(config)
-    return _assemble(config, lm)
+    # Its weights stand in the stock model's frame without a second copy.
+    with torch.device("meta"):
+        model = VlmForTraining._from_config(config, attn_implementation="eager")
+    model.model.language_model, model.lm_head = lm.model, lm.lm_head
+    narrow(lm.model.layers[-1])
+    # One configuration object for the frame and its language model: what is saved is what ran.
+    parts: list[Any] = [lm.model, *(layer.self_attn for layer in lm.model.layers)]
+    for part in parts:
+        part.config = model.config.text_config
+    projector = model.model.multi_modal_projector.to_empty(device="cpu")
+    # Image tokens enter Gemma 2 about as large as the features are.
+    nn.init.normal_(projector.linear.weight, std=projector.linear.in_features**-0.5)
+    nn.init.zeros_(projector.linear.bias)
+    model.tie_weights()
+    set_attention(model, Attention.EAGER)
+    return model.train()
 
 
 def checkpoint_model(start: ModelParams, encoder_config, processor: PaliGemmaProcessor) -> VlmForTraining:
-    """Load the model that training starts from where that is a whole checkpoint: its projector and Gemma 2.
+    """Load the projector and Gemma 2 of a whole checkpoint to start from; float32, whatever their type in the files.
 
-    Args:
-        encoder_config: of its tower, as `load_encoder` read it.
-        processor: of its tokenizer, as `build_processor` gives it.
-
-    Returns:
-        float32 weights, whatever their type in the files, in training mode.
-
-    Raises:
-        UserError: as `checkpoint.read_config`, `check_weights` and `check_tokens`.
+    `encoder_config` is its tower's, as `load_encoder` read it. UserError as `checkpoint.read_config`, `check_weights` and
+    `check_tokens`.
     """
     folder = checkpoint.folder_of(start)
     found = checkpoint.read_config(start, folder)
     checkpoint.check_weights(start, folder, found)
     checkpoint.check_tokens(start, found, processor)
-    config = PaliGemmaConfig.from_dict(
-        {**found.to_dict(), "vision_config": encoder_config.to_dict(), "dtype": "float32"}
-    )
+    own = {"vision_config": encoder_config.to_dict(), "dtype": "float32"}
+    how: dict[str, Any] = {"config": PaliGemmaConfig.from_dict(found.to_dict() | own), "dtype": torch.float32}
+    how |= {"attn_implementation": "eager", "use_safetensors": True, "trust_remote_code": False}
     with checkpoint.reading(checkpoint.name_of(start), "its *.safetensors"):
-        model: VlmForTraining = VlmForTraining.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        model: VlmForTraining = VlmForTraining.from_pretrained(folder, **how)
     without_paths(model.config)
     set_attention(model, Attention.EAGER)
     return model.train()
@@ -267,26 +246,6 @@ def without_paths(config: PaliGemmaConfig) -> None:
     """Leave out where the parts were read from: a path of this machine, which would make equal runs differ."""
     vision: Any = config.vision_config
     config._name_or_path = language_of(config)._name_or_path = vision._name_or_path = ""
-
-
-def _assemble(config: PaliGemmaConfig, lm: Gemma2ForCausalLM) -> VlmForTraining:
-    """Put `lm` into the stock model's frame without a second copy of its weights."""
-    with torch.device("meta"):
-        model = VlmForTraining._from_config(config, attn_implementation="eager")
-    model.model.language_model = lm.model
-    model.lm_head = lm.lm_head
-    narrow(lm.model.layers[-1])
-    # One configuration object for the frame and its language model: what is saved is what ran.
-    lm.model.config = model.config.text_config
-    for layer in lm.model.layers:
-        layer.self_attn.config = model.config.text_config  # ty: ignore[invalid-assignment] - nn.Module hides its type
-    projector = model.model.multi_modal_projector.to_empty(device="cpu")
-    # Image tokens enter Gemma 2 about as large as the features are.
-    nn.init.normal_(projector.linear.weight, std=projector.linear.in_features**-0.5)
-    nn.init.zeros_(projector.linear.bias)
-    model.tie_weights()
-    set_attention(model, Attention.EAGER)
-    return model.train()
 
 
 def random_config(shape: LanguageConfig, tokenizer) -> Gemma2Config:
@@ -344,13 +303,10 @@ def load_tokenizer(language: LanguageParams, texts: list[str]) -> PreTrainedToke
 
 
 def _load_gemma(language: LanguageParams) -> Gemma2ForCausalLM:
-    """Load a whole Gemma 2 in float32.
+    """Load a whole Gemma 2 in float32; UserError if it is not there, is no Gemma 2, or lacks weights.
 
     Left to itself, `from_pretrained` takes the 2.6 B model's shape where config.json is missing, reads another
     architecture's file as Gemma 2, and fills missing weights with random ones, with no more than a warning.
-
-    Raises:
-        UserError: it is not there, is no Gemma 2, or lacks weights.
     """
     config = _from_pretrained(AutoConfig, language)
     if not isinstance(config, Gemma2Config):
@@ -380,14 +336,12 @@ def _from_pretrained(kind, language: LanguageParams, **options):
         ) from error
 
 
-_SPECIAL = ("pad", "eos", "bos", "unk")
-
-
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with Gemma's special tokens; deterministic in the order of `texts`.
 
     Byte level: any text can be written, also words that training never saw.
     """
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
     tokenizer = Tokenizer(models.BPE())
     # A newline ends the question, so it must never melt into a word.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -396,12 +350,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[f"<{name}>" for name in _SPECIAL],
+        special_tokens=list(special.values()),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    special = {f"{name}_token": f"<{name}>" for name in _SPECIAL}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
 
 
@@ -430,13 +383,14 @@ def save_trained(config: PaliGemmaConfig, state: Mapping[str, Tensor], folder: s
     `save_pretrained` would rename the weights on disk, and what reads files without renaming them back would go on from a
     fresh model with no more than a warning.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    weights = folder / WEIGHTS_FILE
-    save_file({name: value.contiguous() for name, value in state.items()}, weights)
-    # safetensors leaves the file to its owner alone.
-    weights.chmod(0o644)
+    save_tensors(state, Path(folder) / WEIGHTS_FILE)
+
+
+def save_tensors(state: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that all may read."""
+    save_file({name: value.contiguous() for name, value in state.items()}, file, metadata)
+    file.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
 class StoredWeights(Mapping[str, Tensor]):

@@ -6,7 +6,7 @@ The same history makes the same bytes.
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.records import ImageRecord
-from vlm_vqa.training.validation import ANSWERS, COLUMNS, SCORE, validations
+from vlm_vqa.training.validation import ANSWERS, COLUMNS, SCORE, Score, validations
 
 # Pixels: a cell's width, its picture's height, and so on.
 WIDTH, PICTURE, GAP, LINE, STRIP = 290, 160, 18, 19, 10
@@ -27,48 +27,48 @@ BLACK, GREY, RIGHT, WRONG = "black", "#57606a", "#1a7f37", "#b42318"
 # Right from here on; VQA's scores go in steps of 0.3.
 ENOUGH = 0.5
 
-Score = Callable[[str, Sequence[str]], float]
-
 
 class Line(NamedTuple):
-    """A line of text."""
-
     text: str
     colour: str
     bold: bool
-
-
-class Cell(NamedTuple):
-    """A picture, a strip of green and red blocks below it, for what is right and wrong, and lines of text below that."""
-
-    picture: Image.Image
-    lines: list[Line]
-    right: list[bool]
 
 
 class AnswersPicture:
     """The questions that are shown and their pictures, drawn with the answers whenever asked."""
 
     def __init__(self, questions: Sequence[Mapping[str, Any]], score: Score, what: str, images: Iterable[ImageRecord]):
-        """Decode the pictures, and keep them as small as they are drawn.
+        """Decode the `images` that `questions`, rows of the records, are about, and keep them as small as they are drawn.
 
-        Args:
-            questions: rows of the records, in the order of the answers.
-            score: of an answer, 0 to 1, given those of people.
-            what: the scores are, for the title.
-            images: each that a question is about; UserError if one cannot be decoded.
+        `score` is of an answer given those of people, 0 to 1; `what` says of it in the title. UserError if an image cannot
+        be decoded.
         """
         self.questions, self.score, self.what = questions, score, what
         self.pictures = {image.image_id: small(image) for image in images}
 
     def draw(self, history: Sequence[Mapping[str, Any]]) -> Image.Image:
-        """Return the picture of all validations in the Trainer's log, RGB."""
-        said = [entry for entry in history if ANSWERS in entry]
-        cells = [
-            self._cell(row, {entry["step"]: entry[ANSWERS][at] for entry in said})
-            for at, row in enumerate(self.questions)
-        ]
-        return draw_page(self._title(validations(history)), cells)
+        """Return the picture of all validations in the Trainer's log, RGB: `GRID` cells in a row.
+
+        A cell is a question's image, a strip of green and red blocks for what was right and wrong, and lines of text.
+        """
+        said, title = [entry for entry in history if ANSWERS in entry], self._title(validations(history))
+        answers = [{entry["step"]: entry[ANSWERS][at] for entry in said} for at in range(len(self.questions))]
+        cells = list(map(self._cell, self.questions, answers))
+        longest = [max(len(lines) for lines, _ in cells[at : at + GRID]) for at in range(0, len(cells), GRID)]
+        heights = (PICTURE + STRIP + LINE * lines + 2 * GAP for lines in longest)
+        tops = list(itertools.accumulate(heights, initial=2 * GAP + LINE * len(title)))
+        page = Image.new("RGB", (PAGE, tops[-1]), "white")
+        pen = ImageDraw.Draw(page)
+        _write(pen, GAP, GAP, title)
+        for at, (row, (lines, right)) in enumerate(zip(self.questions, cells, strict=True)):
+            left, top, picture = GAP + at % GRID * (WIDTH + GAP), tops[at // GRID], self.pictures[row["image_id"]]
+            page.paste(picture, (left, top + (PICTURE - picture.height) // 2))
+            for number, good in enumerate(right):
+                start, end = (left + place * WIDTH // len(right) for place in (number, number + 1))
+                block = (start, top + PICTURE + 3, max(end - 2, start), top + PICTURE + STRIP)
+                pen.rectangle(block, fill=RIGHT if good else WRONG)
+            _write(pen, left, top + PICTURE + STRIP + 3, lines)
+        return page
 
     def _title(self, measured: Sequence[Mapping[str, Any]]) -> list[Line]:
         about = f"What is said to {len(self.questions)} fixed questions after so many steps: green right, red wrong"
@@ -78,37 +78,18 @@ class AnswersPicture:
         wide = PAGE - 2 * GAP
         return fold(about, 1, bold=True, width=wide) + fold(of, 1, width=wide) + fold(scores, 1, width=wide)
 
-    def _cell(self, row: Mapping[str, Any], said: Mapping[int, str]) -> Cell:
+    def _cell(self, row: Mapping[str, Any], said: Mapping[int, str]) -> tuple[list[Line], list[bool]]:
         right = {answer: self.score(answer, row["answers"]) >= ENOUGH for answer in said.values()}
         lines = fold(row["question"], QUESTION_LINES, bold=True)
         lines += fold(f"truth: {row['multiple_choice_answer']}", TRUTH_LINES)
         runs = [(answer, list(steps)) for answer, steps in itertools.groupby(said, said.__getitem__)]
-        for answer, steps in _some(runs, ANSWERS_SHOWN):
-            when = f"{steps[0]}-{steps[-1]}" if len(steps) > 1 else f"{steps[0]}"
+        for answer, (first, *more) in _some(runs, ANSWERS_SHOWN):
+            when = f"{first}-{more[-1]}" if more else f"{first}"
             mark, colour = ("✓", RIGHT) if right[answer] else ("✗", WRONG)
             lines += fold(f"{mark} {when}: {answer.strip() or '(nothing)'}", 1, colour)
         if (more := len(runs) - ANSWERS_SHOWN) > 0:
             lines += fold(f"answers left out: {more}", 1, GREY)
-        return Cell(self.pictures[row["image_id"]], lines, [right[answer] for answer in said.values()])
-
-
-def draw_page(title: Sequence[Line], cells: Sequence[Cell]) -> Image.Image:
-    """Return a page of cells, `GRID` in a row, RGB."""
-    rows = [cells[at : at + GRID] for at in range(0, len(cells), GRID)]
-    heights = [PICTURE + STRIP + LINE * max(len(cell.lines) for cell in row) + 2 * GAP for row in rows]
-    tops = list(itertools.accumulate(heights, initial=2 * GAP + LINE * len(title)))
-    page = Image.new("RGB", (PAGE, tops[-1]), "white")
-    pen = ImageDraw.Draw(page)
-    _write(pen, GAP, GAP, title)
-    for at, (picture, lines, right) in enumerate(cells):
-        left, top = GAP + at % GRID * (WIDTH + GAP), tops[at // GRID]
-        page.paste(picture, (left, top + (PICTURE - picture.height) // 2))
-        for number, good in enumerate(right):
-            start, end = (left + place * WIDTH // len(right) for place in (number, number + 1))
-            block = (start, top + PICTURE + 3, max(end - 2, start), top + PICTURE + STRIP)
-            pen.rectangle(block, fill=RIGHT if good else WRONG)
-        _write(pen, left, top + PICTURE + STRIP + 3, lines)
-    return page
+        return lines, [right[answer] for answer in said.values()]
 
 
 def fold(text: str, most: int, colour: str = BLACK, bold: bool = False, width: int = WIDTH) -> list[Line]:
@@ -146,7 +127,7 @@ def small(record: ImageRecord) -> Image.Image:
     # It was opened within data.max_image_pixels when its features were made.
     image = open_image(record.data, record.file_name, max_pixels=2**62)
     scale = min(WIDTH / image.width, PICTURE / image.height)
-    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    size = [max(round(side * scale), 1) for side in image.size]
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 

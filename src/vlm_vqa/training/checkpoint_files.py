@@ -43,21 +43,18 @@ TENSORS = ".safetensors"
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` optimizer steps; the Trainer expects this name."""
-    return root / f"checkpoint-{step}"
+    return root / f"checkpoint-{step}"  # the name that the Trainer expects
 
 
 def seal_of(checkpoint: Path, rank: int, world: int) -> Path:
-    """Return where the seal of a process's part of a checkpoint lies."""
     return checkpoint / f"rank-{rank}-of-{world}.json"
 
 
 def world_of(checkpoint: Path) -> int | None:
     """Return how many processes wrote a checkpoint if it is whole, else None."""
-    seals = [SEAL.fullmatch(path.name) for path in checkpoint.glob("rank-*.json")]
-    worlds = {int(match[2]) for match in seals if match}
+    seals = [match for path in checkpoint.glob("rank-*.json") if (match := SEAL.fullmatch(path.name))]
+    worlds, ranks = ({int(match[part]) for match in seals} for part in (2, 1))
     (world,) = worlds if len(worlds) == 1 else (0,)
-    ranks = {int(match[1]) for match in seals if match}
     return world if world and ranks == set(range(world)) else None
 
 
@@ -143,8 +140,7 @@ def _remedy(checkpoint: Path) -> str:
 def nothing_but_tensors(checkpoint: Path | None) -> Generator[None]:
     """Let torch read no pickle that could run code, even where DeepSpeed, whose files are pickles, asks it to.
 
-    Tensors, plain values and three classes of DeepSpeed's settings are read. At anything else reading stops with a
-    UserError, before it: a checkpoint is data, whoever wrote it.
+    Tensors, plain values and three classes of DeepSpeed's settings are read; UserError at anything else, before it is read.
     """
     settings: list[Any] = []
     if find_spec("deepspeed"):
@@ -202,10 +198,8 @@ class Writer:
         """Begin to write the checkpoint after `step`; waits for the one before it. UserError if that could not be written.
 
         Args:
-            tensors: on the CPU, not changed by anyone any more.
-            facts: what else has to be known to go on; JSON.
-            texts: further files by name.
-            others: names of files that are there already and belong to this process's part.
+            tensors: on the CPU, not changed by anyone any more; `facts`: what else has to be known to go on, JSON.
+            texts: further files by name; `others`: names of files that are there already and belong to this part.
         """
         self.wait()
         checkpoint = folder_of(self.folder, step)
@@ -230,12 +224,12 @@ class Writer:
                 for path in checkpoint.glob(f"rank-{self.rank}-of-*"):
                     path.unlink(missing_ok=True)
                 # safetensors hands on the system's words, not its number.
-                if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-                    raise UserError(
-                        f"{checkpoint}: could not be written: the disk is full. Free some space, then run `dvc repro` "
-                        "again: training goes on from the checkpoint before it."
-                    ) from error
-                raise
+                if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+                    raise
+                raise UserError(
+                    f"{checkpoint}: could not be written: the disk is full. Free some space, then run `dvc repro` "
+                    "again: training goes on from the checkpoint before it."
+                ) from error
 
         self._writing = self._pool.submit(write)
 

@@ -24,12 +24,9 @@ from vlm_vqa.training.optimizer import BLOCK, is_sharded, local
 
 log = logging.getLogger(__name__)
 
-CONSTANT_STATES = {"qmap1", "qmap2"}
-"""States of bitsandbytes that are the same for all parameters and are made anew."""
-BLOCK_STATES = {"absmax1", "absmax2"}
-"""One value for each block of 256 values of the rows."""
-WHOLE_STATES = {"gnorm_vec"}
-"""One for the whole parameter, the same on all processes."""
+CONSTANT_STATES = {"qmap1", "qmap2"}  # states of bitsandbytes that are the same for all parameters and are made anew
+BLOCK_STATES = {"absmax1", "absmax2"}  # one value for each block of 256 values of the rows
+WHOLE_STATES = {"gnorm_vec"}  # one for the whole parameter, the same on all processes
 
 
 class Rows(NamedTuple):
@@ -63,7 +60,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, rank: int) -> tuple[dict, dict]:
+def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int) -> tuple[dict, dict]:
     """Return this process's tensors, copied to the CPU, and facts, for `checkpoint_files.Writer.save`."""
     parameters = named_parameters(model)
     tensors: dict[str, Tensor] = {}
@@ -79,14 +76,8 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: An
                 tensors[f"optimizer/{name}/{key}"] = _copy(value)
             elif not isinstance(value, Tensor):
                 states.setdefault(name, {})[key] = value
-    facts = {
-        "parameters": _described(parameters),
-        "rows": held,
-        "states": states,
-        "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
-    }
-    more, general = save_random_state(scheduler)
-    return tensors | more, facts | general
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return tensors, {"parameters": _described(parameters), "rows": held, "states": states, "groups": groups}
 
 
 def _described(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -119,16 +110,14 @@ class Checkpoint:
         self.facts = [checkpoint_files.read_seal(folder, writer, self.world) for writer in range(self.world)]
         self._files = [checkpoint_files.read_tensors(folder, writer, self.world) for writer in range(self.world)]
 
-    def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, *, restart: bool) -> None:
-        """Put weights, optimizer states and schedule back.
+    def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, restart: bool) -> None:
+        """Put weights and optimizer states back.
 
         UserError if the checkpoint is of another model, or its optimizer states do not fit and `restart` is false.
         """
         parameters = self.load_weights(model)
         try:
-            states = {
-                parameter: dict(self._states(optimizer, name, parameter)) for name, parameter in parameters.items()
-            }
+            states = {one: dict(self._states(optimizer, name, one)) for name, one in parameters.items()}
             optimizer.state.update({parameter: state for parameter, state in states.items() if state})
         except Unfit as error:
             if not restart:
@@ -139,7 +128,6 @@ class Checkpoint:
             log.warning("%s: %s; going on from its weights with fresh optimizer states", self.folder, error)
         for group, stored in zip(optimizer.param_groups, self.facts[0]["groups"], strict=True):
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
-        scheduler.load_state_dict(self.facts[0]["scheduler"])
 
     def load_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Put the weights back, and return the parameters by name; UserError if the checkpoint is of another model."""
@@ -159,9 +147,8 @@ class Checkpoint:
     def load_random_state(self, seed: int) -> None:
         """Put the generators back where they were; with another number of processes, seed them anew and say so."""
         if not self.same_world:
-            log.warning(
-                "%s was written by another number of processes: dropout draws other numbers from here on", self.folder
-            )
+            said = "%s was written by another number of processes: dropout draws other numbers from here on"
+            log.warning(said, self.folder)
             torch.manual_seed(seed)
             return
         file = self._files[self.rank]
@@ -177,12 +164,17 @@ class Checkpoint:
             state = key.rpartition("/")[2]
             if state in WHOLE_STATES or state == "step":
                 value = next(file for file in self._files if key in file.keys()).get_tensor(key)
-            elif state in BLOCK_STATES:
-                value = self._read(key, name, rows, self._width(name, parameter))
             else:
-                value = self._read(key, name, rows)
-            # torch keeps its step on the CPU.
-            yield state, _like(value, parameter, optimizer) if state != "step" else value
+                width = self._width(name, parameter) if state in BLOCK_STATES else None
+                value = self._read(key, name, rows, width)
+            if state != "step":  # which torch keeps on the CPU
+                value = value.to(local(parameter).device)
+                if isinstance(parameter, DTensor) and isinstance(optimizer, torch.optim.AdamW):
+                    # torch's own wants a state sharded as the parameter is.
+                    where, shape, stride = parameter.placements, parameter.shape, parameter.stride()
+                    place: dict[str, Any] = {"run_check": False, "shape": shape, "stride": stride}
+                    value = DTensor.from_local(value, parameter.device_mesh, where, **place)
+            yield state, value
         scalars = next((facts["states"][name] for facts in self.facts if name in facts["states"]), {})
         yield from scalars.items()
         if any(key.endswith("absmax1") for key in keys):
@@ -224,13 +216,3 @@ class Checkpoint:
         for file, facts in zip(self._files, self.facts, strict=True):
             if name in facts["rows"]:
                 yield file, Rows(*facts["rows"][name])
-
-
-def _like(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Place a state where its parameter is; torch's own AdamW wants it sharded as the parameter is."""
-    value = value.to(local(parameter).device)
-    if isinstance(parameter, DTensor) and isinstance(optimizer, torch.optim.AdamW):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        shape, stride = parameter.shape, parameter.stride()
-        return DTensor.from_local(value, mesh, placements, run_check=False, shape=shape, stride=stride)
-    return value

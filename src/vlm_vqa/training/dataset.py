@@ -54,13 +54,8 @@ class QuestionDataset(Dataset):
         taught = "multiple_choice_answer" if answers is Answers.MAJORITY else "answers"
         tokenize, refused = cache(layout.tokenize), list[tuple[int, int, TooManyTokens]]()
         columns = (records[name] for name in ("question_id", "image_id", "question", taught))
-        for question_id, image_id, question, given in tqdm(
-            zip(*columns, strict=True),
-            total=len(records),
-            desc="tokenising",
-            unit="question",
-            disable=not on_main_process(),
-        ):
+        bar = {"desc": "tokenising", "unit": "question", "disable": not on_main_process()}
+        for question_id, image_id, question, given in tqdm(zip(*columns, strict=True), total=len(records), **bar):
             try:
                 tokens = _tokenize(tokenize, question, [given] if isinstance(given, str) else given, too_long)
             except TooManyTokens as error:
@@ -84,7 +79,6 @@ class QuestionDataset(Dataset):
         return [len(self.tokens(question, epoch).read) for question in range(len(self))]
 
     def tokens(self, question: int, epoch: int) -> QuestionTokens:
-        """Return a question with its answer of this epoch."""
         answers = self._answers[question]
         return QuestionTokens(self._prompts[question], answers[self._draw(epoch)[question] if len(answers) > 1 else 0])
 
@@ -98,7 +92,6 @@ class QuestionDataset(Dataset):
         return self._drawn[1]
 
     def head(self, count: int) -> None:
-        """Keep the first `count` questions only."""
         self.image_ids, self._drawn = self.image_ids[:count], None
         self._prompts, self._answers = self._prompts[:count], self._answers[:count]
 
@@ -129,8 +122,6 @@ def _tokenize(tokenize: Callable, question: str, answers: Sequence[str], too_lon
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns rows into the model's inputs."""
-
     layout: TokenLayout
     features: FeatureStore
 

@@ -26,36 +26,26 @@ from vlm_vqa.launch_file import LaunchFile, Strategy, check_params, read_launch
 from vlm_vqa.params import TrainParams
 from vlm_vqa.training.optimizer import is_sharded, local
 
-SLACK_SECONDS = 60
-"""How much later than our own watch a collective gives up by itself."""
+SLACK_SECONDS = 60  # how much later than our own watch a collective gives up by itself
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that runs as it was asked for."""
-
     name: str
     strategy: Strategy
     processes: int
     process: int
     machines: int
-    device: str
-    """`cpu` or `cuda`."""
+    device: str  # `cpu` or `cuda`
     backend: str
-    threads: cores.Threads
-    """Of each process."""
+    threads: cores.Threads  # of each process
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the start banner and MLflow say."""
-        return {
-            "strategy": self.strategy.value,
-            "num_processes": self.processes,
-            "num_machines": self.machines,
-            "device": self.device,
-            "backend": self.backend,
-            "threads": str(self.threads),
-        }
+        counts = {"num_processes": self.processes, "num_machines": self.machines}
+        where = {"device": self.device, "backend": self.backend, "threads": str(self.threads)}
+        return {"strategy": self.strategy.value, **counts, **where}
 
     @property
     def main(self) -> bool:
@@ -97,32 +87,26 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
     asked.compare({"num_processes": asked.processes, "device": device}, found)
     torch.set_num_threads(threads.count)
     backend = distributed.get_backend() if distributed.is_initialized() else "none"
-    return Launch(
-        name, strategy, state.num_processes, state.process_index, state.num_processes // local, device, backend, threads
-    )
+    count = state.num_processes
+    return Launch(name, strategy, count, state.process_index, count // local, device, backend, threads)
 
 
 def _check_environment(asked: LaunchFile) -> None:
     """Compare what `accelerate launch` has set with what the file asks for, before any process waits for another."""
-    on = {name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED")}
-    strategy, world = asked.strategy, int(os.environ.get("WORLD_SIZE", 1))
-    found = {"num_processes": world, "FSDP": on["FSDP"], "DeepSpeed": on["DEEPSPEED"]}
-    wanted: dict[str, Any] = {"num_processes": asked.processes}
-    wanted |= {"FSDP": strategy is Strategy.FSDP2, "DeepSpeed": strategy.deepspeed}
+    environ, strategy, world = os.environ.get, asked.strategy, int(os.environ.get("WORLD_SIZE", 1))
+    facts: dict[str, tuple[Any, Any]] = {"num_processes": (asked.processes, world)}
+    for name, wanted in (("FSDP", strategy is Strategy.FSDP2), ("DeepSpeed", strategy.deepspeed)):
+        facts[name] = wanted, environ(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
     if world > 1:
-        found["num_machines"] = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        wanted["num_machines"] = asked.machines
+        facts["num_machines"] = asked.machines, world // int(environ("LOCAL_WORLD_SIZE", world))
     if strategy is Strategy.FSDP2:
-        found["fsdp_version"] = int(os.environ.get("FSDP_VERSION", 1))
-        wanted["fsdp_version"] = 2
+        facts["fsdp_version"] = 2, int(environ("FSDP_VERSION", 1))
     if strategy.deepspeed:
-        found["zero_stage"] = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
-        wanted["zero_stage"] = 2 if strategy is Strategy.ZERO2 else 3
+        facts["zero_stage"] = 2 if strategy is Strategy.ZERO2 else 3, int(environ("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
     if not asked.on_cpu:
-        # More than it needs do no harm.
-        wanted["GPUs"] = max(1, asked.on_a_machine)
-        found["GPUs"] = min(wanted["GPUs"], torch.cuda.device_count())
-    asked.compare(wanted, found)
+        gpus = max(1, asked.on_a_machine)
+        facts["GPUs"] = gpus, min(gpus, torch.cuda.device_count())  # more than it needs do no harm
+    asked.compare(*({name: both[side] for name, both in facts.items()} for side in (0, 1)))
 
 
 def _join(device: str, stall_seconds: int) -> None:
@@ -143,19 +127,16 @@ def _keep_deepspeed_on_cpu() -> None:
     which every later run waits for ever.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
-    if find_spec("deepspeed") is None:
-        return
-    import deepspeed
+    if find_spec("deepspeed"):
+        import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Compare what accelerate has made of model and (unwrapped) optimizer with what the launch means.
 
-    Returns:
-        Facts for the start banner and MLflow: the share of weights and of trained elements that this process holds, and the
-        optimizer's class. UserError if the model is not divided as asked for.
+    Return facts for the start banner and MLflow; UserError if the model is not divided as asked for.
     """
     parameters = list(model.parameters())
     unsharded = sum(not is_sharded(p) for p in parameters)
@@ -169,17 +150,13 @@ def check_prepared(launch: Launch, model: nn.Module, optimizer: torch.optim.Opti
     expected = (even if launch.strategy.sharded_weights else 1.0, 1.0 if whole else even)
     for what, found, wanted in zip(("weights", "trained elements"), (weights, updates), expected, strict=True):
         # A matrix of few rows cannot be divided evenly; a whole copy or none at all is what must not be.
-        close = found == wanted if wanted == 1.0 else 0.5 * wanted < found < (1 + wanted) / 2
-        if not close:
+        if not (found == wanted if wanted == 1.0 else 0.5 * wanted < found < (1 + wanted) / 2):
             who = f"process {launch.process} of {launch.processes}"
             raise _refused(launch, f"{who} holds {found:.0%} of the {what} instead of {wanted:.0%}")
     if launch.strategy is Strategy.DDP and not isinstance(model, DistributedDataParallel):
         raise _refused(launch, f"the model is a {type(model).__name__}: gradients would not be averaged")
-    return {
-        "share_of_weights": round(weights, 4),
-        "share_of_updates": round(updates, 4),
-        "optimizer": type(optimizer).__name__,
-    }
+    shares = {"share_of_weights": round(weights, 4), "share_of_updates": round(updates, 4)}
+    return shares | {"optimizer": type(optimizer).__name__}
 
 
 def _refused(launch: Launch, found: str) -> UserError:
@@ -193,17 +170,14 @@ def _updated_parts(strategy: Strategy, model: Any, optimizer: torch.optim.Optimi
     """Return the tensors that this process's optimizer updates."""
     if strategy is Strategy.ZERO2:
         return model.optimizer.single_partition_of_fp32_groups
-    if strategy is Strategy.ZERO3:
-        # Its optimizer is given one of these at a time.
+    if strategy is Strategy.ZERO3:  # whose optimizer is given one of these at a time
         return model.optimizer.fp32_partitioned_groups_flat
     return [_local(p) for group in optimizer.param_groups for p in group["params"]]
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the part of a parameter that this process holds."""
     return getattr(parameter, "ds_tensor", local(parameter))
 
 
 def _whole(parameter: torch.Tensor) -> int:
-    """Return the elements of a whole parameter."""
     return getattr(parameter, "ds_numel", parameter.numel())

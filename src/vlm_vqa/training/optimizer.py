@@ -26,14 +26,11 @@ else:
     # torch's own AdamW does without; `build_optimizer` says so where it is needed.
     bnb, AdamW8bit = None, torch.optim.AdamW
 
-HISTORY = 100
-"""Gradient norms remembered for each parameter."""
-BLOCK = 256
-"""Values that share a scale in bitsandbytes' 8-bit states."""
+HISTORY = 100  # gradient norms remembered for each parameter
+BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit states
 LEAST_8BIT = 4096
 """Smaller parameters keep 32-bit states, as bitsandbytes has it; counted over all shards, so that every launch agrees."""
-CHUNK = 1 << 24
-"""Values of bfloat16 weights that are updated at once: what bounds the memory of their float32 copies."""
+CHUNK = 1 << 24  # values of bfloat16 weights that are updated at once: what bounds the memory of their float32 copies
 
 
 class ClippedAdamW8bit(AdamW8bit):
@@ -51,7 +48,6 @@ class ClippedAdamW8bit(AdamW8bit):
         self.seed: Any = seed  # None where no weights are bfloat16, and nobody asks
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-        """Return bitsandbytes' settings for one parameter."""
         config = super().get_config(gindex, pindex, group)
         whole = self.param_groups[gindex]["params"][pindex].numel()
         eight = group.get("optim_bits", 8) == 8 and whole >= LEAST_8BIT
@@ -120,17 +116,14 @@ class ClippedAdamW8bit(AdamW8bit):
         first, second = (state[name].view(-1)[part] for name in ("state1", "state2"))
         (beta1, beta2), step = config["betas"], state["step"]
         eps, rate, decay = (config[name] for name in ("eps", "lr", "weight_decay"))
+        what = ("adam", gradient, weights, first)
         if first.dtype == torch.float32:
-            bnb.optimizer_update_32bit(
-                "adam", gradient, weights, first, beta1, eps, step, rate, second, beta2, weight_decay=decay
-            )
+            bnb.optimizer_update_32bit(*what, beta1, eps, step, rate, second, beta2, weight_decay=decay)
             return
         blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
         maps, scales = (state["qmap1"], state["qmap2"]), (state["absmax1"][blocks], state["absmax2"][blocks])
-        moments, betas = (first, second), (beta1, beta2, 0.0, 0.0)
-        bnb.optimizer_update_8bit_blockwise(
-            "adam", gradient, weights, *moments, *betas, eps, step, rate, *maps, *scales, weight_decay=decay
-        )
+        betas = (beta1, beta2, 0.0, 0.0)
+        bnb.optimizer_update_8bit_blockwise(*what, second, *betas, eps, step, rate, *maps, *scales, weight_decay=decay)
 
 
 class StochasticAdamW(ClippedAdamW8bit):
@@ -231,32 +224,26 @@ def has_8bit_work(optimizer: torch.optim.Optimizer) -> bool:
 def build_optimizer(train: TrainParams, model: nn.Module, decayed: set[str], seed: int) -> torch.optim.Optimizer:
     """Return the optimizer that `train` asks for over the model's trained parameters.
 
-    Args:
-        decayed: names of the parameters that weight decay acts on.
-        seed: of stochastic rounding.
-
-    Raises:
-        UserError: it is bitsandbytes', which is not installed.
+    `decayed` names those that weight decay acts on; `seed` is of stochastic rounding. UserError if the optimizer is
+    bitsandbytes', which is not installed.
     """
-    groups = list(_groups(train, model, decayed))
-    if bnb is None and (train.optimizer is Optimizer.ADAMW_BNB_8BIT or train.weights_dtype is Dtype.BFLOAT16):
+    groups, eight = list(_groups(train, model, decayed)), train.optimizer is Optimizer.ADAMW_BNB_8BIT
+    if not eight and train.weights_dtype is not Dtype.BFLOAT16:
+        return torch.optim.AdamW(groups, lr=train.learning_rate)
+    if bnb is None:
         asked = f"{train.optimizer.value} on {train.weights_dtype.value} weights"
         raise UserError(f"train.optimizer: {asked} needs bitsandbytes, which is not installed. Run `make setup`.")
-    if train.optimizer is Optimizer.ADAMW_BNB_8BIT:
-        return ClippedAdamW8bit(
-            groups, lr=train.learning_rate, percentile_clipping=train.percentile_clipping, seed=seed
-        )
-    if train.weights_dtype is Dtype.BFLOAT16:
-        return StochasticAdamW(groups, lr=train.learning_rate, seed=seed)
-    return torch.optim.AdamW(groups, lr=train.learning_rate)
+    if eight:
+        clipping = train.percentile_clipping
+        return ClippedAdamW8bit(groups, lr=train.learning_rate, percentile_clipping=clipping, seed=seed)
+    return StochasticAdamW(groups, lr=train.learning_rate, seed=seed)
 
 
 def _groups(train: TrainParams, model: nn.Module, decayed: set[str]) -> Iterator[dict[str, Any]]:
     """Yield parameters that are treated alike, and how; first those of no rate or phase of their own, whose rate is logged.
 
-    With 8-bit AdamW the embedding keeps 32-bit states, as the Trainer itself arranges for bitsandbytes: its gradients are
-    sparse, and quantised blocks would mix rare words with frequent ones. It is a group of its own, since DeepSpeed joins the
-    parameters of a group.
+    With 8-bit AdamW the embedding keeps 32-bit states, as the Trainer arranges for bitsandbytes (quantised blocks would mix
+    rare words with frequent ones), in a group of its own, since DeepSpeed joins the parameters of a group.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     rates = {"projector": train.projector_learning_rate, "embedding": train.embedding_learning_rate}

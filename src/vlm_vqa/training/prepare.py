@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
 from vlm_vqa.data.held_out import divide
@@ -28,9 +28,10 @@ from vlm_vqa.model.vlm import (
     set_dropout,
 )
 from vlm_vqa.params import Answers, Params, Start
+from vlm_vqa.training.checkpoint_state import named_parameters, rows_held
 from vlm_vqa.training.dataset import QuestionDataset
 from vlm_vqa.training.launch import Launch
-from vlm_vqa.training.shards import make_room
+from vlm_vqa.training.optimizer import local
 
 RECORDS, FEATURES = Path("data/records"), Path("data/features")
 """Where the two stages before have written, from the project's folder."""
@@ -54,14 +55,9 @@ def examples(params: Params, folder: Path = RECORDS) -> tuple[QuestionDataset, P
         if params.train.answers is Answers.DRAWN:
             taught = [answer for answers in records["answers"] for answer in answers]
         tokenizer = load_tokenizer(params.language, [params.prompt.instruction, *records["question"], *taught])
-    layout = TokenLayout(
-        tokenizer,
-        mask=params.prompt.mask,
-        instruction=params.prompt.instruction,
-        num_patches=params.vision.num_patches,
-        text_length=params.prompt.text_length,
-        image_token_id=-1,
-    )
+    prompt, patches = params.prompt, params.vision.num_patches
+    how = {"instruction": prompt.instruction, "text_length": prompt.text_length, "num_patches": patches}
+    layout = TokenLayout(tokenizer, mask=prompt.mask, **how, image_token_id=-1)
     trained, _ = divide(records, params, folder)
     return QuestionDataset(trained, layout, params.prompt.too_long, params.train.answers, params.seed), tokenizer
 
@@ -113,3 +109,34 @@ def shape_of(model: VlmForTraining) -> VlmForTraining:
     return copy.deepcopy(
         model, {id(one): nn.Parameter(one.to("meta"), one.requires_grad) for one in model.parameters()}
     )
+
+
+def take_weights(model: VlmForTraining) -> dict[str, Tensor]:
+    """Take the parameters out of a model, which keeps their shapes, and return them by name; none if it has but shapes."""
+    taken = {name: one.detach() for name, one in named_parameters(model).items() if not one.is_meta}
+    model._apply(lambda one: one.to("meta") if isinstance(one, nn.Parameter) else one)
+    model.tie_weights()
+    return taken
+
+
+def make_room(model: VlmForTraining, device: torch.device | str) -> VlmForTraining:
+    """Give parameters that have but shapes room on `device`, for whatever fills it."""
+    model._apply(lambda one: torch.empty_like(one, device=device) if one.is_meta else one)
+    model.tie_weights()
+    return model
+
+
+def send_rows(model: VlmForTraining, weights: dict[str, Tensor], device: torch.device) -> None:
+    """Let process 0 send its `weights`, which are used up, to all, each keeping the rows that it is to hold under FSDP2.
+
+    accelerate's own way (`fsdp_cpu_ram_efficient_loading`) keeps the whole model until the last row is sent; here each
+    parameter is let go. What a machine holds: `python -m proofs.start_memory`.
+    """
+    main = distributed.get_rank() == 0
+    with torch.no_grad():
+        for name, parameter in named_parameters(make_room(model, device)).items():
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            if main:
+                whole.copy_(weights.pop(name))
+            distributed.broadcast(whole, 0)
+            local(parameter).copy_(whole[slice(*rows_held(parameter))])

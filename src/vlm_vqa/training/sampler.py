@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import BatchSampler
 
-LOOKAHEAD = 64
-"""Images looked through for one that fits before an image is cut at a global batch's end."""
+LOOKAHEAD = 64  # images looked through for one that fits before an image is cut at a global batch's end
 
 
 class PlannedRow(NamedTuple):
@@ -24,23 +23,19 @@ class PlannedRow(NamedTuple):
 
     image_id: int
     questions: tuple[int, ...]
-    epoch: int = 0
-    """Decides which of its answers a question has."""
+    epoch: int = 0  # decides which of its answers a question has
 
 
 @dataclass(frozen=True)
 class GlobalBatchShape:
     """The size of an optimizer step and who computes which part of it."""
 
-    questions: int
-    """Questions of a global batch, over all processes."""
+    questions: int  # questions of a global batch, over all processes
     questions_per_row: int
     """Most questions that share a row; those of an image beyond it come in another row and another step."""
-    micro_batches: int
-    """Micro-batches of each process: the gradient accumulation steps."""
+    micro_batches: int  # micro-batches of each process: the gradient accumulation steps
     processes: int = 1
-    process: int = 0
-    """This process's number."""
+    process: int = 0  # this process's number
 
 
 class GlobalBatchSampler(BatchSampler):
@@ -60,15 +55,11 @@ class GlobalBatchSampler(BatchSampler):
         seed: int,
     ):
         """`text_lengths` gives every question's tokens after the prefix, in an epoch; a prefix comes once a row."""
-        self.image_ids = list(image_ids)
-        self.prefix_length = prefix_length
-        self.shape = shape
-        self.seed = seed
+        self.image_ids, self.prefix_length, self.shape, self.seed = list(image_ids), prefix_length, shape, seed
         self._lengths_of = text_lengths
         self.set_epoch(0)
         # What accelerate and the Trainer ask of any batch sampler: batches have no fixed number of rows.
-        self.batch_size = None
-        self.drop_last = False
+        self.batch_size, self.drop_last = None, False
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order; called by the Trainer at the start of each epoch."""
@@ -80,16 +71,15 @@ class GlobalBatchSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[list[PlannedRow]]:  # ty: ignore[incompatible-method-override] - torch says int
         for batch in self.global_batches():
-            parts = self._divide(self._rows(batch))
+            rows = [PlannedRow(self.image_ids[group[0]], group, self.epoch) for group in batch]
+            rows.sort(key=self._length, reverse=True)
+            sizes = divide([self._length(row) for row in rows], self.shape.micro_batches * self.shape.processes)
+            ends = itertools.accumulate(sizes)
+            # Every process must take part in every micro-batch: with nothing left to learn, by a row that teaches nothing.
+            idle = PlannedRow(rows[-1].image_id, (), self.epoch)
+            parts = [rows[end - size : end] or [idle] for size, end in zip(sizes, ends, strict=True)]
+            # One of each process in turn, so that they keep step.
             yield from parts[self.shape.process :: self.shape.processes]
-
-    def idle_share(self) -> float:
-        """Return the share of micro-batches without rows, estimated on 100 steps."""
-        count = self.shape.micro_batches * self.shape.processes
-        rows = [min(count, len(self._rows(batch))) for batch in itertools.islice(self.global_batches(), 100)]
-        # The last one holds what is left.
-        rows = rows[:-1] or rows
-        return 1 - sum(rows) / (count * len(rows))
 
     def global_batches(self) -> Iterator[list[tuple[int, ...]]]:
         """Yield each global batch as groups of questions, those of an image together where they may share a row."""
@@ -103,31 +93,16 @@ class GlobalBatchSampler(BatchSampler):
         by_image: dict[int, list[int]] = {}
         for question in shuffled:
             by_image.setdefault(self.image_ids[question], []).append(question)
-        groups = [group for questions in by_image.values() for group in self._split(questions)]
+        groups: list[tuple[int, ...]] = []
+        for questions in by_image.values():
+            # Equal parts: 7 at most 6 a row are 4 and 3, not 6 and 1.
+            parts = -(-len(questions) // self.shape.questions_per_row)
+            groups += [tuple(questions[part::parts]) for part in range(parts)]
         order = torch.randperm(len(groups), generator=generator).tolist()
         yield from fill([groups[at] for at in order], self.shape.questions)
 
-    def _split(self, questions: list[int]) -> list[tuple[int, ...]]:
-        """Split an image's questions into equal parts: 7 at most 6 a row are 4 and 3, not 6 and 1."""
-        parts = -(-len(questions) // self.shape.questions_per_row)
-        return [tuple(questions[part::parts]) for part in range(parts)]
-
-    def _rows(self, batch: Sequence[tuple[int, ...]]) -> list[PlannedRow]:
-        """Plan a global batch's rows, the longest first."""
-        rows = [PlannedRow(self.image_ids[group[0]], group, self.epoch) for group in batch]
-        return sorted(rows, key=self._length, reverse=True)
-
     def _length(self, row: PlannedRow) -> int:
         return self.prefix_length + sum(self.text_lengths[question] for question in row.questions)
-
-    def _divide(self, rows: list[PlannedRow]) -> list[list[PlannedRow]]:
-        """Divide rows into the micro-batches of all processes; one of each process in turn, so that they keep step."""
-        count = self.shape.micro_batches * self.shape.processes
-        sizes = divide([self._length(row) for row in rows], count)
-        ends = torch.tensor(sizes).cumsum(0).tolist()
-        # Every process must take part in every micro-batch: with nothing left to learn, by a row that teaches nothing.
-        idle = PlannedRow(rows[-1].image_id, (), self.epoch)
-        return [rows[end - size : end] or [idle] for size, end in zip(sizes, ends, strict=True)]
 
 
 def fill(groups: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
@@ -139,17 +114,12 @@ def fill(groups: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[in
     waiting = deque(groups)
     least = min(map(len, groups), default=0)
     while waiting:
-        batch: list[tuple[int, ...]] = []
-        rest = size
-        passed: list[tuple[int, ...]] = []
+        rest, batch, passed = size, list[tuple[int, ...]](), list[tuple[int, ...]]()
         while rest and waiting and len(passed) < LOOKAHEAD:
             group = waiting.popleft()
-            left = rest - len(group)
-            if left == 0 or left >= least:
-                batch.append(group)
-                rest = left
-            else:
-                passed.append(group)
+            fits = rest - len(group) == 0 or rest - len(group) >= least
+            (batch if fits else passed).append(group)
+            rest -= len(group) * fits
         waiting.extendleft(reversed(passed))
         while rest and waiting:
             group = waiting.popleft()
@@ -163,8 +133,7 @@ def fill(groups: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[in
 def divide(lengths: Sequence[int], parts: int) -> list[int]:
     """Cut rows, the longest first, into `parts` runs whose largest (rows times its longest row) is smallest.
 
-    Returns:
-        How many rows each part holds; the last ones may be 0 where there are fewer rows than parts.
+    Return how many rows each part holds; the last ones may be 0 where there are fewer rows than parts.
     """
     capacities = range(lengths[0], lengths[0] * len(lengths))
     enough = bisect_left(capacities, True, key=lambda capacity: len(_fill_parts(lengths, capacity)) <= parts)
@@ -178,8 +147,7 @@ def divide(lengths: Sequence[int], parts: int) -> list[int]:
 
 def _fill_parts(lengths: Sequence[int], capacity: int) -> list[int]:
     """Return the sizes of the runs that arise when each takes rows until another would exceed `capacity`."""
-    sizes: list[int] = []
-    longest = 0
+    sizes, longest = list[int](), 0
     for length in lengths:
         if sizes and (sizes[-1] + 1) * longest <= capacity:
             sizes[-1] += 1

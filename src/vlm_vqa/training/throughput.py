@@ -1,14 +1,7 @@
 """How fast training runs, over all processes: rates, share of the hardware's peak, waiting for data, memory.
 
 What a batch holds is counted from its rows, on the host: a count on a GPU would wait for the GPU. The counts travel
-in the batch as plain numbers, and the Trainer takes them out before the forward pass:
-
-    DataLoader(collate_fn=CountingCollator(collator, layout, cost))    counts each batch, in the loader's workers
-    get_batch_samples      Meter.begin_step()                  the first one starts the clock: start-up is not measured
-                           Meter.timed(epoch_iterator)         how long the loop waits for data
-    training_step          Meter.batch(inputs.pop(COUNTS))
-    _save_checkpoint       with Meter.paused()
-    on_log                 Meter.read()                        on every rank: one small collective
+in the batch as plain numbers, and the Trainer takes them out before the forward pass.
 """
 
 import resource
@@ -17,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -25,10 +18,8 @@ from torch import Tensor, distributed
 from vlm_vqa.model.flops import Cost, rows_work
 from vlm_vqa.model.layout import Row, TokenLayout
 
-COUNTS = "counts"
-"""Key of what a batch holds, by the names in `COUNTED`."""
+COUNTS = "counts"  # key of what a batch holds, by the names in `COUNTED`
 COUNTED = ("questions", "tokens", "supervised", "flops")
-Batch = TypeVar("Batch")
 
 
 class Peak(NamedTuple):
@@ -83,11 +74,9 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
     float32 means TF32 where torch is allowed to use it.
     """
-    if device.type != "cuda":
-        return None
     # Older drivers do not print the vendor.
-    peak = PEAKS.get(torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
-    if peak is None:
+    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else "cpu"
+    if (peak := PEAKS.get(name)) is None:
         return None
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     float32 = peak.tf32 if tf32 and peak.tf32 else peak.float32
@@ -112,18 +101,11 @@ class CountingCollator:
 
 
 class Meter:
-    """Measures training from one logged step to the next; the module's docstring says where each call belongs.
-
-    Args:
-        device: that of this process's model.
-        dtype: in which products are computed.
-        clock: seconds.
-    """
+    """Measures training from one logged step to the next."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter):
-        self.device = device
-        self.peak = device_peak(device, dtype)
-        self._clock = clock
+        """`device` is that of this process's model, `dtype` the one in which products are computed."""
+        self.device, self.peak, self._clock = device, device_peak(device, dtype), clock
         self._begun: float | None = None
         # Since the last reading: steps, seconds by kind, counts.
         self._sums: defaultdict[str, float] = defaultdict(float)
@@ -134,11 +116,10 @@ class Meter:
         self._sums["steps"] += 1
 
     def _spend(self, kind: str, seconds: float) -> None:
-        # Before the first step all is start-up.
-        if self._begun is not None:
+        if self._begun is not None:  # before the first step all is start-up
             self._sums[kind] += seconds
 
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield what `batches` yields and add how long each took to come."""
         begun = self._clock()
         for batch in batches:
@@ -146,7 +127,7 @@ class Meter:
             yield batch
             begun = self._clock()
 
-    def batch(self, counts: dict[str, int]) -> None:
+    def batch(self, counts: Mapping[str, int]) -> None:
         """Add what one forward pass computes."""
         for name, count in counts.items():
             self._sums[name] += count
@@ -154,9 +135,7 @@ class Meter:
     @contextmanager
     def paused(self) -> Generator[None]:
         """Leave out the time spent inside, as of saving a checkpoint; for all ranks."""
-        # Otherwise the device would finish its steps inside, unmeasured.
-        self._finish()
-        begun = self._clock()
+        begun = self._finished()
         try:
             yield
         finally:
@@ -166,24 +145,20 @@ class Meter:
         """Return the interval's `figures`, the same on all ranks, and begin the next one; every rank must call it."""
         done = self._sums
         assert done["steps"] and self._begun is not None, "nothing to read: no step since the last reading"
-        self._finish()
-        seconds = self._clock() - self._begun
+        seconds = self._finished() - self._begun
         self._begun, self._sums = self._begun + seconds, defaultdict(float)
-        measured = {
-            "seconds": seconds - done["paused"],
-            "peak": self.peak or 0.0,
-            "memory": peak_memory_gib(self.device),
-        }
-        ranks = [done | measured]
+        done |= {"seconds": seconds - done["paused"], "peak": self.peak or 0.0, "memory": peak_memory_gib(self.device)}
+        ranks = [done]
         if distributed.is_initialized():
             ranks *= distributed.get_world_size()
-            distributed.all_gather_object(ranks, done | measured)
+            distributed.all_gather_object(ranks, done)
         return figures(ranks, done["steps"])
 
-    def _finish(self) -> None:
-        """Wait for what the device still has to do."""
+    def _finished(self) -> float:
+        """Return the time at which the device has done its steps, which would not be measured otherwise."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return self._clock()
 
 
 def figures(ranks: Sequence[Mapping[str, float]], steps: float) -> dict[str, float]:

@@ -5,7 +5,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback as ProgressBar
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer import TRAINER_STATE_NAME
 
 from vlm_vqa.cores import Crowd, waits
 from vlm_vqa.errors import UserError
@@ -32,8 +33,8 @@ from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
 from vlm_vqa.training.optimizer import InBackward, build_optimizer, describe_group, has_8bit_work, state_types
+from vlm_vqa.training.prepare import send_rows, take_weights
 from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
-from vlm_vqa.training.shards import send_rows, take_weights
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
 from vlm_vqa.training.validation import ANSWERS, COLUMNS, SCORE, Validation, best_step, is_over, validations
 from vlm_vqa.training.watchdog import Phase, Watchdog
@@ -41,8 +42,6 @@ from vlm_vqa.training.watchdog import Phase, Watchdog
 log = logging.getLogger(__name__)
 
 CURVE_COLUMNS = ("epoch", "loss", "grad_norm", "learning_rate")
-STATE_FILE = "trainer_state.json"
-"""Where the Trainer looks for its own state."""
 SMALL_WEIGHTS = 100_000
 """Elements up to which ZeRO-3 on GPUs keeps a parameter whole: fetching it would cost more than it saves."""
 
@@ -80,7 +79,6 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: 
         ddp_find_unused_parameters=False,
         logging_steps=train.logging_steps,
         logging_first_step=True,
-        save_strategy=SaveStrategy.STEPS,
         save_steps=train.save_steps,
         save_total_limit=train.save_total_limit,
         # The batches are ready-made tensors, and MLflow is spoken to by our own callback.
@@ -115,10 +113,8 @@ class VqaTrainer(Trainer):
         validation: Validation | None = None,
     ):
         """`watchdog` watches over the processes of a launch; one process needs none."""
-        self.train_settings = train
-        self.validation = validation
+        self.train_settings, self.validation, self.launch = train, validation, launch
         self.keep = Keep.LAST if validation is None else validation.settings.keep
-        self.launch = launch
         self.watchdog = watchdog or Watchdog(None, 0, 1, train.stall_seconds)
         computed = torch.bfloat16 if train.compute_dtype is Dtype.BFLOAT16 else torch.float32
         self.meter = Meter(args.device, computed)
@@ -153,11 +149,11 @@ class VqaTrainer(Trainer):
             # The launch file's is Gemma 2's; PaliGemma's first version has a Gemma.
             layer = next(iter(self.model.model.language_model.layers))
             state.fsdp_plugin.transformer_cls_names_to_wrap = [type(layer).__name__]
-        if self.launch.strategy is Strategy.FSDP2 and self.args.bf16:
-            # Gradients are added up in float32, as under DDP.
-            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-            )
+            if self.args.bf16:
+                # Gradients are added up in float32, as under DDP.
+                state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                    param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+                )
         if self.launch.strategy.deepspeed:
             config = state.deepspeed_plugin.deepspeed_config
             # What stands in no file is left out by DeepSpeed without a word, clipping among it.
@@ -185,27 +181,22 @@ class VqaTrainer(Trainer):
             self.optimizer = build_optimizer(self.train_settings, model, decayed, self.args.seed)
             self.trained = [[*group["params"]] for group in self.optimizer.param_groups]
             if self.train_settings.projector_steps and self.launch.strategy.deepspeed:
-                self._hold_back_under_deepspeed(self.optimizer)
+                # Its steps happen within its backward pass, on pieces of its own.
+                for group in self.optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.register_hook(partial(self._zero_if_waiting, group["from_step"]))
+                # A gradient of zeros would count a step of AdamW's all the same.
+                self.optimizer.register_step_pre_hook(lambda *_: self._drop_gradients())
         return self.optimizer
 
-    def _hold_back_under_deepspeed(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep what waits out of DeepSpeed's steps, which happen within its backward pass, on pieces of its own."""
-
-        def nothing(first: int) -> Callable[[Tensor], Tensor | None]:
-            return lambda gradient: torch.zeros_like(gradient) if self.state.global_step + 1 < first else None
-
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.register_hook(nothing(group["from_step"]))
-        # A gradient of zeros would count a step of AdamW's all the same.
-        optimizer.register_step_pre_hook(lambda *_: self._drop_gradients())
+    def _zero_if_waiting(self, first: int, gradient: Tensor) -> Tensor | None:
+        return torch.zeros_like(gradient) if self.state.global_step + 1 < first else None
 
     def _drop_gradients(self) -> None:
         """Drop the gradients of what waits until the projector has been trained: no norm knows them, no state begins."""
         for group in self.inner_optimizer.param_groups:
-            if self.state.global_step + 1 < group["from_step"]:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            for parameter in group["params"] if self.state.global_step + 1 < group["from_step"] else ():
+                parameter.grad = None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Let what waits for the projector follow the same schedule, warm-up included, over the steps that are left."""
@@ -214,12 +205,9 @@ class VqaTrainer(Trainer):
             left, stand_in = max(0, num_training_steps - wait), torch.optim.SGD([torch.zeros(1)])
             kind, warmup = self.args.lr_scheduler_type, self.args.get_warmup_steps(left)
             (at_once, *_), (late,) = scheduler.lr_lambdas, get_scheduler(kind, stand_in, warmup, left).lr_lambdas
-
-            def after(step: int) -> float:
-                return 0.0 if step < wait else late(step - wait)
-
+            rates = {1: at_once, 1 + wait: lambda step: 0.0 if step < wait else late(step - wait)}
             firsts = [group["from_step"] for group in self.inner_optimizer.param_groups]
-            self.lr_scheduler = LambdaLR(scheduler.optimizer, [at_once if first == 1 else after for first in firsts])
+            self.lr_scheduler = LambdaLR(scheduler.optimizer, [rates[first] for first in firsts])
         return self.lr_scheduler
 
     @property
@@ -261,12 +249,6 @@ class VqaTrainer(Trainer):
         )
         prefix = self.data_collator.layout.num_patches + len(self.data_collator.layout.prefix)
         sampler = GlobalBatchSampler(data.image_ids, data.text_lengths, prefix, shape, args.data_seed)  # ty: ignore[invalid-argument-type] - data_seed is set
-        if self.launch.main and (idle := sampler.idle_share()) > 0.01:
-            log.warning(
-                "%.0f%% of the micro-batches are empty: the questions of a step make fewer rows than it has micro-batches. "
-                "Lower train.gradient_accumulation_steps and raise train.batch_size by the same factor.",
-                100 * idle,
-            )
         loader = DataLoader(
             data,
             batch_sampler=sampler,
@@ -276,15 +258,12 @@ class VqaTrainer(Trainer):
             prefetch_factor=-(-2 * shape.micro_batches // workers) if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        device = self.accelerator.device
-        return prepare_data_loader(
-            loader, device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
-        )
+        place = self.accelerator.device
+        return prepare_data_loader(loader, place, 1, 0, put_on_device=True, non_blocking=True)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def heartbeat(self, phase: Phase) -> None:
-        """Tell the watchdog which phase of which step this process enters."""
         self.watchdog.heartbeat(phase, self.state.global_step + 1)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -300,7 +279,6 @@ class VqaTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Compute one forward and backward pass and remember its loss."""
         self.heartbeat(Phase.COMPUTING)
         self.meter.batch(inputs.pop(COUNTS))
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -328,12 +306,11 @@ class VqaTrainer(Trainer):
 
     def note_states(self) -> None:
         """Note the types of the optimizer's states after a step; UserError if 8 bits were asked for, and there are none."""
-        kinds = state_types(self.inner_optimizer)
+        kinds, asked = state_types(self.inner_optimizer), self.train_settings.optimizer
         self.facts["optimizer_states"] = "+".join(kinds)
-        eight = self.train_settings.optimizer is Optimizer.ADAMW_BNB_8BIT
-        if eight and "uint8" not in kinds and has_8bit_work(self.inner_optimizer):
+        if asked is Optimizer.ADAMW_BNB_8BIT and "uint8" not in kinds and has_8bit_work(self.inner_optimizer):
             raise UserError(
-                f"train.optimizer is {self.train_settings.optimizer.value}, but the states are {', '.join(kinds)}. Install "
+                f"train.optimizer is {asked.value}, but the states are {', '.join(kinds)}. Install "
                 "the pinned bitsandbytes (`make setup`) or choose another train.optimizer."
             )
 
@@ -400,8 +377,7 @@ class VqaTrainer(Trainer):
     @property
     def _validated(self) -> int | None:
         """The last step that was validated, also before a resume."""
-        done = validations(self.state.log_history)
-        return done[-1]["step"] if done else None
+        return next((one["step"] for one in reversed(validations(self.state.log_history))), None)
 
     def _return_to_best(self) -> None:
         """Put the best step's weights back, from its checkpoint, where they are the result."""
@@ -447,10 +423,8 @@ class VqaTrainer(Trainer):
         if last is None:
             return None
         if not last.is_dir():
-            raise UserError(
-                f"{last}: process {launch.process} does not see it. The machines of a launch must share the "
-                "project's folder."
-            )
+            where = "The machines of a launch must share the project's folder."
+            raise UserError(f"{last}: process {launch.process} does not see it. {where}")
         world = self._verify(last)
         if (best := checkpoint_files.best_of(last)) not in (None, last):
             self._verify(best)
@@ -481,17 +455,15 @@ class VqaTrainer(Trainer):
         self.store_flos()
         step, launch = self.state.global_step, self.launch
         state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
-        texts = {STATE_FILE: state} if launch.main else {}
+        texts = {TRAINER_STATE_NAME: state} if launch.main else {}
         facts: dict[str, Any] = {"kind": self.kind, "best": self.kept_step if self.keep is Keep.BEST else None}
         facts["logging"] = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
         with self.meter.paused():
-            others: list[str] = []
-            if launch.strategy.deepspeed:
-                others = self._save_deepspeed(step)
-                tensors, more = checkpoint_state.save_random_state(self.lr_scheduler)
-            else:
-                model, optimizer = self.model, self.inner_optimizer
-                tensors, more = checkpoint_state.save_state(model, optimizer, self.lr_scheduler, rank=launch.process)
+            others = self._save_deepspeed(step) if launch.strategy.deepspeed else []
+            tensors, more = checkpoint_state.save_random_state(self.lr_scheduler)
+            if not launch.strategy.deepspeed:
+                rows, described = checkpoint_state.save_state(self.model, self.inner_optimizer, rank=launch.process)
+                tensors, more = rows | tensors, described | more
             self.writer.save(step, tensors, facts | more, texts, others)
 
     def _save_deepspeed(self, step: int) -> list[str]:
@@ -513,12 +485,9 @@ class VqaTrainer(Trainer):
         if checkpoint is None:
             return
         self.opened = checkpoint_state.Checkpoint(Path(checkpoint), self.launch.process, self.launch.processes)
-        if self.launch.strategy.deepspeed:
-            # DeepSpeed has read its own files already.
-            self.lr_scheduler.load_state_dict(self.opened.facts[0]["scheduler"])
-            return
-        restart = self.train_settings.restart_optimizer
-        self.opened.load_state(self.model, self.inner_optimizer, self.lr_scheduler, restart=restart)
+        self.lr_scheduler.load_state_dict(self.opened.facts[0]["scheduler"])
+        if not self.launch.strategy.deepspeed:  # which has read its own files already
+            self.opened.load_state(self.model, self.inner_optimizer, restart=self.train_settings.restart_optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.opened is None:
@@ -539,24 +508,19 @@ class VqaTrainer(Trainer):
         self.heartbeat(Phase.WAITING)
         weights = {}
         for name, parameter in checkpoint_state.named_parameters(self.model).items():
-            value = whole(parameter, self.launch.strategy).detach()
+            value: Tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if self.launch.strategy.deepspeed:
+                from deepspeed.runtime.zero import GatheredParameters
+                from deepspeed.utils import safe_get_full_fp32_param
+
+                if (master := safe_get_full_fp32_param(parameter)) is None:
+                    # One that is not trained has no master copy.
+                    with GatheredParameters([parameter]):
+                        master = parameter.detach().clone()
+                value = master
             if self.launch.main:
-                weights[name] = value.to("cpu", torch.float32)
+                weights[name] = value.detach().to("cpu", torch.float32)
         return weights
-
-
-def whole(parameter: Tensor, strategy: Strategy) -> Tensor:
-    """Return a whole parameter; all processes must ask for it."""
-    if strategy.deepspeed:
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if (master := safe_get_full_fp32_param(parameter)) is not None:
-            return master
-        # One that is not trained has no master copy.
-        with GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 class ProgressCallback(TrainerCallback):
@@ -609,13 +573,11 @@ class ProgressCallback(TrainerCallback):
 
     def _show(self, speed: dict[str, float]) -> None:
         used = f", MFU {speed['flops_utilisation']:.0%}" if "flops_utilisation" in speed else ""
+        said = f"{speed['questions_per_second']:,.0f} questions/s, {speed['tokens_per_second']:,.0f} tokens/s{used}, "
+        said += f"waiting for data {speed['loading_share']:.0%}, {speed['peak_memory_gib']:.1f} GiB"
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar) and callback.training_bar is not None:
-                callback.training_bar.set_postfix_str(
-                    f"{speed['questions_per_second']:,.0f} questions/s, {speed['tokens_per_second']:,.0f} tokens/s{used}, "
-                    f"waiting for data {speed['loading_share']:.0%}, {speed['peak_memory_gib']:.1f} GiB",
-                    refresh=False,
-                )
+                callback.training_bar.set_postfix_str(said, refresh=False)
 
 
 def write_curve(history: Sequence[Mapping[str, Any]], path: Path, key: str, columns: Sequence[str]) -> None:

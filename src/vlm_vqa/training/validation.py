@@ -1,13 +1,9 @@
 """Loss and score of questions while training, without generation and without gathering weights.
 
-Fed with a question and one of its reference answers, the model says at each position of the answer which token it would
-write there. Greedy decoding writes the reference exactly if each of these is the reference's own. So every distinct answer
-that people gave to a question becomes a branch of its image's row, and the question scores what the branch that is wholly
-right scores. It is the score of greedy decoding, but where an answer is no reference to the letter and equals one only
-when both are normalised, or is spelled with other tokens: there it is lower. The same questions are measured with another
-image's features too, which says what an answer owes to the image.
-
-Rows are divided among the processes of a launch; each runs equally many forward passes, as FSDP and ZeRO-3 want it.
+Every distinct answer that people gave to a question becomes a branch of its image's row, and the question scores what the
+branch scores of which each token is the likeliest: that of greedy decoding, but where an answer equals a reference only when
+both are normalised, or is spelled with other tokens (docs/training.md#validation). Rows are divided among the processes of a
+launch; each runs equally many forward passes, as FSDP and ZeRO-3 want it.
 """
 
 import logging
@@ -35,25 +31,18 @@ COLUMNS = (LOSS, SCORE, "validation_blind_score", "train_part_loss", "train_part
 SHOWN = 12
 
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
-Score = Callable[[str, Sequence[str]], float]
-"""Scores an answer, 0 to 1, beside those of people."""
+Score = Callable[[str, Sequence[str]], float]  # scores an answer, 0 to 1, beside those of people
 Forward = Callable[[Sequence[Row]], tuple[Tensor, Tensor]]
 """Turns rows into the logits [M, V] and labels [M] of their supervised positions, row by row."""
-
-
-# --- what of them is computed -------------------------------------------------------------------------------------------
 
 
 class Branch(NamedTuple):
     """A question with one of its distinct answers."""
 
-    question: int
-    """Its place in the part."""
+    question: int  # its place in the part
     tokens: QuestionTokens
-    score: float
-    """What greedy decoding would score that wrote this answer."""
-    main: bool
-    """It is the answer that is taught, whose loss counts."""
+    score: float  # what greedy decoding would score that wrote this answer
+    main: bool  # it is the answer that is taught, whose loss counts
 
 
 class Part:
@@ -76,11 +65,9 @@ class Part:
                 self.branches.append(branch)
         if self.left_out:
             log.warning("%d answers of the validation questions do not fit prompt.text_length", self.left_out)
-        self._rows = [
-            (image_id, numbers[at : at + a_row])
-            for image_id, numbers in by_image.items()
-            for at in range(0, len(numbers), a_row)
-        ]
+        self._rows: list[tuple[int, list[int]]] = []
+        for image_id, numbers in by_image.items():
+            self._rows += [(image_id, numbers[at : at + a_row]) for at in range(0, len(numbers), a_row)]
         self._rows.sort(key=lambda row: -sum(len(self.branches[one].tokens.read) for one in row[1]))
 
     def _branches(
@@ -104,8 +91,7 @@ class Part:
         """Yield this process's forward passes: rows, and the places of their branches; every process has equally many."""
         batches: list[list[tuple[int, list[int]]]] = [[]]
         for row in self._rows:
-            held = sum(len(numbers) for _, numbers in batches[-1])
-            if batches[-1] and held + len(row[1]) > self.a_batch:
+            if batches[-1] and sum(len(numbers) for _, numbers in [*batches[-1], row]) > self.a_batch:
                 batches.append([])
             batches[-1].append(row)
         for at in range(process, -(-len(batches) // processes) * processes, processes):
@@ -113,11 +99,6 @@ class Part:
             rows = batches[at] if at < len(batches) else [(self._rows[0][0], [])]
             filled = [Row(image_id, tuple(self.branches[one].tokens for one in numbers)) for image_id, numbers in rows]
             yield filled, [one for _, numbers in rows for one in numbers]
-
-    def loss(self, losses: Tensor) -> float:
-        """Return the loss of a token of the main answers, in nats; `losses`, float64 [branches], are sums of each answer."""
-        main = [at for at, branch in enumerate(self.branches) if branch.main]
-        return losses[main].sum().item() / max(sum(len(self.branches[at].tokens.answer) for at in main), 1)
 
     def scores(self, right: Tensor) -> list[float]:
         """Return every question's score, 0 to 1; `right`, float64 [branches], is 1 where greedy decoding writes that."""
@@ -149,7 +130,6 @@ class Validation:
             held, trained: as `validation_questions` gives them.
             other_image: shown instead of a held question's own to measure the blind score, by image id.
             metrics: `vqa_accuracy`, which scores questions of ten answers each, and `answer_accuracy`.
-            process, processes: this one's number, and how many there are.
         """
         settings, train = params.validation, params.train
         self.settings, self.layout, self.collate = settings, layout, collate
@@ -162,11 +142,9 @@ class Validation:
         self.other_image = other_image
         order = np.random.RandomState(params.seed).permutation(len(held))
         one_each = {self.held.questions[at]["image_id"]: self.held.questions[at] for at in order}
-        self.shown = list(one_each.values())[:SHOWN]
-        """Questions whose answers are kept, each about another image."""
+        self.shown = list(one_each.values())[:SHOWN]  # questions whose answers are kept, each about another image
 
     def describe(self) -> str:
-        """Say what the score is of."""
         of = "a dev part of the training images" if self.settings.from_ is ValidateOn.TRAIN else "the validation split"
         return f"{self.metric} of {len(self.held.questions)} questions of {of}"
 
@@ -174,11 +152,8 @@ class Validation:
     def measure(self, model: nn.Module, device: torch.device, beat: Callable[[], None]) -> dict[str, Any]:
         """Return the figures of `COLUMNS` and, as `ANSWERS`, what is said to the questions that are shown.
 
-        All processes must call it, and get the same.
-
-        Args:
-            model: as the launch has wrapped it; left in training mode.
-            beat: called before each forward pass.
+        All processes must call it, and get the same. `model` is as the launch has wrapped it, and left in training mode;
+        `beat` is called before each forward pass.
         """
 
         def forward(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
@@ -218,20 +193,19 @@ class Validation:
             found = found.to(device)
             distributed.all_reduce(found)
         right, losses = found.cpu()
-        scores = part.scores(right)
-        return part.loss(losses), sum(scores) / len(scores)
+        scores, main = part.scores(right), [at for at, branch in enumerate(part.branches) if branch.main]
+        # Of a token of the main answers, in nats.
+        loss = losses[main].sum().item() / max(sum(len(part.branches[at].tokens.answer) for at in main), 1)
+        return loss, sum(scores) / len(scores)
 
     def _answers(self, forward: Forward, device: torch.device) -> list[str]:
         """Decode greedily, each step a whole forward pass of the answers so far: slow, and the same under every launch."""
         prompts = [self.layout.tokenize(row["question"]).prompt for row in self.shown]
         said: list[list[int]] = [[] for _ in prompts]
-        unfinished = list(range(len(prompts)))
+        unfinished, eos = list(range(len(prompts))), self.layout.eos_id
         for _ in range(HELM_MAX_TOKENS):
-            eos = self.layout.eos_id
-            rows = [
-                Row(self.shown[at]["image_id"], (QuestionTokens(prompts[at], [*said[at], eos]),)) for at in unfinished
-            ]
-            logits, _ = forward(rows)
+            asked = ((self.shown[at]["image_id"], QuestionTokens(prompts[at], [*said[at], eos])) for at in unfinished)
+            logits, _ = forward([Row(image_id, (tokens,)) for image_id, tokens in asked])
             lasts = torch.tensor([len(said[at]) + 1 for at in unfinished]).cumsum(0) - 1
             following = logits[lasts.to(logits.device)].argmax(-1)
             if self.processes > 1:
@@ -239,13 +213,9 @@ class Validation:
                 distributed.broadcast(following, 0)
             for at, token in zip(unfinished, following.tolist(), strict=True):
                 said[at].append(token)
-            unfinished = [at for at in unfinished if said[at][-1] != eos]
-            if not unfinished:
+            if not (unfinished := [at for at in unfinished if said[at][-1] != eos]):
                 break
-        return [self.layout.decode([token for token in tokens if token != self.layout.eos_id]) for tokens in said]
-
-
-# --- what is chosen by it -----------------------------------------------------------------------------------------------
+        return [self.layout.decode([token for token in tokens if token != eos]) for tokens in said]
 
 
 def validations(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -11,13 +11,10 @@ What happens to one rank, and when the last of the others has ended (t = `tick_s
     the store's machine, or launcher, is gone          d + 8t + 8 s
     it hangs while its threads run         stall_seconds + 8t + 8 s after the last heartbeat of any rank
 
-The 8 s are there for telling the others (2), printing (1) and `on_end` (5); commonly it takes d + 2 s in all. Time is
-counted in ticks that a rank ran and answers that it got: on a machine that is overloaded or was suspended, all of this
-takes longer, and no rank is blamed for it. A rank that raised an error has `UNWIND_SECONDS` to end by itself. A frozen
-one cannot: its launcher kills it 30 s after another rank of its machine has ended, or it ends soon after it goes on.
-
-A thread cannot run while C code holds the GIL: parsing a JSON file of gigabytes looks frozen. (Collectives, torch's and
-safetensors' loading and saving let it go.)
+The 8 s are there for telling the others (2), printing (1) and `on_end` (5). Time is counted in ticks that a rank ran and
+answers that it got: on a machine that is overloaded or was suspended, all of this takes longer, and no rank is blamed for
+it. A thread cannot run while C code holds the GIL: parsing a JSON file of gigabytes looks frozen. (Collectives, torch's
+and safetensors' loading and saving let it go.)
 """
 
 import atexit
@@ -31,8 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from datetime import timedelta
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import psutil
 import torch.distributed as dist
@@ -62,8 +58,7 @@ class Phase(enum.IntEnum):
     UPDATING = 4
     VALIDATING = 5
     SAVING = 6
-    # At a barrier, with nothing left to do: whoever is still busy keeps the others waiting.
-    WAITING = 7
+    WAITING = 7  # at a barrier, with nothing left to do: whoever is still busy keeps the others waiting
 
 
 class Progress(NamedTuple):
@@ -78,8 +73,6 @@ class Progress(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """What a rank tells the others."""
-
     host: str
     tick: int  # Changes as long as the process runs, whatever its main thread does.
     place: Progress
@@ -97,17 +90,13 @@ _RECORD = TypeAdapter(Heartbeat)
 class Watchdog:
     """Watches over the ranks of one training; used by the main thread of each, and inert when there is only one.
 
-        with Watchdog(connect(world_size), rank, world_size, stall_seconds=600) as watchdog:
-            watchdog.heartbeat(Phase.LOADING, step)
-
-    Leaving the block tells the others how: done, told to end (SIGTERM, Ctrl-C), or the error, which ends them.
+    Leaving its `with` block tells the others how: done, told to end (SIGTERM, Ctrl-C), or the error, which ends them.
 
     Args:
         store: this rank's own connection (see `connect`): a client that waits for an answer serves nobody else.
         stall_seconds: longer than any healthy pause between two beats: the model's loading, a first compilation, a
             checkpoint's writing.
-        on_end: called with the reason before this rank is ended, in a thread of its own and for at most
-            `ON_END_SECONDS`.
+        on_end: called with the reason before this rank is ended, for at most `ON_END_SECONDS`.
         host: how messages call this machine.
     """
 
@@ -158,17 +147,21 @@ class Watchdog:
         # One assignment: the other threads see the old place or the new one.
         self._place = Progress(step, phase, before.beats + 1 if same else 1)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._store is None:
             return
-        self._left = _told_to_end(error)
+        if isinstance(error, KeyboardInterrupt):
+            self._left = "was interrupted (Ctrl-C)"
+        elif isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+            self._left = "was told to end (SIGTERM)"
+        elif error is None or (isinstance(error, SystemExit) and not error.code):
+            self._left = _DONE
         if self._left == _DONE:
             self._stopping.set()
             self._tell()
         elif not self._left:
-            if _is_lost_connection(error):
+            # NCCL and the store have exceptions of their own; gloo's is a RuntimeError with the place in its source.
+            if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
                 # Another rank's end came first. This one's thread names it and does not come back from that.
                 time.sleep(self._dead_seconds + 8 * self._tick_seconds + TELL_SECONDS + PRINT_SECONDS + ON_END_SECONDS)
             self._unwinding_since = time.monotonic()
@@ -275,31 +268,24 @@ class Watchdog:
             return self._verdict
         if self._launcher_pid not in (None, os.getppid()):
             return f"the launcher of the ranks on {self._host} is gone."
-        return self._lost_store() or self._silent() or self._stalled()
-
-    def _lost_store(self) -> str | None:
         # Where rank 0 keeps the store itself, it takes it along when it has finished.
-        if self._unanswered <= self._dead_seconds or (0 in self._records and self._records[0].done):
-            return None
-        return (
-            "the launcher's store on the machine of rank 0 has not answered for "
-            f"{self._dead_seconds:.0f} s: that machine, its launcher or the network between is gone or frozen."
-        )
+        if self._unanswered > self._dead_seconds and not (0 in self._records and self._records[0].done):
+            return (
+                "the launcher's store on the machine of rank 0 has not answered for "
+                f"{self._dead_seconds:.0f} s: that machine, its launcher or the network between is gone or frozen."
+            )
+        return self._silent() or self._stalled()
 
     def _silent(self) -> str | None:
         records = {other: record for other, record in self._records.items() if not record.done}
         silent = [other for other in sorted(records) if self._silence[other] > self._dead_seconds]
         # Ranks that torchrun told to end because another had died fall silent just after it: they are not the cause.
         died = [other for other in silent if not records[other].left]
-        reports = [
-            f"rank {other} ({records[other].host}) "
-            + (
-                records[other].left
-                or f"has died or is frozen: last seen in {records[other].place}. If nothing above says why, look for an "
-                f"out-of-memory kill in the kernel log of {records[other].host} (dmesg)"
-            )
-            for other in died or silent
-        ]
+        reports = []
+        for rank, (host, _, place, _, left) in ((other, records[other]) for other in died or silent):
+            unseen = f"has died or is frozen: last seen in {place}. If nothing above says why, look for an "
+            unseen += f"out-of-memory kill in the kernel log of {host} (dmesg)"
+            reports.append(f"rank {rank} ({host}) {left or unseen}")
         return "; ".join(reports) + "." if reports else None
 
     def _stalled(self) -> str | None:
@@ -325,16 +311,10 @@ def connect(world_size: int, seconds: float = 60.0) -> dist.Store | None:
     """Open a connection of one's own to the store of the launch; None when there is one rank only.
 
     Under torchrun the launcher keeps the store. Where rank 0 does (`TORCHELASTIC_USE_AGENT_STORE` is not True), it exists
-    once the process group has been initialized: call this afterwards. UserError if no launcher has started this process.
+    once the process group has been initialized: call this afterwards.
     """
     if world_size == 1:
         return None
-    missing = {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if missing:
-        raise UserError(
-            f"{' and '.join(sorted(missing))} not set: start several processes with "
-            "`accelerate launch --config_file launch/NAME.yaml stages/train.py`."
-        )
     # No world size: the server counts the clients that give one, and the process group waits for that count.
     host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
@@ -353,20 +333,6 @@ def _is_stopped(pid: int | None) -> bool:
         return pid is not None and psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     except psutil.Error:
         return False
-
-
-def _told_to_end(error: BaseException | None) -> str:
-    """Say how a rank left if not by an error of its own."""
-    if isinstance(error, KeyboardInterrupt):
-        return "was interrupted (Ctrl-C)"
-    if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
-        return "was told to end (SIGTERM)"
-    return _DONE if error is None or (isinstance(error, SystemExit) and not error.code) else ""
-
-
-def _is_lost_connection(error: BaseException | None) -> bool:
-    # NCCL and the store have exceptions of their own; gloo's is a RuntimeError with the place in its source.
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:
