@@ -110,6 +110,14 @@ def test_by_as_many_processes_it_goes_on_bit_for_bit(tmp_path, optimizer, world)
             torch.testing.assert_close(resumed[name][1], values, rtol=0, atol=0)
 
 
+def test_frozen_weights_are_not_written_and_stay_as_they_are():
+    training = Training(lambda model: model, CROSSING, "adamw_torch")
+    training.model.crossing.requires_grad_(False)
+    tensors, facts = checkpoint_state.save_state(training.model, training.optimizer, rank=0)
+    assert {name for name in CROSSING if f"model/{name}" not in tensors} == {"crossing"}
+    assert set(facts["parameters"]) == set(CROSSING)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("written", "read"), [(2, 1), (2, 3), (1, 2), (3, 2), (2, 5), (5, 4)])
 def test_divided_anew_it_goes_on_as_the_undivided_one(tmp_path, optimizer, written, read):

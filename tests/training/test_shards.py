@@ -68,8 +68,9 @@ def test_under_deepspeed_each_process_builds(model, strategy, monkeypatch):
     assert building(model, strategy, 1, monkeypatch) == (model, True)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_each_process_holds_its_rows_and_what_was_sent_is_let_go(model, world):
+@pytest.mark.parametrize(("world", "at_once"), [(2, 1 << 22), (3, 100), (2, 1000)])
+def test_each_process_holds_its_rows_and_what_was_sent_is_let_go(model, world, at_once, monkeypatch):
+    monkeypatch.setattr(prepare, "SENT_AT_ONCE", at_once)
     whole = {name: one.detach().clone() for name, one in named_parameters(model).items()}
     for rank in range(world):
         mine = copy.deepcopy(model)
@@ -79,10 +80,7 @@ def test_each_process_holds_its_rows_and_what_was_sent_is_let_go(model, world):
             divide(mine)
             # Of the fake group only its first process receives what is sent: itself.
             sent = copy.deepcopy(taken)
-            receiver = pytest.MonkeyPatch()
-            receiver.setattr(distributed, "get_rank", lambda: 0)
             prepare.send_rows(mine, sent, torch.device("cpu"))
-            receiver.undo()
             assert not sent
             for name, one in named_parameters(mine).items():
                 rows = whole[name][slice(*rows_held(one))]

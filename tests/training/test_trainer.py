@@ -142,6 +142,7 @@ def test_a_run_repeats_itself_and_another_seed_does_not(make):
         ),
         (5, {"optimizer": Optimizer.ADAMW_TORCH, "questions_per_row": 1, "dropout": 0.1}),
         (3, {"optimizer_in_backward": True, "max_grad_norm": 0.0, "attention_checkpointing": True, "dropout": 0.1}),
+        (3, {"freeze_embeddings": True}),
     ],
 )
 def test_an_interrupted_run_goes_on(make, tmp_path, stop, options):
@@ -166,6 +167,16 @@ def test_an_interrupted_run_goes_on(make, tmp_path, stop, options):
     resumed.run()
     assert resumed.state.global_step == straight.state.global_step == 6
     torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_stands_on_other_frozen_weights_is_refused(make):
+    options = {"freeze_embeddings": True, "save_steps": 2}
+    make("same", **options).run()
+    resumed = make("same", **options)
+    assert resumed.frozen != make("all", save_steps=2).frozen
+    resumed.frozen = resumed.frozen[::-1]
+    with pytest.raises(UserError, match="stands on other weights"):
+        resumed.run()
 
 
 BFLOAT16 = {"weights_dtype": Dtype.BFLOAT16, "compute_dtype": Dtype.BFLOAT16, "rounding": Rounding.STOCHASTIC}

@@ -188,8 +188,9 @@ class Step:
         }
 
     def snapshot(self) -> Parts:
-        """What one rank's checkpoint copies to the host; DeepSpeed writes its own files without."""
-        held = {} if self.strategy.deepspeed else self.weights() | self.states()
+        """What one rank's checkpoint copies to the host: what is trained; DeepSpeed writes its own files without."""
+        weights = {"weights": self.held(self.updated()) * self.kept}
+        held = {} if self.strategy.deepspeed else weights | self.states()
         return {f"checkpoint: {what}": size for what, size in held.items()}
 
     def whole_weights(self) -> Parts:

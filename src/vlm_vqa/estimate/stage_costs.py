@@ -144,15 +144,12 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
     # Process 0 builds it, but for DeepSpeed's, and sends it on: FSDP2's processes come to hold rows alone, a CPU's copies of
     # DDP's each the whole. The mean of an embedding's rows and their covariance are of a centred copy.
     built = count if launch.strategy.deepspeed else 1
-    sharded = launch.strategy is Strategy.FSDP2
-    held = count if launch.on_cpu and not sharded else built
+    held = count if launch.on_cpu and launch.strategy is not Strategy.FSDP2 else built
     start = copies(held, {"float32 weights": 4 * model.saved})
     if params.language.model not in ("random", CHECKPOINT):
         start |= copies(built, {"grown embedding": 2 * 4 * model.embedding})
     elif step.weight == 2:
         start |= copies(built, {"embedding in 16 bits": 2 * model.embedding})
-    if sharded:
-        start |= copies(count if launch.on_cpu else 1, {"one whole parameter": step.weight * model.embedding})
     found = {"start": base | start}
     snapshot = copies(count if launch.strategy.sharded_weights else 1, step.snapshot())
     if not launch.on_cpu:

@@ -61,7 +61,10 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int) -> tuple[dict, dict]:
-    """Return this process's tensors, copied to the CPU, and facts, for `checkpoint_files.Writer.save`."""
+    """Return this process's tensors, copied to the CPU, and facts, for `checkpoint_files.Writer.save`.
+
+    Frozen weights are not among them: whoever goes on has built the same, as `VqaTrainer.frozen` says.
+    """
     parameters = named_parameters(model)
     tensors: dict[str, Tensor] = {}
     states: dict[str, dict[str, Any]] = {}
@@ -70,7 +73,8 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int)
         if rank > 0 and not is_sharded(parameter):
             continue
         held[name] = rows_held(parameter)
-        tensors[f"model/{name}"] = _copy(parameter)
+        if parameter.requires_grad:
+            tensors[f"model/{name}"] = _copy(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and key not in CONSTANT_STATES:
                 tensors[f"optimizer/{name}/{key}"] = _copy(value)
@@ -141,7 +145,8 @@ class Checkpoint:
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
-                local(parameter).copy_(self._read(f"model/{name}", name, rows_held(parameter)))
+                if parameter.requires_grad:
+                    local(parameter).copy_(self._read(f"model/{name}", name, rows_held(parameter)))
         return parameters
 
     def load_random_state(self, seed: int) -> None:

@@ -1,6 +1,7 @@
 """What a training starts from: questions as examples, the processor made for them, the model before its first step."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from vlm_vqa.training.optimizer import local
 
 RECORDS, FEATURES = Path("data/records"), Path("data/features")
 """Where the two stages before have written, from the project's folder."""
+SENT_AT_ONCE = 1 << 22
+"""Elements of a parameter, at most, on their way to FSDP2's processes."""
 
 
 def prepare(params: Params, encoder: Encoder) -> tuple[QuestionDataset, TokenLayout, PaliGemmaProcessor]:
@@ -132,11 +135,18 @@ def send_rows(model: VlmForTraining, weights: dict[str, Tensor], device: torch.d
     accelerate's own way (`fsdp_cpu_ram_efficient_loading`) keeps the whole model until the last row is sent; here each
     parameter is let go. What a machine holds: `python -m proofs.start_memory`.
     """
-    main = distributed.get_rank() == 0
     with torch.no_grad():
         for name, parameter in named_parameters(make_room(model, device)).items():
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            if main:
-                whole.copy_(weights.pop(name))
-            distributed.broadcast(whole, 0)
-            local(parameter).copy_(whole[slice(*rows_held(parameter))])
+            held, value = rows_held(parameter), weights.pop(name, None)
+            rows, *shape = parameter.shape
+            # Never a whole embedding in each process.
+            for first in range(0, rows, most := max(1, SENT_AT_ONCE // math.prod(shape))):
+                last = min(first + most, rows)
+                if value is None:
+                    piece = torch.empty((last - first, *shape), dtype=parameter.dtype, device=device)
+                else:
+                    piece = value[first:last].to(device, parameter.dtype)
+                distributed.broadcast(piece, 0)
+                begin, end = max(first, held.start), min(last, held.stop)
+                if begin < end:
+                    local(parameter)[begin - held.start : end - held.start] = piece[begin - first : end - first]

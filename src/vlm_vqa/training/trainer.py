@@ -26,7 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from vlm_vqa.cores import Crowd, waits
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import model_cost
-from vlm_vqa.model.vlm import VlmForTraining, recompute_scores
+from vlm_vqa.model.vlm import VlmForTraining, hash_weights, recompute_scores
 from vlm_vqa.params import Attention, Dtype, Keep, Optimizer, TrainParams
 from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.answers_picture import AnswersPicture
@@ -130,6 +130,8 @@ class VqaTrainer(Trainer):
             model.to(torch.bfloat16)
         if train.attention_checkpointing:
             recompute_scores(model)
+        frozen = {name: one for name, one in checkpoint_state.named_parameters(model).items() if not one.requires_grad}
+        self.frozen = hash_weights(frozen) if launch.main else ""
         # FSDP2 divides shapes; each process then gets its rows.
         self.sent = take_weights(model) if launch.strategy is Strategy.FSDP2 else {}
         args.eval_on_start = validation is not None
@@ -457,6 +459,7 @@ class VqaTrainer(Trainer):
         state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
         texts = {TRAINER_STATE_NAME: state} if launch.main else {}
         facts: dict[str, Any] = {"kind": self.kind, "best": self.kept_step if self.keep is Keep.BEST else None}
+        facts["frozen"] = self.frozen
         facts["logging"] = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
         with self.meter.paused():
             others = self._save_deepspeed(step) if launch.strategy.deepspeed else []
@@ -485,6 +488,11 @@ class VqaTrainer(Trainer):
         if checkpoint is None:
             return
         self.opened = checkpoint_state.Checkpoint(Path(checkpoint), self.launch.process, self.launch.processes)
+        if self.launch.main and self.opened.facts[0]["frozen"] != self.frozen:
+            raise UserError(
+                f"{checkpoint}: it stands on other weights than those that are not trained now. Give the training what it "
+                f"began with (model, language), or delete the folder {self.folder} to start again."
+            )
         self.lr_scheduler.load_state_dict(self.opened.facts[0]["scheduler"])
         if not self.launch.strategy.deepspeed:  # which has read its own files already
             self.opened.load_state(self.model, self.inner_optimizer, restart=self.train_settings.restart_optimizer)
