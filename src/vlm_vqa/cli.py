@@ -194,7 +194,10 @@ def _compare(
     if (old is None) == (base is None) or (base and html):
         raise UserError("give A, or A and B, to compare them; or --base REV alone, without --html, for the gate")
     if base is not None:
-        text, passed = _gate(base, tolerance, allow_missing_base)
+        from vlm_vqa.gate import hold_against
+        from vlm_vqa.params import load_params
+
+        text, passed = hold_against(base, tolerance, allow_missing_base, load_params().evaluation.gate)
         files = {markdown: text}
     else:
         from vlm_vqa.evaluation.difference_page import as_html, as_markdown, as_text
@@ -211,22 +214,6 @@ def _compare(
             file.write_text(content, encoding="utf-8")
     print(text)
     return 0 if passed else 1
-
-
-def _gate(base: str, tolerance: float, allow_missing_base: bool) -> tuple[str, bool]:
-    """Return what there is to say of this checkout against a revision, and whether it passes."""
-    from vlm_vqa.evaluation import compare
-    from vlm_vqa.params import load_params
-
-    new, old = compare.report_here(), compare.report_at(base)
-    if old is None and not allow_missing_base:
-        raise UserError(
-            f"{compare.REPORT} is not in git at {base}, so there is nothing to compare with: commit it there, name"
-            " another revision by --base, or pass --allow-missing-base for the change that brings the first report"
-        )
-    tables = (compare.scores_at(base), compare.scores_here())
-    comparison = compare.compare_reports(old, new, tolerance, load_params().evaluation.gate, tables)
-    return compare.summary(comparison, base, compare.metrics_diff(base)), comparison.passed
 
 
 @command(

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.compare import Paired
 from vlm_vqa.evaluation.difference_page import headline
-from vlm_vqa.evaluation.differences import Side, compare_sides
+from vlm_vqa.evaluation.differences import Paired, Side, compare_sides
 from vlm_vqa.params import Params
 from vlm_vqa.sides import side_of_run
 from vlm_vqa.tracking.evaluated import NO_STORE, failed, find_evaluated, open_client

@@ -11,14 +11,13 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.compare import REPORT, SCORES_TABLE
-from vlm_vqa.evaluation.differences import Side
+from vlm_vqa.evaluation.differences import REPORT, SCORES_TABLE, Side
 from vlm_vqa.evaluation.helm.files import read_table
 from vlm_vqa.params import flatten, parse_params
 from vlm_vqa.tracking.describe import param_text
 from vlm_vqa.tracking.evaluated import Evaluated, find_evaluated
 
-PREDICTIONS, MANIFEST = "reports/predictions.parquet", "data/records/manifest.json"
+PREDICTIONS, MANIFEST, PARAMS = "reports/predictions.parquet", "data/records/manifest.json", "params.yaml"
 EXPERIMENTS = "refs/exps/"
 
 Read = Callable[[str], bytes | None]
@@ -56,6 +55,16 @@ def working_tree() -> Side:
     return _side("the working tree", lambda place: _bytes(Path(place)))
 
 
+def committed(revision: str) -> Side | None:
+    """Return what git alone has of a revision, None where it has no scores; UserError where it knows no such revision."""
+    if (commit := _commit(revision)) is None:
+        raise UserError(f"git knows no revision {revision!r} here: `git fetch` it, or name another by --base")
+    files = {
+        place: _git("show", f"{commit}:./{place}") for place in (REPORT.as_posix(), SCORES_TABLE.as_posix(), PARAMS)
+    }
+    return None if None in list(files.values())[:2] else _side(f"git revision {revision}", files.get)
+
+
 def side_of_run(run: Evaluated) -> Side:
     """Return what MLflow holds of an evaluated model."""
     return _side(f"run {run.run_id}", run.files.get, run.params, run.tags.get("data_hash"))
@@ -84,11 +93,14 @@ def _git(*arguments: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _revision(name: str, shown: str = "") -> Callable[[], Side] | None:
+def _commit(name: str) -> str | None:
     found = None if name.startswith("-") else _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
-    if found is None:
+    return None if found is None else found.decode().strip()
+
+
+def _revision(name: str, shown: str = "") -> Callable[[], Side] | None:
+    if (commit := _commit(name)) is None:
         return None
-    commit = found.decode().strip()
     return lambda: _side(shown or f"git revision {name}", lambda place: _at(commit, place))
 
 
@@ -141,7 +153,7 @@ def _side(name: str, read: Read, params: Mapping[str, str] | None = None, data_h
         predictions = None  # DVC's outputs are of another revision than git's files
     try:
         if params is None:
-            params = _params(read("params.yaml"))
+            params = _params(read(PARAMS))
             data_hash = json.loads(read(MANIFEST) or "{}").get("data_hash")
         return Side(name, json.loads(report), scores, predictions, params, data_hash)
     except (ValueError, YAMLError) as error:

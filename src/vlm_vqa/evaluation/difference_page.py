@@ -22,9 +22,9 @@ def as_text(found: Differences) -> str:
     return _written(found, _printable)
 
 
-def as_markdown(found: Differences) -> str:
-    """Return Markdown that shows the data's texts literally: for a file or a pull request."""
-    return _written(found, lambda text: _escaped(_printable(text)))
+def as_markdown(found: Differences, gate: Gate = Gate.ACCURACY) -> str:
+    """Return Markdown that shows the data's texts literally: for a file or a pull request, whose `gate` names the score."""
+    return _written(found, lambda text: _escaped(_printable(text)), gate)
 
 
 def as_html(found: Differences, records: Path = Path("data/records")) -> str:
@@ -83,9 +83,9 @@ def _cells(row: Row) -> list[str]:
 COLUMNS = ("score", "of", "questions", "A", "B", "B - A", "95 % interval", "p", "shown from", "verdict on B")
 
 
-def _written(found: Differences, said: Callable[[str], str]) -> str:
+def _written(found: Differences, said: Callable[[str], str], gate: Gate = Gate.ACCURACY) -> str:
     old, new = (said(side.name) for side in found.sides)
-    lines = [f"A: {old}", "", f"B: {new}", "", f"**{said(headline(found))}**", ""]
+    lines = [f"A: {old}", "", f"B: {new}", "", f"**{said(headline(found, gate))}**", ""]
     lines += _table(COLUMNS, [[said(cell) for cell in _cells(row)] for row in found.rows])
     lines += [*(f"- {said(note)}" for note in found.notes), "", f"Parameters that differ: {_count(found.params)}", ""]
     lines += _table(("parameter", "A", "B"), [[said(cell) for cell in row] for row in found.params or ()])

@@ -5,18 +5,20 @@ The second is compared with the first. `vlm_vqa.sides` says where a side comes f
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.bleu import bleu_1, prepare_punkt
-from vlm_vqa.evaluation.compare import Paired
+from vlm_vqa.evaluation.intervals import LEVEL, Interval, of_difference, p_value, smallest_difference
 from vlm_vqa.evaluation.score_table import BLIND, MODEL
 from vlm_vqa.evaluation.vqa_accuracy import METRICS, metric_in
 from vlm_vqa.params import Gate, Punkt
 
+REPORT, SCORES_TABLE = Path("reports/evaluation.json"), Path("reports/scores.parquet")
 OVERALL, BLEU = "overall", "bleu_1"
 BASELINES = {BLIND: "prediction_prior", "shuffled_images": "prediction_shuffled", "blank_image": "prediction_blank"}
 """Their columns among the predictions."""
@@ -43,6 +45,50 @@ class Side:
     def metric(self) -> str:
         """The kind of accuracy that it is scored by."""
         return metric_in(self.report)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One score of the same questions, new against base."""
+
+    difference: Interval
+    p: float
+    """How often chance alone would make as large a difference."""
+    better: int
+    worse: int
+    """Questions whose score rose or fell."""
+
+    @classmethod
+    def of(cls, new: np.ndarray, base: np.ndarray, images: np.ndarray) -> Self:
+        """Compare scores [questions], of the same questions."""
+        counts = [int(np.count_nonzero(one)) for one in (new > base, new < base)]
+        return cls(of_difference(new, base, images), p_value(new, base, images), *counts)
+
+    @property
+    def smallest(self) -> float:
+        """The true difference that these questions would show in four of five cases."""
+        return min(1.0, smallest_difference(self.difference))
+
+    @property
+    def verdict(self) -> str:
+        """`better` or `worse` where interval and permutation test both say so: of few pictures that differ, one may not."""
+        if self.p > 1 - LEVEL or self.difference.low <= 0 <= self.difference.high:
+            return "no difference shown"
+        return "better" if self.difference.low > 0 else "worse"
+
+    @property
+    def line(self) -> str:
+        """One sentence for people."""
+        found = self.difference
+        counts = (
+            f"{self.better} questions better and {self.worse} worse of {found.questions:,} on {found.images:,} images"
+        )
+        if not self.better + self.worse:
+            return f"{self.verdict}: {counts}"
+        return (
+            f"{self.verdict}: {found.mean:+.4f} (95 % interval {found.low:+.4f} .. {found.high:+.4f}, p = {self.p:.2g}), "
+            f"{counts}; a true difference of {self.smallest:.4f} would be shown in four of five cases"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,6 +142,7 @@ def compare_sides(old: Side, new: Side) -> Differences:
         UserError: they are of other questions or truths, or scored otherwise.
     """
     notes = _check_same_questions(old, new)
+    notes += [f"{side.name}: {said}" for side in (old, new) if (said := _selection(side.report["model"]))]
     rows = list(_rows(old, new, notes))
     changed = _changed(old.params, new.params) if old.params and new.params else None
     weights = [side.report["model"]["weights_hash"] for side in (old, new)]
@@ -120,6 +167,15 @@ def compare_sides(old: Side, new: Side) -> Differences:
 def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> list[tuple[str, str, str]]:
     keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     return [(key, old.get(key, "-"), new.get(key, "-")) for key in keys]
+
+
+def _selection(model: Mapping[str, Any]) -> str:
+    """Say what selected a model's weights, where its report says it."""
+    if not model.get("step_is"):
+        return ""
+    biased = " It was selected by the reported questions: their scores are higher than those of others would be."
+    said = f"the weights are those of step {model['step']}: {model['step_is']}."
+    return said + biased * (model.get("selected_on") == "reported questions")
 
 
 def _check_same_questions(old: Side, new: Side) -> list[str]:
