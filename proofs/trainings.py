@@ -13,7 +13,7 @@ from benchmarks import measure
 from proofs.project import with_changes
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
-from vlm_vqa.evaluation.answering import answer_questions
+from vlm_vqa.evaluation.answering import Ask, answer_asks
 from vlm_vqa.evaluation.vqa_accuracy import accuracy
 from vlm_vqa.hashing import write_json
 from vlm_vqa.inference.predictor import Predictor
@@ -64,8 +64,9 @@ def train_and_score(
     }
     predictor = Predictor(model, processor, facts, params.evaluation.max_new_tokens)
     validation = load_questions(RECORDS, "val").to_list()
-    given = answer_questions(predictor, features, validation, params.evaluation.batch_size, "questions")
-    scored = accuracy({row["question_id"]: one.answer for row, one in zip(validation, given, strict=True)}, validation)
+    asks = {row["question_id"]: Ask(row["image_id"], row["question"]) for row in validation}
+    given = answer_asks(asks.values(), predictor, features, params.evaluation.batch_size, "questions")
+    scored = accuracy({question_id: given[ask].answer for question_id, ask in asks.items()}, validation)
     questions = min(len(data) * params.train.num_train_epochs, trainer.state.global_step * params.train.batch_size)
     return {"accuracy": scored.overall, "seconds": seconds, "steps": trainer.state.global_step, "questions": questions}
 

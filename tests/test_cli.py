@@ -26,7 +26,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=True)
     assert "heavy: []" in done.stdout
-    for command in ("ask", "base", "check", "compare", "easy-vqa", "helm-web", "track"):
+    for command in ("ask", "base", "check", "compare", "helm-web", "track"):
         assert f"\n    {command} " in done.stdout
 
 
@@ -51,13 +51,6 @@ def test_check_fills_in_what_a_file_of_an_earlier_version_lacks(tmp_path, capsys
     assert main(["check", "--write", str(path)]) == 0 and path.read_text() == whole
     assert f"{path}: added train.lora" in capsys.readouterr().out
     assert main(["check", "--write", str(path)]) == 0 and path.read_text() == whole and len(caplog.messages) == 1
-
-
-def test_easy_vqa_is_written_where_asked(tmp_path, capsys, monkeypatch):
-    written = []
-    monkeypatch.setattr("vlm_vqa.fetch.sources.easy_vqa.write_official_layout", written.append)
-    assert main(["easy-vqa", str(tmp_path / "copy")]) == 0
-    assert written == [tmp_path / "copy"]
 
 
 def test_track_says_whether_there_was_anything_to_do(capsys, monkeypatch):

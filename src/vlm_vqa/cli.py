@@ -94,15 +94,14 @@ def _ask(
         raise UserError("--csv names the pictures and the questions: give no others beside it")
     if csv is not None:
         asked = read_csv(csv)
-    elif image is not None and questions and os.path.isdir(image):
+    elif image is None or not questions:
+        raise UserError('give a picture and a question, as in: vlm-vqa ask photo.jpg "What is it?"; or --csv FILE')
+    elif os.path.isdir(image):
         from vlm_vqa.fetch.recognise import PICTURES
 
         asked = about_folder(image, questions, PICTURES)
-    elif image is not None and questions:
-        asked = [Asked(image, question, image) for question in questions]
     else:
-        raise UserError('give a picture and a question, as in: vlm-vqa ask photo.jpg "What is it?"; or --csv FILE')
-
+        asked = [Asked(image, question, image) for question in questions]
     as_table = csv is not None or os.path.isdir(image or "")
     lacking = show(asked, answered(asked, lambda: _load(model), max_image_pixels), json, as_table)
     if lacking and csv is not None:
@@ -239,15 +238,6 @@ def _demo(model: str, records: str, port: int, max_image_pixels: int) -> None:
             raise
         raise UserError("the page needs gradio: pip install 'vlm-vqa[demo]', or -e '.[demo]' in a checkout") from error
     run(_load(model), model, records, max_image_pixels, port)
-
-
-@command(option("folder", type=Path, help="new folder for questions, annotations and images"))
-def _easy_vqa(folder: Path) -> None:
-    """Write easy-VQA in VQAv2's official file layout."""
-    from vlm_vqa.fetch.sources.easy_vqa import write_official_layout
-
-    write_official_layout(folder)
-    print(f"wrote easy-VQA in VQAv2's layout to {folder}")
 
 
 @command(

@@ -4,13 +4,14 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from http.server import ThreadingHTTPServer
 
 import pytest
 
 from vlm_vqa.cli import main
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.helm.run import RESULTS, SCENARIO
-from vlm_vqa.evaluation.helm.web import _Handler, _Server, serve, write_page
+from vlm_vqa.evaluation.helm.web import _Handler, serve, write_page
 
 RUN = "vqa:model=a_b,groups=vqa_base"
 
@@ -58,7 +59,7 @@ def test_without_a_finished_evaluation_it_says_what_to_do(finished, lost, capsys
 
 def test_the_server_is_heard_on_this_machine_alone_and_keeps_nothing_in_caches(tmp_path, capsys):
     (tmp_path / "config.js").write_text("1;")
-    with _Server(("127.0.0.1", 0), lambda *args: _Handler(*args, directory=tmp_path)) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: _Handler(*args, directory=tmp_path)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         with urllib.request.urlopen(f"{address}/config.js") as answer:
@@ -81,7 +82,7 @@ def test_serve_listens_on_loopback(monkeypatch):
         bound.append(address)
         raise OSError("enough seen")
 
-    monkeypatch.setattr("vlm_vqa.evaluation.helm.web._Server", refuse)
+    monkeypatch.setattr("vlm_vqa.evaluation.helm.web.ThreadingHTTPServer", refuse)
     with pytest.raises(UserError, match="enough seen"):
         serve("", 8000)
     assert bound == [("127.0.0.1", 8000)]

@@ -8,7 +8,7 @@ ended has answered, the next one does not ask again, and nothing else is ever fo
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -176,12 +176,3 @@ def answer_batch(batch: Batch, predictor: Predictor, store: FeatureStore) -> lis
         features = store.batch(shown)  # ty: ignore[invalid-argument-type] - none is None
     rows = [row for row, part in enumerate(batch) for _ in part]
     return predictor.answer_features([ask.question for ask in asked_in(batch)], features, rows)
-
-
-def answer_questions(
-    predictor: Predictor, store: FeatureStore, questions: Sequence[Mapping[str, Any]], batch_size: int, what: str
-) -> list[Candidate]:
-    """Answer rows with `image_id` and `question` in this process; answers come in their order."""
-    asks = [Ask(row["image_id"], row["question"]) for row in questions]
-    found = answer_asks(asks, predictor, store, batch_size, what)
-    return [found[ask] for ask in asks]

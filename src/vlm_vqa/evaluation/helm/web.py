@@ -1,13 +1,12 @@
 """HELM's own web page of the last evaluation, pictures included, shown to this machine alone."""
 
+import contextlib
 import functools
 import json
 import shutil
-import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from vlm_vqa.errors import UserError
@@ -61,15 +60,12 @@ def serve(first: str, port: int) -> None:
     UserError where the port is taken, or not for us; 0 is any free one.
     """
     try:
-        server = _Server(("127.0.0.1", port), functools.partial(_Handler, directory=PAGE))
+        server = ThreadingHTTPServer(("127.0.0.1", port), functools.partial(_Handler, directory=PAGE))
     except (OSError, OverflowError) as error:
         raise UserError(f"port {port} cannot be used ({error}): name another one by --port") from error
-    with server:
+    with server, contextlib.suppress(KeyboardInterrupt):
         print(f"http://127.0.0.1:{server.server_port}/{first} (Ctrl-C ends it)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
+        server.serve_forever()
 
 
 def _keep_home(path: Path) -> None:
@@ -91,10 +87,3 @@ class _Handler(SimpleHTTPRequestHandler):
         """Print what failed, and nothing of what went well."""
         if int(code) >= 400:
             super().log_request(code, size)
-
-
-class _Server(ThreadingHTTPServer):
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # A browser that goes on to another page hangs up in the middle of an answer.
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
