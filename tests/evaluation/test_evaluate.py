@@ -25,7 +25,7 @@ from vlm_vqa.data.records import load_questions, question_features
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation import evaluate as module
 from vlm_vqa.evaluation.answering import Ask, answer_asks
-from vlm_vqa.evaluation.bleu import mean_bleu_1
+from vlm_vqa.evaluation.bleu import bleu_1
 from vlm_vqa.evaluation.evaluate import _choose, evaluate
 from vlm_vqa.evaluation.helm.files import SCORES, HelmResults, helm_order, pick_instances
 from vlm_vqa.evaluation.helm.run import RESULTS
@@ -57,7 +57,7 @@ def no_helm(monkeypatch):
 
     def ask_helm(questions, *_):
         predictions = ["red" if row["image_id"] % 2 == 0 else "blue" for row in questions]
-        bleu = mean_bleu_1(predictions, [row["answers"] for row in questions])
+        bleu = np.mean([bleu_1(one, row["answers"]) for one, row in zip(predictions, questions, strict=True)])
         scores = dict.fromkeys(SCORES, 0.25) | {"bleu_1": bleu, "num_instances": len(questions)}
         return HelmResults(scores, predictions, [{"bleu_1": 1.0}] * len(questions), {"name": "vqa"})
 

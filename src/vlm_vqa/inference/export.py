@@ -85,7 +85,8 @@ def write_export(
     kinds = tuple(KINDS[part.model_type] for part in parts)
     (folder / CARD).write_text(card(params, training, results, data, kinds), encoding="utf-8")
     processor = AutoProcessor.from_pretrained(trained, trust_remote_code=False)
-    _write_model(folder, weights, config, encoder, processor, params, named, results, params.validation.selected_on)
+    selected = (results["kept_step"], results["kept_because"], params.validation.selected_on)
+    _write_model(folder, weights, named, config, encoder, processor, params, selected)
 
 
 def write_base(
@@ -106,22 +107,21 @@ def write_base(
         raise UserError(f"{folder} is there already. Name a new folder.")
     weights = trained_state(start)
     weights_hash = hash_weights(weights)
-    results = {"kept_step": 0, "kept_because": "before the first step"}
+    selected = (0, "before the first step", "nothing")
     with aside(folder) as part:
-        _write_model(part, weights, start.config, encoder, processor, params, weights_hash, results, "nothing")
+        _write_model(part, weights, weights_hash, start.config, encoder, processor, params, selected)
     return weights_hash
 
 
 def _write_model(
     folder: Path,
     weights: Mapping[str, Tensor],
+    weights_hash: str,
     config: PaliGemmaConfig,
     encoder: Encoder,
     processor: PaliGemmaProcessor,
     params: Params,
-    weights_hash: str,
-    results: dict[str, Any],
-    selected_on: str,
+    selected: tuple[int, str, str],
 ) -> None:
     """Join trained weights and tower in one stock model and write it with its processor, sealed with what else is there.
 
@@ -147,9 +147,6 @@ def _write_model(
         "mask": mask.value,
         "num_patches": params.vision.num_patches,
         "text_length": params.prompt.text_length,
-        "step": results["kept_step"],
-        "step_is": results["kept_because"],
-        "selected_on": selected_on,
         "weights_hash": weights_hash,
-    }
+    } | dict(zip(("step", "step_is", "selected_on"), selected, strict=True))
     write_folder(folder / FACTS_FILE, facts)

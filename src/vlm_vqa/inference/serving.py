@@ -1,10 +1,8 @@
 """The export over OpenAI's protocol: the handler of `transformers serve`, and before it a front that reads every request.
 
-The stock server fetches whatever address or file of this machine a request names as its picture, bounds neither body nor
-picture, loads models that requests name, knows no key, and answers what is malformed with 500. It also reads every prompt
-as prefix-lm. No switch of it changes that. So the front takes picture and question out of a request, makes the
-model's inputs by the layout that training used, and hands the handler these and a length; nothing else of a request gets
-there.
+docs/serving.md says what the stock server alone would do, and no switch of it changes. So the front takes picture and
+question out of a request, makes the model's inputs by the layout that training used, and hands the handler these and a
+length; nothing else of a request gets there.
 """
 
 import asyncio

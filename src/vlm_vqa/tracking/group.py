@@ -45,7 +45,8 @@ def _update(store: Store, baseline: str) -> dict[str, str]:
     tags, written = {CHILD: baseline}, None
     try:
         for tries_left in reversed(range(TRIES)):
-            found = parent, scores = _group(store, baseline)
+            children = store.search(f"tags.{CHILD} = '{baseline}'", MOST)
+            found = parent, scores = _parent(store, baseline, children), _scores(store, children)
             tags[LINK] = parent
             # Another worker may write at the same time what it had read before: who writes looks once more.
             if not scores or found == written:
@@ -62,28 +63,24 @@ def _update(store: Store, baseline: str) -> dict[str, str]:
     return tags
 
 
-def _group(store: Store, baseline: str) -> tuple[str, Scores]:
-    """Finds or makes the one parent and links all children to it; returns its id and their scores."""
-    children = store.search(f"tags.{CHILD} = '{baseline}'", MOST)
-    scores = _scores(store, children)
-    for makes in (True, False):
-        parents = store.search(f"tags.{PARENT} = '{baseline}'", MOST)
-        parents.sort(key=lambda run: (len(run.data.params), run.info.start_time, run.info.run_id))
-        # MLflow forgets no parameter: where the children do not share one any more, a new run becomes their parent.
-        if makes and not (parents and parents[0].data.params.items() <= _shared(scores)):
-            tags = {key: text for key, text in identity(store.params).items() if key.startswith("mlflow.")}
-            tags |= {PARENT: baseline, "mlflow.source.name": "dvc exp run", "mlflow.source.git.commit": baseline}
-            made = store.client.create_run(store.experiment_id, tags=tags, run_name=f"seeds of {baseline[:7]}")
-            store.client.set_terminated(made.info.run_id, "FINISHED")
+def _parent(store: Store, baseline: str, children: list[Any]) -> str:
+    """Finds or makes the one parent and links all children to it; returns its id."""
+    if not store.search(f"tags.{PARENT} = '{baseline}'", 1):
+        tags = {key: text for key, text in identity(store.params).items() if key.startswith("mlflow.")}
+        tags |= {PARENT: baseline, "mlflow.source.name": "dvc exp run", "mlflow.source.git.commit": baseline}
+        made = store.client.create_run(store.experiment_id, tags=tags, run_name=f"seeds of {baseline[:7]}")
+        store.client.set_terminated(made.info.run_id, "FINISHED")
     # Two workers may start at once and make one each: both choose the same.
-    parent = parents[0].info.run_id
+    first, *others = sorted(
+        store.search(f"tags.{PARENT} = '{baseline}'", MOST), key=lambda run: (run.info.start_time, run.info.run_id)
+    )
     for run in children:
-        if run.data.tags.get(LINK) != parent:
-            store.put_tags(run.info.run_id, {LINK: parent})
-    for run in parents[1:]:
+        if run.data.tags.get(LINK) != first.info.run_id:
+            store.put_tags(run.info.run_id, {LINK: first.info.run_id})
+    for run in others:
         with contextlib.suppress(Exception):  # the other worker has removed it
             store.client.delete_run(run.info.run_id)
-    return parent, scores
+    return first.info.run_id
 
 
 def _scores(store: Store, children: list[Any]) -> Scores:
@@ -109,11 +106,6 @@ def _recipe(run: Any) -> Recipe:
     return frozenset((key, text) for key, text in made_of.items() if key != "seed" and not key.startswith("tracking."))
 
 
-def _shared(scores: Scores) -> Recipe:
-    """What all runs have in common; nothing of a single run, which shares everything with itself."""
-    return frozenset.intersection(*scores) if sum(map(len, scores.values())) > 1 else frozenset()
-
-
 def _figures(seeds: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """`{"seeds": 3, "bleu_1_mean": 0.9, ...}` of one recipe; sd is that of a sample (n - 1), empty for one seed."""
     figures: dict[str, Any] = {"seeds": len(seeds)}
@@ -125,7 +117,7 @@ def _figures(seeds: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _write(store: Store, baseline: str, parent: str, scores: Scores) -> None:
-    """The parent's table, parameters and name, and its metrics where the runs differ in nothing but the seed."""
+    """The parent's table and name, and its metrics where the runs differ in nothing but the seed."""
     differing = sorted({key for recipe in scores for key, _ in recipe - frozenset.intersection(*scores)})
     rows = [{key: dict(recipe).get(key, "") for key in differing} | _figures(scores[recipe]) for recipe in scores]
     text = io.StringIO()
@@ -133,13 +125,14 @@ def _write(store: Store, baseline: str, parent: str, scores: Scores) -> None:
     table.writeheader()
     table.writerows(rows)
     store.client.log_text(parent, text.getvalue(), "summary.csv")
-    store.put_params(parent, known={}, values=dict(_shared(scores)))
     runs = sum(map(len, scores.values()))
     name = f"{baseline[:7]}: {runs} run{'s' if runs > 1 else ''}"
     name = f"{len(scores)} recipes of {name}" if len(scores) > 1 else f"seeds of {name}"
-    if len(scores) == 1 and runs > 1:  # metrics are not forgotten either, and a second run may be another recipe's
+    # MLflow forgets no metric: of several recipes those of one are not a number any more.
+    metrics = dict.fromkeys(store.client.get_run(parent).data.metrics, float("nan"))
+    if len(scores) == 1 and runs > 1:
         metrics = {key: value for key, value in rows[0].items() if not key.endswith(("_min", "_max"))}
-        store.put_metrics(parent, numbers(metrics, 0))
         means = {score: metrics[f"{score}_mean"] for score in SCORES if metrics.get(f"{score}_sd", "") != ""}
         name += "".join(f", {score} {value:.4f} ± {metrics[f'{score}_sd']:.4f}" for score, value in means.items())
+    store.put_metrics(parent, numbers(metrics, 0))
     store.client.update_run(parent, status="FINISHED", name=name)

@@ -126,12 +126,8 @@ def subject(store: Store, folder: Path) -> dict[str, str]:
 
 def find_version(client: Any, model: str, name: str) -> Any:
     """The version of a registered model by its number or by its run; UserError if there is none, or several."""
-    number = int(name) if name.isdecimal() else None
-    found = [
-        version
-        for version in client.search_model_versions(f"name = '{model}'", max_results=MOST)
-        if number in (None, int(version.version)) and (number is not None or version.run_id == name)
-    ]
+    versions = client.search_model_versions(f"name = '{model}'", max_results=MOST)
+    found = [version for version in versions if name in (str(version.version), version.run_id)]
     if len(found) == 1:
         return found[0]
     several = " or ".join(str(version.version) for version in found)

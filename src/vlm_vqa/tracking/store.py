@@ -202,9 +202,7 @@ class Store:
             if (size := file.stat().st_size) <= self.largest:
                 self.client.log_artifact(run_id, str(file), target.as_posix() if target.name else None)
                 continue
-            here = Path(".").resolve()
-            where = file.resolve().relative_to(here) if file.resolve().is_relative_to(here) else file
-            reference = {"path": where.as_posix(), "bytes": size, "sha256": sha256_file(file)}
+            reference = {"path": os.path.relpath(file), "bytes": size, "sha256": sha256_file(file)}
             self.client.log_dict(run_id, reference, (target / f"{file.name}.reference.json").as_posix())
 
     def last_steps(self, run: Any) -> dict[str, int]:

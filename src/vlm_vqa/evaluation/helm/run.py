@@ -29,7 +29,6 @@ SUITE = "vlm-vqa"
 RESULTS = OUTPUT / "runs" / SUITE
 CONFIG = Path("evaluation/helm")
 """Deployments, metadata, run entries and schema."""
-_GRACE_SECONDS = 10
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +88,10 @@ def _run_child(
                         _keep_to_one_core(child.pid)
         code = child.wait()
     finally:
-        _end(child)
+        # It writes nothing that a run after it would read.
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     if code != 0:
         _explain(log_path, arguments[0], code)
 
@@ -108,19 +110,6 @@ def _keep_to_one_core(pid: int) -> None:
         cores = sorted(os.sched_getaffinity(pid))
         # Not always the first one: evaluations that run side by side should not meet on it.
         os.sched_setaffinity(pid, {cores[pid % len(cores)]})
-
-
-def _end(child: subprocess.Popen) -> None:
-    if child.poll() is not None:
-        return
-    try:
-        os.killpg(child.pid, signal.SIGTERM)
-        child.wait(_GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    except ProcessLookupError:
-        pass
 
 
 def _explain(log_path: Path, program: str, code: int) -> None:
