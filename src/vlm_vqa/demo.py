@@ -25,8 +25,7 @@ from vlm_vqa.inference.predictor import Predictor
 
 EXAMPLES = 8
 _MOST_BYTES = 32 * 2**20
-_WAITING = 16
-"""Questions that may wait for the one that is being answered."""
+_WAITING = 16  # questions that may wait for the one that is being answered
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; object-src 'none'"
 _FONT = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))
 """It comes with gradio; of the half bold one that it would take there are only a few letters."""
@@ -148,8 +147,7 @@ def page(answer: Callable[[str | None, str | None], str], data: Data, about: str
 def served(predictor: Predictor, about: str, records: str | Path, max_pixels: int, port: int) -> Generator[str]:
     """Serve the page to this machine alone, and give its address.
 
-    Raises:
-        UserError: the port is taken.
+    UserError: the port is taken.
     """
     with TemporaryDirectory(prefix="vlm-vqa-demo-") as scratch:
         # Uploads lie here, not in a folder that other users may have made.

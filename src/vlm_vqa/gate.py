@@ -20,8 +20,7 @@ TOLERANCE = 0.004
 def hold_against(base: str, tolerance: float, allow_missing: bool, gate: Gate) -> tuple[str, bool]:
     """Compare the working tree with what git has of a revision; return what a pull request is told, and whether it passes.
 
-    Raises:
-        UserError: the revision is unknown or has no scores, which `allow_missing` lets pass, or is of other questions.
+    UserError: the revision is unknown or has no scores, which `allow_missing` lets pass, or is of other questions.
     """
     if not 0 <= tolerance <= 1:
         raise UserError(f"--tolerance {tolerance:g} is not between 0 and 1: scores are fractions, 0.01 is one point")

@@ -23,8 +23,7 @@ def promote(params: Params, name: str, margin: float | None, reason: str | None)
     Returns:
         What there is to say, and whether the version is the champion now.
 
-    Raises:
-        UserError: there is no such version, or what is known of it or of the champion does not allow to compare them.
+    UserError: there is no such version, or what is known of it or of the champion does not allow to compare them.
     """
     if (margin is None) != (reason is None or not reason.strip()):
         raise UserError("--margin needs a --reason, which is kept with the figures, and a --reason a --margin.")

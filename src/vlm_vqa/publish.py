@@ -30,8 +30,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 def prepared(name: str) -> Generator[Path]:
     """Give a folder with all that is to be published as `owner/name`, sealed again, as its card has the scores now.
 
-    Raises:
-        UserError: the export is damaged, or is not the one that dvc.lock and the reports speak of.
+    UserError: the export is damaged, or is not the one that dvc.lock and the reports speak of.
     """
     facts = read_folder(EXPORT / FACTS_FILE, "the seal of an export", make_again("export"))
     _check_recorded()

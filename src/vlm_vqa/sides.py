@@ -20,17 +20,14 @@ from vlm_vqa.tracking.evaluated import Evaluated, find_evaluated
 PREDICTIONS, MANIFEST, PARAMS = "reports/predictions.parquet", "data/records/manifest.json", "params.yaml"
 EXPERIMENTS = "refs/exps/"
 
-Read = Callable[[str], bytes | None]
-"""Gives a file by its place in the project, or None."""
-Asked = tuple[str, Read, Mapping[str, str] | None, str | None]
-"""The arguments of `_side`."""
+Read = Callable[[str], bytes | None]  # gives a file by its place in the project, or None
+Asked = tuple[str, Read, Mapping[str, str] | None, str | None]  # the arguments of `_side`
 
 
 def side_of(name: str) -> Side:
     """Return the side of this name, which may begin with its kind: `folder:`, `git:`, `exp:` or `run:`.
 
-    Raises:
-        UserError: nothing or more than one thing has the name, or it holds no evaluation.
+    UserError: nothing or more than one thing has the name, or it holds no evaluation.
     """
     kind, _, rest = name.partition(":")
     kinds, name = ([kind], rest) if kind in KINDS else (list(KINDS), name)

@@ -38,8 +38,7 @@ class Ask(NamedTuple):
     question: str
 
 
-Batch = list[list[Ask]]
-"""Rows, each of one image."""
+Batch = list[list[Ask]]  # rows, each of one image
 
 
 class KeptAnswers:

@@ -11,8 +11,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.vqa_accuracy import score_answer
 
 FOLDS = 5
-JUDGED = 20_000
-"""Training questions that the ways are compared on, at most: enough to tell half a point."""
+JUDGED = 20_000  # training questions that the ways are compared on, at most: enough to tell half a point
 NEGATIONS = frozenset("no not never none without isn't aren't doesn't don't can't wasn't weren't".split())
 
 Row = Mapping[str, Any]
@@ -97,8 +96,7 @@ class QuestionOnlyBaseline:
             way: one of `WAYS`; by default the best is chosen.
             score_of: one of `vqa_accuracy.METRICS`, to choose by.
 
-        Raises:
-            UserError: there is no question.
+        UserError: there is no question.
         """
         rows = list(training_questions)
         said = [Counter(said_answers(row["answers"])) for row in rows]

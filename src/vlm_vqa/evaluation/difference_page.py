@@ -13,8 +13,7 @@ from vlm_vqa.data.records import images_of, manifest_for_a_look
 from vlm_vqa.evaluation.differences import Differences, Flip, Row
 from vlm_vqa.params import Gate
 
-SHOWN_AS_TEXT, SHOWN_ON_PAGE = 10, 24
-"""Flipped questions, of each way; drawn by a seed where there are more."""
+SHOWN_AS_TEXT, SHOWN_ON_PAGE = 10, 24  # flipped questions, of each way; drawn by a seed where there are more
 
 
 def as_text(found: Differences) -> str:
@@ -70,7 +69,6 @@ def _drawn(flips: Sequence[Flip], most: int) -> list[Flip]:
 
 
 def _cells(row: Row) -> list[str]:
-    """Return a row of the table of scores."""
     paired, change = row.paired, row.paired.difference
     figures = [f"{row.before:.4f}", f"{row.after:.4f}", f"{change.mean:+.4f}", "-", "-", "-"]
     if paired.better + paired.worse:

@@ -30,15 +30,11 @@ RIGHT = 0.5
 class Side:
     """One evaluated model."""
 
-    name: str
-    """As the reader of a comparison knows it."""
+    name: str  # as the reader of a comparison knows it
     report: Mapping[str, Any]
-    scores: pa.Table
-    """Of `reports/scores.parquet`, by ascending question id, as the predictions are."""
-    predictions: pa.Table | None
-    """Of `reports/predictions.parquet`, where they are to be had."""
-    params: Mapping[str, str]
-    """By full name; empty where nothing says them."""
+    scores: pa.Table  # of `reports/scores.parquet`, by ascending question id, as the predictions are
+    predictions: pa.Table | None  # of `reports/predictions.parquet`, where they are to be had
+    params: Mapping[str, str]  # by full name; empty where nothing says them
     data_hash: str | None
 
     @property
@@ -52,11 +48,9 @@ class Paired:
     """One score of the same questions, new against base."""
 
     difference: Interval
-    p: float
-    """How often chance alone would make as large a difference."""
+    p: float  # how often chance alone would make as large a difference
     better: int
-    worse: int
-    """Questions whose score rose or fell."""
+    worse: int  # questions whose score rose or fell
 
     @classmethod
     def of(cls, new: np.ndarray, base: np.ndarray, images: np.ndarray) -> Self:
@@ -97,8 +91,7 @@ class Row:
 
     score: str
     who: str
-    group: str
-    """`overall`, or a type of answer."""
+    group: str  # `overall`, or a type of answer
     before: float
     after: float
     paired: Paired
@@ -111,8 +104,7 @@ class Flip:
     question_id: int
     image_id: int
     question: str
-    said: str
-    """The answer that most people gave; empty where no side has them."""
+    said: str  # the answer that most people gave; empty where no side has them
     before: str
     after: str
 
@@ -138,8 +130,7 @@ class Differences:
 def compare_sides(old: Side, new: Side) -> Differences:
     """Compare `new` with `old`.
 
-    Raises:
-        UserError: they are of other questions or truths, or scored otherwise.
+    UserError: they are of other questions or truths, or scored otherwise.
     """
     notes = _check_same_questions(old, new)
     notes += [f"{side.name}: {said}" for side in (old, new) if (said := _selection(side.report["model"]))]

@@ -41,8 +41,7 @@ LEAST_AGREEMENT = 0.99
 
 PROBABILITY_DIGITS = 6
 
-KEPT = Path("data/answers.parts")
-"""Until the stage has ended."""
+KEPT = Path("data/answers.parts")  # until the stage has ended
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +178,6 @@ def _answer_all(
 def _predictions(
     asked: _Asked, given: Mapping[str, list[str]], metric: str, scores: list[float], probabilities: list[float]
 ) -> pa.Table:
-    """Return everything that was answered, question by question."""
     names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")
     table = {name: [row[name] for row in asked.questions] for name in names} | {
         "prediction": given[MODEL],
@@ -257,7 +255,6 @@ def _describe(prior: QuestionOnlyBaseline, training: Sequence[Row], questions: S
 
 
 def _run(params: Params, model: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the report says was run."""
     return {
         "weights": model["weights_hash"],
         "step": model["step"],

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from scipy import stats
 
 LEVEL = 0.95
-POWER = 0.8
-"""With this chance a difference of `smallest_difference` is shown."""
+POWER = 0.8  # with this chance a difference of `smallest_difference` is shown
 RESAMPLES = 9_999
 
 
@@ -24,8 +23,7 @@ class Interval:
     mean: float
     low: float
     high: float
-    error: float
-    """Standard error, clustered by image."""
+    error: float  # standard error, clustered by image
     questions: int
     images: int
 

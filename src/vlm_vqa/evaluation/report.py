@@ -32,8 +32,7 @@ NAMES = {
     "shuffled_images": "this model, shuffled images",
 }
 SHOWN, FREQUENT, BINS = 12, 10, 10
-WRONG_BELOW = 0.5
-"""VQA's scores go in steps of 0.3."""
+WRONG_BELOW = 0.5  # VQA's scores go in steps of 0.3
 PACKAGES = ("torch", "transformers", "crfm-helm")
 _MARKS = re.compile(r"[<>&\"'\\`*_{}\[\]|$~#\s]")
 

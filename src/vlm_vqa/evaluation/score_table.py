@@ -12,8 +12,7 @@ from vlm_vqa.evaluation import intervals
 from vlm_vqa.evaluation.intervals import Interval
 
 MODEL, BLIND = "model", "prior"
-DIGITS = 12
-"""What reports are rounded to: no more than another order of adding up changes."""
+DIGITS = 12  # what reports are rounded to: no more than another order of adding up changes
 
 Row = Mapping[str, Any]
 

@@ -37,16 +37,14 @@ from vlm_vqa.params import Params
 from vlm_vqa.sealed import aside, read_folder, write_folder
 
 CARD = "README.md"
-SHARD = "5GB"
-"""A larger model is stored in several files, of so much at most."""
+SHARD = "5GB"  # a larger model is stored in several files, of so much at most
 RETRAIN = make_again("train")
 
 
 def read_training(folder: str | Path) -> dict[str, str]:
     """Return the hashes of weights, parameters, data, encoder and code, every file of the folder found as it was written.
 
-    Raises:
-        UserError: one is missing or damaged.
+    UserError: one is missing or damaged.
     """
     return read_folder(Path(folder) / TRAINING_FILE, "the seal of a training", RETRAIN)
 
@@ -69,8 +67,7 @@ def write_export(
         results: `reports/train.json`.
         data: the manifest of `data/records`.
 
-    Raises:
-        UserError: the weights do not have the hash that training named.
+    UserError: the weights do not have the hash that training named.
     """
     weights, named = StoredWeights(trained / WEIGHTS_FILE), training["weights_hash"]
     if (found := hash_weights(weights)) != named:
@@ -100,8 +97,7 @@ def write_base(
 
     Adapters are of it: kept once, it serves all that were trained from it.
 
-    Raises:
-        UserError: something is there already.
+    UserError: something is there already.
     """
     if folder.exists():
         raise UserError(f"{folder} is there already. Name a new folder.")

@@ -70,8 +70,7 @@ class Predictor:
     ) -> "Predictor":
         """Load an exported folder, every file as it was exported, to compute in `dtype`.
 
-        Raises:
-            UserError: there is no export, it is damaged or incomplete, or its weights are not those that were trained.
+        UserError: there is no export, it is damaged or incomplete, or its weights are not those that were trained.
         """
         folder = Path(folder)
         if not os.path.isfile(folder / FACTS_FILE):

@@ -125,12 +125,10 @@ def changed_params(folder: Path) -> list[str]:
     if not lock.is_file():
         return ["all parameters"]
 
-    def below(values: Any, name: str) -> Any:
-        return values.get(name) if isinstance(values, dict) else None
-
     now, changed = read(folder / "params.yaml"), set()
     for stage in (read(lock) or {}).get("stages", {}).values():
         for key, value in stage.get("params", {}).get("params.yaml", {}).items():
-            if reduce(below, key.split("."), now) != value:
+            found = reduce(lambda at, name: at.get(name) if isinstance(at, dict) else None, key.split("."), now)
+            if found != value:
                 changed.add(key)
     return sorted(changed)

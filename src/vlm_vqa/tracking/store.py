@@ -165,12 +165,11 @@ class Store:
         """Name and digest of a data set in MLflow, which takes 36 characters of a digest."""
         return self.params.data.source.value, data_hash[:36]
 
-    def put_params(self, run_id: str, known: Mapping[str, str], values: Mapping[str, Any] | None = None) -> None:
-        """Logs what is not `known` yet of `values` (default: all): MLflow refuses another value for a logged one."""
+    def put_params(self, run_id: str, known: Mapping[str, str]) -> None:
+        """Logs the parameters that are not `known` yet: MLflow refuses another value for a logged one."""
         from mlflow.entities import Param
 
-        values = self.params.flat() if values is None else values
-        entries = [Param(key, param_text(value)) for key, value in values.items() if key not in known]
+        entries = [Param(key, param_text(value)) for key, value in self.params.flat().items() if key not in known]
         for start in range(0, len(entries), BATCH):
             self.client.log_batch(run_id, params=entries[start : start + BATCH])
 

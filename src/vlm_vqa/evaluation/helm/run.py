@@ -23,12 +23,10 @@ FAILED = "vlm-vqa client failed:"
 
 # Relative, as the pictures of HELM's page must be, which it shows only from a folder of this name.
 OUTPUT = Path("benchmark_output")
-SCENARIO = OUTPUT / "scenarios" / "vqa"
-"""Filled by `write_scenario`."""
+SCENARIO = OUTPUT / "scenarios" / "vqa"  # filled by `write_scenario`
 SUITE = "vlm-vqa"
 RESULTS = OUTPUT / "runs" / SUITE
-CONFIG = Path("evaluation/helm")
-"""Deployments, metadata, run entries and schema."""
+CONFIG = Path("evaluation/helm")  # deployments, metadata, run entries and schema
 
 log = logging.getLogger(__name__)
 
