@@ -1,8 +1,7 @@
 """Many questions to an exported model, divided among processes by image and kept, batch by batch, until the stage has ended.
 
 What a batch holds depends on the questions alone, and processes take whole batches: answers and probabilities are the same
-bytes for any number of processes. A batch's answers are kept under a hash of all that decides them: what a run that was
-ended has answered, the next one does not ask again, and nothing else is ever found there.
+bytes for any number of processes. A batch's answers are kept under a hash of all that decides them.
 """
 
 import logging

@@ -1,7 +1,6 @@
 """How sure a score is: 95 % intervals of means and of paired differences, questions of one image counted as one cluster.
 
-Questions about one picture are answered rightly or wrongly together, so that 9,673 of them say less than 9,673 pictures
-would. The standard error is the clustered one of Miller, "Adding Error Bars to Evals" (arXiv 2411.00640), with inspect_ai's
+The standard error is the clustered one of Miller, "Adding Error Bars to Evals" (arXiv 2411.00640), with inspect_ai's
 correction for few clusters. `python -m proofs.coverage` shows how often the intervals hold what they should.
 """
 

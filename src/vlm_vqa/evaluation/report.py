@@ -1,8 +1,7 @@
 """The report that people read, `reports/report.html`, and the same tables as Markdown, `reports/report.md`.
 
-Equal evaluations give equal bytes: no time, no host, no file outside, pictures and plots inside. Numbers are made here;
-words stand in `report.j2`, once for both, and the markup of either in `report_html.j2` and `report_md.j2`. All texts are
-escaped.
+Equal evaluations give equal bytes: no time, no host, no file outside. Numbers are made here; words stand in `report.j2`,
+once for both, and the markup of either in `report_html.j2` and `report_md.j2`. All texts are escaped.
 """
 
 import csv
@@ -57,15 +56,14 @@ def write_report(
     drawn = np.random.RandomState(run["seed"]).permutation(len(rows))
     shown = {"mistakes": mistakes[:SHOWN], "drawn": drawn[:SHOWN].tolist()}
     pictures = _pictures(records, {rows[at]["image_id"] for places in shown.values() for at in places})
-    training, validation = (_curve(folder / name) for name in ("train_curve.csv", "validation/curve.csv"))
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     values: dict[str, Any] = {
         "report": report,
         "metric": metric,
         "names": NAMES,
         "groups": by_group(report),
-        "training": training,
-        "validation": validation,
+        "training": _curve(folder / "train_curve.csv"),
+        "validation": _curve(folder / "validation/curve.csv"),
         "confusion": confusion(rows),
         "bins": bins,
         "calibration_error": error,
@@ -105,10 +103,9 @@ def by_group(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         for kind in ("answer_type", "question_type"):
             own = scores[MODEL][f"per_{kind}"]
             rows = [
-                {
+                own[group]
+                | {
                     "group": group,
-                    "questions": own[group]["questions"],
-                    "images": own[group]["images"],
                     "scores": {who: scores[who][f"per_{kind}"][group] for who in NAMES},
                     "gain": report["looks_at_image"][name][f"per_{kind}"][group],
                 }

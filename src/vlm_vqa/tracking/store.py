@@ -154,12 +154,17 @@ class Store:
         return run_id
 
     def _put_data(self, run_id: str, data_hash: str) -> None:
+        from mlflow import MlflowException
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source = {key: value for key, value in self.params.flat().items() if key.startswith("data.")}
         name, digest = self.data_name(data_hash)
         data = Dataset(name, digest, "params.yaml", without_secrets(json.dumps(source)))
-        self.client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+        inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+        try:
+            self.client.log_inputs(run_id, inputs)
+        except MlflowException:  # another of a queue's workers may have made this data set just now
+            self.client.log_inputs(run_id, inputs)
 
     def data_name(self, data_hash: str) -> tuple[str, str]:
         """Name and digest of a data set in MLflow, which takes 36 characters of a digest."""
