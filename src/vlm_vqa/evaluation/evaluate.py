@@ -53,9 +53,8 @@ def evaluate(
     load_predictor: Callable[..., Predictor] = Predictor.from_export,
     running: WorkerGroup | None = None,
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Evaluate the exported model; return the report, and the files written into the reports: `evaluation.json`,
-    `metrics.json` (a few of its figures, for DVC), `predictions.parquet`, `scores.parquet` (what git keeps of it for the
-    next comparison), `helm/`, `helm_predictions.parquet` and what people read (see `report.write_report`).
+    """Evaluate the exported model; return the report, and the files written into the reports: `evaluation.json`, a few of
+    its figures for DVC, `predictions.parquet`, what git keeps of it, HELM's, and what people read (`report.write_report`).
 
     Args:
         params: `evaluation`, `prompt.instruction` and `seed` count.
@@ -72,13 +71,11 @@ def evaluate(
     training = load_questions(RECORDS, "train").select_columns(counted).to_list()
     prior = QuestionOnlyBaseline(training, score_of=METRICS[metric])
     instances = [questions[at] for at in at_helm]
-
     kept = _keep(params, asked, running)
     # What HELM's client learns of us.
     environment |= {KEPT_ANSWERS: str(kept.folder), cores.VARIABLE: str(running.threads.count)}
     helm = _ask_helm(instances, params.evaluation, environment)
     predictor, found = _answer_all(params, load_predictor, asked, running, kept)
-    probabilities = [round(found[ask].probability, PROBABILITY_DIGITS) for ask in asked.own]
     given = asked.given(found, prior)
     agreement = _check_agreement(helm.predictions, [given[MODEL][at] for at in at_helm])
     truths = [row["answers"] for row in questions]
@@ -101,12 +98,11 @@ def evaluate(
     if metric == "vqa_accuracy":
         report["people"] = sum(map(score_people, truths)) / len(questions)
     report = rounded(report | tables)
-    predictions = _predictions(asked, given, metric, scores[MODEL], probabilities)
+    predictions = _predictions(asked, given, metric, scores[MODEL], found)
     at_question = dict(zip(at_helm, bleu[MODEL], strict=True))
-    columns = {"accuracy": scores[MODEL], "bleu_1": [at_question.get(at) for at in range(len(questions))]}
     table = predictions.select(["question_id", "image_id", "question", "prediction"])
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values, pa.float64()))
+    table = table.append_column("accuracy", pa.array(scores[MODEL], pa.float64()))
+    table = table.append_column("bleu_1", pa.array(map(at_question.get, range(len(questions))), pa.float64()))
     files = _write(metric, report, {"predictions": predictions, "scores": table})
     files += write_extract(REPORTS / "helm", helm, instances)
     files += write_report(REPORTS, report, predictions, RECORDS, _run(params, report["model"], asked.manifest))
@@ -176,12 +172,12 @@ def _answer_all(
 
 
 def _predictions(
-    asked: _Asked, given: Mapping[str, list[str]], metric: str, scores: list[float], probabilities: list[float]
+    asked: _Asked, given: Mapping[str, list[str]], metric: str, scores: list[float], found: Mapping[Ask, Candidate]
 ) -> pa.Table:
     names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")
     table = {name: [row[name] for row in asked.questions] for name in names} | {
         "prediction": given[MODEL],
-        "probability": probabilities,
+        "probability": [round(found[ask].probability, PROBABILITY_DIGITS) for ask in asked.own],
         {"vqa_accuracy": "score"}.get(metric, metric): scores,
         "shuffled_image_id": [asked.others[row["image_id"]] for row in asked.questions],
         "prediction_shuffled": given["shuffled_images"],

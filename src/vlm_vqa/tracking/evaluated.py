@@ -61,8 +61,8 @@ def open_client() -> Any | None:
 
 
 @contextmanager
-def asking() -> Generator[None]:
-    """Turn what MLflow raises into a UserError that says what to do."""
+def asking(what: str = "") -> Generator[None]:
+    """Turn what MLflow raises into a UserError that says what to do, after `what` was asked for."""
     from mlflow import MlflowException
 
     try:
@@ -70,5 +70,5 @@ def asking() -> Generator[None]:
     except (MlflowException, OSError) as error:
         uri = without_secrets(tracking_uri(checkout_root()))
         raise UserError(
-            f"MLflow at {uri} fails ({reason(error)}): make it reachable, or name another by MLFLOW_TRACKING_URI."
+            f"{what}MLflow at {uri} fails ({reason(error)}): make it reachable, or name another by MLFLOW_TRACKING_URI."
         ) from error
