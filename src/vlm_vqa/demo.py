@@ -145,10 +145,7 @@ def page(answer: Callable[[str | None, str | None], str], data: Data, about: str
 
 @contextmanager
 def served(predictor: Predictor, about: str, records: str | Path, max_pixels: int, port: int) -> Generator[str]:
-    """Serve the page to this machine alone, and give its address.
-
-    UserError: the port is taken.
-    """
+    """Serve the page to this machine alone, and give its address; UserError if the port is taken."""
     with TemporaryDirectory(prefix="vlm-vqa-demo-") as scratch:
         # Uploads lie here, not in a folder that other users may have made.
         os.environ["GRADIO_TEMP_DIR"] = scratch

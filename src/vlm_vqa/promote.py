@@ -16,13 +16,7 @@ HASHES = ("data_hash", "weights_hash")
 def promote(params: Params, name: str, margin: float | None, reason: str | None) -> tuple[str, bool]:
     """Make a version the champion if the paired test says better, or not worse than today's by `margin`, for a `reason`.
 
-    Args:
-        params: `tracking.experiment` names the model, `evaluation.gate` the score.
-        name: a version's number, or the id of the run that made it.
-
-    Returns:
-        What there is to say, and whether the version is the champion now.
-
+    `name` is its number, or the id of the run that made it. Return what there is to say, and whether it is the champion now.
     UserError: there is no such version, or what is known of it or of the champion does not allow to compare them.
     """
     if (margin is None) != (reason is None or not reason.strip()):

@@ -82,10 +82,8 @@ def p_value(scores: npt.ArrayLike, others: npt.ArrayLike, images: npt.ArrayLike,
     if unlike.sum() < 2:
         return 1.0
 
-    def summed(one, other, axis=-1):
-        return (one - other).sum(axis=axis)
-
     data = (sums[0][unlike], sums[1][unlike])
+    summed = lambda one, other, axis=-1: (one - other).sum(axis=axis)  # noqa: E731
     done = stats.permutation_test(
         data, summed, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, batch=500, rng=seed
     )

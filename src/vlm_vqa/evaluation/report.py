@@ -41,12 +41,8 @@ def write_report(
 ) -> list[Path]:
     """Write `report.html`, `report.md` and `calibration.csv` into `folder`; return their paths.
 
-    Args:
-        folder: where `train_curve.csv` and `validation/curve.csv` are looked for.
-        report: what `evaluation.json` holds.
-        predictions: what `predictions.parquet` holds.
-        records: with the pictures.
-        run: what was run, in words by name; `seed` draws the examples.
+    There, curves are looked for. `report` and `predictions` are what `evaluation.json` and `predictions.parquet` hold; `run`
+    says what was run, in words by name, and its `seed` draws the examples.
     """
     metric = metric_in(report)
     rows = predictions.to_pylist()

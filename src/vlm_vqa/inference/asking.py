@@ -76,13 +76,7 @@ def read_csv(name: str) -> list[Asked]:
 
 
 def about_folder(folder: str, questions: Sequence[str], endings: tuple[str, ...]) -> list[Asked]:
-    """Ask all questions about every picture of a folder, by name; its own folders are not looked into.
-
-    Args:
-        endings: of pictures' names, in lower case.
-
-    UserError: it holds no picture.
-    """
+    """Ask all questions about every picture of a folder, by its name's ending in lower case; UserError if there is none."""
     pictures = sorted(path for path in Path(folder).iterdir() if path.name.lower().endswith(endings))
     if not pictures:
         raise UserError(f"{folder}: no picture in it, by the files' names ({', '.join(endings)}). Name another folder.")
@@ -116,13 +110,8 @@ def _read(path: str | Path) -> bytes:
 def answered(asked: Sequence[Asked], load: "Callable[[], Predictor]", max_pixels: int) -> Iterator[Asked]:
     """Answer questions and yield each, in order, as soon as it and all before it are done.
 
-    The questions of one picture are asked together, wherever they stand; each picture is read once.
-
-    Args:
-        load: loads the model; called once, and only when a picture has been read.
-        max_pixels: bound on a picture's size.
-
-    UserError: the model cannot be loaded. What one picture or question lacks stands in its `problem`.
+    The questions of one picture are asked together, wherever they stand; each picture is read once, and the model loaded
+    when the first one has been. UserError: it cannot be. What one picture or question lacks stands in its `problem`.
     """
     about: dict[str | Path, list[Asked]] = {}
     for one in asked:

@@ -66,12 +66,7 @@ class _Inputs:
 
 
 class Front:
-    """What a request passes before the stock handler.
-
-    Args:
-        max_pixels: bound on a picture's size.
-        key: that requests must bring; None asks for none.
-    """
+    """What a request passes before the stock handler, with the `key` that it must bring, if any."""
 
     def __init__(self, predictor: Predictor, max_pixels: int, key: str | None):
         self.predictor, self.max_pixels, self.key = predictor, max_pixels, key
@@ -226,11 +221,7 @@ async def refuse(_: Request, error: Exception) -> Response:
 
 
 def build_app(front: Front, hosts: Sequence[str] = LOOPBACK) -> Starlette:
-    """Return the server, of three routes.
-
-    Args:
-        hosts: names by which it may be called: on loopback no page of a browser reaches it by a name of its own.
-    """
+    """Return the server. It may be called by `hosts`: on loopback no page of a browser reaches it by a name of its own."""
     routes = [
         Route("/v1/chat/completions", front.chat, methods=["POST"]),
         Route("/v1/models", front.models),

@@ -32,11 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def run_helm(instances: int, threads: int, environment: Mapping[str, str]) -> None:
-    """Run HELM's `vqa` over the scenario folder and summarise it for the web view; earlier results must be gone.
-
-    Args:
-        instances: number of questions in the scenario folder.
-        environment: added to this process's environment.
+    """Run HELM's `vqa` over the scenario folder of so many instances, and summarise it; earlier results must be gone.
 
     UserError if the client refused, as an unreadable image or another instruction; RuntimeError if HELM failed otherwise.
     """

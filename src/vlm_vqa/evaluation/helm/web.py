@@ -26,11 +26,8 @@ _POLICY = "default-src 'self'; connect-src 'self' data:; img-src 'self' data:; s
 def write_page() -> str:
     """Copy HELM's page, its results and their pictures to `PAGE`, in the place of an earlier copy.
 
-    `helm-server --export-path` leaves the pictures out. Any web server can show the copy, and it asks nobody else. UserError
-    if there is no finished evaluation.
-
-    Returns:
-        The page of the run's questions and answers, relative to the copy's address.
+    `helm-server --export-path` leaves the pictures out. Any web server can show the copy. Return its page of the run's
+    questions and answers. UserError if there is no finished evaluation.
     """
     runs = sorted(RESULTS.glob("*/scenario_state.json"))
     # The last that helm-summarize writes.
