@@ -34,12 +34,8 @@ _HEAD = f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><link r
 
 
 class Data:
-    """What records add to the page: what the question alone would say, and examples with what people said.
-
-    Attributes:
-        examples: pairs of a picture's path and a question.
-        missing: why there is nothing of this.
-    """
+    """What records add to the page: what the question alone would say, and `examples`, pictures' paths and questions, with
+    what people said; or why there is nothing of this, `missing`."""
 
     def __init__(self, records: str | Path, scratch: str | Path, max_pixels: int, seed: int = 0):
         self.examples: list[tuple[str, str]] = []

@@ -71,12 +71,8 @@ def _head(params: Params) -> ModelCardData:
 
 
 def scored(text: str, report: dict[str, Any], source: str, name: str) -> str:
-    """Return a copy of a card that shows the scores of `reports/evaluation.json`, in its text and as the hub's model-index.
-
-    Args:
-        source: what `data.source` calls the data.
-        name: the model's.
-    """
+    """Return a copy of a card that shows the scores of `reports/evaluation.json`, in its text and as the hub's model-index;
+    `source` is what `data.source` calls the data, `name` the model's."""
     accuracy = "answer_accuracy" if "answer_accuracy" in report else "vqa_accuracy"
     words, scores, helm = accuracy.replace("_", " ").replace("vqa", "VQA"), report[accuracy], report["helm"]
     found = {

@@ -60,13 +60,8 @@ def write_export(
 ) -> None:
     """Write model, processor, facts and card, and the adapter, if `train.lora` has made one.
 
-    Args:
-        trained: where the train stage has left weights, processor and adapter; call `read_training` before, which finds
-            damaged files.
-        training: as `read_training` gives it.
-        results: `reports/train.json`.
-        data: the manifest of `data/records`.
-
+    `trained` holds weights, processor and adapter, of which `read_training`, called before, gives `training` and finds
+    damage; `results` is `reports/train.json`, `data` the manifest of `data/records`.
     UserError: the weights do not have the hash that training named.
     """
     weights, named = StoredWeights(trained / WEIGHTS_FILE), training["weights_hash"]
@@ -95,9 +90,7 @@ def write_base(
 ) -> str:
     """Write the model before the first step as an export that was never trained, without a card; return its weights' hash.
 
-    Adapters are of it: kept once, it serves all that were trained from it.
-
-    UserError: something is there already.
+    Adapters are of it: kept once, it serves all that were trained from it. UserError: something is there already.
     """
     if folder.exists():
         raise UserError(f"{folder} is there already. Name a new folder.")

@@ -24,9 +24,8 @@ EVALUATION_REPORT = REPORTS / "evaluation.json"
 def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
     """Records the model in `folder`'s outputs as an MLflow run, where no stage ran here or tracking had failed.
 
-    Returns the run's id and whether anything had to be recorded: an existing run of the same weights and parameters is
-    given the scores it lacks, and else left as it is. Raises UserError where outputs are missing or damaged, belong to
-    other parameters, or the store fails.
+    Returns the run's id and whether anything had to be recorded: an existing run is given the scores it lacks. Raises
+    UserError where outputs are missing or damaged, belong to other parameters, or the store fails.
     """
     folder = Path(folder)
     params = load_params(folder / "params.yaml")

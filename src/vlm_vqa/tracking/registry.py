@@ -73,9 +73,8 @@ def sealed_folder(folder: Path, seal: str, commit: str = "", experiment: str = "
 def register(store: Store, run_id: str, folder: Path, weights_hash: str) -> bool:
     """Make the export of these weights in `folder`, a checkout or DVC's copy of one, a version of the registered model.
 
-    The model has the name of `tracking.experiment`. The version is linked to the run that trained it, to its data and, by
-    the evaluation, to its scores. Returns whether it had to be made: without a whole export of these weights, or with a
-    version of it, there is nothing to do.
+    It is linked to the run that trained it, to its data and, by the evaluation, to its scores. Returns whether it had to be
+    made: without a whole export of these weights, or with a version of it, there is nothing to do.
     """
     facts, made = _exported(store, folder)
     if made or facts.get("weights_hash") != weights_hash:
