@@ -34,20 +34,9 @@ def as_html(found: Differences, records: Path = Path("data/records")) -> str:
     if shown and not why_not:
         found_there = images_of(records, shown)
         pictures = {one.image_id: page.thumbnail(one.data, one.file_name, max_pixels=2**62) for one in found_there}
-    return (
-        page.environment(Path(__file__).parent)
-        .get_template("difference_page.html.j2")
-        .render(
-            found=found,
-            headline=headline(found),
-            flips=flips,
-            pictures=pictures,
-            why_not=why_not,
-            cells=_cells,
-            columns=COLUMNS,
-            count=_count,
-        )
-    )
+    template = page.environment(Path(__file__).parent).get_template("difference_page.html.j2")
+    words = {"headline": headline(found), "cells": _cells, "columns": COLUMNS, "count": _count}
+    return template.render(found=found, flips=flips, pictures=pictures, why_not=why_not, **words)
 
 
 def headline(found: Differences, gate: Gate = Gate.ACCURACY) -> str:
