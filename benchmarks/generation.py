@@ -28,7 +28,7 @@ from transformers import BitImageProcessor, Dinov2Config, PaliGemmaProcessor
 from benchmarks import measure, workload
 from benchmarks.measure import Claim, Timing
 from benchmarks.workload import TOKENIZER_LIMIT, read_questions
-from vlm_vqa.evaluation.answering import answer_questions
+from vlm_vqa.evaluation.answering import Ask, answer_asks
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.vlm import VlmForTraining, build_processor, initial_model, train_tokenizer
 from vlm_vqa.params import HELM_INSTRUCTION, LanguageConfig, LanguageParams, Mask, load_params
@@ -255,7 +255,9 @@ def answerer_of(shape: Shape, model: VlmForTraining, processor: PaliGemmaProcess
 
 def as_evaluation(shape: Shape, predictor: Predictor, features: Any, asked: Sequence[Question]) -> list[str]:
     """Answer as the evaluation answers a validation split."""
-    return [given.answer for given in answer_questions(predictor, features, asked, shape.batch_size, "questions")]
+    asks = [Ask(row["image_id"], row["question"]) for row in asked]
+    given = answer_asks(asks, predictor, features, shape.batch_size, "questions")
+    return [given[ask].answer for ask in asks]
 
 
 def as_helm(shape: Shape, predictor: Predictor, features: Features, asked: Sequence[Question]) -> list[str]:

@@ -40,18 +40,19 @@ def official_structure(
     predictions: Mapping[int, str],
     annotations: Sequence[Annotation],
     contractions: Mapping[str, str] = ours.CONTRACTIONS,
-) -> ours.Accuracy:
+) -> dict[int, float]:
     """Score as `vqaEval.py` goes about it; the test of our scorer compares with this, by the official table.
 
     Args:
         predictions: answer by question id.
         annotations: in the official layout: `answers` is a list of `{"answer", "answer_id", "answer_confidence"}`.
         contractions: spelling and what it becomes; a test holds ours to the official table.
+
+    Returns:
+        A score by question id.
     """
     numbers = {**_NUMBERS, "none": "0"}
     scores: dict[int, float] = {}
-    by_question_type: dict[str, list[float]] = {}
-    by_answer_type: dict[str, list[float]] = {}
     for row in annotations:
         humans = [dict(answer) for answer in row["answers"]]
         for human in humans:
@@ -65,16 +66,13 @@ def official_structure(
         for one in humans:
             others = [human for human in humans if human != one]
             terms.append(min(1, float(len([human for human in others if human["answer"] == guess])) / 3))
-        score = float(sum(terms)) / len(terms)
-        scores[row["question_id"]] = score
-        by_question_type.setdefault(row["question_type"], []).append(score)
-        by_answer_type.setdefault(row["answer_type"], []).append(score)
-    return ours.Accuracy(
-        overall=_mean(list(scores.values())),
-        per_question_type={name: _mean(values) for name, values in by_question_type.items()},
-        per_answer_type={name: _mean(values) for name, values in by_answer_type.items()},
-        per_question=scores,
-    )
+        scores[row["question_id"]] = float(sum(terms)) / len(terms)
+    return scores
+
+
+def own_scores(predictions: Mapping[int, str], rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return our scorer's score by question id, of rows as the records hold them."""
+    return {row["question_id"]: ours.score_answer(predictions[row["question_id"]], row["answers"]) for row in rows}
 
 
 def repeat(annotations: Sequence[Annotation], count: int) -> list[Annotation]:
@@ -97,7 +95,7 @@ def draw_predictions(annotations: Sequence[Annotation], seed: int = 0) -> dict[i
 
 def compare(
     annotations: Sequence[Annotation], rounds: int = ROUNDS, slow_share: int = 1
-) -> tuple[measure.Timing, measure.Timing, ours.Accuracy]:
+) -> tuple[measure.Timing, measure.Timing, dict[int, float]]:
     """Time both on the same questions.
 
     Args:
@@ -106,7 +104,8 @@ def compare(
         slow_share: the official structure scores every so many-th question, and its seconds are scaled up.
 
     Returns:
-        Seconds of the official structure, seconds of ours, and the figures that both gave for what both have scored.
+        Seconds of the official structure, seconds of ours, and by question id the score that both gave, of what both
+        have scored.
 
     Raises:
         ValueError: they gave different figures.
@@ -114,19 +113,19 @@ def compare(
     predictions = draw_predictions(annotations)
     some = annotations[::slow_share]
     rows = as_records(annotations)
-    results: dict[str, ours.Accuracy] = {}
+    results: dict[str, dict[int, float]] = {}
 
     def official() -> None:
         results["official"] = official_structure(predictions, some)
 
     def own() -> None:
         _forget()
-        results["ours"] = ours.accuracy(predictions, rows)
+        results["ours"] = own_scores(predictions, rows)
 
     seconds = measure.alternate({"official structure": official, "ours": own}, rounds, warm_up=0)
-    of_some = ours.accuracy({row["question_id"]: predictions[row["question_id"]] for row in some}, as_records(some))
+    of_some = own_scores(predictions, as_records(some))
     check_equal(results["official"], of_some)
-    if any(results["ours"].per_question[number] != score for number, score in of_some.per_question.items()):
+    if any(results["ours"][number] != score for number, score in of_some.items()):
         raise ValueError("our scorer gives a question another score when it is among others")
     scale = len(annotations) / len(some)
     slow = measure.Timing(tuple(scale * one for one in seconds["official structure"].seconds))
@@ -138,10 +137,10 @@ def as_records(annotations: Sequence[Annotation]) -> list[dict[str, Any]]:
     return [row | {"answers": [answer["answer"] for answer in row["answers"]]} for row in annotations]
 
 
-def check_equal(official: ours.Accuracy, own: ours.Accuracy) -> None:
-    """Refuse figures that differ in a single bit: overall, per type, or of a question."""
+def check_equal(official: Mapping[int, float], own: Mapping[int, float]) -> None:
+    """Refuse figures that differ in a single bit."""
     if official != own:
-        differing = [number for number, score in own.per_question.items() if official.per_question[number] != score]
+        differing = [number for number, score in own.items() if official[number] != score]
         raise ValueError(f"the scorers differ, in {len(differing)} questions (the first: {differing[:3]})")
 
 
@@ -164,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "slow_scorer_gets_every": slow_share,
             "official_structure_seconds": slow.seconds,
             "ours_seconds": fast.seconds,
-            "overall_of_both": figures.overall,
+            "overall_of_both": sum(figures.values()) / len(figures),
         }
     measure.write("scorer", claims, details, {"questions and answers": of})
 
@@ -202,10 +201,6 @@ def _official_words(text: str, numbers: dict[str, str], contractions: Mapping[st
         if word in contractions:
             out[at] = contractions[word]
     return " ".join(out)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values)) / len(values)
 
 
 if __name__ == "__main__":

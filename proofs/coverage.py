@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.measure import Claim
 from vlm_vqa.evaluation import intervals
-from vlm_vqa.evaluation.compare import TOLERANCE
+from vlm_vqa.gate import TOLERANCE
 
 SCORES = (0.35, 0.66, 0.95, 0.997)
 IMAGES = (100, 300, 2000)

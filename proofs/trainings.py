@@ -13,8 +13,8 @@ from benchmarks import measure
 from proofs.project import with_changes
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
-from vlm_vqa.evaluation.answering import answer_questions
-from vlm_vqa.evaluation.vqa_accuracy import accuracy
+from vlm_vqa.evaluation.answering import Ask, answer_asks
+from vlm_vqa.evaluation.vqa_accuracy import score_answer
 from vlm_vqa.hashing import write_json
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.encoder import load_encoder
@@ -64,10 +64,12 @@ def train_and_score(
     }
     predictor = Predictor(model, processor, facts, params.evaluation.max_new_tokens)
     validation = load_questions(RECORDS, "val").to_list()
-    given = answer_questions(predictor, features, validation, params.evaluation.batch_size, "questions")
-    scored = accuracy({row["question_id"]: one.answer for row, one in zip(validation, given, strict=True)}, validation)
+    asks = [Ask(row["image_id"], row["question"]) for row in validation]
+    given = answer_asks(asks, predictor, features, params.evaluation.batch_size, "questions")
+    scores = [score_answer(given[ask].answer, row["answers"]) for ask, row in zip(asks, validation, strict=True)]
     questions = min(len(data) * params.train.num_train_epochs, trainer.state.global_step * params.train.batch_size)
-    return {"accuracy": scored.overall, "seconds": seconds, "steps": trainer.state.global_step, "questions": questions}
+    accuracy = sum(scores) / len(scores)
+    return {"accuracy": accuracy, "seconds": seconds, "steps": trainer.state.global_step, "questions": questions}
 
 
 def run_all(name: str, trainings: Trainings) -> dict[str, dict[str, float]]:

@@ -53,8 +53,7 @@ def main() -> None:
 def compare(predictor: Predictor, features: FeatureStore, max_pixels: int) -> float:
     """Return how far the export's features, from pixels, are from the ones trained on.
 
-    Raises:
-        UserError: what plain transformers reads is not what was trained, up to the rounding of the types.
+    UserError: what plain transformers reads is not what was trained, up to the rounding of the types.
     """
     dtype = predictor.model.dtype
     if hash_weights(trained_state(predictor.model)) != hash_weights(StoredWeights(TRAINED / WEIGHTS_FILE, dtype)):

@@ -17,7 +17,7 @@ LEVELS = (
     ("model",),
     ("fetch", "features", "training", "inference"),
     ("evaluation", "tracking"),
-    ("checks", "demo", "promote", "publish", "sides"),
+    ("checks", "demo", "gate", "promote", "publish", "sides"),
     ("estimate",),
     ("quick_start",),
     ("cli",),
@@ -35,6 +35,7 @@ BESIDE = {
     "hf_hub": {"params"},
     "workers": {"launch_file"},
     "pipeline": {"launch_file", "params", "workers"},
+    "gate": {"sides"},
     "promote": {"sides"},
 }
 

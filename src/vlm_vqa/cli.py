@@ -94,15 +94,14 @@ def _ask(
         raise UserError("--csv names the pictures and the questions: give no others beside it")
     if csv is not None:
         asked = read_csv(csv)
-    elif image is not None and questions and os.path.isdir(image):
+    elif image is None or not questions:
+        raise UserError('give a picture and a question, as in: vlm-vqa ask photo.jpg "What is it?"; or --csv FILE')
+    elif os.path.isdir(image):
         from vlm_vqa.fetch.recognise import PICTURES
 
         asked = about_folder(image, questions, PICTURES)
-    elif image is not None and questions:
-        asked = [Asked(image, question, image) for question in questions]
     else:
-        raise UserError('give a picture and a question, as in: vlm-vqa ask photo.jpg "What is it?"; or --csv FILE')
-
+        asked = [Asked(image, question, image) for question in questions]
     as_table = csv is not None or os.path.isdir(image or "")
     lacking = show(asked, answered(asked, lambda: _load(model), max_image_pixels), json, as_table)
     if lacking and csv is not None:
@@ -194,7 +193,10 @@ def _compare(
     if (old is None) == (base is None) or (base and html):
         raise UserError("give A, or A and B, to compare them; or --base REV alone, without --html, for the gate")
     if base is not None:
-        text, passed = _gate(base, tolerance, allow_missing_base)
+        from vlm_vqa.gate import hold_against
+        from vlm_vqa.params import load_params
+
+        text, passed = hold_against(base, tolerance, allow_missing_base, load_params().evaluation.gate)
         files = {markdown: text}
     else:
         from vlm_vqa.evaluation.difference_page import as_html, as_markdown, as_text
@@ -211,22 +213,6 @@ def _compare(
             file.write_text(content, encoding="utf-8")
     print(text)
     return 0 if passed else 1
-
-
-def _gate(base: str, tolerance: float, allow_missing_base: bool) -> tuple[str, bool]:
-    """Return what there is to say of this checkout against a revision, and whether it passes."""
-    from vlm_vqa.evaluation import compare
-    from vlm_vqa.params import load_params
-
-    new, old = compare.report_here(), compare.report_at(base)
-    if old is None and not allow_missing_base:
-        raise UserError(
-            f"{compare.REPORT} is not in git at {base}, so there is nothing to compare with: commit it there, name"
-            " another revision by --base, or pass --allow-missing-base for the change that brings the first report"
-        )
-    tables = (compare.scores_at(base), compare.scores_here())
-    comparison = compare.compare_reports(old, new, tolerance, load_params().evaluation.gate, tables)
-    return compare.summary(comparison, base, compare.metrics_diff(base)), comparison.passed
 
 
 @command(

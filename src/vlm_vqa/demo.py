@@ -6,7 +6,6 @@ from abc import ABCMeta
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from hashlib import sha256
-from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +15,7 @@ import gradio as gr
 import numpy as np
 
 from vlm_vqa.data.decoding import open_image
+from vlm_vqa.data.page import environment
 from vlm_vqa.data.records import MANIFEST, images_of, load_questions, said_answers
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.baselines import QuestionOnlyBaseline
@@ -25,40 +25,17 @@ from vlm_vqa.inference.predictor import Predictor
 
 EXAMPLES = 8
 _MOST_BYTES = 32 * 2**20
-_WAITING = 16
-"""Questions that may wait for the one that is being answered."""
+_WAITING = 16  # questions that may wait for the one that is being answered
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; object-src 'none'"
 _FONT = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))
 """It comes with gradio; of the half bold one that it would take there are only a few letters."""
 _THEME = gr.themes.Default(font=[_FONT, "sans-serif"], font_mono="monospace")
 _HEAD = f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><link rel="icon" href="data:,">'
-_STYLE = """
-.gradio-container { width: 100%; max-width: 1040px !important; margin: auto; }
-#about p, .hint { opacity: .65; }
-#picture .image-frame img { width: 100%; height: 100%; object-fit: contain; }
-#answer { min-height: 13rem; overflow-wrap: anywhere; }
-#answer .first { font-size: 2rem; font-weight: 700; line-height: 1.2; margin-bottom: .5rem; }
-#answer .way { display: grid; grid-template-columns: 34% 1fr 4rem; gap: .6rem; align-items: center; }
-#answer .way :last-child { text-align: right; font-variant-numeric: tabular-nums; }
-#answer .bar { height: .55rem; border-radius: .3rem; background: var(--border-color-primary); overflow: hidden; }
-#answer .bar i { display: block; height: 100%; background: var(--color-accent); }
-#answer p { margin: .6rem 0 0; }
-#answer .problem { border-left: .25rem solid #b91c1c; padding-left: .7rem; }
-#examples thead { display: none; }
-#examples tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 45%), 1fr)); }
-#examples tr { display: flex; flex-direction: column; align-items: center; border: none; }
-#examples tr:not(:hover, [aria-selected=true]) { background: none; }
-#examples td { border: none; max-width: none !important; }
-"""
 
 
 class Data:
-    """What records add to the page: what the question alone would say, and examples with what people said.
-
-    Attributes:
-        examples: pairs of a picture's path and a question.
-        missing: why there is nothing of this.
-    """
+    """What records add to the page: what the question alone would say, and `examples`, pictures' paths and questions, with
+    what people said; or why there is nothing of this, `missing`."""
 
     def __init__(self, records: str | Path, scratch: str | Path, max_pixels: int, seed: int = 0):
         self.examples: list[tuple[str, str]] = []
@@ -105,32 +82,15 @@ def _digest(path: str | Path) -> str:
 
 def answer_html(predictor: Predictor, data: Data, max_pixels: int, path: str | None, question: str | None) -> str:
     """Ask about an uploaded file and return what the page shows: answers, or why there are none."""
+    one, name = Asked(path or "", question or "", path or ""), Path(path or "").name
     if path is None:
-        return '<p class="problem">Drop, paste or choose a picture first.</p>'
-    question, name = question or "", Path(path).name
-    lines = [f'<div class="hint asked" title="{escape(name)}">{escape(question)}</div>']
-    (one,) = answered([Asked(path, question, path)], lambda: predictor, max_pixels)
-    if one.problem:
-        return f'{lines[0]}<p class="problem">{escape(one.problem.replace(path, name))}</p>'
-    ways = "".join(
-        f'<div class="way"><span>{_text(way.answer)}</span><span class="bar"><i style="width:{way.probability:.2%}"></i>'
-        f"</span><span>{_percent(way.probability)}</span></div>"
-        for way in one.answers
-    )
-    lines += [f'<div class="first">{_text(one.answer)}</div>', ways]
-    if (said := data.said(path, question)) is not None:
-        lines.append(f"<p>People said: <b>{_text(said)}</b></p>")
-    if (blind := data.blind(question)) is not None:
-        lines.append(f"<p>Without seeing the picture, one would say: <b>{_text(blind)}</b></p>")
-    return "".join(lines)
-
-
-def _text(answer: str | None) -> str:
-    return escape(answer or "") or "<i>(nothing)</i>"
-
-
-def _percent(probability: float) -> str:
-    return f"{probability:.1%}" if probability >= 0.001 else "&lt; 0.1%"
+        one.problem = "Drop, paste or choose a picture first."
+    else:
+        (one,) = answered([one], lambda: predictor, max_pixels)
+    said, blind = (None, None) if one.problem else (data.said(one.path, one.question), data.blind(one.question))
+    problem = one.problem and one.problem.replace(path or name, name)
+    template = environment(Path(__file__).parent).get_template("demo.html.j2")
+    return template.render(one=one, name=name, problem=problem, said=said, blind=blind)
 
 
 async def _move(picture: gr.Image, name: str | Path | None) -> str | None:
@@ -181,11 +141,7 @@ def page(answer: Callable[[str | None, str | None], str], data: Data, about: str
 
 @contextmanager
 def served(predictor: Predictor, about: str, records: str | Path, max_pixels: int, port: int) -> Generator[str]:
-    """Serve the page to this machine alone, and give its address.
-
-    Raises:
-        UserError: the port is taken.
-    """
+    """Serve the page to this machine alone, and give its address; UserError if the port is taken."""
     with TemporaryDirectory(prefix="vlm-vqa-demo-") as scratch:
         # Uploads lie here, not in a folder that other users may have made.
         os.environ["GRADIO_TEMP_DIR"] = scratch
@@ -195,7 +151,7 @@ def served(predictor: Predictor, about: str, records: str | Path, max_pixels: in
             _, address, _ = blocks.launch(
                 server_name="127.0.0.1", server_port=port or None, share=False, quiet=True, prevent_thread_lock=True,
                 max_file_size=_MOST_BYTES, ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
-                footer_links=[], run_history=False, theme=_THEME, css=_STYLE, head=_HEAD,
+                footer_links=[], run_history=False, theme=_THEME, css_paths=Path(__file__).with_suffix(".css"), head=_HEAD,
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"port {port} cannot be used ({error}). Name another by --port.") from error

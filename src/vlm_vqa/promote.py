@@ -1,15 +1,13 @@
 """What `vlm-vqa promote` does: the registered model's alias `champion` moves to a version that is shown to be better."""
 
-from collections.abc import Callable
 from typing import Any
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.compare import Paired
 from vlm_vqa.evaluation.difference_page import headline
-from vlm_vqa.evaluation.differences import Side, compare_sides
+from vlm_vqa.evaluation.differences import Paired, Side, compare_sides
 from vlm_vqa.params import Params
 from vlm_vqa.sides import side_of_run
-from vlm_vqa.tracking.evaluated import NO_STORE, failed, find_evaluated, open_client
+from vlm_vqa.tracking.evaluated import NO_STORE, asking, find_evaluated, open_client
 from vlm_vqa.tracking.registry import CHAMPION, champion_of, crown, find_version, model_name
 
 HASHES = ("data_hash", "weights_hash")
@@ -18,15 +16,8 @@ HASHES = ("data_hash", "weights_hash")
 def promote(params: Params, name: str, margin: float | None, reason: str | None) -> tuple[str, bool]:
     """Make a version the champion if the paired test says better, or not worse than today's by `margin`, for a `reason`.
 
-    Args:
-        params: `tracking.experiment` names the model, `evaluation.gate` the score.
-        name: a version's number, or the id of the run that made it.
-
-    Returns:
-        What there is to say, and whether the version is the champion now.
-
-    Raises:
-        UserError: there is no such version, or what is known of it or of the champion does not allow to compare them.
+    `name` is its number, or the id of the run that made it. Return what there is to say, and whether it is the champion now.
+    UserError: there is no such version, or what is known of it or of the champion does not allow to compare them.
     """
     if (margin is None) != (reason is None or not reason.strip()):
         raise UserError("--margin needs a --reason, which is kept with the figures, and a --reason a --margin.")
@@ -35,8 +26,8 @@ def promote(params: Params, name: str, margin: float | None, reason: str | None)
     model, client = model_name(params), open_client()
     if client is None:
         raise UserError(NO_STORE)
-    new = _asked(find_version, client, model, name)
-    old = _asked(champion_of, client, model)
+    with asking():
+        new, old = find_version(client, model, name), champion_of(client, model)
     side = _evaluated(model, new)
     if old is None:
         why = {"over": "none", "figures": f"the first {CHAMPION}: nothing to compare with"}
@@ -60,7 +51,8 @@ def promote(params: Params, name: str, margin: float | None, reason: str | None)
         why = {"over": str(old.version), "figures": said}
     if margin is not None and reason is not None:
         why |= {"margin": f"{margin:g}", "reason": reason.strip()}
-    _asked(crown, client, model, new, why)
+    with asking():
+        crown(client, model, new, why)
     return f"version {new.version} of {model} is the {CHAMPION} now. {why['figures']}", True
 
 
@@ -87,13 +79,3 @@ def _evaluated(model: str, version: Any) -> Side:
                 f"{of}: the report of its run is of another {key} ({there}). `dvc repro helm-eval` evaluates it."
             )
     return side
-
-
-def _asked(ask: Callable[..., Any], *arguments: Any) -> Any:
-    """Ask MLflow; UserError if it fails."""
-    from mlflow import MlflowException
-
-    try:
-        return ask(*arguments)
-    except MlflowException as error:
-        raise failed(error) from error

@@ -1,5 +1,6 @@
 """What `vlm-vqa publish` does: the export, its card with the scores, and the reports, as one commit on the hub."""
 
+import json
 import os
 import tempfile
 from collections.abc import Generator
@@ -10,7 +11,6 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.evaluation.compare import report_here
 from vlm_vqa.hf_hub import Repository, translate_errors
 from vlm_vqa.inference.card import scored
 from vlm_vqa.inference.export import CARD
@@ -30,12 +30,11 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 def prepared(name: str) -> Generator[Path]:
     """Give a folder with all that is to be published as `owner/name`, sealed again, as its card has the scores now.
 
-    Raises:
-        UserError: the export is damaged, or is not the one that dvc.lock and the reports speak of.
+    UserError: the export is damaged, or is not the one that dvc.lock and the reports speak of.
     """
     facts = read_folder(EXPORT / FACTS_FILE, "the seal of an export", make_again("export"))
-    report = report_here()
     _check_recorded()
+    report = json.loads(Path("reports/evaluation.json").read_text(encoding="utf-8"))
     if report["model"]["weights_hash"] != facts["weights_hash"]:
         raise UserError("reports/evaluation.json is of other weights than models/export holds. Run `dvc repro`.")
     params = load_params("params.yaml")

@@ -11,44 +11,38 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.compare import REPORT, SCORES_TABLE
-from vlm_vqa.evaluation.differences import Side
+from vlm_vqa.evaluation.differences import REPORT, SCORES_TABLE, Side
 from vlm_vqa.evaluation.helm.files import read_table
 from vlm_vqa.params import flatten, parse_params
 from vlm_vqa.tracking.describe import param_text
 from vlm_vqa.tracking.evaluated import Evaluated, find_evaluated
 
-PREDICTIONS, MANIFEST = "reports/predictions.parquet", "data/records/manifest.json"
+PREDICTIONS, MANIFEST, PARAMS = "reports/predictions.parquet", "data/records/manifest.json", "params.yaml"
 EXPERIMENTS = "refs/exps/"
 
-Read = Callable[[str], bytes | None]
-"""Gives a file by its place in the project, or None."""
+Read = Callable[[str], bytes | None]  # gives a file by its place in the project, or None
+Asked = tuple[str, Read, Mapping[str, str] | None, str | None]  # the arguments of `_side`
 
 
 def side_of(name: str) -> Side:
     """Return the side of this name, which may begin with its kind: `folder:`, `git:`, `exp:` or `run:`.
 
-    Raises:
-        UserError: nothing or more than one thing has the name, or it holds no evaluation.
+    UserError: nothing or more than one thing has the name, or it holds no evaluation.
     """
     kind, _, rest = name.partition(":")
-    if kind in KINDS:
-        found = {kind: KINDS[kind](rest)}
-        name = rest
-    else:
-        found = {kind: find(name) for kind, find in KINDS.items()}
-    made = {kind: make for kind, make in found.items() if make is not None}
-    if not made:
+    kinds, name = ([kind], rest) if kind in KINDS else (list(KINDS), name)
+    found = {kind: one for kind in kinds if (one := KINDS[kind](name)) is not None}
+    if not found:
         words = (
             f"{kind} of that name" if kind in KINDS else "folder of reports, git revision, DVC experiment or MLflow run"
         )
         raise UserError(
             f"{name}: there is no {words} here. `git fetch`, `dvc exp pull`, MLFLOW_TRACKING_URI bring others."
         )
-    if len(made) > 1:
-        ways = " or ".join(f"{kind}:{name}" for kind in made)
+    if len(found) > 1:
+        ways = " or ".join(f"{kind}:{name}" for kind in found)
         raise UserError(f"{name} is the name of more than one thing: say which, by {ways}.")
-    return next(iter(made.values()))()
+    return _side(*next(iter(found.values())))
 
 
 def working_tree() -> Side:
@@ -56,27 +50,23 @@ def working_tree() -> Side:
     return _side("the working tree", lambda place: _bytes(Path(place)))
 
 
+def committed(revision: str) -> Side | None:
+    """Return what git alone has of a revision, None where it has no scores; UserError where it knows no such revision."""
+    if (commit := _commit(revision)) is None:
+        raise UserError(f"git knows no revision {revision!r} here: `git fetch` it, or name another by --base")
+    files = {
+        place: _git("show", f"{commit}:./{place}") for place in (REPORT.as_posix(), SCORES_TABLE.as_posix(), PARAMS)
+    }
+    return None if None in list(files.values())[:2] else _side(f"git revision {revision}", files.get)
+
+
 def side_of_run(run: Evaluated) -> Side:
     """Return what MLflow holds of an evaluated model."""
-    return _side(f"run {run.run_id}", run.files.get, run.params, run.tags.get("data_hash"))
+    return _side(*_of_run(run))
 
 
 def _bytes(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-
-
-def _folder(name: str) -> Callable[[], Side] | None:
-    """A checkout, its `reports`, or a folder that holds what those hold."""
-    if not name:
-        return None
-    folder = Path(name)
-    if folder.resolve().name == "reports" and not (folder / REPORT).is_file():
-        folder = folder.resolve().parent
-    if (folder / REPORT).is_file():
-        return lambda: _side(f"folder {name}", lambda place: _bytes(folder / place))
-    if (folder / REPORT.name).is_file():
-        return lambda: _side(f"folder {name}", lambda place: _bytes(folder / place.removeprefix("reports/")))
-    return None
 
 
 def _git(*arguments: str) -> bytes | None:
@@ -84,12 +74,26 @@ def _git(*arguments: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _revision(name: str, shown: str = "") -> Callable[[], Side] | None:
+def _folder(name: str) -> Asked | None:
+    """A checkout, its `reports`, or a folder that holds what those hold."""
+    folder = Path(name)
+    if name and folder.resolve().name == "reports" and not (folder / REPORT).is_file():
+        folder = folder.resolve().parent
+    for cut in ("", "reports/"):
+        if name and (folder / REPORT.as_posix().removeprefix(cut)).is_file():
+            return f"folder {name}", lambda place, cut=cut: _bytes(folder / place.removeprefix(cut)), None, None
+    return None
+
+
+def _commit(name: str) -> str | None:
     found = None if name.startswith("-") else _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
-    if found is None:
+    return None if found is None else found.decode().strip()
+
+
+def _revision(name: str, shown: str = "") -> Asked | None:
+    if (commit := _commit(name)) is None:
         return None
-    commit = found.decode().strip()
-    return lambda: _side(shown or f"git revision {name}", lambda place: _at(commit, place))
+    return shown or f"git revision {name}", lambda place: _at(commit, place), None, None
 
 
 def _at(commit: str, place: str) -> bytes | None:
@@ -104,19 +108,22 @@ def _at(commit: str, place: str) -> bytes | None:
         return None
 
 
-def _experiment(name: str) -> Callable[[], Side] | None:
+def _experiment(name: str) -> Asked | None:
     refs = (_git("for-each-ref", "--format=%(refname)", EXPERIMENTS) or b"").decode().split()
     found = [ref for ref in refs if ref.rpartition("/")[2] == name and not ref.startswith(f"{EXPERIMENTS}exec/")]
     if len(found) > 1:
-        raise UserError(
-            f"{len(found)} experiments are called {name}: say which, by {' or '.join('git:' + one for one in found)}."
-        )
+        ways = " or ".join(f"git:{one}" for one in found)
+        raise UserError(f"{len(found)} experiments are called {name}: say which, by {ways}.")
     return _revision(found[0], f"experiment {name}") if found else None
 
 
-def _run(name: str) -> Callable[[], Side] | None:
+def _run(name: str) -> Asked | None:
     run = find_evaluated(name) if re.fullmatch("[0-9a-f]{32}", name) else None
-    return None if run is None else lambda: side_of_run(run)
+    return None if run is None else _of_run(run)
+
+
+def _of_run(run: Evaluated) -> Asked:
+    return f"run {run.run_id}", run.files.get, run.params, run.tags.get("data_hash")
 
 
 KINDS = {"folder": _folder, "git": _revision, "exp": _experiment, "run": _run}
@@ -141,7 +148,7 @@ def _side(name: str, read: Read, params: Mapping[str, str] | None = None, data_h
         predictions = None  # DVC's outputs are of another revision than git's files
     try:
         if params is None:
-            params = _params(read("params.yaml"))
+            params = _params(read(PARAMS))
             data_hash = json.loads(read(MANIFEST) or "{}").get("data_hash")
         return Side(name, json.loads(report), scores, predictions, params, data_hash)
     except (ValueError, YAMLError) as error:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vlm_vqa.evaluation.helm.batching import Asked, BatchWorker
+from vlm_vqa.evaluation.helm.client import Asked, BatchWorker
 
 
 def run(worker, questions, threads):

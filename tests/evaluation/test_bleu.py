@@ -13,7 +13,7 @@ from nltk.tokenize.treebank import TreebankWordTokenizer
 
 from tests.shared_data import SHARED
 from vlm_vqa.errors import UserError
-from vlm_vqa.evaluation.bleu import bleu_1, mean_bleu_1, prepare_punkt
+from vlm_vqa.evaluation.bleu import bleu_1, prepare_punkt
 from vlm_vqa.params import Punkt
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +47,6 @@ def bundled_punkt(monkeypatch):
 )
 def test_bleu_1(prediction, answers, score):
     assert bleu_1(prediction, answers) == pytest.approx(score)
-
-
-def test_mean_over_questions():
-    assert mean_bleu_1(["yes", "cat"], [["yes"] * 10, ["dog"] * 10]) == 0.5
 
 
 def test_equals_helms_own_function_on_real_answers(bundled_punkt, monkeypatch):

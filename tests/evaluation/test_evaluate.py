@@ -24,8 +24,8 @@ from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions, question_features
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation import evaluate as module
-from vlm_vqa.evaluation.answering import answer_questions
-from vlm_vqa.evaluation.bleu import mean_bleu_1
+from vlm_vqa.evaluation.answering import Ask, answer_asks
+from vlm_vqa.evaluation.bleu import bleu_1
 from vlm_vqa.evaluation.evaluate import _choose, evaluate
 from vlm_vqa.evaluation.helm.files import SCORES, HelmResults, helm_order, pick_instances
 from vlm_vqa.evaluation.helm.run import RESULTS
@@ -57,7 +57,7 @@ def no_helm(monkeypatch):
 
     def ask_helm(questions, *_):
         predictions = ["red" if row["image_id"] % 2 == 0 else "blue" for row in questions]
-        bleu = mean_bleu_1(predictions, [row["answers"] for row in questions])
+        bleu = np.mean([bleu_1(one, row["answers"]) for one, row in zip(predictions, questions, strict=True)])
         scores = dict.fromkeys(SCORES, 0.25) | {"bleu_1": bleu, "num_instances": len(questions)}
         return HelmResults(scores, predictions, [{"bleu_1": 1.0}] * len(questions), {"name": "vqa"})
 
@@ -256,8 +256,9 @@ def test_answers_come_in_the_questions_order_and_images_stay_together(project, r
     seen = []
     given = store.batch
     store.batch = lambda ids: seen.extend(ids) or given(ids)
-    answers = answer_questions(predictor, store, questions, batch_size, "questions")
-    assert [given.answer for given in answers] == ["red" if row["image_id"] % 2 == 0 else "blue" for row in questions]
+    asks = [Ask(row["image_id"], row["question"]) for row in questions]
+    answers = answer_asks(asks, predictor, store, batch_size, "questions")
+    assert [answers[ask].answer for ask in asks] == ["red" if row["image_id"] % 2 == 0 else "blue" for row in questions]
     # Two questions an image.
     assert set(collections.Counter(seen).values()) == {2 if batch_size == 1 else 1}
 

@@ -4,10 +4,8 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from importlib import metadata
 
 import numpy as np
@@ -17,7 +15,6 @@ from packaging.version import Version
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from proofs.project import with_changes
 from tests.tiny_model import tiny_base, write_adapter, write_trained
 from vlm_vqa.errors import UserError
 from vlm_vqa.inference.card import PACKAGES, card
@@ -36,7 +33,7 @@ from vlm_vqa.params import (
     ValidateOn,
     ValidationParams,
 )
-from vlm_vqa.sealed import read_folder, write_folder
+from vlm_vqa.sealed import read_folder
 
 QUESTIONS = ["What color is the shape?", "Is there a dog?", "How many red dogs are there?"]
 DATA = {"source": "directory", "notes": ["a note"], "splits": {"train": {"questions": 3, "images": 2}}}
@@ -295,24 +292,6 @@ def test_weights_that_are_not_the_trained_ones_are_refused(tiny, trained, tmp_pa
         Predictor.from_export(tmp_path / "export")
 
 
-def damaged(name, change):
-    """Return a function that changes a JSON file, or any file's bytes."""
-
-    def apply(folder):
-        path = folder / name
-        data = path.read_bytes()
-        if change is None:
-            path.unlink()
-        elif isinstance(change, bytes):
-            path.write_bytes(change)
-        elif isinstance(change, float):
-            path.write_bytes(data[: int(change * len(data))])
-        else:
-            path.write_text(json.dumps(with_changes(json.loads(data), change)))
-
-    return apply
-
-
 WHOLE = (
     "config.json",
     "model.safetensors",
@@ -322,40 +301,24 @@ WHOLE = (
     FACTS_FILE,
 )
 WAYS = (None, b"", 0.5, bytes(range(256)) * 9, b"[1, 2]", b"null", b"{}", b"[" * 100_000)
-SHAPES = [
-    ("config.json", {"model_type": "gemma2"}), ("config.json", {"text_config": {}}), ("config.json", {"text_config": None}),
-    ("config.json", {"text_config.num_hidden_layers": 9}), ("config.json", {"text_config.hidden_size": 2304}),
-    ("config.json", {"text_config.num_key_value_heads": 0}), ("config.json", {"vision_config.patch_size": 7}),
-    ("processor_config.json", {"image_processor.size": {"height": 56, "width": 56}}), (FACTS_FILE, {"num_patches": 4}),
-    (FACTS_FILE, {"num_patches": "x"}), (FACTS_FILE, {"mask": "foo"}), (FACTS_FILE, {"instruction": 7}),
-    (FACTS_FILE, {"text_length": None}), ("tokenizer.json", {"model.vocab": {}}),
-    ("tokenizer.json", {"model.type": "X"}),
-]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_damaged_export_is_one_named_error(tiny, trained, tmp_path, monkeypatch):
     """Never a traceback, never another model in its place, and nothing is asked of the hub."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
-    export(tiny, trained, "image-prefix", tmp_path / "export")
-    Predictor.from_export(tmp_path / "export", device="cpu")
-    for at, (name, change) in enumerate([*((name, way) for name in WHOLE for way in WAYS), *SHAPES]):
-        folder = tmp_path / str(at)
-        shutil.copytree(tmp_path / "export", folder)
-        damaged(name, change)(folder)
-        seal_again(folder)
-        with pytest.raises(
-            UserError, match=rf"^{folder}(: |/{FACTS_FILE}: ).*`(vlm-vqa repair|dvc repro) export"
-        ) as error:
-            Predictor.from_export(folder, device="cpu")
-        assert "\n" not in str(error.value), (name, change)
-
-
-def seal_again(folder):
-    """As if it had been exported so: what the seal cannot find must be found by what is read."""
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        facts = json.loads((folder / FACTS_FILE).read_text())
-        write_folder(folder / FACTS_FILE, {name: facts[name] for name in facts if name not in ("seal", "files")})
+    folder = tmp_path / "export"
+    export(tiny, trained, "image-prefix", folder)
+    for name in WHOLE:
+        whole = (folder / name).read_bytes()
+        for way in WAYS:
+            (folder / name).unlink()
+            if way is not None:
+                (folder / name).write_bytes(whole[: int(way * len(whole))] if isinstance(way, float) else way)
+            with pytest.raises(UserError, match=rf"^{folder}.*{name}.*`(vlm-vqa repair|dvc repro) export") as error:
+                Predictor.from_export(folder, device="cpu")
+            assert "\n" not in str(error.value), (name, way)
+            (folder / name).write_bytes(whole)
+    Predictor.from_export(folder, device="cpu")
 
 
 def test_one_bit_in_any_file_is_named_before_it_is_read(tiny, trained, tmp_path, monkeypatch):

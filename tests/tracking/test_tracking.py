@@ -329,25 +329,11 @@ def test_killed_around_the_renaming(checkout, params, quick, moment):
     assert len(runs(checkout)) == 1 and names(checkout) == {"mlflow.db"}
 
 
-def test_a_slow_store_is_waited_for_as_long_as_it_advances(checkout, params, quick):
+def test_a_slow_store_is_waited_for_however_long_its_making_takes(checkout, params, quick):
     (checkout / "mlflow.db").unlink()
-    quick += [lambda path: time.sleep(0.2), Path.touch] * 20
-    started = time.monotonic()
+    quick.append(lambda path: time.sleep(3))
     store.Store(params, checkout, wait=1.5)
-    assert time.monotonic() - started > 4
     record(params)
-    assert len(runs(checkout)) == 1 and names(checkout) == {"mlflow.db"}
-
-
-def test_a_store_given_up_is_whole_when_its_thread_ends(checkout, params, quick):
-    (checkout / "mlflow.db").unlink()
-    goes_on = threading.Event()
-    quick.append(lambda path: goes_on.wait(60))
-    with pytest.raises(TimeoutError):
-        store.Store(params, checkout, wait=0.5)
-    assert "mlflow.db" not in names(checkout)
-    goes_on.set()
-    record(params)  # waits for the thread, which holds the lock
     assert len(runs(checkout)) == 1 and names(checkout) == {"mlflow.db"}
 
 
@@ -389,11 +375,14 @@ def put(folder: Path, checkout: Path, age: float) -> None:
         os.utime(checkout / name, (time.time() - age,) * 2)
 
 
-def test_a_half_store_of_others_without_records_is_made_anew(checkout, params, half_store, quick, caplog):
+def test_a_half_store_of_others_is_left_and_named_with_what_to_do(checkout, params, half_store, quick, caplog):
     put(half_store, checkout, age=3600)
     record(params)
-    assert len(runs(checkout)) == 1 and names(checkout) == {"mlflow.db"}
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert f"`mlflow db upgrade sqlite:///{checkout}/mlflow.db`" in message and "vlm-vqa track" in message
+    subprocess.run(re.search(r"`(mv .*?)`", message).group(1), shell=True, check=True)
+    record(params)
+    assert len(runs(checkout)) == 1 and names(checkout) >= {"mlflow.db", "mlflow.db.half"}
 
 
 def test_the_journal_of_a_store_that_was_moved_away_does_not_spoil_the_new_one(checkout, params, quick):

@@ -1,14 +1,13 @@
 """Many questions to an exported model, divided among processes by image and kept, batch by batch, until the stage has ended.
 
 What a batch holds depends on the questions alone, and processes take whole batches: answers and probabilities are the same
-bytes for any number of processes. A batch's answers are kept under a hash of all that decides them: what a run that was
-ended has answered, the next one does not ask again, and nothing else is ever found there.
+bytes for any number of processes. A batch's answers are kept under a hash of all that decides them.
 """
 
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -38,8 +37,7 @@ class Ask(NamedTuple):
     question: str
 
 
-Batch = list[list[Ask]]
-"""Rows, each of one image."""
+Batch = list[list[Ask]]  # rows, each of one image
 
 
 class KeptAnswers:
@@ -176,12 +174,3 @@ def answer_batch(batch: Batch, predictor: Predictor, store: FeatureStore) -> lis
         features = store.batch(shown)  # ty: ignore[invalid-argument-type] - none is None
     rows = [row for row, part in enumerate(batch) for _ in part]
     return predictor.answer_features([ask.question for ask in asked_in(batch)], features, rows)
-
-
-def answer_questions(
-    predictor: Predictor, store: FeatureStore, questions: Sequence[Mapping[str, Any]], batch_size: int, what: str
-) -> list[Candidate]:
-    """Answer rows with `image_id` and `question` in this process; answers come in their order."""
-    asks = [Ask(row["image_id"], row["question"]) for row in questions]
-    found = answer_asks(asks, predictor, store, batch_size, what)
-    return [found[ask] for ask in asks]

@@ -11,8 +11,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.vqa_accuracy import score_answer
 
 FOLDS = 5
-JUDGED = 20_000
-"""Training questions that the ways are compared on, at most: enough to tell half a point."""
+JUDGED = 20_000  # training questions that the ways are compared on, at most: enough to tell half a point
 NEGATIONS = frozenset("no not never none without isn't aren't doesn't don't can't wasn't weren't".split())
 
 Row = Mapping[str, Any]
@@ -53,29 +52,25 @@ WAYS: dict[str, Callable[[str, str], Iterator[Key]]] = {
 the most common answer of all."""
 
 
-class Counted:
-    """What training answered, counted in one of `WAYS`. Ties go to the alphabetically first."""
+def count(way: str, rows: Sequence[Row], said: Sequence[Counter[str]]) -> Callable[[str, str], str]:
+    """Count `said`, each row's answers that say something, in one of `WAYS`; ties go to the alphabetically first.
 
-    def __init__(self, way: str, rows: Sequence[Row], said: Sequence[Counter[str]]):
-        """Count `said`, each row's answers that say something."""
-        self._keys_of = WAYS[way]
-        keys = [[*self._keys_of(row["question"], row["question_type"])] for row in rows]
-        askings = Counter(key for found in keys for key, _ in found)
-        counted: dict[Hashable, Counter[str]] = defaultdict(Counter)
-        overall: Counter[str] = Counter()
-        for found, answers in zip(keys, said, strict=True):
-            overall.update(answers)
-            for key, least in found:
-                # Of rare keys, which most are, nothing is kept.
-                if answers and askings[key] >= least:
-                    counted[key].update(answers)
-        self._answers = {key: most_common(counter) for key, counter in counted.items()}
-        self._overall = most_common(overall)
-
-    def answer(self, question: str, question_type: str) -> str:
-        """Return the answer to a question of the given type."""
-        keys = (key for key, _ in self._keys_of(question, question_type))
-        return next((self._answers[key] for key in keys if key in self._answers), self._overall)
+    Return what answers a question of a type by it.
+    """
+    keys_of = WAYS[way]
+    keys = [[*keys_of(row["question"], row["question_type"])] for row in rows]
+    askings = Counter(key for found in keys for key, _ in found)
+    counted: dict[Hashable, Counter[str]] = defaultdict(Counter)
+    overall: Counter[str] = Counter()
+    for found, answers in zip(keys, said, strict=True):
+        overall.update(answers)
+        for key, least in found:
+            # Of rare keys, which most are, nothing is kept.
+            if answers and askings[key] >= least:
+                counted[key].update(answers)
+    answer_to = {key: most_common(counter) for key, counter in counted.items()}
+    commonest = most_common(overall)
+    return lambda *asked: next((answer_to[key] for key, _ in keys_of(*asked) if key in answer_to), commonest)
 
 
 class QuestionOnlyBaseline:
@@ -97,8 +92,7 @@ class QuestionOnlyBaseline:
             way: one of `WAYS`; by default the best is chosen.
             score_of: one of `vqa_accuracy.METRICS`, to choose by.
 
-        Raises:
-            UserError: there is no question.
+        UserError: there is no question.
         """
         rows = list(training_questions)
         said = [Counter(said_answers(row["answers"])) for row in rows]
@@ -107,7 +101,7 @@ class QuestionOnlyBaseline:
         self.cross_validated = {} if way else cross_validate(rows, said, score_of)
         """The score of every way on questions about other images than those it was counted on."""
         self.way = way or max(self.cross_validated, key=lambda name: self.cross_validated[name])
-        self.answer = Counted(self.way, rows, said).answer
+        self.answer = count(self.way, rows, said)
 
 
 def cross_validate(
@@ -128,8 +122,8 @@ def cross_validate(
         if not any(said[at] for at in others):
             continue
         for way, found in scores.items():
-            counted = Counted(way, [rows[at] for at in others], [said[at] for at in others])
-            found += [score_of(counted.answer(row["question"], row["question_type"]), row["answers"]) for row in own]
+            answer = count(way, [rows[at] for at in others], [said[at] for at in others])
+            found += [score_of(answer(row["question"], row["question_type"]), row["answers"]) for row in own]
     return {way: float(np.mean(found)) if found else 0.0 for way, found in scores.items()}
 
 

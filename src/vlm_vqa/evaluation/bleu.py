@@ -66,11 +66,6 @@ def bleu_1(prediction: str, answers: Sequence[str]) -> float:
     return max(_sentence_bleu_1(answer, prediction) for answer in set(said_answers(answers)))
 
 
-def mean_bleu_1(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """Return the mean of `bleu_1` over questions."""
-    return sum(map(bleu_1, predictions, answers)) / len(predictions)
-
-
 @cache
 def _sentence_bleu_1(answer: str, prediction: str) -> float:
     with warnings.catch_warnings():

@@ -13,8 +13,7 @@ from vlm_vqa.data.records import images_of, manifest_for_a_look
 from vlm_vqa.evaluation.differences import Differences, Flip, Row
 from vlm_vqa.params import Gate
 
-SHOWN_AS_TEXT, SHOWN_ON_PAGE = 10, 24
-"""Flipped questions, of each way; drawn by a seed where there are more."""
+SHOWN_AS_TEXT, SHOWN_ON_PAGE = 10, 24  # flipped questions, of each way; drawn by a seed where there are more
 
 
 def as_text(found: Differences) -> str:
@@ -22,9 +21,9 @@ def as_text(found: Differences) -> str:
     return _written(found, _printable)
 
 
-def as_markdown(found: Differences) -> str:
-    """Return Markdown that shows the data's texts literally: for a file or a pull request."""
-    return _written(found, lambda text: _escaped(_printable(text)))
+def as_markdown(found: Differences, gate: Gate = Gate.ACCURACY) -> str:
+    """Return Markdown that shows the data's texts literally: for a file or a pull request, whose `gate` names the score."""
+    return _written(found, lambda text: _escaped(_printable(text)), gate)
 
 
 def as_html(found: Differences, records: Path = Path("data/records")) -> str:
@@ -35,20 +34,9 @@ def as_html(found: Differences, records: Path = Path("data/records")) -> str:
     if shown and not why_not:
         found_there = images_of(records, shown)
         pictures = {one.image_id: page.thumbnail(one.data, one.file_name, max_pixels=2**62) for one in found_there}
-    return (
-        page.environment(Path(__file__).parent)
-        .get_template("difference_page.html.j2")
-        .render(
-            found=found,
-            headline=headline(found),
-            flips=flips,
-            pictures=pictures,
-            why_not=why_not,
-            cells=_cells,
-            columns=COLUMNS,
-            count=_count,
-        )
-    )
+    template = page.environment(Path(__file__).parent).get_template("difference_page.html.j2")
+    words = {"headline": headline(found), "cells": _cells, "columns": COLUMNS, "count": _count}
+    return template.render(found=found, flips=flips, pictures=pictures, why_not=why_not, **words)
 
 
 def headline(found: Differences, gate: Gate = Gate.ACCURACY) -> str:
@@ -70,7 +58,6 @@ def _drawn(flips: Sequence[Flip], most: int) -> list[Flip]:
 
 
 def _cells(row: Row) -> list[str]:
-    """Return a row of the table of scores."""
     paired, change = row.paired, row.paired.difference
     figures = [f"{row.before:.4f}", f"{row.after:.4f}", f"{change.mean:+.4f}", "-", "-", "-"]
     if paired.better + paired.worse:
@@ -83,9 +70,9 @@ def _cells(row: Row) -> list[str]:
 COLUMNS = ("score", "of", "questions", "A", "B", "B - A", "95 % interval", "p", "shown from", "verdict on B")
 
 
-def _written(found: Differences, said: Callable[[str], str]) -> str:
+def _written(found: Differences, said: Callable[[str], str], gate: Gate = Gate.ACCURACY) -> str:
     old, new = (said(side.name) for side in found.sides)
-    lines = [f"A: {old}", "", f"B: {new}", "", f"**{said(headline(found))}**", ""]
+    lines = [f"A: {old}", "", f"B: {new}", "", f"**{said(headline(found, gate))}**", ""]
     lines += _table(COLUMNS, [[said(cell) for cell in _cells(row)] for row in found.rows])
     lines += [*(f"- {said(note)}" for note in found.notes), "", f"Parameters that differ: {_count(found.params)}", ""]
     lines += _table(("parameter", "A", "B"), [[said(cell) for cell in row] for row in found.params or ()])

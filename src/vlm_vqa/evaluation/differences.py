@@ -5,18 +5,20 @@ The second is compared with the first. `vlm_vqa.sides` says where a side comes f
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.bleu import bleu_1, prepare_punkt
-from vlm_vqa.evaluation.compare import Paired
+from vlm_vqa.evaluation.intervals import LEVEL, Interval, of_difference, p_value, smallest_difference
 from vlm_vqa.evaluation.score_table import BLIND, MODEL
 from vlm_vqa.evaluation.vqa_accuracy import METRICS, metric_in
 from vlm_vqa.params import Gate, Punkt
 
+REPORT, SCORES_TABLE = Path("reports/evaluation.json"), Path("reports/scores.parquet")
 OVERALL, BLEU = "overall", "bleu_1"
 BASELINES = {BLIND: "prediction_prior", "shuffled_images": "prediction_shuffled", "blank_image": "prediction_blank"}
 """Their columns among the predictions."""
@@ -28,15 +30,11 @@ RIGHT = 0.5
 class Side:
     """One evaluated model."""
 
-    name: str
-    """As the reader of a comparison knows it."""
+    name: str  # as the reader of a comparison knows it
     report: Mapping[str, Any]
-    scores: pa.Table
-    """Of `reports/scores.parquet`, by ascending question id, as the predictions are."""
-    predictions: pa.Table | None
-    """Of `reports/predictions.parquet`, where they are to be had."""
-    params: Mapping[str, str]
-    """By full name; empty where nothing says them."""
+    scores: pa.Table  # of `reports/scores.parquet`, by ascending question id, as the predictions are
+    predictions: pa.Table | None  # of `reports/predictions.parquet`, where they are to be had
+    params: Mapping[str, str]  # by full name; empty where nothing says them
     data_hash: str | None
 
     @property
@@ -46,13 +44,54 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Paired:
+    """One score of the same questions, new against base."""
+
+    difference: Interval
+    p: float  # how often chance alone would make as large a difference
+    better: int
+    worse: int  # questions whose score rose or fell
+
+    @classmethod
+    def of(cls, new: np.ndarray, base: np.ndarray, images: np.ndarray) -> Self:
+        """Compare scores [questions], of the same questions."""
+        counts = [int(np.count_nonzero(one)) for one in (new > base, new < base)]
+        return cls(of_difference(new, base, images), p_value(new, base, images), *counts)
+
+    @property
+    def smallest(self) -> float:
+        """The true difference that these questions would show in four of five cases."""
+        return min(1.0, smallest_difference(self.difference))
+
+    @property
+    def verdict(self) -> str:
+        """`better` or `worse` where interval and permutation test both say so: of few pictures that differ, one may not."""
+        if self.p > 1 - LEVEL or self.difference.low <= 0 <= self.difference.high:
+            return "no difference shown"
+        return "better" if self.difference.low > 0 else "worse"
+
+    @property
+    def line(self) -> str:
+        """One sentence for people."""
+        found = self.difference
+        counts = (
+            f"{self.better} questions better and {self.worse} worse of {found.questions:,} on {found.images:,} images"
+        )
+        if not self.better + self.worse:
+            return f"{self.verdict}: {counts}"
+        return (
+            f"{self.verdict}: {found.mean:+.4f} (95 % interval {found.low:+.4f} .. {found.high:+.4f}, p = {self.p:.2g}), "
+            f"{counts}; a true difference of {self.smallest:.4f} would be shown in four of five cases"
+        )
+
+
+@dataclass(frozen=True)
 class Row:
     """A score of one answerer over one group of questions."""
 
     score: str
     who: str
-    group: str
-    """`overall`, or a type of answer."""
+    group: str  # `overall`, or a type of answer
     before: float
     after: float
     paired: Paired
@@ -65,8 +104,7 @@ class Flip:
     question_id: int
     image_id: int
     question: str
-    said: str
-    """The answer that most people gave; empty where no side has them."""
+    said: str  # the answer that most people gave; empty where no side has them
     before: str
     after: str
 
@@ -92,10 +130,10 @@ class Differences:
 def compare_sides(old: Side, new: Side) -> Differences:
     """Compare `new` with `old`.
 
-    Raises:
-        UserError: they are of other questions or truths, or scored otherwise.
+    UserError: they are of other questions or truths, or scored otherwise.
     """
     notes = _check_same_questions(old, new)
+    notes += [f"{side.name}: {said}" for side in (old, new) if (said := _selection(side.report["model"]))]
     rows = list(_rows(old, new, notes))
     changed = _changed(old.params, new.params) if old.params and new.params else None
     weights = [side.report["model"]["weights_hash"] for side in (old, new)]
@@ -120,6 +158,15 @@ def compare_sides(old: Side, new: Side) -> Differences:
 def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> list[tuple[str, str, str]]:
     keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     return [(key, old.get(key, "-"), new.get(key, "-")) for key in keys]
+
+
+def _selection(model: Mapping[str, Any]) -> str:
+    """Say what selected a model's weights, where its report says it."""
+    if not model.get("step_is"):
+        return ""
+    biased = " It was selected by the reported questions: their scores are higher than those of others would be."
+    said = f"the weights are those of step {model['step']}: {model['step_is']}."
+    return said + biased * (model.get("selected_on") == "reported questions")
 
 
 def _check_same_questions(old: Side, new: Side) -> list[str]:

@@ -15,7 +15,7 @@ from vlm_vqa.data.records import load_questions, metric_of, read_manifest
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.evaluation.answering import KEPT_ANSWERS, Ask, KeptAnswers, answer_asks
 from vlm_vqa.evaluation.baselines import QuestionOnlyBaseline, shuffled_images
-from vlm_vqa.evaluation.bleu import bleu_1, mean_bleu_1, prepare_punkt
+from vlm_vqa.evaluation.bleu import bleu_1, prepare_punkt
 from vlm_vqa.evaluation.helm.files import (
     SCORES,
     HelmResults,
@@ -29,7 +29,7 @@ from vlm_vqa.evaluation.helm.files import (
 from vlm_vqa.evaluation.helm.run import CONFIG, RESULTS, SCENARIO, run_helm
 from vlm_vqa.evaluation.report import write_report
 from vlm_vqa.evaluation.score_table import BLIND, MODEL, compared, rounded
-from vlm_vqa.evaluation.vqa_accuracy import METRICS, Accuracy, accuracy, score_people
+from vlm_vqa.evaluation.vqa_accuracy import METRICS, score_people
 from vlm_vqa.hashing import code_hash, sha256_file, write_json
 from vlm_vqa.inference.predictor import FACTS_FILE, Candidate, Predictor
 from vlm_vqa.params import EvaluationParams, Params
@@ -41,8 +41,7 @@ LEAST_AGREEMENT = 0.99
 
 PROBABILITY_DIGITS = 6
 
-KEPT = Path("data/answers.parts")
-"""Until the stage has ended."""
+KEPT = Path("data/answers.parts")  # until the stage has ended
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +53,8 @@ def evaluate(
     load_predictor: Callable[..., Predictor] = Predictor.from_export,
     running: WorkerGroup | None = None,
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Evaluate the exported model; return the report, and the files written into the reports: `evaluation.json`,
-    `metrics.json` (a few of its figures, for DVC), `predictions.parquet`, `scores.parquet` (what git keeps of it for the
-    next comparison), `helm/`, `helm_predictions.parquet` and what people read (see `report.write_report`).
+    """Evaluate the exported model; return the report, and the files written into the reports: `evaluation.json`, a few of
+    its figures for DVC, `predictions.parquet`, what git keeps of it, HELM's, and what people read (`report.write_report`).
 
     Args:
         params: `evaluation`, `prompt.instruction` and `seed` count.
@@ -73,20 +71,23 @@ def evaluate(
     training = load_questions(RECORDS, "train").select_columns(counted).to_list()
     prior = QuestionOnlyBaseline(training, score_of=METRICS[metric])
     instances = [questions[at] for at in at_helm]
-
     kept = _keep(params, asked, running)
-    helm = _ask_helm(instances, params.evaluation, {**environment, **_clients(kept, running)})
+    # What HELM's client learns of us.
+    environment |= {KEPT_ANSWERS: str(kept.folder), cores.VARIABLE: str(running.threads.count)}
+    helm = _ask_helm(instances, params.evaluation, environment)
     predictor, found = _answer_all(params, load_predictor, asked, running, kept)
-    probabilities = [round(found[ask].probability, PROBABILITY_DIGITS) for ask in asked.own]
     given = asked.given(found, prior)
     agreement = _check_agreement(helm.predictions, [given[MODEL][at] for at in at_helm])
-    scored = {who: _accuracy(metric, questions, answers) for who, answers in given.items()}
-    bleu = {who: [bleu_1(answers[at], questions[at]["answers"]) for at in at_helm] for who, answers in given.items()}
+    truths = [row["answers"] for row in questions]
+    scores = {who: list(map(METRICS[metric], answers, truths)) for who, answers in given.items()}
+    bleu = {who: [bleu_1(answers[at], truths[at]) for at in at_helm] for who, answers in given.items()}
+    tables = compared({metric: (scores, questions), "bleu_1": (bleu, instances)})
+    own = tables["intervals"][metric][MODEL]
     report = {
         "helm": {name: helm.scores[name] for name in SCORES} | {"instances": len(at_helm)},
         metric: {
-            "overall": scored[MODEL].overall,
-            "per_answer_type": scored[MODEL].per_answer_type,
+            "overall": own["overall"]["mean"],
+            "per_answer_type": {name: one["mean"] for name, one in own["per_answer_type"].items()},
             "questions": len(questions),
             "empty_answers": _count_empty(given[MODEL]),
         },
@@ -95,15 +96,13 @@ def evaluate(
         "helm_equals_stored_features": agreement,
     }
     if metric == "vqa_accuracy":
-        report["people"] = sum(score_people(row["answers"]) for row in questions) / len(questions)
-    scores = {who: [*one.per_question.values()] for who, one in scored.items()}
-    report = rounded(report | compared({metric: (scores, questions), "bleu_1": (bleu, instances)}))
-    predictions = _predictions(questions, given, asked.others, metric, scores[MODEL], probabilities)
+        report["people"] = sum(map(score_people, truths)) / len(questions)
+    report = rounded(report | tables)
+    predictions = _predictions(asked, given, metric, scores[MODEL], found)
     at_question = dict(zip(at_helm, bleu[MODEL], strict=True))
-    columns = {"accuracy": scores[MODEL], "bleu_1": [at_question.get(at) for at in range(len(questions))]}
     table = predictions.select(["question_id", "image_id", "question", "prediction"])
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values, pa.float64()))
+    table = table.append_column("accuracy", pa.array(scores[MODEL], pa.float64()))
+    table = table.append_column("bleu_1", pa.array(map(at_question.get, range(len(questions))), pa.float64()))
     files = _write(metric, report, {"predictions": predictions, "scores": table})
     files += write_extract(REPORTS / "helm", helm, instances)
     files += write_report(REPORTS, report, predictions, RECORDS, _run(params, report["model"], asked.manifest))
@@ -160,11 +159,6 @@ def _keep(params: Params, asked: _Asked, running: WorkerGroup) -> KeptAnswers:
     return kept
 
 
-def _clients(kept: KeptAnswers, running: WorkerGroup) -> dict[str, str]:
-    """Return what HELM's client learns from its environment."""
-    return {KEPT_ANSWERS: str(kept.folder), cores.VARIABLE: str(running.threads.count)}
-
-
 def _answer_all(
     params: Params, load_predictor: Callable[..., Predictor], asked: _Asked, running: WorkerGroup, kept: KeptAnswers
 ) -> tuple[Predictor, dict[Ask, Candidate]]:
@@ -178,20 +172,14 @@ def _answer_all(
 
 
 def _predictions(
-    questions: Sequence[Row],
-    given: Mapping[str, list[str]],
-    others: Mapping[int, int],
-    metric: str,
-    scores: list[float],
-    probabilities: list[float],
+    asked: _Asked, given: Mapping[str, list[str]], metric: str, scores: list[float], found: Mapping[Ask, Candidate]
 ) -> pa.Table:
-    """Return everything that was answered, question by question."""
     names = ("question_id", "image_id", "question", "question_type", "answer_type", "answers")
-    table = {name: [row[name] for row in questions] for name in names} | {
+    table = {name: [row[name] for row in asked.questions] for name in names} | {
         "prediction": given[MODEL],
-        "probability": probabilities,
+        "probability": [round(found[ask].probability, PROBABILITY_DIGITS) for ask in asked.own],
         {"vqa_accuracy": "score"}.get(metric, metric): scores,
-        "shuffled_image_id": [others[row["image_id"]] for row in questions],
+        "shuffled_image_id": [asked.others[row["image_id"]] for row in asked.questions],
         "prediction_shuffled": given["shuffled_images"],
         "prediction_blank": given["blank_image"],
         "prediction_prior": given[BLIND],
@@ -220,7 +208,8 @@ def _ask_helm(questions: Sequence[Row], evaluation: EvaluationParams, environmen
     run_helm(len(questions), evaluation.helm_threads, environment)
     results = read_results(RESULTS, questions)
     # The baselines' BLEU is ours: it must be HELM's measure.
-    ours = mean_bleu_1(results.predictions, [row["answers"] for row in questions])
+    found = [bleu_1(said, row["answers"]) for said, row in zip(results.predictions, questions, strict=True)]
+    ours = sum(found) / len(found)
     if abs(ours - results.scores["bleu_1"]) > 1e-6:
         raise UserError(
             f"HELM's bleu_1 is {results.scores['bleu_1']:.6f}, ours of the same answers {ours:.6f}. The installed HELM "
@@ -243,11 +232,6 @@ def _check_agreement(from_pixels: Sequence[str], from_features: Sequence[str]) -
     return equal
 
 
-def _accuracy(metric: str, questions: Sequence[Row], answers: Sequence[str]) -> Accuracy:
-    ids = [row["question_id"] for row in questions]
-    return accuracy(dict(zip(ids, answers, strict=True)), questions, METRICS[metric])
-
-
 def _count_empty(answers: Sequence[str]) -> int:
     empty = sum(not answer for answer in answers)
     if empty:
@@ -267,7 +251,6 @@ def _describe(prior: QuestionOnlyBaseline, training: Sequence[Row], questions: S
 
 
 def _run(params: Params, model: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the report says was run."""
     return {
         "weights": model["weights_hash"],
         "step": model["step"],

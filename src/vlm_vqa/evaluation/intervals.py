@@ -1,7 +1,6 @@
 """How sure a score is: 95 % intervals of means and of paired differences, questions of one image counted as one cluster.
 
-Questions about one picture are answered rightly or wrongly together, so that 9,673 of them say less than 9,673 pictures
-would. The standard error is the clustered one of Miller, "Adding Error Bars to Evals" (arXiv 2411.00640), with inspect_ai's
+The standard error is the clustered one of Miller, "Adding Error Bars to Evals" (arXiv 2411.00640), with inspect_ai's
 correction for few clusters. `python -m proofs.coverage` shows how often the intervals hold what they should.
 """
 
@@ -12,8 +11,7 @@ import numpy.typing as npt
 from scipy import stats
 
 LEVEL = 0.95
-POWER = 0.8
-"""With this chance a difference of `smallest_difference` is shown."""
+POWER = 0.8  # with this chance a difference of `smallest_difference` is shown
 RESAMPLES = 9_999
 
 
@@ -24,8 +22,7 @@ class Interval:
     mean: float
     low: float
     high: float
-    error: float
-    """Standard error, clustered by image."""
+    error: float  # standard error, clustered by image
     questions: int
     images: int
 
@@ -85,10 +82,8 @@ def p_value(scores: npt.ArrayLike, others: npt.ArrayLike, images: npt.ArrayLike,
     if unlike.sum() < 2:
         return 1.0
 
-    def summed(one, other, axis=-1):
-        return (one - other).sum(axis=axis)
-
     data = (sums[0][unlike], sums[1][unlike])
+    summed = lambda one, other, axis=-1: (one - other).sum(axis=axis)  # noqa: E731
     done = stats.permutation_test(
         data, summed, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, batch=500, rng=seed
     )

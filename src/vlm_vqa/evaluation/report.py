@@ -1,8 +1,7 @@
 """The report that people read, `reports/report.html`, and the same tables as Markdown, `reports/report.md`.
 
-Equal evaluations give equal bytes: no time, no host, no file outside, pictures and plots inside. Numbers are made here;
-words stand in `report.j2`, once for both, and the markup of either in `report_html.j2` and `report_md.j2`. All texts are
-escaped.
+Equal evaluations give equal bytes: no time, no host, no file outside. Numbers are made here; words stand in `report.j2`,
+once for both, and the markup of either in `report_html.j2` and `report_md.j2`. All texts are escaped.
 """
 
 import csv
@@ -32,8 +31,7 @@ NAMES = {
     "shuffled_images": "this model, shuffled images",
 }
 SHOWN, FREQUENT, BINS = 12, 10, 10
-WRONG_BELOW = 0.5
-"""VQA's scores go in steps of 0.3."""
+WRONG_BELOW = 0.5  # VQA's scores go in steps of 0.3
 PACKAGES = ("torch", "transformers", "crfm-helm")
 _MARKS = re.compile(r"[<>&\"'\\`*_{}\[\]|$~#\s]")
 
@@ -43,12 +41,8 @@ def write_report(
 ) -> list[Path]:
     """Write `report.html`, `report.md` and `calibration.csv` into `folder`; return their paths.
 
-    Args:
-        folder: where `train_curve.csv` and `validation/curve.csv` are looked for.
-        report: what `evaluation.json` holds.
-        predictions: what `predictions.parquet` holds.
-        records: with the pictures.
-        run: what was run, in words by name; `seed` draws the examples.
+    There, curves are looked for. `report` and `predictions` are what `evaluation.json` and `predictions.parquet` hold; `run`
+    says what was run, in words by name, and its `seed` draws the examples.
     """
     metric = metric_in(report)
     rows = predictions.to_pylist()
@@ -58,15 +52,14 @@ def write_report(
     drawn = np.random.RandomState(run["seed"]).permutation(len(rows))
     shown = {"mistakes": mistakes[:SHOWN], "drawn": drawn[:SHOWN].tolist()}
     pictures = _pictures(records, {rows[at]["image_id"] for places in shown.values() for at in places})
-    training, validation = (_curve(folder / name) for name in ("train_curve.csv", "validation/curve.csv"))
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     values: dict[str, Any] = {
         "report": report,
         "metric": metric,
         "names": NAMES,
         "groups": by_group(report),
-        "training": training,
-        "validation": validation,
+        "training": _curve(folder / "train_curve.csv"),
+        "validation": _curve(folder / "validation/curve.csv"),
         "confusion": confusion(rows),
         "bins": bins,
         "calibration_error": error,
@@ -106,10 +99,9 @@ def by_group(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         for kind in ("answer_type", "question_type"):
             own = scores[MODEL][f"per_{kind}"]
             rows = [
-                {
+                own[group]
+                | {
                     "group": group,
-                    "questions": own[group]["questions"],
-                    "images": own[group]["images"],
                     "scores": {who: scores[who][f"per_{kind}"][group] for who in NAMES},
                     "gain": report["looks_at_image"][name][f"per_{kind}"][group],
                 }

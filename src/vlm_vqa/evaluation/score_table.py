@@ -12,8 +12,7 @@ from vlm_vqa.evaluation import intervals
 from vlm_vqa.evaluation.intervals import Interval
 
 MODEL, BLIND = "model", "prior"
-DIGITS = 12
-"""What reports are rounded to: no more than another order of adding up changes."""
+DIGITS = 12  # what reports are rounded to: no more than another order of adding up changes
 
 Row = Mapping[str, Any]
 
@@ -24,15 +23,13 @@ def compared(values: Mapping[str, tuple[Mapping[str, Sequence[float]], Sequence[
     Args:
         values: by score, what each answerer has of it and the questions that it is over.
     """
+    found = {name: with_intervals(*one) for name, one in values.items()}
     baselines: dict[str, dict[str, float]] = defaultdict(dict)
-    for name, (scores, _) in values.items():
-        for who in (who for who in scores if who != MODEL):
-            baselines[who][name] = sum(scores[who]) / len(scores[who])
-    return {
-        "baselines": baselines,
-        "intervals": {name: with_intervals(*one) for name, one in values.items()},
-        "looks_at_image": {name: looks_at_image(*one) for name, one in values.items()},
-    }
+    for name, of in found.items():
+        for who in (who for who in of if who != MODEL):
+            baselines[who][name] = of[who]["overall"]["mean"]
+    gains = {name: looks_at_image(*one) for name, one in values.items()}
+    return {"baselines": baselines, "intervals": found, "looks_at_image": gains}
 
 
 def with_intervals(scores: Mapping[str, Sequence[float]], questions: Sequence[Row]) -> dict[str, Any]:

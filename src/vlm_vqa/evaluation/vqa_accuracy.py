@@ -15,9 +15,8 @@ normalised, and who says nothing, model or human, is right with nobody.
 """
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -51,16 +50,6 @@ CONTRACTIONS = {
 """The last pair is the wrong way round in the official table."""
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Either score of one set of predictions; all figures are fractions in 0..1."""
-
-    overall: float
-    per_question_type: dict[str, float]
-    per_answer_type: dict[str, float]
-    per_question: dict[int, float]
-
-
 def score_answer(prediction: str, answers: Sequence[str]) -> float:
     """Return one answer's official score in 0..1 against the ten human answers of its question."""
     prediction = _tidy(prediction)
@@ -91,31 +80,6 @@ METRICS = {"vqa_accuracy": score_answer, "answer_accuracy": match_answer}
 def metric_in(report: Mapping[str, Any]) -> str:
     """Return which of `METRICS` a report holds."""
     return "answer_accuracy" if "answer_accuracy" in report else "vqa_accuracy"
-
-
-def accuracy(
-    predictions: Mapping[int, str],
-    questions: Iterable[Mapping[str, Any]],
-    score_of: Callable[[str, Sequence[str]], float] = score_answer,
-) -> Accuracy:
-    """Score one answer per question.
-
-    Args:
-        predictions: answer by question id, for exactly the questions.
-        questions: the annotated questions, with `question_id`, `answers`, `question_type`, `answer_type`.
-        score_of: one of `METRICS`.
-    """
-    questions = list(questions)
-    assert predictions.keys() == {row["question_id"] for row in questions} and len(predictions) == len(questions)
-    scores = {row["question_id"]: score_of(predictions[row["question_id"]], row["answers"]) for row in questions}
-
-    def means(kind: str) -> dict[str, float]:
-        found: dict[str, list[float]] = defaultdict(list)
-        for row in questions:
-            found[row[kind]].append(scores[row["question_id"]])
-        return {name: _mean(found[name]) for name in sorted(found)}
-
-    return Accuracy(_mean([*scores.values()]), means("question_type"), means("answer_type"), scores)
 
 
 @cache
@@ -153,7 +117,3 @@ def _strip_punctuation(text: str) -> str:
 @cache
 def _tidy(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

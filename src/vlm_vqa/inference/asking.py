@@ -27,17 +27,12 @@ sliding window."""
 class Asked:
     """A question and what has become of it."""
 
-    image: str
-    """As the user names it; `-` is standard input."""
+    image: str  # as the user names it; `-` is standard input
     question: str
-    path: str | Path = STDIN
-    """Where the picture lies."""
-    where: str = ""
-    """Which row of which csv, counted as spreadsheets do: the header is row 1."""
-    answers: "Sequence[Candidate]" = ()
-    """The model's and the next two; none before it has answered."""
-    problem: str | None = None
-    """Why there is no answer."""
+    path: str | Path = STDIN  # where the picture lies
+    where: str = ""  # which row of which csv, counted as spreadsheets do: the header is row 1
+    answers: "Sequence[Candidate]" = ()  # the model's and the next two; none before it has answered
+    problem: str | None = None  # why there is no answer
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -57,8 +52,7 @@ def read_csv(name: str) -> list[Asked]:
     Commas, semicolons or tabs divide fields. Relative pictures lie beside the csv. `-` is standard input. A row that cannot
     be asked comes with its problem.
 
-    Raises:
-        UserError: it cannot be read as such a csv at all.
+    UserError: it cannot be read as such a csv at all.
     """
     try:
         text = _read(name).decode("utf-8-sig")
@@ -82,14 +76,7 @@ def read_csv(name: str) -> list[Asked]:
 
 
 def about_folder(folder: str, questions: Sequence[str], endings: tuple[str, ...]) -> list[Asked]:
-    """Ask all questions about every picture of a folder, by name; its own folders are not looked into.
-
-    Args:
-        endings: of pictures' names, in lower case.
-
-    Raises:
-        UserError: it holds no picture.
-    """
+    """Ask all questions about every picture of a folder, by its name's ending in lower case; UserError if there is none."""
     pictures = sorted(path for path in Path(folder).iterdir() if path.name.lower().endswith(endings))
     if not pictures:
         raise UserError(f"{folder}: no picture in it, by the files' names ({', '.join(endings)}). Name another folder.")
@@ -123,14 +110,8 @@ def _read(path: str | Path) -> bytes:
 def answered(asked: Sequence[Asked], load: "Callable[[], Predictor]", max_pixels: int) -> Iterator[Asked]:
     """Answer questions and yield each, in order, as soon as it and all before it are done.
 
-    The questions of one picture are asked together, wherever they stand; each picture is read once.
-
-    Args:
-        load: loads the model; called once, and only when a picture has been read.
-        max_pixels: bound on a picture's size.
-
-    Raises:
-        UserError: the model cannot be loaded. What one picture or question lacks stands in its `problem`.
+    The questions of one picture are asked together, wherever they stand; each picture is read once, and the model loaded
+    when the first one has been. UserError: it cannot be. What one picture or question lacks stands in its `problem`.
     """
     about: dict[str | Path, list[Asked]] = {}
     for one in asked:

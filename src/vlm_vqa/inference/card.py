@@ -3,14 +3,14 @@
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.adapters import ADAPTER
-from vlm_vqa.params import Mask, Params, Start
+from vlm_vqa.params import Params, Start
 
 TRAINED_BY = ("seed", "model.", "vision.", "language.", "prompt.", "train.", "validation.")
 KINDS = {"dinov2": "DINOv2", "siglip_vision_model": "SigLIP", "gemma2": "Gemma 2", "gemma": "Gemma"}
@@ -18,51 +18,7 @@ KINDS = {"dinov2": "DINOv2", "siglip_vision_model": "SigLIP", "gemma2": "Gemma 2
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "pillow")
 """What the card's code needs; the card names their versions, which are the same on every machine (constraints.txt)."""
 
-SEEN = {
-    "facebook/dinov2": ", self-supervised on LVD-142M: 142 million pictures without labels",
-    "google/siglip": ", on pictures and their texts from the web (WebLI)",
-    "google/paligemma": ", first on pictures and their texts from the web (WebLI)",
-}
-"""What a tower was pretrained on, as its makers say; by how their names for it begin."""
-LICENSES = {
-    "gemma": (
-        "Gemma's weights are inside. Gemma is provided under and subject to the Gemma Terms of Use found at "
-        "ai.google.dev/gemma/terms, and who passes this on must say so, too."
-    ),
-    "apache-2.0": "Apache 2.0: the language model began with random weights; DINOv2's and SigLIP's license is the same.",
-}
 UNSCORED = "Those on val are in the project's `reports/evaluation.json` and in MLflow, found by the weights' hash."
-
-# Its processor marks a whole prompt as one bidirectional block, which is prefix-lm.
-TYPE_IDS_LINES = dict.fromkeys(Mask, "") | {
-    Mask.IMAGE_PREFIX: (
-        'inputs["token_type_ids"] = (inputs["input_ids"] != model.config.image_token_id).long()'
-        "  # image-prefix: text is causal\n"
-    ),
-}
-PLAIN_USE = dict.fromkeys(
-    Mask, "Whatever opens this folder with `transformers` computes the trained function: processor, pipeline or server."
-) | {
-    Mask.IMAGE_PREFIX: (
-        "**Only the code below computes the trained function.** The mask of the training is `image-prefix`, which no\n"
-        "processor of `transformers` expresses: with pipelines and servers the whole prompt sees the whole prompt. Their\n"
-        "answers are mostly the same, their probabilities are not the model's. For them, train with `prompt.mask: causal`."
-    )
-}
-
-ADAPTER_SECTION = f"""
-## The adapter
-
-`{ADAPTER}/` is what training has changed, in peft's format: low-rank adapters on Gemma 2's layers, and the projector. The
-weights here are the base's with it merged in. One base serves many adapters: `vlm-vqa base base` writes it to the folder
-`base`, in the project that this was trained in. After `pip install peft=={{peft}}`, these lines give the model of above:
-
-```
-from peft import PeftModel
-base = AutoModelForImageTextToText.from_pretrained("base", attn_implementation="eager")
-model = PeftModel.from_pretrained(base, folder + "/{ADAPTER}")
-```
-"""
 
 
 def card(
@@ -73,35 +29,22 @@ def card(
     kinds: tuple[str, ...] = ("DINOv2", "Gemma 2"),
 ) -> str:
     """Return the model card, with the hub's fields in its head; evaluation comes later, and `scored` adds it to a copy."""
-    template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
-    splits = "\n".join(
-        f"- {name}: {counts['questions']:,} questions on {counts['images']:,} images"
-        + (f"; {dropped:,} bad records were left out" if (dropped := counts.get("dropped")) else "")
-        for name, counts in data["splits"].items()
-    )
-    # A wheel's own suffix, such as +cpu, tells machines apart and cannot be installed by that name.
-    pins = " ".join(f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES)
-    head = _head(params)
-    return template.substitute(
-        head=head.to_yaml(),
-        license=LICENSES[str(head.license)],
-        scores=UNSCORED,
+    place = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=place, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return pages.get_template("card.md").render(
+        head=_head(params),
+        params=params,
+        trained_by=[(name, value) for name, value in params.flat().items() if name.startswith(TRAINED_BY)],
+        training=training,
+        results=results,
+        data=data,
+        kinds=kinds,
         python="{}.{}".format(*sys.version_info),
-        packages=pins,
-        tower_kind=kinds[0],
-        processor="LlavaProcessor" if params.prompt.mask is Mask.CAUSAL else "PaliGemmaProcessor",
-        gemma=kinds[1],
-        **_starts(params),
-        source=data["source"],
-        splits=splits,
-        notes="\n".join(f"- {note}" for note in data["notes"]),
-        mask=params.prompt.mask.value,
-        plain_use=PLAIN_USE[params.prompt.mask],
-        type_ids=TYPE_IDS_LINES[params.prompt.mask],
-        adapter="" if params.train.lora is None else ADAPTER_SECTION.format(peft=version("peft")),
-        hashes="\n".join(f"- {name}: `{value}`" for name, value in sorted(training.items())),
-        results="\n".join(f"- {name}: {value}" for name, value in sorted(results.items())),
-        params="\n".join(f"{name}: {value}" for name, value in params.flat().items() if name.startswith(TRAINED_BY)),
+        # A wheel's own suffix, such as +cpu, tells machines apart and cannot be installed by that name.
+        packages=" ".join(f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES),
+        peft=version("peft"),
+        adapter=ADAPTER,
+        unscored=UNSCORED,
     )
 
 
@@ -128,12 +71,8 @@ def _head(params: Params) -> ModelCardData:
 
 
 def scored(text: str, report: dict[str, Any], source: str, name: str) -> str:
-    """Return a copy of a card that shows the scores of `reports/evaluation.json`, in its text and as the hub's model-index.
-
-    Args:
-        source: what `data.source` calls the data.
-        name: the model's.
-    """
+    """Return a copy of a card that shows the scores of `reports/evaluation.json`, in its text and as the hub's model-index;
+    `source` is what `data.source` calls the data, `name` the model's."""
     accuracy = "answer_accuracy" if "answer_accuracy" in report else "vqa_accuracy"
     words, scores, helm = accuracy.replace("_", " ").replace("vqa", "VQA"), report[accuracy], report["helm"]
     found = {
@@ -164,32 +103,6 @@ def scored(text: str, report: dict[str, Any], source: str, name: str) -> str:
         for (kind, title), (value, interval, *_) in found.items()
     ]
     return str(card)
-
-
-def _starts(params: Params) -> dict[str, str]:
-    """Return what the card says of where the weights come from."""
-    if params.model.start is Start.CHECKPOINT:
-        whole = f"`{params.model.checkpoint}`, revision {params.model.revision or 'none: local'}"
-        names = {
-            "vision": f"of {whole}",
-            "language": "of the same checkpoint",
-            "tower": f"the checkpoint's, as it was{_seen(params.model.checkpoint)}",
-        }
-        return names | {"projector_start": "the checkpoint's weights", "language_start": "the checkpoint's too"}
-    parts = {"vision": params.vision, "language": params.language}
-    names = {key: f"`{one.model}`, revision {one.revision or 'none: local'}" for key, one in parts.items()}
-    tower = f"`{params.vision.model}` as its authors pretrained it{_seen(params.vision.model)}"
-    if params.vision.model == "small":
-        tower = (
-            "the project's small one, pretrained on drawn pictures with labels for shape and colour: those that easy-VQA "
-            "asks about"
-        )
-    language = "random weights too" if params.language.model == "random" else "its authors' weights"
-    return names | {"projector_start": "random weights", "language_start": language, "tower": tower}
-
-
-def _seen(model: str | None) -> str:
-    return next((seen for name, seen in SEEN.items() if (model or "").startswith(name)), "")
 
 
 def _interval(report: dict[str, Any], score: str) -> list[float] | None:

@@ -37,16 +37,14 @@ from vlm_vqa.params import Params
 from vlm_vqa.sealed import aside, read_folder, write_folder
 
 CARD = "README.md"
-SHARD = "5GB"
-"""A larger model is stored in several files, of so much at most."""
+SHARD = "5GB"  # a larger model is stored in several files, of so much at most
 RETRAIN = make_again("train")
 
 
 def read_training(folder: str | Path) -> dict[str, str]:
     """Return the hashes of weights, parameters, data, encoder and code, every file of the folder found as it was written.
 
-    Raises:
-        UserError: one is missing or damaged.
+    UserError: one is missing or damaged.
     """
     return read_folder(Path(folder) / TRAINING_FILE, "the seal of a training", RETRAIN)
 
@@ -62,15 +60,9 @@ def write_export(
 ) -> None:
     """Write model, processor, facts and card, and the adapter, if `train.lora` has made one.
 
-    Args:
-        trained: where the train stage has left weights, processor and adapter; call `read_training` before, which finds
-            damaged files.
-        training: as `read_training` gives it.
-        results: `reports/train.json`.
-        data: the manifest of `data/records`.
-
-    Raises:
-        UserError: the weights do not have the hash that training named.
+    `trained` holds weights, processor and adapter, of which `read_training`, called before, gives `training` and finds
+    damage; `results` is `reports/train.json`, `data` the manifest of `data/records`.
+    UserError: the weights do not have the hash that training named.
     """
     weights, named = StoredWeights(trained / WEIGHTS_FILE), training["weights_hash"]
     if (found := hash_weights(weights)) != named:
@@ -85,7 +77,8 @@ def write_export(
     kinds = tuple(KINDS[part.model_type] for part in parts)
     (folder / CARD).write_text(card(params, training, results, data, kinds), encoding="utf-8")
     processor = AutoProcessor.from_pretrained(trained, trust_remote_code=False)
-    _write_model(folder, weights, config, encoder, processor, params, named, results, params.validation.selected_on)
+    selected = (results["kept_step"], results["kept_because"], params.validation.selected_on)
+    _write_model(folder, weights, named, config, encoder, processor, params, selected)
 
 
 def write_base(
@@ -97,31 +90,27 @@ def write_base(
 ) -> str:
     """Write the model before the first step as an export that was never trained, without a card; return its weights' hash.
 
-    Adapters are of it: kept once, it serves all that were trained from it.
-
-    Raises:
-        UserError: something is there already.
+    Adapters are of it: kept once, it serves all that were trained from it. UserError: something is there already.
     """
     if folder.exists():
         raise UserError(f"{folder} is there already. Name a new folder.")
     weights = trained_state(start)
     weights_hash = hash_weights(weights)
-    results = {"kept_step": 0, "kept_because": "before the first step"}
+    selected = (0, "before the first step", "nothing")
     with aside(folder) as part:
-        _write_model(part, weights, start.config, encoder, processor, params, weights_hash, results, "nothing")
+        _write_model(part, weights, weights_hash, start.config, encoder, processor, params, selected)
     return weights_hash
 
 
 def _write_model(
     folder: Path,
     weights: Mapping[str, Tensor],
+    weights_hash: str,
     config: PaliGemmaConfig,
     encoder: Encoder,
     processor: PaliGemmaProcessor,
     params: Params,
-    weights_hash: str,
-    results: dict[str, Any],
-    selected_on: str,
+    selected: tuple[int, str, str],
 ) -> None:
     """Join trained weights and tower in one stock model and write it with its processor, sealed with what else is there.
 
@@ -147,9 +136,6 @@ def _write_model(
         "mask": mask.value,
         "num_patches": params.vision.num_patches,
         "text_length": params.prompt.text_length,
-        "step": results["kept_step"],
-        "step_is": results["kept_because"],
-        "selected_on": selected_on,
         "weights_hash": weights_hash,
-    }
+    } | dict(zip(("step", "step_is", "selected_on"), selected, strict=True))
     write_folder(folder / FACTS_FILE, facts)

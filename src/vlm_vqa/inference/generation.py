@@ -16,17 +16,14 @@ from vlm_vqa.model.layout import PAD_SEGMENT, PREFIX_SEGMENT, QuestionTokens, To
 from vlm_vqa.model.vlm import language_of, text_hidden, text_logits
 from vlm_vqa.params import Mask
 
-DEPARTURES = 3
-"""Ways to leave the greedy answer that `likeliest` follows."""
+DEPARTURES = 3  # ways to leave the greedy answer that `likeliest` follows
 
 
 class Scored(NamedTuple):
     """An answer and what the model gives it."""
 
-    tokens: list[int]
-    """With the `<eos>` that ends it, unless it was cut before."""
-    log_probability: float
-    """The sum of its tokens', that of `<eos>` included."""
+    tokens: list[int]  # with the `<eos>` that ends it, unless it was cut before
+    log_probability: float  # the sum of its tokens', that of `<eos>` included
 
 
 @torch.inference_mode()

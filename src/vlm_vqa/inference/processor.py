@@ -1,12 +1,8 @@
 """The export's processor: the stock class whose tokens and mask are those of the training, with a chat template.
 
-    mask           stock processor       its batch has               what the stock model computes of it
-    causal         LlavaProcessor        no token types              every token sees those before it: as trained
-    prefix-lm      PaliGemmaProcessor    token types, all 0          the prompt is one block: as trained
-    image-prefix   PaliGemmaProcessor    token types, all 0          as for prefix-lm: not as trained, see the card
-
-`LlavaProcessor` writes one image token a patch and one more where the tower has a CLS token. `PaliGemmaProcessor` puts
-`<bos>` and the last newline into the text itself.
+`LlavaProcessor`, for causal, gives no token types: every token sees those before it. It writes one image token a patch and
+one more where the tower has a CLS token. `PaliGemmaProcessor` gives token types, all 0, so that the prompt is one block, as
+trained under prefix-lm alone, and puts `<bos>` and the last newline into the text itself.
 """
 
 import json

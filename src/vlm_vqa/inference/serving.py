@@ -1,10 +1,8 @@
 """The export over OpenAI's protocol: the handler of `transformers serve`, and before it a front that reads every request.
 
-The stock server fetches whatever address or file of this machine a request names as its picture, bounds neither body nor
-picture, loads models that requests name, knows no key, and answers what is malformed with 500. It also reads every prompt
-as prefix-lm. No switch of it changes that. So the front takes picture and question out of a request, makes the
-model's inputs by the layout that training used, and hands the handler these and a length; nothing else of a request gets
-there.
+docs/serving.md says what the stock server alone would do, and no switch of it changes. So the front takes picture and
+question out of a request, makes the model's inputs by the layout that training used, and hands the handler these and a
+length; nothing else of a request gets there.
 """
 
 import asyncio
@@ -39,20 +37,16 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.model.layout import Row, clean
 
-MODEL = "vlm-vqa"
-"""The one model's name in requests."""
+MODEL = "vlm-vqa"  # the one model's name in requests
 KEY = "VLM_VQA_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost")
 BODY_BYTES, READ_SECONDS = 16 * 2**20, 60
 AT_ONCE = 128
 """Connections; more are answered with 503. With `BODY_BYTES` it bounds memory."""
-GRACE_SECONDS = 10
-"""How long SIGTERM waits for answers that have begun."""
-_LONGEST = 10_000
-"""Characters of a question: megabytes take seconds to tokenise."""
+GRACE_SECONDS = 10  # how long SIGTERM waits for answers that have begun
+_LONGEST = 10_000  # characters of a question: megabytes take seconds to tokenise
 _READ = {"model", "messages", "stream", "max_tokens", "max_completion_tokens"}
-_IDLE = {"seed", "top_p", "user", "metadata", "store", "stream_options"}
-"""What changes no greedy answer."""
+_IDLE = {"seed", "top_p", "user", "metadata", "store", "stream_options"}  # what changes no greedy answer
 _ONLY = {"temperature": 0, "n": 1, "stop": [], "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False}
 
 
@@ -72,12 +66,7 @@ class _Inputs:
 
 
 class Front:
-    """What a request passes before the stock handler.
-
-    Args:
-        max_pixels: bound on a picture's size.
-        key: that requests must bring; None asks for none.
-    """
+    """What a request passes before the stock handler, with the `key` that it must bring, if any."""
 
     def __init__(self, predictor: Predictor, max_pixels: int, key: str | None):
         self.predictor, self.max_pixels, self.key = predictor, max_pixels, key
@@ -119,8 +108,7 @@ class Front:
 
         `input_ids`, `attention_mask` and `token_type_ids` are int64 [1, S], `pixel_values` [1, 3, H, W].
 
-        Raises:
-            UserError: the picture cannot be decoded or is too large, or the question is too long.
+        UserError: the picture cannot be decoded or is too large, or the question is too long.
         """
         layout = self.predictor.layout
         grid = layout.collate([Row(0, (layout.tokenize(question),))])
@@ -178,8 +166,7 @@ def parse(data: bytes) -> dict[str, Any]:
 def asked(body: dict[str, Any], instruction: str) -> tuple[str, bytes]:
     """Return question and picture of a request. The model's instruction may stand before the question; it is read anyway.
 
-    Raises:
-        UserError: there is not exactly one of each, or the picture is not in the request itself.
+    UserError: there is not exactly one of each, or the picture is not in the request itself.
     """
     own = lambda text: clean(text) in ("", clean(instruction))  # noqa: E731
     match body.get("messages"):
@@ -234,11 +221,7 @@ async def refuse(_: Request, error: Exception) -> Response:
 
 
 def build_app(front: Front, hosts: Sequence[str] = LOOPBACK) -> Starlette:
-    """Return the server, of three routes.
-
-    Args:
-        hosts: names by which it may be called: on loopback no page of a browser reaches it by a name of its own.
-    """
+    """Return the server. It may be called by `hosts`: on loopback no page of a browser reaches it by a name of its own."""
     routes = [
         Route("/v1/chat/completions", front.chat, methods=["POST"]),
         Route("/v1/models", front.models),
@@ -252,8 +235,7 @@ def build_app(front: Front, hosts: Sequence[str] = LOOPBACK) -> Starlette:
 def serve(folder: Path, host: str, port: int, max_pixels: int) -> None:
     """Serve an export until SIGTERM or Ctrl-C, and print the address; with `KEY` in the environment, to who sends it.
 
-    Raises:
-        UserError: there is no whole export, the port cannot be used, or other machines would be served without a key.
+    UserError: there is no whole export, the port cannot be used, or other machines would be served without a key.
     """
     key = os.environ.get(KEY) or None
     if host not in LOOPBACK and key is None:

@@ -1,7 +1,6 @@
 """How every stage starts and ends: logging, one clear message for what a person can mend, exit codes."""
 
 import errno
-import json
 import logging
 import os
 import signal
@@ -9,14 +8,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from vlm_vqa.errors import GO_ON, UserError
 from vlm_vqa.pipeline import orphans
 from vlm_vqa.pipeline.early import end_quietly, send_again
-from vlm_vqa.pipeline.unlock import keep_dvc_lock
 from vlm_vqa.sealed import SWITCH, checks_blocks
 from vlm_vqa.secrets import causes, mask_output
 
@@ -54,7 +51,6 @@ def run(name: str, main: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.unraisablehook = send_again
     orphans.end_with_parents()
-    keep_dvc_lock()
     if not checks_blocks() and os.environ.get("RANK", "0") == "0":
         logging.warning("%s is off: damaged bytes of records and features are read as they are", SWITCH)
     try:
@@ -93,9 +89,5 @@ def _fail(name: str, message: str, code: int) -> None:
         # What concerns all processes is said by the first one, and its launcher ends the others meanwhile.
         time.sleep(SECONDS_FOR_THE_FIRST)
         message = f"rank {rank}: {message}"
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # The cause that torchrun's closing report names.
-        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
     print(f"{name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -5,8 +5,7 @@
 
 The second looks the launch up in params.yaml, where the key may be missing: DVC would fill in none of dvc.yaml's commands.
 
-A launcher that Ctrl-C reaches while it imports torch, or that is asked to end while its processes run, has no fault to show;
-and of a process that has failed, what it said itself is the report: torchrun's would bury it.
+Of a process that has failed, what it said itself is the report: torchrun's would bury it.
 """
 
 import logging
@@ -41,7 +40,11 @@ for _name in ("agent.server.api", "multiprocessing.api"):
 def main() -> int:
     """Launch what the command line says; return 0, 128 + the signal that ended all, or a failed process's exit code."""
     try:
-        sys.argv = [launch_file() if word == KEY else word for word in sys.argv]
+        if KEY in sys.argv:
+            # What the file lacks the stage will say.
+            logging.getLogger("vlm_vqa.params").disabled = True
+            asked = read_copies(workers.named(load_params().evaluation.launch), key=KEY)
+            sys.argv[sys.argv.index(KEY)] = str(asked.path)
         launch.main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,13 +58,6 @@ def main() -> int:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, end_quietly)
     return 0
-
-
-def launch_file() -> str:
-    """Return the path of the launch that `evaluation.launch` names; UserError if it is none of whole models."""
-    # What the file lacks the stage will say.
-    logging.getLogger("vlm_vqa.params").disabled = True
-    return str(read_copies(workers.named(load_params().evaluation.launch), key=KEY).path)
 
 
 def report(failures: Mapping[int, ProcessFailure]) -> int:

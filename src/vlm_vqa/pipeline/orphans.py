@@ -1,7 +1,6 @@
 """A process ends when the program that started it has gone.
 
 Otherwise a training whose `dvc repro` was killed goes on for hours, and DVC, which knows nothing of it, deletes its result.
-What it had done is not lost: the next `dvc repro` goes on from its last checkpoint.
 """
 
 import ctypes

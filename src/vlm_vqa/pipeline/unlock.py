@@ -5,8 +5,6 @@ them empty or cut off, and every later call refuses them. Its other locks are th
 """
 
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -19,7 +17,6 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.pipeline.orphans import gone
 
 SECONDS_OF_CLOCK = 60  # by how much a file's time and a process's start may disagree
-_KEPT = Path(".dvc/tmp/dvc.lock.kept")
 
 
 def project_of(folder: Path) -> Path:
@@ -113,17 +110,8 @@ def _lives(pid: int, written: float) -> bool:
     return False
 
 
-def keep_dvc_lock() -> None:
-    """Keep a copy of `dvc.lock` while a stage runs: DVC does not write it then, but may be killed when it does."""
-    path = Path("dvc.lock")
-    if path.is_file() and "DVC_STAGE" in os.environ and os.environ.get("RANK", "0") == "0" and _KEPT.parent.is_dir():
-        part = _KEPT.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(path, part)
-        part.replace(_KEPT)
-
-
 def _mend_dvc_lock(root: Path) -> list[str]:
-    """Take the kept copy, or git's, for a `dvc.lock` cut off."""
+    """Take git's copy for a `dvc.lock` cut off; what it lacks DVC finds in its cache of runs."""
     path = root / "dvc.lock"
     if not path.exists() or _is_whole(text := path.read_bytes()):
         return []
@@ -131,15 +119,12 @@ def _mend_dvc_lock(root: Path) -> list[str]:
         raise UserError(f"{path}: has git's marks of a conflict. `git checkout --theirs dvc.lock`, then `dvc repro`.")
     refuse_at_work(root, f"{path} is half-written")
     with _held(root / ".dvc/tmp/lock"):
-        aside = root / ".dvc/tmp/dvc.lock.damaged"
-        path.replace(aside)
-        kept = (root / _KEPT).read_bytes() if (root / _KEPT).is_file() else b""
-        shown = subprocess.run(["git", "show", "HEAD:./dvc.lock"], cwd=root, capture_output=True, check=False)
-        for source, copy in (("the copy kept when the last stage began", kept), ("git's", shown.stdout)):
-            if _is_whole(copy):
-                path.write_bytes(copy)
-                return [f"{path}: replaced by {source}; a dvc that was killed had left it half-written ({aside})"]
-    return [f"{path}: moved to {aside}; a dvc that was killed had left it half-written, and no copy of it was found"]
+        aside = path.replace(root / ".dvc/tmp/dvc.lock.damaged")
+        copy = subprocess.run(["git", "show", "HEAD:./dvc.lock"], cwd=root, capture_output=True, check=False).stdout
+        if whole := _is_whole(copy):
+            path.write_bytes(copy)
+    done = "replaced by git's" if whole else f"moved to {aside}"
+    return [f"{path}: {done}; a dvc that was killed had left it half-written ({aside})"]
 
 
 def _is_whole(text: bytes) -> bool:

@@ -1,7 +1,8 @@
 """What MLflow holds of an evaluated model: a run's parameters, tags and reports."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,17 @@ def find_evaluated(run_id: str) -> Evaluated | None:
         return None
     from mlflow import MlflowException
 
-    try:
-        run = client.get_run(run_id)
+    with asking():
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
         there = [file.path for file in client.list_artifacts(run_id, "reports")]
         with tempfile.TemporaryDirectory() as scratch:
             wanted = [f"reports/{name}" for name in REPORTS if f"reports/{name}" in there]
             files = {place: Path(client.download_artifacts(run_id, place, scratch)).read_bytes() for place in wanted}
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise failed(error) from error
-    except OSError as error:
-        raise failed(error) from error
     return Evaluated(run_id, run.info.status, run.data.params, run.data.tags, files)
 
 
@@ -60,9 +60,15 @@ def open_client() -> Any | None:
     return MlflowClient(tracking_uri=uri)
 
 
-def failed(error: Exception) -> UserError:
-    """Return what to say of a store that fails."""
-    uri = without_secrets(tracking_uri(checkout_root()))
-    return UserError(
-        f"MLflow at {uri} fails ({reason(error)}): make it reachable, or name another by MLFLOW_TRACKING_URI."
-    )
+@contextmanager
+def asking(what: str = "") -> Generator[None]:
+    """Turn what MLflow raises into a UserError that says what to do, after `what` was asked for."""
+    from mlflow import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        uri = without_secrets(tracking_uri(checkout_root()))
+        raise UserError(
+            f"{what}MLflow at {uri} fails ({reason(error)}): make it reachable, or name another by MLFLOW_TRACKING_URI."
+        ) from error

@@ -18,10 +18,8 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.tracking.registry import COPIED, sealed_folder
 
-MAX_IMAGE_PIXELS = 50_000_000
-"""As `vlm-vqa ask` has it by default."""
-AT_ONCE = 16
-"""Questions of one batch: a request may bring any number."""
+MAX_IMAGE_PIXELS = 50_000_000  # as `vlm-vqa ask` has it by default
+AT_ONCE = 16  # questions of one batch: a request may bring any number
 
 
 class ExportedModel(PythonModel):

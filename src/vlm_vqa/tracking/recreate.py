@@ -24,9 +24,8 @@ EVALUATION_REPORT = REPORTS / "evaluation.json"
 def recreate_run(folder: str | Path = ".") -> tuple[str, bool]:
     """Records the model in `folder`'s outputs as an MLflow run, where no stage ran here or tracking had failed.
 
-    Returns the run's id and whether anything had to be recorded: an existing run of the same weights and parameters is
-    given the scores it lacks, and else left as it is. Raises UserError where outputs are missing or damaged, belong to
-    other parameters, or the store fails.
+    Returns the run's id and whether anything had to be recorded: an existing run is given the scores it lacks. Raises
+    UserError where outputs are missing or damaged, belong to other parameters, or the store fails.
     """
     folder = Path(folder)
     params = load_params(folder / "params.yaml")
@@ -125,12 +124,10 @@ def changed_params(folder: Path) -> list[str]:
     if not lock.is_file():
         return ["all parameters"]
 
-    def below(values: Any, name: str) -> Any:
-        return values.get(name) if isinstance(values, dict) else None
-
     now, changed = read(folder / "params.yaml"), set()
     for stage in (read(lock) or {}).get("stages", {}).values():
         for key, value in stage.get("params", {}).get("params.yaml", {}).items():
-            if reduce(below, key.split("."), now) != value:
+            found = reduce(lambda at, name: at.get(name) if isinstance(at, dict) else None, key.split("."), now)
+            if found != value:
                 changed.add(key)
     return sorted(changed)

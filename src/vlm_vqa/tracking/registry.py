@@ -18,8 +18,7 @@ from vlm_vqa.hashing import hash_json
 from vlm_vqa.params import Params
 from vlm_vqa.sealed import find_sealed
 from vlm_vqa.secrets import without_secrets
-from vlm_vqa.tracking.describe import reason
-from vlm_vqa.tracking.evaluated import NO_STORE, open_client
+from vlm_vqa.tracking.evaluated import NO_STORE, asking, open_client
 from vlm_vqa.tracking.store import Store, checkout_root, tracking_uri
 
 log = logging.getLogger(__name__)
@@ -39,28 +38,20 @@ def local_folder(name: str) -> Path:
 
     Raises UserError: there is no such version, or its export is not where it was.
     """
-    uri = tracking_uri(checkout_root())
-    remedy = "`mlflow ui` lists models and versions; MLFLOW_TRACKING_URI names another store"
-    try:
-        client = open_client()
-        if client is None:
-            raise UserError(f"{name}: {NO_STORE}")
-        from mlflow.artifacts import download_artifacts
-        from mlflow.store.artifact.utils.models import get_model_name_and_version
+    client = open_client()
+    if client is None:
+        raise UserError(f"{name}: {NO_STORE}")
+    from mlflow.artifacts import download_artifacts
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
 
+    with asking(f"{name}: "):
         tags = client.get_model_version(*get_model_name_and_version(client, name)).tags
-        if SEAL in tags and PLACE not in tags:
-            return sealed_folder(
-                Path(download_artifacts(name, tracking_uri=uri, registry_uri=uri), "artifacts", COPIED), tags[SEAL]
-            )
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{name}: MLflow at {without_secrets(uri)} gives no such model ({reason(error)}): {remedy}."
-        ) from error
-    if SEAL not in tags:
-        raise UserError(f"{name}: not an export of this project. {remedy}.")
+        if SEAL not in tags:
+            raise UserError(f"{name}: not an export of this project. `mlflow ui` lists models and versions.")
+        if PLACE not in tags:
+            uri = tracking_uri(checkout_root())
+            found = download_artifacts(name, tracking_uri=uri, registry_uri=uri)
+            return sealed_folder(Path(found, "artifacts", COPIED), tags[SEAL])
     return sealed_folder(Path(tags[PLACE]), tags[SEAL], tags.get("git_commit", ""), tags.get("dvc_experiment", ""))
 
 
@@ -82,9 +73,8 @@ def sealed_folder(folder: Path, seal: str, commit: str = "", experiment: str = "
 def register(store: Store, run_id: str, folder: Path, weights_hash: str) -> bool:
     """Make the export of these weights in `folder`, a checkout or DVC's copy of one, a version of the registered model.
 
-    The model has the name of `tracking.experiment`. The version is linked to the run that trained it, to its data and, by
-    the evaluation, to its scores. Returns whether it had to be made: without a whole export of these weights, or with a
-    version of it, there is nothing to do.
+    It is linked to the run that trained it, to its data and, by the evaluation, to its scores. Returns whether it had to be
+    made: without a whole export of these weights, or with a version of it, there is nothing to do.
     """
     facts, made = _exported(store, folder)
     if made or facts.get("weights_hash") != weights_hash:
@@ -126,12 +116,8 @@ def subject(store: Store, folder: Path) -> dict[str, str]:
 
 def find_version(client: Any, model: str, name: str) -> Any:
     """The version of a registered model by its number or by its run; UserError if there is none, or several."""
-    number = int(name) if name.isdecimal() else None
-    found = [
-        version
-        for version in client.search_model_versions(f"name = '{model}'", max_results=MOST)
-        if number in (None, int(version.version)) and (number is not None or version.run_id == name)
-    ]
+    versions = client.search_model_versions(f"name = '{model}'", max_results=MOST)
+    found = [version for version in versions if name in (str(version.version), version.run_id)]
     if len(found) == 1:
         return found[0]
     several = " or ".join(str(version.version) for version in found)

@@ -102,12 +102,11 @@ class TrainingRun:
 
 
 def training_run(params: Params, *, key: str, tags: Mapping[str, str], source: str = "stages/train.py") -> TrainingRun:
-    """The MLflow run for a training; a context manager. Never raises.
+    """The MLflow run for a training; a context manager. Never raises. On other ranks than 0 it records nothing.
 
-    `key` names the checkpoints' folder: an unfinished run with the same key is continued instead of a new one begun,
-    its parameters and recorded steps kept. `tags` are the hashes of data and code (`data_hash`, `code_hash`). The run
-    ends as FAILED by an exception, as KILLED by Ctrl-C or a SystemExit such as SIGTERM's. On other ranks than 0 it
-    records nothing.
+    `key` names the checkpoints' folder: an unfinished run with the same key is continued, its parameters and recorded steps
+    kept. `tags` are the hashes of data and code (`data_hash`, `code_hash`). The run ends as FAILED by an exception, as
+    KILLED by Ctrl-C or a SystemExit such as SIGTERM's.
     """
     if os.environ.get("RANK", "0") != "0":
         return TrainingRun()

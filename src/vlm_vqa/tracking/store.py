@@ -39,7 +39,7 @@ VIEW_COLUMNS = [
     *(f"params.`train.{name}`" for name in ("batch_size", "learning_rate", "num_train_epochs", "optimizer")),
 ]
 BATCH = 100  # MLflow's limit on parameters in one request
-SECONDS_TO_OPEN = 60.0  # without a sign of life: MLflow retries a silent database for minutes
+SECONDS_TO_OPEN = 60.0  # MLflow retries a silent database for minutes
 SECONDS_QUIET = 15.0  # a half-made store that nobody has written to for so long is not being made any more
 
 
@@ -95,14 +95,15 @@ class Store:
         prepare_client()
         # Imports take long on a slow disk, but end: they are no part of the limit.
         import_module("mlflow.store.tracking.sqlalchemy_store" if self._database else "mlflow")
-        self.client, self.experiment_id = _within(wait, self._open, lambda: _last_write(self._database))
+        if self._database:
+            _make_whole(self._database)
+        self.client, self.experiment_id = _within(wait, self._open)
 
     def _open(self) -> tuple[Any, str]:
         from mlflow import MlflowClient, MlflowException
 
         database = self._database
         if database is not None:
-            _make_whole(database)
             with _connected(database) as connection:
                 connection.execute("BEGIN IMMEDIATE")  # fails at once where MLflow would retry for minutes
         client = MlflowClient(tracking_uri=self.uri)
@@ -153,12 +154,17 @@ class Store:
         return run_id
 
     def _put_data(self, run_id: str, data_hash: str) -> None:
+        from mlflow import MlflowException
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source = {key: value for key, value in self.params.flat().items() if key.startswith("data.")}
         name, digest = self.data_name(data_hash)
         data = Dataset(name, digest, "params.yaml", without_secrets(json.dumps(source)))
-        self.client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+        inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+        try:
+            self.client.log_inputs(run_id, inputs)
+        except MlflowException:  # another of a queue's workers may have made this data set just now
+            self.client.log_inputs(run_id, inputs)
 
     def data_name(self, data_hash: str) -> tuple[str, str]:
         """Name and digest of a data set in MLflow, which takes 36 characters of a digest."""
@@ -201,9 +207,7 @@ class Store:
             if (size := file.stat().st_size) <= self.largest:
                 self.client.log_artifact(run_id, str(file), target.as_posix() if target.name else None)
                 continue
-            here = Path(".").resolve()
-            where = file.resolve().relative_to(here) if file.resolve().is_relative_to(here) else file
-            reference = {"path": where.as_posix(), "bytes": size, "sha256": sha256_file(file)}
+            reference = {"path": os.path.relpath(file), "bytes": size, "sha256": sha256_file(file)}
             self.client.log_dict(run_id, reference, (target / f"{file.name}.reference.json").as_posix())
 
     def last_steps(self, run: Any) -> dict[str, int]:
@@ -233,8 +237,7 @@ def _make_whole(database: Path) -> None:
     """Leaves an MLflow store with all its tables at `database`, or raises what stands against it.
 
     MLflow makes the tables by some 70 migrations, and a store left in the middle of them never opens again. So they run
-    in a file of another name, which becomes the store when it is whole: this process may be killed, or this thread
-    frozen by the process's end, at any moment.
+    in a file of another name, which becomes the store when it is whole: this process may be killed at any moment.
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -242,32 +245,28 @@ def _make_whole(database: Path) -> None:
     if _is_whole(database) and not making.exists() and not lock.exists():
         return
     database.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # waits for another process or thread; the system ends it with its holder
-        _remove(making)
-        while not _settled(database):
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # waits for another process; the system ends it with its holder
+        for file in (making, *_beside(making)):
+            file.unlink(missing_ok=True)
+        if not database.exists():
             store = SqlAlchemyStore(f"sqlite:///{making}", (database.parent / ARTIFACTS).as_uri())
             store.engine.dispose()
+            for file in _beside(database):
+                file.unlink(missing_ok=True)
             if not database.exists():  # else `mlflow ui` was started meanwhile
                 making.rename(database)
-            _remove(making)
-        lock.unlink(missing_ok=True)  # now that the store is whole, who waits for this lock has nothing left to do
-
-
-def _settled(database: Path) -> bool:
-    """Whether `database` is whole, once nobody else is making it; if not, it is removed where no record is in it."""
-    while not (whole := _is_whole(database)) and time.time() - _last_write(database) < SECONDS_QUIET:
-        time.sleep(0.2)
-    if whole:
-        return True
-    if database.exists() and _holds_records(database):
+            making.unlink(missing_ok=True)
+        # Perhaps `mlflow ui` is making it.
+        while not (whole := _is_whole(database)) and time.time() - database.stat().st_mtime < SECONDS_QUIET:
+            time.sleep(0.2)
+        lock.unlink(missing_ok=True)
+    if not whole:
         path, uri = shlex.quote(str(database)), shlex.quote(f"sqlite:///{database}")
         raise RuntimeError(
-            "its tables are half made, or another MLflow version's, and hold records: copy the file, then"
-            f" `mlflow db upgrade {uri}`; if that fails, `mv {path} {path}.half` makes room for a new one"
+            f"its tables are half made, or another MLflow version's: copy the file, then `mlflow db upgrade {uri}`;"
+            f" if that fails, `mv {path} {path}.half` makes room for a new one"
         )
-    _remove(database)
-    return False
 
 
 def _is_whole(database: Path) -> bool:
@@ -282,44 +281,20 @@ def _is_whole(database: Path) -> bool:
     return versions == [(_get_latest_schema_revision(),)]
 
 
-def _holds_records(database: Path) -> bool:
-    """Whether there is a row besides MLflow's own: schema's version, default workspace, default experiment."""
-    own = ("alembic_version", "workspaces", "experiments")
-    with _connected(database) as connection:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        rows = {table: connection.execute(f'SELECT 1 FROM "{table}" LIMIT 2').fetchall() for table in tables}
-    return any(len(found) > (table in own) for table, found in rows.items())
-
-
 def _connected(database: Path) -> Any:
     """For `with`: a connection to an existing file. It rolls back what a killed process was writing."""
     return contextlib.closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", timeout=20, uri=True))
 
 
-def _files(database: Path) -> list[Path]:
-    """`database` and what sqlite keeps beside it, which would spoil another file of this name."""
-    return [database.with_name(database.name + end) for end in ("", "-journal", "-wal", "-shm")]
+def _beside(database: Path) -> list[Path]:
+    """What sqlite keeps beside a file, and what would spoil another one of its name."""
+    return [database.with_name(database.name + end) for end in ("-journal", "-wal", "-shm")]
 
 
-def _remove(database: Path) -> None:
-    for file in _files(database):
-        file.unlink(missing_ok=True)
+def _within(seconds: float, function: Callable[[], Any]) -> Any:
+    """`function()`, or TimeoutError: database drivers have waits that no setting of MLflow's bounds.
 
-
-def _last_write(database: Path | None) -> float:
-    """When `database`, or the file that it is being made in, was last written to; seconds since 1970, 0 for never."""
-    times = [0.0]
-    for file in _files(database) + _files(database.with_name(f"{database.name}.making")) if database else []:
-        with contextlib.suppress(OSError):
-            times.append(file.stat().st_mtime)
-    return max(times)
-
-
-def _within(seconds: float, function: Callable[[], Any], sign_of_life: Callable[[], Any] = lambda: None) -> Any:
-    """`function()`, or TimeoutError where `sign_of_life()` stays the same for `seconds`.
-
-    Database drivers have waits that no setting of MLflow's bounds. `function` then goes on until the process ends, and
-    may be stopped anywhere by that.
+    `function` then goes on until the process ends, and may be stopped anywhere by that.
     """
     outcome: futures.Future[Any] = futures.Future()
 
@@ -330,10 +305,6 @@ def _within(seconds: float, function: Callable[[], Any], sign_of_life: Callable[
             outcome.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    sign, start = sign_of_life(), time.monotonic()
-    while not futures.wait([outcome], min(seconds, 0.5)).done:
-        if sign != (sign := sign_of_life()):
-            start = time.monotonic()
-        elif time.monotonic() - start >= seconds:
-            raise TimeoutError(f"no answer in {seconds:.0f} s")
+    if not futures.wait([outcome], seconds).done:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
     return outcome.result()

@@ -5,12 +5,15 @@ HELM builds it from `model_deployments.yaml`, whose `args` are the constructor's
 
 import os
 import pkgutil
+import queue
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from helm.clients.client import Client
@@ -22,7 +25,6 @@ from PIL import Image
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
 from vlm_vqa.evaluation.answering import KEPT_ANSWERS, KeptAnswers
-from vlm_vqa.evaluation.helm.batching import Asked, BatchWorker
 from vlm_vqa.evaluation.helm.run import ANSWERED, FAILED
 from vlm_vqa.hashing import sha256_bytes
 from vlm_vqa.inference.predictor import Candidate
@@ -31,6 +33,61 @@ from vlm_vqa.params import Params, load_params
 from vlm_vqa.workers import named
 
 _LOADING = threading.Lock()
+
+
+class Asked(NamedTuple):
+    """A question about an image; tuples sort by image first."""
+
+    image_key: str
+    question: str
+
+
+class BatchWorker:
+    """Gathers the requests of many threads and answers them on one thread of its own.
+
+    A batch goes when it is full, or when no request has come for a while. If as many threads ask as a batch holds,
+    every batch but the last is full; and since its rows are sorted, it is the same batch in every run, whatever order
+    the threads came in: the answers do not depend on timing.
+    """
+
+    def __init__(
+        self, answer: Callable[[Sequence[Asked], Sequence[Any]], list[str]], batch_size: int, patience: float = 0.25
+    ):
+        """Start the thread; it alone calls `answer`. `patience` is in seconds."""
+        self._answer = answer
+        self._batch_size = batch_size
+        self._patience = patience
+        self._requests: queue.SimpleQueue[tuple[Asked, Any, Future[str]]] = queue.SimpleQueue()
+        # A daemon: a thread that waits for questions must not keep the process alive.
+        threading.Thread(target=self._serve, name="answers", daemon=True).start()
+
+    def ask(self, asked: Asked, image: Any) -> str:
+        """Return the answer; blocks, and raises what answering its batch raised."""
+        future: Future[str] = Future()
+        self._requests.put((asked, image, future))
+        return future.result()
+
+    def _serve(self) -> None:
+        while True:
+            batch = sorted(self._gather(), key=lambda request: request[0])
+            futures = [future for _, _, future in batch]
+            try:
+                answers = self._answer([asked for asked, _, _ in batch], [image for _, image, _ in batch])
+                for future, answer in zip(futures, answers, strict=True):
+                    future.set_result(answer)
+            except BaseException as error:  # noqa: BLE001 - it belongs to those who wait, and the thread must go on
+                for future in futures:
+                    if not future.done():
+                        future.set_exception(error)
+
+    def _gather(self) -> list[tuple[Asked, Any, "Future[str]"]]:
+        batch = [self._requests.get()]
+        while len(batch) < self._batch_size:
+            try:
+                batch.append(self._requests.get(timeout=self._patience))
+            except queue.Empty:
+                break
+        return batch
 
 
 class LoadedModel:
@@ -74,21 +131,20 @@ class LoadedModel:
 
 
 @cache
-def load(export: str, params: str, predictor: str) -> LoadedModel | Exception:
+def load(export: str, params: str, predictor: str) -> Future[LoadedModel]:
     """Load a model, once: what failed to load fails for all, for HELM waits for every thread, and each would try again."""
+    loaded: Future[LoadedModel] = Future()
     try:
-        return LoadedModel(export, load_params(params), predictor)
+        loaded.set_result(LoadedModel(export, load_params(params), predictor))
     except Exception as error:  # noqa: BLE001 - raised by all
-        return error
+        loaded.set_exception(error)
+    return loaded
 
 
 def shared_model(export: str, params: str, predictor: str) -> LoadedModel:
     """Return this process's model: HELM builds clients from its threads without a lock and so may build several."""
     with _LOADING:
-        loaded = load(export, params, predictor)
-    if isinstance(loaded, Exception):
-        raise loaded
-    return loaded
+        return load(export, params, predictor).result()
 
 
 class VlmVqaClient(Client):

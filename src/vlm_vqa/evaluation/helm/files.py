@@ -28,11 +28,9 @@ _VALID = "valid"
 class HelmResults:
     """Results of one run, instances in the order of the scenario's questions."""
 
-    scores: dict[str, float]
-    """Means by name, for `SCORES` and a few counts."""
+    scores: dict[str, float]  # means by name, for `SCORES` and a few counts
     predictions: list[str]
-    per_instance: list[dict[str, float]]
-    """Scores of each instance by name, for `SCORES`."""
+    per_instance: list[dict[str, float]]  # scores of each instance by name, for `SCORES`
     run_spec: dict[str, Any]
 
 

@@ -23,23 +23,16 @@ FAILED = "vlm-vqa client failed:"
 
 # Relative, as the pictures of HELM's page must be, which it shows only from a folder of this name.
 OUTPUT = Path("benchmark_output")
-SCENARIO = OUTPUT / "scenarios" / "vqa"
-"""Filled by `write_scenario`."""
+SCENARIO = OUTPUT / "scenarios" / "vqa"  # filled by `write_scenario`
 SUITE = "vlm-vqa"
 RESULTS = OUTPUT / "runs" / SUITE
-CONFIG = Path("evaluation/helm")
-"""Deployments, metadata, run entries and schema."""
-_GRACE_SECONDS = 10
+CONFIG = Path("evaluation/helm")  # deployments, metadata, run entries and schema
 
 log = logging.getLogger(__name__)
 
 
 def run_helm(instances: int, threads: int, environment: Mapping[str, str]) -> None:
-    """Run HELM's `vqa` over the scenario folder and summarise it for the web view; earlier results must be gone.
-
-    Args:
-        instances: number of questions in the scenario folder.
-        environment: added to this process's environment.
+    """Run HELM's `vqa` over the scenario folder of so many instances, and summarise it; earlier results must be gone.
 
     UserError if the client refused, as an unreadable image or another instruction; RuntimeError if HELM failed otherwise.
     """
@@ -89,7 +82,10 @@ def _run_child(
                         _keep_to_one_core(child.pid)
         code = child.wait()
     finally:
-        _end(child)
+        # It writes nothing that a run after it would read.
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     if code != 0:
         _explain(log_path, arguments[0], code)
 
@@ -108,19 +104,6 @@ def _keep_to_one_core(pid: int) -> None:
         cores = sorted(os.sched_getaffinity(pid))
         # Not always the first one: evaluations that run side by side should not meet on it.
         os.sched_setaffinity(pid, {cores[pid % len(cores)]})
-
-
-def _end(child: subprocess.Popen) -> None:
-    if child.poll() is not None:
-        return
-    try:
-        os.killpg(child.pid, signal.SIGTERM)
-        child.wait(_GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    except ProcessLookupError:
-        pass
 
 
 def _explain(log_path: Path, program: str, code: int) -> None:

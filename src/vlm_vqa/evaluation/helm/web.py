@@ -1,5 +1,6 @@
 """HELM's own web page of the last evaluation, pictures included, shown to this machine alone."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -27,11 +28,8 @@ _POLICY = "default-src 'self'; connect-src 'self' data:; img-src 'self' data:; s
 def write_page() -> str:
     """Copy HELM's page, its results and their pictures to `PAGE`, in the place of an earlier copy.
 
-    `helm-server --export-path` leaves the pictures out. Any web server can show the copy, and it asks nobody else. UserError
-    if there is no finished evaluation.
-
-    Returns:
-        The page of the run's questions and answers, relative to the copy's address.
+    `helm-server --export-path` leaves the pictures out. Any web server can show the copy. Return its page of the run's
+    questions and answers. UserError if there is no finished evaluation.
     """
     runs = sorted(RESULTS.glob("*/scenario_state.json"))
     # The last that helm-summarize writes.
@@ -64,12 +62,9 @@ def serve(first: str, port: int) -> None:
         server = _Server(("127.0.0.1", port), functools.partial(_Handler, directory=PAGE))
     except (OSError, OverflowError) as error:
         raise UserError(f"port {port} cannot be used ({error}): name another one by --port") from error
-    with server:
+    with server, contextlib.suppress(KeyboardInterrupt):
         print(f"http://127.0.0.1:{server.server_port}/{first} (Ctrl-C ends it)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
+        server.serve_forever()
 
 
 def _keep_home(path: Path) -> None:
