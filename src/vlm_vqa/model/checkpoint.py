@@ -73,10 +73,10 @@ def without_head(tower: Any) -> None:
 
 def check_weights(start: ModelParams, folder: Path, config: PaliGemmaConfig) -> None:
     """Refuse, by UserError, a folder without all weights that `config` describes; their files' headers are read alone."""
-    how = {"config": config, "device_map": "meta", "use_safetensors": True, "trust_remote_code": False}
+    how = {"config": config, "device_map": "meta", "use_safetensors": True, "ignore_mismatched_sizes": True}
     with reading(name_of(start), "its *.safetensors"), quiet():
         stock: Any = PaliGemmaForConditionalGeneration
-        _, found = stock.from_pretrained(folder, **how, ignore_mismatched_sizes=True, output_loading_info=True)
+        _, found = stock.from_pretrained(folder, trust_remote_code=False, **how, output_loading_info=True)
     missing = sorted(set(found["missing_keys"]) - {HEAD})
     for part in ("vision_tower", "multi_modal_projector", "language_model"):
         if lacking := [name for name in missing if f".{part}." in name]:

@@ -133,10 +133,10 @@ def load_encoder(
     if whole:
         checkpoint.check_weights(start, folder, checkpoint.read_config(start, folder))
     how: dict[str, Any] = {"config": config, "key_mapping": _IN_CHECKPOINT if whole else None, "dtype": torch.float32}
-    how |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
+    how |= {"use_safetensors": True, "output_loading_info": True}
     kind: Any = TOWERS[config.model_type].model
     with reading(name, "its *.safetensors"), quiet():
-        model, loaded = kind.from_pretrained(folder, **how)
+        model, loaded = kind.from_pretrained(folder, trust_remote_code=False, **how)
     # transformers fills gaps with random numbers and a warning.
     if lacking := sorted(loaded["missing_keys"]):
         raise UserError(f"{name} lacks the weights {lacking[:5]}. Get a whole copy of it.")

@@ -234,9 +234,9 @@ def checkpoint_model(start: ModelParams, encoder_config, processor: PaliGemmaPro
     checkpoint.check_tokens(start, found, processor)
     own = {"vision_config": encoder_config.to_dict(), "dtype": "float32"}
     how: dict[str, Any] = {"config": PaliGemmaConfig.from_dict(found.to_dict() | own), "dtype": torch.float32}
-    how |= {"attn_implementation": "eager", "use_safetensors": True, "trust_remote_code": False}
+    how |= {"attn_implementation": "eager", "use_safetensors": True}
     with checkpoint.reading(checkpoint.name_of(start), "its *.safetensors"):
-        model: VlmForTraining = VlmForTraining.from_pretrained(folder, **how)
+        model: VlmForTraining = VlmForTraining.from_pretrained(folder, trust_remote_code=False, **how)
     without_paths(model.config)
     set_attention(model, Attention.EAGER)
     return model.train()
