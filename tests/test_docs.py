@@ -253,6 +253,10 @@ def test_full_scale_is_what_was_measured():
     assert f"loss {losses[0]:.2f} to {losses[-1]:.2f} over the same 8 questions, peak {peak:.1f} GiB" in FLAT
     assert f"at most {worst:.1%} from".replace("%", " %") in FLAT
     assert f"{real['details']['seconds']['step']:.0f} s a step" in FLAT
+    (export,), starts = results("real_shape_export")["claims"], results("start_memory")["claims"]
+    assert export["met"] and f"peak {export['ratio']:.2f} times the weights" in FLAT
+    held = [f"{claim['ratio']:.2f}" for claim in starts]
+    assert f"together hold {', '.join(held[:-1])} and {held[-1]} times the weights" in FLAT
     seconds, memory = (claim["ratio"] for claim in data["claims"][:2])
     assert f"{seconds:.0f} s, {memory:.2f} GiB" in FLAT
     questions, images = (sum(count[index] for count in data["details"]["counts"].values()) for index in (0, 1))
