@@ -24,7 +24,7 @@ from vlm_vqa.errors import UserError
 
 DEFAULT = ("training_step", "memory", "generation", "scorer", "extraction")
 """What README shows; the others take longer or need what `make repro` writes."""
-KNOWN = (*DEFAULT, "features", "checks", "threads", "answers", "small_run")
+KNOWN = (*DEFAULT, "features", "checks", "threads", "answers", "registering", "small_run")
 ROOT = Path(__file__).parents[1]
 
 

@@ -256,6 +256,7 @@ def test_full_scale_is_what_was_measured():
     (export,), starts = results("real_shape_export")["claims"], results("start_memory")["claims"]
     assert export["met"] and f"peak {export['ratio']:.2f} times the weights" in FLAT
     held = [f"{claim['ratio']:.2f}" for claim in starts]
+    assert f"which takes {results('registering')['claims'][0]['ratio']:.1f} s" in FLAT
     assert f"together hold {', '.join(held[:-1])} and {held[-1]} times the weights" in FLAT
     seconds, memory = (claim["ratio"] for claim in data["claims"][:2])
     assert f"{seconds:.0f} s, {memory:.2f} GiB" in FLAT
