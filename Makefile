@@ -25,8 +25,9 @@ help:  ## this list
 repro: setup  ## run the five stages that params.yaml, the code or the data ask for
 	source $(BIN)/activate && vlm-vqa unlock --quiet && dvc repro
 
-test: setup  ## cheap tests first, slow ones after them, in two processes
-	source $(BIN)/activate && python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(TESTS)
+test: setup  ## cheap tests first, slow ones after them, in two processes of one thread
+	source $(BIN)/activate && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
+	  python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(TESTS)
 
 bench: setup  ## measure speed and memory side by side: close everything else first
 	source $(BIN)/activate && python -m benchmarks
