@@ -197,7 +197,7 @@ def test_speed_is_what_was_measured():
 
 def test_what_comes_out_is_what_was_measured():
     found = {name: results(name) for name in ("learning", "strategies", "kills")}
-    assert all(claim["met"] for result in found.values() for claim in result["claims"])
+    assert all(claim["met"] for name in ("learning", "strategies") for claim in found[name]["claims"])
     details, made = found["strategies"]["details"], strategies
     assert made.table(details["distances"], details["8_from_32_bits"], list(made.LAUNCHES)) in PAGES["docs/training.md"]
     assert f"after {details['losses']} steps" in FLAT
@@ -209,7 +209,9 @@ def test_what_comes_out_is_what_was_measured():
     outlived = math.ceil(max(kill["outlived"] for kill in details["kills"]))
     assert f"After {len(details['kills'])} such kills in {len(trials)} trials" in FLAT
     assert f"no process lived for more than {outlived} s after its parent" in FLAT
-    assert not [trial for trial in trials if trial["problems"]]
+    # One is too slow to end, and said to be.
+    (slow,) = [problem for trial in trials for problem in trial["problems"]]
+    assert "outlived its parent by more than 10 s" in slow and "one launcher took 10.2 s to end" in FLAT
 
 
 def test_the_spread_over_seeds_is_what_was_measured():
@@ -255,9 +257,11 @@ def test_full_scale_is_what_was_measured():
     assert f"{real['details']['seconds']['step']:.0f} s a step" in FLAT
     (export,), starts = results("real_shape_export")["claims"], results("start_memory")["claims"]
     assert export["met"] and f"peak {export['ratio']:.2f} times the weights" in FLAT
-    held = [f"{claim['ratio']:.2f}" for claim in starts]
+    drawn, read = ([f"{one['ratio']:.2f}" for one in starts if way in one["what"]] for way in ("drawn", "read"))
+    assert sum(claim["met"] is False for claim in starts) == 2 and "with four the aim of 1.3 is missed" in FLAT
     assert f"which takes {results('registering')['claims'][0]['ratio']:.1f} s" in FLAT
-    assert f"together hold {', '.join(held[:-1])} and {held[-1]} times the weights" in FLAT
+    assert f"together hold {', '.join(drawn[:-1])} and {drawn[-1]} times the weights" in FLAT
+    assert f"{', '.join(read[:-1])} and {read[-1]} times if they are read from a folder" in FLAT
     seconds, memory = (claim["ratio"] for claim in data["claims"][:2])
     assert f"{seconds:.0f} s, {memory:.2f} GiB" in FLAT
     questions, images = (sum(count[index] for count in data["details"]["counts"].values()) for index in (0, 1))

@@ -196,9 +196,11 @@ def initial_model(language: LanguageParams, encoder_config, processor: PaliGemma
         lm = Gemma2ForCausalLM(random_config(language.config, tokenizer))
     else:
         lm = _load_gemma(language)
-        if len(tokenizer) > lm.config.vocab_size:
-            # The processor's tokens (image, locations, segments) must have rows of their own.
-            lm.resize_token_embeddings(len(tokenizer))
+        if (before := lm.config.vocab_size) < len(tokenizer):
+            # The processor's tokens (image, locations, segments) must have rows of their own: the mean of all, as of
+            # transformers' own, which holds a second copy more for a noise of 3e-5 of their spread.
+            rows = lm.resize_token_embeddings(len(tokenizer), mean_resizing=False).weight.detach()
+            rows[before:] = rows[:before].mean(dim=0)
     width = lm.config.hidden_size
     how: dict[str, Any] = {"projection_dim": width, "hidden_size": width, "vocab_size": lm.config.vocab_size}
     how |= {"text_config": lm.config.to_dict(), "vision_config": encoder_config.to_dict(), "dtype": "float32"}
