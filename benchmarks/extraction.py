@@ -180,9 +180,17 @@ def store(way: Way, encoder: Encoder, images: Sequence[ImageRecord], batch_size:
         store_in(f"{folder}/features", way, encoder, images, batch_size)
 
 
-def store_in(folder: str | Path, way: Way, encoder: Encoder, images: Sequence[ImageRecord], batch_size: int) -> None:
-    """Extract into the store `folder`, in the compute dtype."""
-    layout = Layout(len(images), encoder.num_tokens, encoder.width, StoreDtype(name(encoder.model.dtype)))
+def store_in(
+    folder: str | Path,
+    way: Way,
+    encoder: Encoder,
+    images: Sequence[ImageRecord],
+    batch_size: int,
+    dtype: StoreDtype | None = None,
+) -> None:
+    """Extract into the store `folder`, by default in the compute dtype."""
+    dtype = dtype or StoreDtype(name(encoder.model.dtype))
+    layout = Layout(len(images), encoder.num_tokens, encoder.width, dtype)
     writer = FeatureStoreWriter(folder, layout, made_by={})
     writer.begin()
     way(encoder, images, writer, batch_size)

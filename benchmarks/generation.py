@@ -75,9 +75,17 @@ class Features:
         self._place = {image: place for place, image in enumerate(images)}
         self._features = torch.randn(len(images), shape.num_patches, shape.feature_width, generator=generator)
 
+    live = False
+
     def batch(self, image_ids: Sequence[int]) -> Tensor:
         """Return float32 [I, T, E]."""
         return self._features[[self._place[image] for image in image_ids]]
+
+    def inputs(self, image_ids: Sequence[int]) -> dict[str, Tensor]:
+        return {"features": self.batch(image_ids)}
+
+    def of(self, inputs: dict[str, Tensor]) -> Tensor:
+        return inputs["features"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -60,7 +61,7 @@ from vlm_vqa.model.vlm import (
     set_attention,
     set_dropout,
 )
-from vlm_vqa.params import Attention, LanguageConfig, Mask, Params, TooLong, load_params
+from vlm_vqa.params import Attention, LanguageConfig, Mask, Params, StoreDtype, TooLong, load_params
 from vlm_vqa.training import launch
 from vlm_vqa.training.checkpoint_files import latest
 from vlm_vqa.training.dataset import Collator, QuestionDataset
@@ -766,7 +767,7 @@ def flex_step(scale: Scale) -> Result:
 
 
 def features(scale: Scale) -> Result:
-    """Features from the store against a live encoder: of one step's images alone, and with the step."""
+    """Features from the store, 16 bits and int8, against a live encoder: of one step's images alone, and with the step."""
     shape, work, device = deepest(scale), workload(scale), measure.device()
     encoder = extraction.build_encoder(scale.tower, torch.bfloat16 if device.type == "cuda" else torch.float32)
     photographs = [vqav2.draw_picture((640, 480), seed=number) for number in range(4)]
@@ -778,14 +779,17 @@ def features(scale: Scale) -> Result:
         extraction.store_in(f"{folder}/store", extraction.ahead, encoder, records, scale.batch_size)
         measure.synchronize()
         extracted = scale.images / (time.perf_counter() - begun)
-        store = FeatureStore(f"{folder}/store")
+        eight = f"{folder}/int8"
+        extraction.store_in(eight, extraction.ahead, encoder, records, scale.batch_size, StoreDtype.INT8)
+        stores = {"stored": FeatureStore(f"{folder}/store"), "int8": FeatureStore(eight)}
         ids = list(range(min(len(work.features), scale.images)))
         begun = time.perf_counter()
         pixels = encoder.preprocess(open_image(records[one].data, "picture", extraction.MAX_PIXELS) for one in ids)
         decoded = len(ids) / (time.perf_counter() - begun)
 
-        def stored() -> Tensor:
-            return store.batch(ids).to(device, torch.float32)
+        def stored(which: str) -> Tensor:
+            store = stores[which]
+            return store.of(send_to_device(store.inputs(ids), device)).float()
 
         def live() -> Tensor:
             return encoder.encode_pixels(pixels).float()
@@ -794,19 +798,22 @@ def features(scale: Scale) -> Result:
             source()
             recipe.run()
 
-        off = distance(live().cpu(), stored().cpu())
-        calls = {"stored": stored, "live": live}
+        off = {which: distance(live().cpu(), stored(which).cpu()) for which in stores}
+        calls: dict[str, Callable[[], Tensor]] = {which: partial(stored, which) for which in stores} | {"live": live}
         timings = measure.alternate(calls, scale.rounds)
         steps = measure.alternate({name: partial(with_step, call) for name, call in calls.items()}, scale.rounds)
     named = layers_of(shape)
     claims = [
         measured("images/s, features from the store to the device", timings["stored"], len(ids)),
+        measured("images/s, int8 features from the store to the device", timings["int8"], len(ids)),
         measured("images/s, live encoder from pixels", timings["live"], len(ids)),
         once("images/s that one thread decodes", decoded),
         once("images/s, extract-features", extracted),
         measure.claim("GPU: features: stored over live, of the images alone", timings["live"], timings["stored"]),
         measure.claim(f"GPU: {named}: step with stored features over live ones", steps["live"], steps["stored"]),
-        once("features: stored ones' distance from live ones'", off, target=0.02, at_most=True),
+        measure.claim("GPU: features: int8 over 16 bits, of the images alone", timings["stored"], timings["int8"]),
+        once("features: stored ones' distance from live ones'", off["stored"], target=0.02, at_most=True),
+        once("features: int8 ones' distance from live ones'", off["int8"], target=0.02, at_most=True),
     ]
     seconds = {name: one.seconds for name, one in timings.items()}
     return claims, {"images": len(ids), "seconds": seconds, "step_seconds": {n: t.seconds for n, t in steps.items()}}

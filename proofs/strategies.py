@@ -188,8 +188,13 @@ class Misleading:
 
     features: FeatureStore
 
-    def batch(self, image_ids: Sequence[int]) -> Tensor:
-        return self.features.batch(image_ids).flip(1)
+    live = False
+
+    def inputs(self, image_ids: Sequence[int]) -> dict[str, Tensor]:
+        return self.features.inputs(image_ids)
+
+    def of(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.features.of(inputs).flip(1)
 
 
 def _check_saved(trainer: VqaTrainer, path: Path) -> None:

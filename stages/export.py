@@ -16,8 +16,9 @@ import torch
 from vlm_vqa import cores, tracking
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.feature_store import Features
 from vlm_vqa.errors import UserError, make_again
+from vlm_vqa.features.live import open_features
 from vlm_vqa.inference.export import CARD, read_training, write_export
 from vlm_vqa.inference.predictor import Predictor
 from vlm_vqa.inference.processor import unlike_trained
@@ -42,15 +43,15 @@ def main() -> None:
     results = json.loads(Path("reports/train.json").read_text(encoding="utf-8"))
     write_export(EXPORT, TRAINED, encoder, params, training, results, manifest)
     predictor = Predictor.from_export(EXPORT, device="cpu", dtype=getattr(torch, params.export.dtype))
-    features = FeatureStore(FEATURES, {"encoder_hash": encoder.hash})
+    features = open_features(FEATURES, {"encoder_hash": encoder.hash}, RECORDS, encoder)
     difference = compare(predictor, features, params.data.max_image_pixels)
-    logging.info("%s: features from its pixels differ from the stored ones by at most %.1e", EXPORT, difference)
+    logging.info("%s: features from its pixels differ from those trained on by at most %.1e", EXPORT, difference)
     if reason := unlike_trained(predictor.processor, predictor.layout):
         logging.warning("%s: only its card's code computes what was trained: %s", EXPORT, reason)
     tracking.log_results(params, weights_hash=training["weights_hash"], files=[EXPORT / CARD])
 
 
-def compare(predictor: Predictor, features: FeatureStore, max_pixels: int) -> float:
+def compare(predictor: Predictor, features: Features, max_pixels: int) -> float:
     """Return how far the export's features, from pixels, are from the ones trained on.
 
     UserError: what plain transformers reads is not what was trained, up to the rounding of the types.

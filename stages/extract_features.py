@@ -18,7 +18,7 @@ from vlm_vqa import cores, workers
 from vlm_vqa.checks import check_here
 from vlm_vqa.data import records
 from vlm_vqa.data.feature_store import Layout
-from vlm_vqa.features import extract
+from vlm_vqa.features import extract, live
 from vlm_vqa.features.writer import FeatureStoreWriter
 from vlm_vqa.hashing import code_hash
 from vlm_vqa.model import encoder
@@ -48,6 +48,11 @@ def main() -> None:
         "compute_dtype": vision.compute_dtype.value,
         "data_hash": manifest["data_hash"],
     }
+    if not vision.store:
+        if running.main:
+            live.describe(FEATURES, layout, made_by | {"live": live.how_live(params)})
+            logger.info("vision.store is false: the tower looks at %d pictures as they are needed", layout.images)
+        return
     # What decides the last bits of features beside the encoder and the data; shards that other code has made are not used.
     on_gpu = running.device.type == "cuda"
     device = torch.cuda.get_device_name(running.device) if on_gpu else torch.backends.cpu.get_cpu_capability()

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from vlm_vqa import sealed, tracking
 from vlm_vqa.checks import check_machine, check_records
-from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.held_out import validation_questions
 from vlm_vqa.data.records import images_of, read_manifest
 from vlm_vqa.evaluation.baselines import shuffled_images
 from vlm_vqa.evaluation.vqa_accuracy import METRICS
+from vlm_vqa.features.live import how_live, open_features
 from vlm_vqa.hashing import code_hash, hash_json, write_json
 from vlm_vqa.model.adapters import ADAPTER, merge_adapters, projector_of, save_adapter
 from vlm_vqa.model.checkpoint import start_hash
@@ -48,8 +48,9 @@ def main() -> None:
 def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
     """Train on this process; rank 0 writes the shared outputs."""
     manifest = read_manifest(RECORDS)
-    encoder = load_encoder(params.vision, "cpu", params.model)
-    features = FeatureStore(FEATURES, {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"]})
+    encoder = load_encoder(params.vision, "cpu" if params.vision.store else running.device, params.model)
+    expected = {"encoder_hash": encoder.hash, "data_hash": manifest["data_hash"], "live": how_live(params)}
+    features = open_features(FEATURES, expected, RECORDS, encoder)
     processes = running.processes
     made_of = {
         "training_params_hash": params.training_hash(),

@@ -270,6 +270,7 @@ def test_a_missing_key_is_refused_by_name(values):
 # --- files of earlier versions -----------------------------------------------------------------------------------------
 
 LATER = {"data": ["official", "hub", "table", "bad_records", "most_dropped", "doubtful"],
+         "vision": ["store"],
          "train": ["answers", "lora", "questions_per_row", "attention", "freeze_embeddings", "dataloader_workers",
                    "rounding", "restart_optimizer", "stall_seconds", "projector_learning_rate",
                    "embedding_learning_rate", "projector_steps", "optimizer_in_backward",
@@ -312,7 +313,7 @@ def test_a_file_of_the_first_version_means_what_it_meant(tmp_path, caplog, prese
     (said,) = caplog.messages
     assert said.startswith(
         f"{path} lacks data.official, data.hub, data.table, data.bad_records, data.most_dropped, data.doubtful, "
-        "train.answers, train.lora, train.questions_per_row, "
+        "vision.store, train.answers, train.lora, train.questions_per_row, "
     )
     assert said.endswith("600, null, float32, accuracy, as before; `vlm-vqa check --write` adds them.")
 
@@ -425,7 +426,10 @@ def test_a_section_that_asks_for_nothing_changes_no_hash(values):
         key: value for key, value in whole.as_dict().items() if key not in ("model", "validation", "export", "tracking")
     }
     before["train"] = {key: value for key, value in before["train"].items() if "projector" not in key}
-    later = {"train": ("embedding_learning_rate", "optimizer_in_backward", "attention_checkpointing")}
+    later = {
+        "vision": ("store",),
+        "train": ("embedding_learning_rate", "optimizer_in_backward", "attention_checkpointing"),
+    }
     for section, names in (later | {"evaluation": ("gate", "compute_dtype")}).items():
         before[section] = {key: value for key, value in before[section].items() if key not in names}
     assert without.hash() == hash_json(before)

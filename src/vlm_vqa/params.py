@@ -345,13 +345,17 @@ class VisionParams(Section):
     compute_dtype: Wide
     """Weights and activations of the encoder. float16 is not supported."""
     store_dtype: StoreDtype
-    """Type of the stored features; `int8` has a scale for every token and takes half the disk of 16 bits."""
+    """Type of the features; `int8` has a scale for every token and takes half the disk of 16 bits."""
+    store: Truth = True
+    """Store features once, in `data/features`; false: look at the pictures anew whenever they are needed."""
 
     @rules
     def _rules(cls, name: str, value: Any, above: Above) -> str | None:
         model = above.get("model")
         if name == "model":
             return _of_checkpoint("vision.model", value, above)
+        if name == "store" and not value and above.get("store_dtype") is StoreDtype.INT8:
+            return "is false, but vision.store_dtype is int8, which saves disk alone. Set that to the type of features."
         if name == "revision" and model:
             return _pinned(model, value, "small", CHECKPOINT)
         if name in ("num_patches", "visual_embed_dim") and model in ENCODERS:
@@ -730,6 +734,7 @@ def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
     off = {key: json.loads(json.dumps(asdict(value, dict_factory=_as_written))) for key, value in whole.items()}
     kept = {key: value for key, value in sections.items() if key not in off or value != off[key]}
     later: dict[str, dict[str, Any]] = {
+        "vision": {"store": True},
         "train": {"projector_learning_rate": None, "embedding_learning_rate": None, "projector_steps": 0}
         | dict.fromkeys(("optimizer_in_backward", "attention_checkpointing"), False),
         "evaluation": {"gate": Gate.ACCURACY, "launch": None, "compute_dtype": Dtype.FLOAT32},

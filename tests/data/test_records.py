@@ -1,6 +1,7 @@
 """The stored records: what is written is what is read, by us and by plain `datasets`, and damage is named."""
 
 import json
+import pickle
 from functools import partial
 
 import datasets
@@ -8,12 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.sealing import seal_records
 from vlm_vqa.data import records
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.errors import UserError
 from vlm_vqa.fetch import write_records as fetching
+from vlm_vqa.sealed import SWITCH
 
 PIXELS = 1_000_000
 
@@ -88,15 +91,40 @@ def test_plain_datasets_reads_the_files(stored, tmp_path):
 def test_some_images_are_found_without_reading_the_others(stored, monkeypatch):
     _, folder = stored
     everything = list(records.iter_images(folder))
-    read, read_group = [], records._read_group
-    monkeypatch.setattr(records, "_read_group", lambda *where: read.append(where) or read_group(*where))
+    read, read_columns = [], records._read_columns
+    monkeypatch.setattr(records, "_read_columns", lambda *where: read.append(where) or read_columns(*where))
     wanted = {everything[-1].image_id, everything[1].image_id}
     absent = {0, max(wanted) + 1}
     assert list(records.images_of(folder, wanted)) == [everything[1], everything[-1]]
     assert len(read) == 2
-    with pytest.raises(UserError, match=r"no image 0 \(2 missing\).*fetch-vqav2"):
-        list(records.images_of(folder, absent))
-    assert len(read) == 2
+    for image_id in absent:
+        with pytest.raises(UserError, match=f"no image {image_id} of the questions.*fetch-vqav2"):
+            list(records.images_of(folder, {image_id}))
+
+
+@pytest.mark.parametrize("checks", ["on", "off"])
+def test_images_come_by_id_in_any_order_whichever_process_asks(stored, monkeypatch, checks):
+    """Forked workers of a data loader share the place of reading in every file that was open before."""
+    monkeypatch.setenv(SWITCH, checks)
+    _, folder = stored
+    everything = list(records.iter_images(folder))
+    images = records.Images(folder)
+    assert [images[image.image_id] for image in everything[::-1]] == everything[::-1]
+    ids = [image.image_id for image in everything] * 40
+    loader = torch.utils.data.DataLoader(ids, batch_size=1, num_workers=2, collate_fn=lambda found: images[found[0]])
+    assert list(loader) == everything * 40
+    assert pickle.loads(pickle.dumps(images))[ids[3]] == everything[3]
+
+
+def test_a_flipped_bit_is_found_where_one_image_is_read(stored):
+    _, folder = stored
+    images, (first, *_) = records.Images(folder), records.iter_images(folder)
+    path = folder / records.image_shard(0, len(list(folder.glob("images-*"))))
+    data = bytearray(path.read_bytes())
+    data[data.index(first.data) + len(first.data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged at byte .*repair fetch-vqav2"):
+        images[first.image_id]
 
 
 def test_a_missing_shard_is_named(stored):

@@ -10,6 +10,7 @@ import torch
 from vlm_vqa.cli import main
 from vlm_vqa.data.feature_store import Layout
 from vlm_vqa.errors import UserError
+from vlm_vqa.estimate.devices import GIB
 from vlm_vqa.estimate.memory import total
 from vlm_vqa.estimate.predict import changed
 from vlm_vqa.estimate.render import as_text
@@ -93,6 +94,27 @@ def test_features_take_what_the_store_says(preset, ask, dtype):
     stages = ask(preset("vqav2-reference", **{"vision.store_dtype": dtype.value}), device="A10G").stages
     store = Layout(123_287, 257, 768, dtype)
     assert total(stages[1].disk) == store.images * store.image_bytes
+
+
+def test_live_features_take_no_disk_and_cost_the_tower_in_every_epoch(preset, ask):
+    """Against the formulas of another place: `vision_flops` of every picture that is shown."""
+    stored, live = (ask(preset("vqav2", **{"vision.store": store}), device="RTX 4090") for store in (True, False))
+    _, extracted, trained, _, evaluated = stored.stages
+    _, nothing, looking, _, answering = live.stages
+    assert total(extracted.disk) > 40 * GIB and not nothing.disk and nothing.hours == 0.0
+    each = extracted.facts["flop"] / 123_287
+    params = preset("vqav2")
+    shown = looking.facts["flop_of_the_tower"] / each / params.train.num_train_epochs
+    # Rows that share an image show it once.
+    assert 82_783 * 0.9 < shown < 443_757
+    assert looking.hours > trained.hours and answering.facts["flop"] > evaluated.facts["flop"]
+    assert looking.facts["flop"] == trained.facts["flop"]
+    at = {name: total(parts) for name, parts in looking.gpu.items()}
+    assert at["looking at pictures"] < max(at.values()), "the step itself takes more"
+    before = {name: total(parts) for name, parts in trained.gpu.items()}
+    tower = looking.gpu["loss"]["encoder"]
+    # And 5 % of it that the allocator loses.
+    assert all(tower <= at[name] - before[name] <= 1.06 * tower for name in before)
 
 
 def test_exit_codes(capsys, monkeypatch, clean_checkout):

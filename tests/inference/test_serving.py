@@ -125,7 +125,7 @@ def test_the_picture_is_seen_as_people_see_it(front):
     turned, hidden = io.BytesIO(), Image.new("RGBA", (40, 20), (0, 0, 0, 0))
     upright.transpose(Image.Transpose.ROTATE_90).save(turned, "PNG", exif=exif)
     hidden.paste((200, 0, 0, 255), (0, 0, 10, 20))
-    expected = front.predictor.pixels([upright])
+    expected = front.predictor.preprocess([upright])
     for data in (png(upright), turned.getvalue(), png(hidden)):
         assert front.inputs("Red?", data)["pixel_values"].equal(expected)
 

@@ -147,7 +147,7 @@ def three_threads(monkeypatch):
 
 
 def encoder_that(preprocess: Callable[[list[Image.Image]], torch.Tensor]) -> SimpleNamespace:
-    return SimpleNamespace(preprocess=preprocess)
+    return SimpleNamespace(preprocess=preprocess, model=SimpleNamespace(device=torch.device("cpu")))
 
 
 def first_pixels(images: list[Image.Image]) -> torch.Tensor:

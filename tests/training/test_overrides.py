@@ -18,6 +18,7 @@ OVERRIDDEN = {
     "get_train_dataloader": ("self", {"_inner_training_loop"}),
     "get_batch_samples": ("self, epoch_iterator, num_batches, device", {"_run_epoch"}),
     "training_step": ("self, model, inputs, num_items_in_batch=None", {"_run_epoch"}),
+    "_prepare_inputs": ("self, inputs", {"training_step", "prediction_step"}),
     "_prepare_for_training": ("self, max_steps, train_dataloader, resume_from_checkpoint", {"_inner_training_loop"}),
     "_get_num_items_in_batch": ("self, batch_samples, device", {"get_batch_samples", "prediction_step"}),
     "_get_grad_norm": ("self, model, grad_norm=None", {"_run_epoch"}),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from tests.tiny_model import GivenFeatures
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.adapters import add_adapters, merge_adapter, merge_adapters, projector_of, save_adapter
 from vlm_vqa.model.layout import Row
@@ -42,7 +43,7 @@ QUESTIONS = [
 def make(tiny, tmp_path):
     """Return a function that builds a Trainer on 24 questions about 6 images."""
     features = torch.randn(6, tiny.num_patches, 24, generator=torch.Generator().manual_seed(0))
-    store = SimpleNamespace(batch=lambda ids: features[list(ids)])
+    store = GivenFeatures(features)
     base = load_params("presets/small.yaml").train
 
     def build(folder="run", layout=None, dropout=0.0, seed=0, callbacks=(), **changes):

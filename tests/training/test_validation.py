@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from tests.tiny_model import GivenFeatures
 from vlm_vqa.data import held_out
 from vlm_vqa.data import records as stored
 from vlm_vqa.errors import UserError
@@ -58,7 +58,7 @@ def questions(count, images, first=0):
 def build(tiny, tmp_path):
     """Return a function that builds a Trainer on 24 questions with a validation of 16 others."""
     features = torch.randn(6, tiny.num_patches, 24, generator=torch.Generator().manual_seed(0))
-    store = SimpleNamespace(batch=lambda ids: features[list(ids)])
+    store = GivenFeatures(features)
     base = load_params("presets/small.yaml")
 
     def make(folder="run", mask="image-prefix", callbacks=(), validates=True, epochs=4, **settings):
@@ -90,7 +90,7 @@ def greedy(trainer):
     """Return the answers that generation gives to the held questions."""
     held, layout = trainer.validation.held.questions, trainer.validation.layout
     asked = [layout.tokenize(row["question"]) for row in held]
-    features = trainer.data_collator.features.batch([row["image_id"] for row in held])
+    features = trainer.data_collator.features.features[[row["image_id"] for row in held]]
     with torch.no_grad():
         answers = generate(trainer.model.eval(), layout, features, asked, range(len(held)), max_new_tokens=20)
     return [layout.decode(answer.tokens) for answer in answers]
@@ -126,7 +126,7 @@ def test_each_wrong_token_counts_and_the_loss_is_that_of_the_main_answers(tiny, 
     total = tokens = 0
     for row in measured.held.questions:
         asked = measured.layout.tokenize(row["question"], row["multiple_choice_answer"])
-        batch = trainer.data_collator([Row(row["image_id"], (asked,))])
+        batch = trainer.data_collator.ready(trainer.data_collator([Row(row["image_id"], (asked,))]))
         with torch.no_grad():
             total += float(trainer.model(**batch)["loss"]) * len(asked.answer)
         tokens += len(asked.answer)

@@ -1,5 +1,7 @@
 """Image features on disk: the format of `data/features`, written once and read by memory map.
 
+With `vision.store: false` there is the manifest alone: `vlm_vqa.features.live` makes features anew from the pictures.
+
 `features-NNNNN-of-NNNNN.safetensors` hold `image_ids` int64 [images], ascending, and `features` [images, T, D] in the
 store's type. With `int8` there are also `scales` float32 [images, T]: a feature is its int8 times its token's scale, which
 is the token's largest magnitude / 127, so it is off by at most half a scale. `checksums` int64 [images] are compared
@@ -34,6 +36,7 @@ EXPECTABLE = {
     "dtype": "vision.store_dtype",
     "num_tokens": "vision.num_patches",
     "width": "vision.visual_embed_dim",
+    "live": "vision.store (null in the manifest where features are stored), or how they are made",
 }
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-2, "bfloat16": 1e-1}
 """How far features in a type may be from those of the same encoder in float32, in parts of the largest magnitude."""
@@ -95,13 +98,12 @@ def checksum_of(tensors: Mapping[str, np.ndarray], row: int, image_id: int) -> i
     return value
 
 
-class FeatureStore:
-    """Features of images by image id, read from disk only where they are asked for. It can be pickled to worker
-    processes: each maps the files anew and the memory is shared."""
+class Features:
+    """Features of images by image id, as a manifest describes them: stored, or made anew of the pictures."""
 
     def __init__(self, folder: str | Path, expected: dict[str, Any] | None = None):
-        """Map a finished store; `expected` has some of the keys of `EXPECTABLE`, dtypes by name, such as "float32".
-        UserError if it is missing, unfinished, damaged, or not what is expected; the message names what differs."""
+        """Read the manifest; `expected` has some of the keys of `EXPECTABLE`, dtypes by name, such as "float32". UserError
+        if it is missing, damaged, or not what is expected; the message names what differs."""
         self._folder, self._expected = Path(folder), expected
         path = self._folder / MANIFEST
         self.manifest = read_sealed(path, "a manifest of features", _REMAKE)
@@ -118,6 +120,48 @@ class FeatureStore:
         self.num_tokens: int = self.manifest["num_tokens"]
         self.width: int = self.manifest["width"]
         self.layout = Layout(self.manifest["images"], self.num_tokens, self.width, StoreDtype(self.manifest["dtype"]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the features that are returned: the stored one, and float32 where that is int8."""
+        stored = self.layout.tensors["features"][0]
+        return torch.float32 if stored is torch.int8 else stored
+
+    @property
+    def tolerance(self) -> float:
+        """How far features may be from the same encoder's in float32, in parts of the largest magnitude of all."""
+        return max(TOLERANCE[self.layout.dtype.value], TOLERANCE[self.manifest.get("compute_dtype", "float32")])
+
+    @property
+    def live(self) -> bool:
+        """Whether a tower looks at the pictures wherever features are made."""
+        return self.manifest.get("live") is not None
+
+    def inputs(self, image_ids: Sequence[int]) -> dict[str, Tensor]:
+        """Return what features are made of, first dimension N, on the CPU, in the order asked for; an id may be asked for
+        more than once. A data loader's workers call it. UserError if there is no such image, or it is damaged."""
+        raise NotImplementedError
+
+    def of(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Make features [N, T, D] in `dtype` of `inputs`, which may have been moved to the model's device since."""
+        raise NotImplementedError
+
+    def batch(self, image_ids: Sequence[int]) -> Tensor:
+        """[N, T, D] in `dtype`, a copy; UserError as `inputs`."""
+        return self.of(self.inputs(image_ids))
+
+    def __getitem__(self, image_id: int) -> Tensor:
+        """[T, D], and errors, as `batch`."""
+        return self.batch([image_id])[0]
+
+
+class FeatureStore(Features):
+    """Stored ones, read from disk only where they are asked for. It can be pickled to worker processes: each maps the files
+    anew and the memory is shared."""
+
+    def __init__(self, folder: str | Path, expected: dict[str, Any] | None = None):
+        """Map a finished store; UserError as `Features`, or if it is unfinished."""
+        super().__init__(folder, expected)
         # Each shard's tensors, by name, and the checksums of its images.
         self._shards: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
         self._checked = checks_blocks()
@@ -132,39 +176,29 @@ class FeatureStore:
     def __contains__(self, image_id: object) -> bool:
         return image_id in self._places
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the features that are returned: the stored one, and float32 where that is int8."""
-        stored = self.layout.tensors["features"][0]
-        return torch.float32 if stored is torch.int8 else stored
-
-    @property
-    def tolerance(self) -> float:
-        """How far features may be from the same encoder's in float32, in parts of the largest magnitude of all."""
-        return max(TOLERANCE[self.layout.dtype.value], TOLERANCE[self.manifest.get("compute_dtype", "float32")])
-
-    def __getitem__(self, image_id: int) -> Tensor:
-        """[T, D], and errors, as `batch`."""
-        return self.batch([image_id])[0]
-
-    def batch(self, image_ids: Sequence[int]) -> Tensor:
-        """[N, T, D] in `dtype`, a copy, in the order asked for; an id may be asked for more than once. UserError if there
-        is no such image, or its features are not those that were written."""
-        features_NTD = torch.empty(len(image_ids), self.num_tokens, self.width, dtype=self.dtype)
+    def inputs(self, image_ids: Sequence[int]) -> dict[str, Tensor]:
+        found = {
+            name: torch.empty(len(image_ids), *shape, dtype=dtype)
+            for name, (dtype, shape) in self.layout.tensors.items()
+        }
         # numpy copies where torch would start a team of threads for every image, and wait for it on a busy machine.
-        target_NTD = as_array(features_NTD)
-        for target_TD, image_id in zip(target_NTD, image_ids, strict=True):
+        targets = {name: as_array(tensor) for name, tensor in found.items()}
+        for at, image_id in enumerate(map(int, image_ids)):
             try:
-                shard, row = self._places[int(image_id)]
+                shard, row = self._places[image_id]
             except KeyError:
                 raise UserError(f"{self._folder}: has no features of image {image_id}. {_REMAKE}") from None
             tensors, checksums = self._shards[shard]
-            if self._checked and checksum_of(tensors, row, int(image_id)) != int(checksums[row]) % 2**64:
-                raise self._damaged(shard, row, int(image_id))
-            target_TD[:] = tensors["features"][row]
-            if "scales" in tensors:
-                target_TD *= tensors["scales"][row][:, None]
-        return features_NTD
+            if self._checked and checksum_of(tensors, row, image_id) != int(checksums[row]) % 2**64:
+                raise self._damaged(shard, row, image_id)
+            for name, target in targets.items():
+                target[at] = tensors[name][row]
+        return found
+
+    def of(self, inputs: dict[str, Tensor]) -> Tensor:
+        if "scales" not in inputs:
+            return inputs["features"]
+        return inputs["features"].to(self.dtype) * inputs["scales"][..., None]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FeatureStore, (self._folder, self._expected)

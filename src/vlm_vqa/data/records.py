@@ -9,8 +9,9 @@ each file carries its `datasets.Features`, so `datasets.load_dataset("parquet", 
 
 import functools
 import logging
+import os
 import sys
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,25 +198,62 @@ def _open_parquet(path: Path, features: "datasets.Features", files: dict[str, An
     return file
 
 
+class Images:
+    """Images of records by id, from wherever they lie. It can be used in forked and pickled processes: each opens the files
+    itself."""
+
+    def __init__(self, folder: str | Path):
+        """Read the files' footers; UserError if one is missing, damaged or of another schema."""
+        self._folder, self._files = Path(folder), read_manifest(folder)["files"]
+        self._opened: tuple[int, dict[Path, pq.ParquetFile]] = (0, {})
+        self._last: tuple[tuple[Path, int], pa.Table] | None = None
+        # Ids ascend through all files: of each row group the lowest one, its file and its number there.
+        self._lowest: list[int] = []
+        self._places: list[tuple[Path, int]] = []
+        for path, file in _shards(folder):
+            for group in range(file.num_row_groups):
+                self._lowest.append(file.metadata.row_group(group).column(0).statistics.min)
+                self._places.append((path, group))
+
+    def __getitem__(self, image_id: int) -> ImageRecord:
+        """Read the row group that an image lies in, unless it was the last one to be read; UserError if there is no such
+        image, or it is damaged."""
+        if at := bisect_right(self._lowest, image_id):
+            columns = self._group(*self._places[at - 1])
+            ids = columns["image_id"].to_numpy()
+            if (row := int(np.searchsorted(ids, image_id))) < len(ids) and ids[row] == image_id:
+                (found,) = columns.slice(row, 1).to_pylist()
+                return ImageRecord(image_id, found["file_name"], found["image"]["bytes"])
+        raise UserError(f"{self._folder}: no image {image_id} of the questions. {_REMAKE}")
+
+    def _group(self, path: Path, group: int) -> pa.Table:
+        if self._last is None or self._last[0] != (path, group):
+            self._last = (path, group), _read_columns(self._file(path), path, group)
+        return self._last[1]
+
+    def _file(self, path: Path) -> pq.ParquetFile:
+        # A file's place of reading is shared with the process that has opened it.
+        if self._opened[0] != os.getpid():
+            self._opened = os.getpid(), {}
+        if path not in self._opened[1]:
+            self._opened[1][path] = _open_parquet(path, image_features(), self._files)
+        return self._opened[1][path]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Images, (self._folder,)
+
+
 def images_of(folder: str | Path, image_ids: Iterable[int]) -> Iterator[ImageRecord]:
-    """Yield the images of these ids, in ascending order. Only the row groups that may hold one are read, by the lowest
-    and highest id that the files' footers note. UserError as for `iter_images`, and if there is no such image."""
-    wanted = sorted(set(image_ids))
-    missing = set(wanted)
-    for group, read in _row_groups(folder):
-        ids = group.column(0).statistics
-        if bisect_left(wanted, ids.min) == bisect_right(wanted, ids.max):
-            continue
-        for image in read(range(group.num_rows)):
-            if image.image_id in missing:
-                missing.discard(image.image_id)
-                yield image
-    if missing:
-        raise UserError(f"{folder}: no image {min(missing)} ({len(missing)} missing) of the questions. {_REMAKE}")
+    """Yield the images of these ids, in ascending order; UserError as `Images`."""
+    return map(Images(folder).__getitem__, sorted(set(image_ids)))
+
+
+def _read_columns(file: pq.ParquetFile, path: Path, group: int) -> pa.Table:
+    with _readable(f"{path}: row group {group} cannot be read"):
+        return file.read_row_group(group, columns=["image_id", "file_name", "image"])
 
 
 def _read_group(file: pq.ParquetFile, path: Path, group: int, rows: range) -> Iterator[ImageRecord]:
-    with _readable(f"{path}: row group {group} cannot be read"):
-        columns = file.read_row_group(group, columns=["image_id", "file_name", "image"])
-    for image_id, file_name, image in zip(*columns.slice(rows.start, len(rows)).to_pydict().values(), strict=True):
+    columns = _read_columns(file, path, group).slice(rows.start, len(rows))
+    for image_id, file_name, image in zip(*columns.to_pydict().values(), strict=True):
         yield ImageRecord(image_id, file_name, image["bytes"])

@@ -141,6 +141,7 @@ def _candidates(params: Params, launches: Path) -> Iterator[dict[str, Any]]:
         single.append({"train.batch_size": train.batch_size // part, accumulation: passes * part})
     single.append({"train.optimizer": "adamw_bnb_8bit"})
     yield from single
+    yield {"vision.store": False}
     now = read_launch(train.launch, launches)
     for name in ("cpu",) if now.on_cpu else ("gpu", "fsdp2"):
         each, rest = divmod(passes * now.processes, read_launch(name, launches).processes)

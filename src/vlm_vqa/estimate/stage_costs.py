@@ -57,12 +57,10 @@ def stage_costs(params: Params, size: DatasetSize, machine: Machine, launches: P
             name = f"{key}.launch {launch.path.stem}"
             raise UserError(f"{name} runs on GPUs, --device is cpu. Set {key}.launch: cpu.")
     model, vision = model_of(params), vision_of(params)
-    # As extraction computes it; training loads it to compare it with the stored features.
-    encoder = tower_parameters(vision) * (4 if params.vision.compute_dtype is Dtype.FLOAT32 else 2)
     return [
         _fetch(params, size, machine),
         _extract(params, size, machine, vision, extraction),
-        _train(params, size, machine, model, encoder, training),
+        _train(params, size, machine, model, vision, training),
         _export(params, model, vision),
         _evaluate(params, size, machine, model, vision, answering),
     ]
@@ -77,11 +75,14 @@ def _fetch(params: Params, size: DatasetSize, machine: Machine) -> Stage:
 
 def _extract(params: Params, size: DatasetSize, machine: Machine, shape: Tower, launch: LaunchFile) -> Stage:
     vision, images = params.vision, size.images
-    each = 4 if vision.compute_dtype is Dtype.FLOAT32 else 2
     tokens, pixels = images * vision.num_patches, (vision.num_patches - class_tokens(shape)) * shape.patch_size**2
-    # Of the widest moment of a layer: its input, the hidden layer of its MLP before and after GELU, its output.
-    wide = vision.batch_size * vision.num_patches * 2 * sum(vision_linear_maps(shape)[-1])
-    encoder = {"encoder": tower_parameters(shape) * each, "activations": wide * each}
+    encoder = _looking(params, shape)
+    if not vision.store:
+        weights = {"float32 weights": 4 * tower_parameters(shape)}
+        note = "nothing is stored: train and helm-eval look at the pictures themselves"
+        return Stage(
+            "extract-features", {}, {"load": copies(launch.on_a_machine, BASE | weights)}, {}, 0.0, {"note": note}
+        )
     # Batches of pictures are `extraction.MOST_THREADS` and one; files of features are of 256 MiB, up to three in memory.
     ahead = {"pictures ahead": 9 * vision.batch_size * 3 * pixels * 4, "shards": 3 * GIB // 4}
     host = BASE | {"float32 weights": 4 * tower_parameters(shape)} | ahead | (encoder if launch.on_cpu else {})
@@ -96,8 +97,22 @@ def _extract(params: Params, size: DatasetSize, machine: Machine, shape: Tower, 
     return Stage("extract-features", disk, {"forward": copies(launch.on_a_machine, host)}, gpu, hours, facts)
 
 
+def _looking(params: Params, shape: Tower) -> Parts:
+    """Return what a tower takes that looks at `vision.batch_size` pictures."""
+    vision, each = params.vision, 4 if params.vision.compute_dtype is Dtype.FLOAT32 else 2
+    # Of the widest moment of a layer: its input, the hidden layer of its MLP before and after GELU, its output.
+    wide = vision.batch_size * vision.num_patches * 2 * sum(vision_linear_maps(shape)[-1])
+    return {"encoder": tower_parameters(shape) * each, "activations": wide * each}
+
+
+def _flops_of_looking(params: Params, shape: Tower, work: Work) -> int:
+    """Return what a live tower computes for `work`; nothing where features are stored."""
+    tokens = params.vision.num_patches
+    return 0 if params.vision.store else work.image_tokens // tokens * vision_flops(shape, tokens)
+
+
 def _train(
-    params: Params, size: DatasetSize, machine: Machine, model: Model, encoder: int, launch: LaunchFile
+    params: Params, size: DatasetSize, machine: Machine, model: Model, vision: Tower, launch: LaunchFile
 ) -> Stage:
     train, validation = params.train, params.validation
     # The dev part is not trained on.
@@ -105,7 +120,13 @@ def _train(
     batches = plan_batches(params, launch.processes, size._replace(train=max(size.train - held, 1)))
     step = Step(model, train, launch.strategy, launch.processes, not launch.on_cpu)
     work, rank = batches.work, step.moments(batches.sample)
-    host = _train_host(params, step, launch, encoder, batches.steps, rank)
+    tower = _looking(params, vision)
+    if not params.vision.store:
+        held = {"encoder": tower["encoder"]}
+        rank = {name: parts | held for name, parts in rank.items()}
+        rank["looking at pictures"] = step.weights() | step.states() | tower
+    # Stored features are compared with what the tower's weights say.
+    host = _train_host(params, step, launch, tower["encoder"], batches.steps, rank)
     gpu = {} if launch.on_cpu else _on_gpu(rank, launch.processes)
     # Activation checkpointing computes the layers' forward pass once more, or the attention of it.
     layers = cost(model.language, 0, 0)
@@ -113,20 +134,29 @@ def _train(
     again = layers.flops(work) // 3 * (train.gradient_checkpointing or train.attention_checkpointing)
     sizes = model.language, model.vocabulary, model.features
     flops = cost(*sizes, frozen_embeddings=model.freeze_embeddings, lora=model.lora).flops(work)
-    hours = machine.hours(flops + again, train.compute_dtype, launch.processes)
+    seen = _flops_of_looking(params, vision, work)
+
+    def hours_of(computed: int, looking: int) -> float | None:
+        step_hours = machine.hours(computed, train.compute_dtype, launch.processes)
+        tower_hours = machine.hours(looking, params.vision.compute_dtype, launch.processes)
+        return None if step_hours is None or tower_hours is None else step_hours + tower_hours
+
+    hours = hours_of(flops + again, seen)
     facts: dict[str, Any] = {"strategy": launch.strategy.value, "processes": launch.processes, "steps": batches.steps}
     facts |= {"questions_a_step": batches.questions_a_step, "questions_a_row": round(batches.questions_a_row, 2)}
     facts |= {"parameters": model.all, "trained": model.trained, "tokens": work.tokens}
     if train.projector_steps:
         facts["steps_of_the_projector_alone"] = min(train.projector_steps, batches.steps)
-    facts |= {"flop": flops, "flop_recomputed": again}
+    facts |= {"flop": flops, "flop_recomputed": again} | ({"flop_of_the_tower": seen} if seen else {})
     facts |= {} if hours is None else {"step_seconds": hours * 3600 / batches.steps}
     validations = -(-batches.steps // validation.every_steps) + 1 if validation.questions else 0
     if validations:
         forward = replace(cost(model.language, model.vocabulary, model.features), image_token=0)
-        measuring = validations * (forward.flops(validation_work(params, size)) // 3)
+        measured = validation_work(params, size)
+        measuring = validations * (forward.flops(measured) // 3)
         facts |= {"validations": validations, "flop_of_validation": measuring}
-        hours = machine.hours(flops + again + measuring, train.compute_dtype, launch.processes)
+        looking = validations * _flops_of_looking(params, vision, measured)
+        hours = hours_of(flops + again + measuring, seen + looking)
     if launch.on_cpu and train.optimizer is Optimizer.ADAMW_BNB_8BIT:
         facts["note"] = "without the update of 8-bit states, 79 ms a million elements and thread on a CPU"
     # One checkpoint is written before the oldest goes, and the best one stays beside; all ranks' weights and states.
@@ -147,7 +177,7 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
     held = count if launch.on_cpu and launch.strategy is not Strategy.FSDP2 else built
     start = copies(held, {"float32 weights": 4 * model.saved})
     if params.language.model not in ("random", CHECKPOINT):
-        start |= copies(built, {"grown embedding": 2 * 4 * model.embedding})
+        start |= copies(built, {"grown embedding": 4 * model.embedding})
     elif step.weight == 2:
         start |= copies(built, {"embedding in 16 bits": 2 * model.embedding})
     found = {"start": base | start}
@@ -185,6 +215,7 @@ def _evaluate(
     largest = max(read.sample, key=lambda one: one.rows * one.width)
     instance = vision_flops(vision, params.vision.num_patches) + forward.token // 3 * largest.width
     flops = replace(forward, image_token=0).flops(work) // 3 + evaluation.helm_instances * instance
+    flops += _flops_of_looking(params, vision, work)
     note = "a lower bound: single tokens are bound by memory, and HELM's own metrics take a minute"
     # All in one type, on a padded grid, most in three copies.
     dtype = evaluation.compute_dtype

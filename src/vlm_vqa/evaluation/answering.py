@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlm_vqa import files
-from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.feature_store import Features
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.inference.predictor import Candidate, Predictor
 from vlm_vqa.sealed import find_sealed, write_sealed
@@ -97,7 +97,7 @@ def plan_batches(asks: Iterable[Ask], predictor: Predictor, batch_size: int) -> 
         for part in (order[start : start + most] for start in range(0, len(order), most)):
             shape = predictor.grid([tokens[question] for question in part])
             rows.append((*shape, [Ask(image_id, question) for question in part]))
-    # The grey picture's apart: its features are not stored.
+    # The grey picture's apart: it is none of the records'.
     rows.sort(key=lambda row: (row[2][0].image_id is None, -row[1], row[2]))
     batches: list[Batch] = []
     count = height = widest = 0
@@ -114,7 +114,7 @@ def plan_batches(asks: Iterable[Ask], predictor: Predictor, batch_size: int) -> 
 def answer_asks(
     asks: Iterable[Ask],
     predictor: Predictor,
-    store: FeatureStore,
+    store: Features,
     batch_size: int,
     what: str,
     running: WorkerGroup | None = None,
@@ -165,8 +165,8 @@ def asked_in(batch: Batch) -> list[Ask]:
     return [ask for part in batch for ask in part]
 
 
-def answer_batch(batch: Batch, predictor: Predictor, store: FeatureStore) -> list[Candidate]:
-    """Answer the questions of a batch, which are about images of the store or all about the grey picture."""
+def answer_batch(batch: Batch, predictor: Predictor, store: Features) -> list[Candidate]:
+    """Answer the questions of a batch, which are about images of the records or all about the grey picture."""
     shown = [part[0].image_id for part in batch]
     if None in shown:
         features = predictor.encode([Image.new("RGB", BLANK_SIZE, BLANK)])[[0] * len(shown)]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from vlm_vqa import cores
-from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.feature_store import Features
 from vlm_vqa.data.records import load_questions, metric_of, read_manifest
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.evaluation.answering import KEPT_ANSWERS, Ask, KeptAnswers, answer_asks
@@ -30,6 +30,7 @@ from vlm_vqa.evaluation.helm.run import CONFIG, RESULTS, SCENARIO, run_helm
 from vlm_vqa.evaluation.report import write_report
 from vlm_vqa.evaluation.score_table import BLIND, MODEL, compared, rounded
 from vlm_vqa.evaluation.vqa_accuracy import METRICS, score_people
+from vlm_vqa.features.live import open_features
 from vlm_vqa.hashing import code_hash, sha256_file, write_json
 from vlm_vqa.inference.predictor import FACTS_FILE, Candidate, Predictor
 from vlm_vqa.params import EvaluationParams, Params
@@ -126,7 +127,7 @@ class _Asked:
         self.manifest = read_manifest(RECORDS)
         self.questions, self.at_helm = _choose(load_questions(RECORDS, "val").to_list(), params.evaluation)
         self.others = shuffled_images((row["image_id"] for row in self.questions), params.seed)
-        self.store = FeatureStore(FEATURES, {"data_hash": self.manifest["data_hash"]})
+        self.features = Features(FEATURES, {"data_hash": self.manifest["data_hash"]})
         self.own = [Ask(row["image_id"], row["question"]) for row in self.questions]
         self.borrowed = [Ask(self.others[row["image_id"]], row["question"]) for row in self.questions]
         self.blank = [Ask(None, row["question"]) for row in self.questions]
@@ -149,7 +150,7 @@ def _keep(params: Params, asked: _Asked, running: WorkerGroup) -> KeptAnswers:
         # It names every file of the export by hash; where there is none, nothing will be answered.
         "export": sha256_file(export) if export.is_file() else None,
         "records": asked.manifest,
-        "features": asked.store.manifest,
+        "features": asked.features.manifest,
         "params": params.as_dict()["evaluation"] | {"launch": None},
         "code": [code_hash(__file__), code_hash(Path(__file__).with_name("helm") / "client.py")],
         "computed_by": [name, torch.__version__],
@@ -168,7 +169,8 @@ def _answer_all(
     predictor = load_predictor(EXPORT, device=str(running.device), max_new_tokens=how.max_new_tokens, dtype=dtype)
     every = [*asked.own, *asked.borrowed, *asked.blank]
     what = "questions, of their image, another and a grey one"
-    return predictor, answer_asks(every, predictor, asked.store, how.batch_size, what, running, kept)
+    features = open_features(FEATURES, {"data_hash": asked.manifest["data_hash"]}, RECORDS, predictor)
+    return predictor, answer_asks(every, predictor, features, how.batch_size, what, running, kept)
 
 
 def _predictions(

@@ -66,7 +66,9 @@ def preprocessed(batches: Iterable[Batch], encoder: Encoder, max_pixels: int) ->
     def prepare(batch: Batch) -> Prepared:
         shard, images = batch
         decoded = (open_image(image.data, image.file_name, max_pixels) for image in images)
-        return shard, [image.image_id for image in images], encoder.preprocess(decoded)
+        pixels_NCHW = encoder.preprocess(decoded)
+        pixels_NCHW = pixels_NCHW.pin_memory() if encoder.model.device.type == "cuda" else pixels_NCHW
+        return shard, [image.image_id for image in images], pixels_NCHW
 
     threads = min(MOST_THREADS, torch.get_num_threads())
     # torch's number of threads is each thread's own: without this every decoding one would start a team.

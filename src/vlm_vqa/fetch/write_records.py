@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 _HASHED_VERSION = 1  # of what `data_hash` is made of: raised when records mean something else
 _QUESTIONS_PER_GROUP = 10_000
-# Small groups, so that images can be streamed; few large files, because DVC is slow with many.
-_IMAGES_PER_GROUP = 100
+# Small groups, so that images can be streamed, and read one by one; few large files, because DVC is slow with many.
+_IMAGES_PER_GROUP = 10
 _BYTES_PER_GROUP = 64 * 2**20
 _BYTES_PER_SHARD = 512 * 2**20
 

@@ -1,7 +1,7 @@
 """Ask an exported model: what HELM's client, the evaluation, `vlm-vqa ask` and `vlm-vqa demo` use."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import exp
 from pathlib import Path
 from typing import NamedTuple
@@ -97,14 +97,16 @@ class Predictor:
         """Answer each question about its image, from pixels."""
         return [given.answer for given in self.answer_features(questions, self.encode(images))]
 
-    @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Return what the tower makes of images: [B, T, E]."""
-        return self.model.model.vision_tower(
-            self.pixels(images).to(self.model.device, self.model.dtype)
-        ).last_hidden_state
+        return self.encode_pixels(self.preprocess(images))
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return what the tower makes of what it reads: [B, T, E]."""
+        return self.model.model.vision_tower(pixels.to(self.model.device, self.model.dtype)).last_hidden_state
+
+    def preprocess(self, images: Iterable[Image.Image]) -> Tensor:
         """Return what the tower reads of images: [B, 3, H, W]."""
         resize = self.processor.image_processor
         cut = [crop_elongated(image.convert("RGB"), resize) for image in images]

@@ -119,7 +119,7 @@ class Front:
                 "attention_mask": torch.ones_like(grid["input_ids"]),
                 # In PaliGemma 0 marks the one block that sees all of itself; all else is causal.
                 "token_type_ids": (~grid["bidirectional"]).long(),
-                "pixel_values": self.predictor.pixels([image]),
+                "pixel_values": self.predictor.preprocess([image]),
             }
         )
 

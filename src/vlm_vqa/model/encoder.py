@@ -85,12 +85,11 @@ class Encoder:
         """Bring images of any size and mode to what the model reads; may run in any thread.
 
         They are taken one by one, so an iterable that decodes them holds one of them in memory at a time. Returned is
-        [N, C, H, W] float32 on the CPU, in pinned memory where the model is on a GPU.
+        [N, C, H, W] float32 on the CPU.
         """
         crops = (crop_elongated(image, self.processor) for image in images)
         seen = (self.processor(crop, do_convert_rgb=True, return_tensors="pt") for crop in crops)
-        pixels_NCHW = torch.cat([one["pixel_values"] for one in seen])
-        return pixels_NCHW.pin_memory() if self.model.device.type == "cuda" else pixels_NCHW
+        return torch.cat([one["pixel_values"] for one in seen])
 
     def encode_pixels(self, pixels_NCHW: Tensor) -> Tensor:
         """Return the last hidden state after the final layer norm, [N, T, D] in the compute dtype, on the model's device.

@@ -7,7 +7,7 @@ makes of them but keys and values, rows that teach nothing, and what activation 
 """
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from transformers import Gemma2Config, PaliGemmaConfig
@@ -41,11 +41,13 @@ class Cost:
         return sum(price * count for price, count in zip(astuple(self), astuple(work), strict=True))
 
 
-def model_cost(config: PaliGemmaConfig, *, frozen_embeddings: bool) -> Cost:
-    """Return the `cost` of the model that `config` describes."""
+def model_cost(config: PaliGemmaConfig, *, frozen_embeddings: bool, live_tokens: int = 0) -> Cost:
+    """Return the `cost` of the model that `config` describes, and of its tower if that makes `live_tokens` an image anew."""
     language: Any = config.text_config
     vision: Any = config.vision_config
-    return cost(language, language.vocab_size, vision.hidden_size, frozen_embeddings=frozen_embeddings)
+    found = cost(language, language.vocab_size, vision.hidden_size, frozen_embeddings=frozen_embeddings)
+    seen = vision_flops(vision, live_tokens) // live_tokens if live_tokens else 0
+    return replace(found, image_token=found.image_token + seen)
 
 
 def cost(

@@ -1,17 +1,17 @@
 """From stored questions and features to the Trainer's batches."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from vlm_vqa.data.feature_store import FeatureStore
+from vlm_vqa.data.feature_store import Features
 from vlm_vqa.data.records import said_answers
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, TooManyTokens
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from datasets import Dataset as Records
 
 log = logging.getLogger(__name__)
+
+IMAGES = "images"
+"""Key of what a batch's features are made of."""
 
 
 class QuestionDataset(Dataset):
@@ -123,9 +126,13 @@ def _tokenize(tokenize: Callable, question: str, answers: Sequence[str], too_lon
 @dataclass(frozen=True)
 class Collator:
     layout: TokenLayout
-    features: FeatureStore
+    features: Features
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Return what `VlmForTraining.forward` takes; `image_features` is [B, T, E] in the store's type."""
-        images = self.features.batch([row.image_id for row in rows])
-        return {"image_features": images, **self.layout.collate(rows)}
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return rows as tensors, and as `images` what their features are made of; a data loader's workers call it."""
+        return {IMAGES: self.features.inputs([row.image_id for row in rows]), **self.layout.collate(rows)}
+
+    def ready(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return what `VlmForTraining.forward` takes of a batch that lies on the model's device by now."""
+        rest = {name: value for name, value in batch.items() if name != IMAGES}
+        return {"image_features": self.features.of(batch[IMAGES]), **rest}

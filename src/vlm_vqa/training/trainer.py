@@ -118,7 +118,9 @@ class VqaTrainer(Trainer):
         self.watchdog = watchdog or Watchdog(None, 0, 1, train.stall_seconds)
         computed = torch.bfloat16 if train.compute_dtype is Dtype.BFLOAT16 else torch.float32
         self.meter = Meter(args.device, computed)
-        self.cost = model_cost(model.config, frozen_embeddings=not model.lm_head.weight.requires_grad)
+        frozen, live = not model.lm_head.weight.requires_grad, collator.features.live
+        live_tokens = collator.features.num_tokens if live else 0
+        self.cost = model_cost(model.config, frozen_embeddings=frozen, live_tokens=live_tokens)
         self.facts: dict[str, Any] = dict(launch.facts)
         assert args.output_dir is not None and args.save_total_limit is not None, "as training_arguments has them"
         self.folder = Path(args.output_dir)
@@ -288,6 +290,10 @@ class VqaTrainer(Trainer):
             self._drop_gradients()
         self.pass_losses.append(loss)
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # On the device, outside autocast: a live tower computes in vision.compute_dtype.
+        return self.data_collator.ready(super()._prepare_inputs(inputs))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """Return the gradient's norm over all processes, after making sure that it is a number.

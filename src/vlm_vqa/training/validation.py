@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -19,6 +20,7 @@ from vlm_vqa.data.records import said_answers
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.layout import QuestionTokens, Row, TokenLayout, TooManyTokens
 from vlm_vqa.params import HELM_MAX_TOKENS, Mask, Params, TooLong, ValidateOn
+from vlm_vqa.training.dataset import Collator
 
 if TYPE_CHECKING:
     from datasets import Dataset as Records
@@ -30,7 +32,6 @@ LOSS, SCORE, ANSWERS = "validation_loss", "validation_score", "validation_answer
 COLUMNS = (LOSS, SCORE, "validation_blind_score", "train_part_loss", "train_part_score")
 SHOWN = 12
 
-Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
 Score = Callable[[str, Sequence[str]], float]  # scores an answer, 0 to 1, beside those of people
 Forward = Callable[[Sequence[Row]], tuple[Tensor, Tensor]]
 """Turns rows into the logits [M, V] and labels [M] of their supervised positions, row by row."""
@@ -115,7 +116,7 @@ class Validation:
         self,
         params: Params,
         layout: TokenLayout,
-        collate: Collate,
+        collator: Collator,
         held: "Records",
         trained: "Records",
         other_image: Mapping[int, int],
@@ -126,13 +127,12 @@ class Validation:
         """Tokenise the questions.
 
         Args:
-            collate: makes a model's inputs of rows, image features included.
             held, trained: as `validation_questions` gives them.
             other_image: shown instead of a held question's own to measure the blind score, by image id.
             metrics: `vqa_accuracy`, which scores questions of ten answers each, and `answer_accuracy`.
         """
         settings, train = params.validation, params.train
-        self.settings, self.layout, self.collate = settings, layout, collate
+        self.settings, self.layout, self.collator = settings, layout, collator
         self.process, self.processes = process, processes
         ten = all(len(answers) == 10 for answers in held["answers"])
         self.metric = "vqa_accuracy" if ten else "answer_accuracy"
@@ -158,7 +158,7 @@ class Validation:
 
         def forward(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
             beat()
-            inputs = {name: value.to(device) for name, value in self.collate(rows).items()}
+            inputs = self.collator.ready(send_to_device(self.collator(rows), device))
             places = torch.cat([inputs["prefix_places"].flatten(), inputs["rest_places"]])
             return model(**inputs)["logits"], inputs["labels"].flatten()[places[inputs["supervised"]]]
 
