@@ -206,12 +206,11 @@ def test_what_comes_out_is_what_was_measured():
     assert f"Every step's loss agrees to {loss:.1e} with 32-bit AdamW" in FLAT
     details = found["kills"]["details"]
     trials = [trial for trial in details["trials"] if trial["kills"]]
-    outlived = math.ceil(max(kill["outlived"] for kill in details["kills"]))
+    *_, second, _ = sorted(kill["outlived"] for kill in details["kills"])
     assert f"After {len(details['kills'])} such kills in {len(trials)} trials" in FLAT
-    assert f"no process lived for more than {outlived} s after its parent" in FLAT
-    # One is too slow to end, and said to be.
-    (slow,) = [problem for trial in trials for problem in trial["problems"]]
-    assert "outlived its parent by more than 10 s" in slow and "one launcher took 10.2 s to end" in FLAT
+    assert f"No process but one lived for more than {math.ceil(second)} s after its parent" in FLAT
+    (left,) = [problem for trial in trials for problem in trial["problems"]]
+    assert "stage helm-eval): outlived its parent by more than 10 s: python -m vlm_vqa.pipeline.launcher" in left
 
 
 def test_the_spread_over_seeds_is_what_was_measured():

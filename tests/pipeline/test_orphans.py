@@ -68,6 +68,23 @@ def test_a_stage_ends_with_the_dvc_that_started_it(started, number):
     assert ended(stage, 10)
 
 
+def test_a_dvc_that_goes_before_the_launcher_has_started_the_stage_is_noticed(tmp_path):
+    """The stage would find no dvc above it, and go on for hours."""
+    (tmp_path / "dvc").write_text(STARTER)
+    (tmp_path / "stage.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
+    launcher = f"-m vlm_vqa.pipeline.launcher --quiet --config_file {ROOT}/launch/cpu.yaml stage.py"
+    dvc = subprocess.Popen(
+        [sys.executable, tmp_path / "dvc", launcher], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    )
+    started = lambda: [one for one in psutil.Process(dvc.pid).children(recursive=True) if "python" in one.name()]  # noqa: E731
+    while not (found := started()):
+        time.sleep(0.01)
+    dvc.kill()
+    assert ended(found[0], 10)
+    assert not (tmp_path / "ran").exists()
+    dvc.wait()
+
+
 def test_what_a_person_has_started_goes_on_without_his_shell(started):
     shell, stage, watched = started("some_script.py")
     assert watched == 0

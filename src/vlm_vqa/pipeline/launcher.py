@@ -14,11 +14,14 @@ import sys
 from collections.abc import Mapping
 
 from vlm_vqa.errors import GO_ON, UserError
+from vlm_vqa.pipeline import orphans
 from vlm_vqa.pipeline.early import end_quietly, send_again
 
 # Before the imports below, which take seconds; torchrun has a way of its own once its processes run.
 signal.signal(signal.SIGINT, end_quietly)
 sys.unraisablehook = send_again
+# A stage that begins after its dvc has gone finds none above it.
+orphans.end_with_parents()
 
 # ruff: noqa: E402
 from accelerate.commands import launch

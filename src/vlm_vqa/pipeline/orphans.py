@@ -55,6 +55,15 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
+def _orphaned() -> bool:
+    """Whether init is the parent, or the parent of the shell by which DVC runs a command and which may have become it."""
+    try:
+        parent = psutil.Process().parent()
+        return parent is None or parent.pid == 1 or (_words(parent)[1:2] == ["-c"] and parent.ppid() == 1)
+    except psutil.Error:
+        return True  # it has gone meanwhile
+
+
 def end_with_parents(end: Callable | None = None, parents: Iterable[psutil.Process] | None = None) -> None:
     """Call `end` (by default SIGTERM) from a thread of its own once one of the `parents` (`started_by()`) is gone.
 
@@ -65,7 +74,7 @@ def end_with_parents(end: Callable | None = None, parents: Iterable[psutil.Proce
         return
     watched = started_by() if parents is None else list(parents)
     # DVC may have started this process and have gone before it could look.
-    if watched or ("DVC_STAGE" in os.environ and os.getppid() == 1 and not started_by()):
+    if watched or ("DVC_STAGE" in os.environ and _orphaned() and not started_by()):
         threading.Thread(target=_watch, args=(watched, end), daemon=True, name=_NAME).start()
 
 
