@@ -69,13 +69,13 @@ class Shape:
 class Features:
     """Random image features in memory, read as the feature store is."""
 
+    live = False
+
     def __init__(self, shape: Shape, images: Sequence[int], seed: int = 0):
         """Draw [T, E] for each of these images."""
         generator = torch.Generator().manual_seed(seed)
         self._place = {image: place for place, image in enumerate(images)}
         self._features = torch.randn(len(images), shape.num_patches, shape.feature_width, generator=generator)
-
-    live = False
 
     def batch(self, image_ids: Sequence[int]) -> Tensor:
         """Return float32 [I, T, E]."""

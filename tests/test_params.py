@@ -720,3 +720,9 @@ def test_experiments_run_with_what_they_were_asked(tmp_path):
     run("dvc", "exp", "run", "--queue", "-S", "train.learning_rate=3e-4", "-S", "train.weight_decay=1E-5")
     run("dvc", "exp", "run", "--run-all")
     assert sorted(seen.read_text().splitlines()) == ["0.0003 1e-05", "1e-05 1e-05"]
+
+
+def test_features_that_are_not_stored_are_never_int8(values):
+    values["vision"] |= {"store": False, "store_dtype": "int8"}
+    with pytest.raises(UserError, match="vision.store is false, but vision.store_dtype is int8"):
+        parse_params(values)

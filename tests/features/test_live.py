@@ -1,22 +1,22 @@
 """Features that are not stored: the same as stored ones would be, by whichever stage and worker they are made."""
 
 import copy
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import Gemma2Config, PaliGemmaConfig
 
 from tests.stages.test_extract_features import noise, run_folder, set_vision, write_records  # noqa: F401 - a fixture
-from vlm_vqa.data.feature_store import Features, FeatureStore
+from vlm_vqa.data.feature_store import FeatureStore, read_manifest
 from vlm_vqa.errors import UserError
 from vlm_vqa.features.live import LiveFeatures, how_live, open_features
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.flops import Work, model_cost, vision_flops
 from vlm_vqa.model.layout import Row
 from vlm_vqa.model.vlm import initial_model
-from vlm_vqa.params import StoreDtype, load_params
+from vlm_vqa.params import load_params
 from vlm_vqa.training.dataset import Collator
 
 FEATURES, RECORDS = Path("data/features"), Path("data/records")
@@ -66,11 +66,9 @@ def test_more_pictures_than_vision_batch_size_are_looked_at_in_turns(both, monke
 def test_workers_decode_and_gradients_are_those_of_stored_features(both, tiny):
     """Loss and gradients of a step, pictures decoded by two worker processes, within 1e-6 of those of stored features."""
     stored, live, _, encoder = both
-    language = dataclasses.replace(tiny.language)
-    config = copy.deepcopy(encoder.model.config)
     layout = copy.copy(tiny.layout("image-prefix"))
     layout.num_patches = live.num_tokens
-    model = initial_model(language, config, tiny.processor, seed=1)
+    model = initial_model(tiny.language, encoder.model.config, tiny.processor, seed=1)
     rows = [Row(image, (layout.tokenize("Is it?", "yes"), layout.tokenize("Is it?", "no"))) for image in (91, 1, 31)]
 
     def step(features, workers):
@@ -89,20 +87,14 @@ def test_workers_decode_and_gradients_are_those_of_stored_features(both, tiny):
 
 def test_what_the_tower_computes_counts(both):
     _, live, _, encoder = both
-    config = initial_config(encoder)
+    text = Gemma2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    config = PaliGemmaConfig(text_config=text.to_dict(), vision_config=encoder.model.config.to_dict())
     without = model_cost(config, frozen_embeddings=False)
     counted = model_cost(config, frozen_embeddings=False, live_tokens=live.num_tokens)
     image = Work(tokens=0, image_tokens=live.num_tokens, supervised=0, pairs=0, supervised_pairs=0)
     assert counted.flops(image) - without.flops(image) == pytest.approx(
         vision_flops(encoder.model.config, live.num_tokens), rel=1e-3
     )
-
-
-def initial_config(encoder):
-    from transformers import Gemma2Config, PaliGemmaConfig
-
-    text = Gemma2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
-    return PaliGemmaConfig(text_config=text.to_dict(), vision_config=encoder.model.config.to_dict())
 
 
 def test_a_stage_that_was_not_run_again_is_named(both, run_folder):  # noqa: F811
@@ -114,7 +106,7 @@ def test_a_stage_that_was_not_run_again_is_named(both, run_folder):  # noqa: F81
             open_features(FEATURES, expected, RECORDS, encoder)
     with pytest.raises(UserError, match="no image 2 of the questions"):
         live.batch([2])
-    assert Features(FEATURES, {"live": how_live(params)}).manifest["shards"] == []
+    assert read_manifest(FEATURES, {"live": how_live(params)})["shards"] == []
 
 
 def test_a_stage_that_stores_again_replaces_the_manifest(both, run_folder):  # noqa: F811
@@ -124,6 +116,3 @@ def test_a_stage_that_stores_again_replaces_the_manifest(both, run_folder):  # n
     set_vision(run_folder, store=True)
     stage.main()
     assert torch.equal(FeatureStore(FEATURES, {"live": None}).batch([1, 31]), stored.batch([1, 31]))
-    set_vision(run_folder, store=False, store_dtype=StoreDtype.INT8.value)
-    with pytest.raises(UserError, match="vision.store is false, but vision.store_dtype is int8"):
-        load_params("params.yaml")

@@ -37,6 +37,8 @@ def test_a_local_folder_is_loaded_whole_and_grows_by_the_processors_tokens(folde
     words = gemma.config.vocab_size
     assert text.embed_tokens.weight.shape[0] == len(processor.tokenizer) > words
     assert torch.equal(text.embed_tokens.weight[:words], gemma.model.embed_tokens.weight)
+    new = text.embed_tokens.weight[words:]
+    assert torch.equal(new, gemma.model.embed_tokens.weight.mean(dim=0).expand_as(new))
     for name, value in gemma.model.layers.state_dict().items():
         assert torch.equal(text.layers.state_dict()[name], value), name
     assert model.lm_head.weight is text.embed_tokens.weight

@@ -12,6 +12,7 @@ Legend of shape suffixes: N images, T tokens an image, D width.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,25 +99,34 @@ def checksum_of(tensors: Mapping[str, np.ndarray], row: int, image_id: int) -> i
     return value
 
 
-class Features:
+def read_manifest(folder: str | Path, expected: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what describes features; `expected` has some of the keys of `EXPECTABLE`, dtypes by name, such as "float32".
+    UserError if it is missing, damaged, or not what is expected; the message names what differs."""
+    path = Path(folder) / MANIFEST
+    manifest = read_sealed(path, "a manifest of features", _REMAKE)
+    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
+        raise UserError(f"{path}: features of version {version}; this code reads {SCHEMA_VERSION}. {_REMAKE}")
+    found = [
+        f"{EXPECTABLE[key]} differs: {key} is {manifest.get(key)!r}, expected {value!r}. "
+        for key, value in (expected or {}).items()
+        if manifest.get(key) != value
+    ]
+    if found:
+        what = "these features do not belong to this run"
+        raise UserError(f"{folder}: {what}. {''.join(found)}Run `dvc repro extract-features`.")
+    return manifest
+
+
+class Features(ABC):
     """Features of images by image id, as a manifest describes them: stored, or made anew of the pictures."""
 
+    live = False
+    """Whether a tower looks at the pictures wherever features are made."""
+
     def __init__(self, folder: str | Path, expected: dict[str, Any] | None = None):
-        """Read the manifest; `expected` has some of the keys of `EXPECTABLE`, dtypes by name, such as "float32". UserError
-        if it is missing, damaged, or not what is expected; the message names what differs."""
+        """UserError as `read_manifest`."""
         self._folder, self._expected = Path(folder), expected
-        path = self._folder / MANIFEST
-        self.manifest = read_sealed(path, "a manifest of features", _REMAKE)
-        if (version := self.manifest["schema_version"]) != SCHEMA_VERSION:
-            raise UserError(f"{path}: features of version {version}; this code reads {SCHEMA_VERSION}. {_REMAKE}")
-        found = [
-            f"{EXPECTABLE[key]} differs: {key} is {self.manifest.get(key)!r}, expected {value!r}. "
-            for key, value in (expected or {}).items()
-            if self.manifest.get(key) != value
-        ]
-        if found:
-            what = "these features do not belong to this run"
-            raise UserError(f"{folder}: {what}. {''.join(found)}Run `dvc repro extract-features`.")
+        self.manifest = read_manifest(folder, expected)
         self.num_tokens: int = self.manifest["num_tokens"]
         self.width: int = self.manifest["width"]
         self.layout = Layout(self.manifest["images"], self.num_tokens, self.width, StoreDtype(self.manifest["dtype"]))
@@ -132,19 +142,14 @@ class Features:
         """How far features may be from the same encoder's in float32, in parts of the largest magnitude of all."""
         return max(TOLERANCE[self.layout.dtype.value], TOLERANCE[self.manifest.get("compute_dtype", "float32")])
 
-    @property
-    def live(self) -> bool:
-        """Whether a tower looks at the pictures wherever features are made."""
-        return self.manifest.get("live") is not None
-
+    @abstractmethod
     def inputs(self, image_ids: Sequence[int]) -> dict[str, Tensor]:
         """Return what features are made of, first dimension N, on the CPU, in the order asked for; an id may be asked for
         more than once. A data loader's workers call it. UserError if there is no such image, or it is damaged."""
-        raise NotImplementedError
 
+    @abstractmethod
     def of(self, inputs: dict[str, Tensor]) -> Tensor:
         """Make features [N, T, D] in `dtype` of `inputs`, which may have been moved to the model's device since."""
-        raise NotImplementedError
 
     def batch(self, image_ids: Sequence[int]) -> Tensor:
         """[N, T, D] in `dtype`, a copy; UserError as `inputs`."""

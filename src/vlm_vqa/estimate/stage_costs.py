@@ -76,16 +76,13 @@ def _fetch(params: Params, size: DatasetSize, machine: Machine) -> Stage:
 def _extract(params: Params, size: DatasetSize, machine: Machine, shape: Tower, launch: LaunchFile) -> Stage:
     vision, images = params.vision, size.images
     tokens, pixels = images * vision.num_patches, (vision.num_patches - class_tokens(shape)) * shape.patch_size**2
-    encoder = _looking(params, shape)
+    encoder, weights = _looking(params, shape), {"float32 weights": 4 * tower_parameters(shape)}
     if not vision.store:
-        weights = {"float32 weights": 4 * tower_parameters(shape)}
-        note = "nothing is stored: train and helm-eval look at the pictures themselves"
-        return Stage(
-            "extract-features", {}, {"load": copies(launch.on_a_machine, BASE | weights)}, {}, 0.0, {"note": note}
-        )
+        facts = {"note": "nothing is stored: train and helm-eval look at the pictures themselves"}
+        return Stage("extract-features", {}, {"load": copies(launch.on_a_machine, BASE | weights)}, {}, 0.0, facts)
     # Batches of pictures are `extraction.MOST_THREADS` and one; files of features are of 256 MiB, up to three in memory.
     ahead = {"pictures ahead": 9 * vision.batch_size * 3 * pixels * 4, "shards": 3 * GIB // 4}
-    host = BASE | {"float32 weights": 4 * tower_parameters(shape)} | ahead | (encoder if launch.on_cpu else {})
+    host = BASE | weights | ahead | (encoder if launch.on_cpu else {})
     gpu = {} if launch.on_cpu else _on_gpu({"forward": encoder}, launch.processes)
     flops = images * vision_flops(shape, vision.num_patches)
     facts: dict[str, Any] = {"flop": flops, "processes": launch.processes}
@@ -122,8 +119,7 @@ def _train(
     work, rank = batches.work, step.moments(batches.sample)
     tower = _looking(params, vision)
     if not params.vision.store:
-        held = {"encoder": tower["encoder"]}
-        rank = {name: parts | held for name, parts in rank.items()}
+        rank = {name: parts | {"encoder": tower["encoder"]} for name, parts in rank.items()}
         rank["looking at pictures"] = step.weights() | step.states() | tower
     # Stored features are compared with what the tower's weights say.
     host = _train_host(params, step, launch, tower["encoder"], batches.steps, rank)

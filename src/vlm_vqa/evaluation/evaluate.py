@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from vlm_vqa import cores
-from vlm_vqa.data.feature_store import Features
+from vlm_vqa.data import feature_store
 from vlm_vqa.data.records import load_questions, metric_of, read_manifest
 from vlm_vqa.errors import UserError, make_again
 from vlm_vqa.evaluation.answering import KEPT_ANSWERS, Ask, KeptAnswers, answer_asks
@@ -127,7 +127,7 @@ class _Asked:
         self.manifest = read_manifest(RECORDS)
         self.questions, self.at_helm = _choose(load_questions(RECORDS, "val").to_list(), params.evaluation)
         self.others = shuffled_images((row["image_id"] for row in self.questions), params.seed)
-        self.features = Features(FEATURES, {"data_hash": self.manifest["data_hash"]})
+        self.features = feature_store.read_manifest(FEATURES, {"data_hash": self.manifest["data_hash"]})
         self.own = [Ask(row["image_id"], row["question"]) for row in self.questions]
         self.borrowed = [Ask(self.others[row["image_id"]], row["question"]) for row in self.questions]
         self.blank = [Ask(None, row["question"]) for row in self.questions]
@@ -150,7 +150,7 @@ def _keep(params: Params, asked: _Asked, running: WorkerGroup) -> KeptAnswers:
         # It names every file of the export by hash; where there is none, nothing will be answered.
         "export": sha256_file(export) if export.is_file() else None,
         "records": asked.manifest,
-        "features": asked.features.manifest,
+        "features": asked.features,
         "params": params.as_dict()["evaluation"] | {"launch": None},
         "code": [code_hash(__file__), code_hash(Path(__file__).with_name("helm") / "client.py")],
         "computed_by": [name, torch.__version__],

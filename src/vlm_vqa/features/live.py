@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm_vqa.data.decoding import open_image
-from vlm_vqa.data.feature_store import MANIFEST, SCHEMA_VERSION, Features, FeatureStore, Layout
+from vlm_vqa.data.feature_store import MANIFEST, SCHEMA_VERSION, Features, FeatureStore, Layout, read_manifest
 from vlm_vqa.data.records import Images
 from vlm_vqa.params import Params
 from vlm_vqa.sealed import write_sealed
@@ -31,6 +31,8 @@ class Tower(Protocol):
 
 class LiveFeatures(Features):
     """Features made of the records' pictures whenever they are asked for, in the type in which they would be stored."""
+
+    live = True
 
     def __init__(self, folder: str | Path, expected: dict[str, Any] | None, records: str | Path, tower: Tower):
         """`folder` has the manifest. UserError as `Features`."""
@@ -63,10 +65,8 @@ def describe(folder: Path, layout: Layout, made_by: dict[str, Any]) -> None:
     write_sealed(folder / MANIFEST, {**made_by, "schema_version": SCHEMA_VERSION, **described})
 
 
-def open_features(
-    folder: str | Path, expected: dict[str, Any], records: str | Path, tower: Tower
-) -> FeatureStore | LiveFeatures:
+def open_features(folder: str | Path, expected: dict[str, Any], records: str | Path, tower: Tower) -> Features:
     """Open what `folder` describes; UserError as `Features`, or for a store that is not finished."""
-    if Features(folder, expected).live:
-        return LiveFeatures(folder, expected, records, tower)
-    return FeatureStore(folder, expected)
+    if read_manifest(folder, expected).get("live") is None:
+        return FeatureStore(folder, expected)
+    return LiveFeatures(folder, expected, records, tower)

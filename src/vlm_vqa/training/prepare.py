@@ -36,7 +36,7 @@ from vlm_vqa.training.optimizer import local
 
 RECORDS, FEATURES = Path("data/records"), Path("data/features")
 """Where the two stages before have written, from the project's folder."""
-SENT_AT_ONCE = 1 << 22
+SENT_AT_ONCE = 1 << 20
 """Elements of a parameter, at most, on their way to FSDP2's processes."""
 
 
