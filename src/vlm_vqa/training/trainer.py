@@ -42,6 +42,10 @@ from vlm_vqa.training.watchdog import Phase, Watchdog
 log = logging.getLogger(__name__)
 
 CURVE_COLUMNS = ("epoch", "loss", "grad_norm", "learning_rate")
+RECOMPUTE = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+"""What transformers calls it: the second is deprecated where there is the first, and all that 5.17 knows."""
 SMALL_WEIGHTS = 100_000
 """Elements up to which ZeRO-3 on GPUs keeps a parameter whole: fetching it would cost more than it saves."""
 
@@ -74,7 +78,7 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: 
         warmup_steps=train.warmup_ratio,
         max_grad_norm=train.max_grad_norm,
         # Under FSDP2 the Trainer's own would gather the weights once more; `launch.start` asks accelerate for it.
-        activation_checkpointing=train.gradient_checkpointing and launch.strategy is not Strategy.FSDP2,
+        **{RECOMPUTE: train.gradient_checkpointing and launch.strategy is not Strategy.FSDP2},
         # Every weight has a gradient in every pass, also of a row that teaches nothing.
         ddp_find_unused_parameters=False,
         logging_steps=train.logging_steps,
