@@ -11,28 +11,24 @@ The first validation questions, of whole images and from stored features, as the
     bfloat16    the answers that are others than float32's
 """
 
-import copy
 import multiprocessing
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed
 
-from benchmarks import measure
+from benchmarks import generation, measure
 from benchmarks.measure import Claim
 from vlm_vqa.cores import Threads
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.data.records import load_questions
-from vlm_vqa.evaluation.answering import Ask, KeptAnswers, answer_asks, plan_batches
+from vlm_vqa.evaluation.answering import Ask, KeptAnswers, answer_asks
 from vlm_vqa.evaluation.baselines import shuffled_images
 from vlm_vqa.evaluation.evaluate import EXPORT, FEATURES, RECORDS
 from vlm_vqa.inference.predictor import Predictor
-from vlm_vqa.model.flops import model_cost
-from vlm_vqa.model.layout import PAD_SEGMENT, rows_of, visible
 from vlm_vqa.params import Params, load_params
 from vlm_vqa.workers import WorkerGroup
 
@@ -70,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     timings |= {name: measure.Timing(tuple(seconds)) for name, seconds in spent.items()}
     ask(own, "bfloat16")
     changed = sum(one != other for one, other in zip(given["float32"], given["bfloat16"], strict=True))
-    share = prefill_share(own, predictor, store, size)
+    _, share = generation.prefill(own, predictor, store, size)
     claims = [
         measure.claim("helm-eval: answers by two processes against one", *list(timings.values())[:2], target=1.8),
         measure.claim("helm-eval: time with shuffled images over the model's own", timings["both"], timings["own"],
@@ -124,30 +120,6 @@ def _take_part(rank: int, size: int, port: int, folder: str, asks: Sequence[Ask]
     answer_asks(asks, predictor, store, params.evaluation.batch_size, "answers", group, KeptAnswers(Path(folder)))
     if rank == 0:
         server.set("end", str(time.perf_counter()))
-
-
-def prefill_share(asks: Sequence[Ask], predictor: Predictor, store: FeatureStore, batch_size: int) -> float:
-    """Return the FLOP/s of the forward pass over the questions, as a part of a matrix product's at the layers' width."""
-    cost, layout, model = model_cost(predictor.model.config, frozen_embeddings=False), predictor.layout, predictor.model
-    flops = widest = 0
-    for batch in plan_batches(asks, predictor, batch_size):
-        asked = [(row, layout.tokenize(one.question)) for row, part in enumerate(batch) for one in part]
-        grid = layout.collate(rows_of(asked, layout.mask))
-        real = grid["segment_ids"] != PAD_SEGMENT
-        seen = visible(grid["segment_ids"], grid["position_ids"], grid["bidirectional"])[real].sum()
-        images = layout.num_patches * len(real)
-        forward: list[Any] = [real.sum() * cost.token // 3, seen * cost.pair // 3, len(asked) * cost.supervised // 3]
-        flops += int(sum(forward)) + images * cost.image_token // 2
-        widest = max(widest, real.numel())
-    # The first token costs no step beyond reading.
-    first = copy.copy(predictor)
-    first.max_new_tokens = 1
-    seconds = measure.alternate({"prefill": lambda: answer_asks(asks, first, store, batch_size, "prefill")}, 3)[
-        "prefill"
-    ]
-    text = model.config.text_config
-    rate = measure.matmul_rate(widest, text.hidden_size, text.intermediate_size, torch.float32)
-    return flops / seconds.median / rate
 
 
 if __name__ == "__main__":

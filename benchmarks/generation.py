@@ -16,6 +16,7 @@ hardly ever say `<eos>`, so every answer is cut after three tokens: a word and `
 timed on some of the questions only; what is compared is seconds per question. Answers must be equal.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +29,11 @@ from transformers import BitImageProcessor, Dinov2Config, PaliGemmaProcessor
 from benchmarks import measure, workload
 from benchmarks.measure import Claim, Timing
 from benchmarks.workload import TOKENIZER_LIMIT, read_questions
-from vlm_vqa.evaluation.answering import Ask, answer_asks
+from vlm_vqa.data.feature_store import Features as Stored
+from vlm_vqa.evaluation.answering import Ask, answer_asks, plan_batches
 from vlm_vqa.inference.predictor import Predictor
+from vlm_vqa.model.flops import model_cost
+from vlm_vqa.model.layout import PAD_SEGMENT, rows_of, visible
 from vlm_vqa.model.vlm import VlmForTraining, build_processor, initial_model, train_tokenizer
 from vlm_vqa.params import HELM_INSTRUCTION, LanguageConfig, LanguageParams, Mask, load_params
 
@@ -221,6 +225,31 @@ def pick(questions: Sequence[Question], count: int, seed: int = 0) -> list[Quest
     """Return `count` questions at random, in random order."""
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
     return [questions[at] for at in order[:count]]
+
+
+def prefill(asks: Sequence[Ask], predictor: Predictor, store: Stored, batch_size: int) -> tuple[float, float]:
+    """Return the seconds of the forward pass over the questions, and its FLOP/s over those of a matrix product at the
+    layers' width in the model's type."""
+    cost, layout, model = model_cost(predictor.model.config, frozen_embeddings=False), predictor.layout, predictor.model
+    flops = widest = 0
+    for batch in plan_batches(asks, predictor, batch_size):
+        asked = [(row, layout.tokenize(one.question)) for row, part in enumerate(batch) for one in part]
+        grid = layout.collate(rows_of(asked, layout.mask))
+        real = grid["segment_ids"] != PAD_SEGMENT
+        seen = visible(grid["segment_ids"], grid["position_ids"], grid["bidirectional"])[real].sum()
+        images = layout.num_patches * len(real)
+        forward: list[Any] = [real.sum() * cost.token // 3, seen * cost.pair // 3, len(asked) * cost.supervised // 3]
+        flops += int(sum(forward)) + images * cost.image_token // 2
+        widest = max(widest, real.numel())
+    # The first token costs no step beyond reading.
+    first = copy.copy(predictor)
+    first.max_new_tokens = 1
+    seconds = measure.alternate({"prefill": lambda: answer_asks(asks, first, store, batch_size, "prefill")}, 3)[
+        "prefill"
+    ]
+    text = model.config.text_config
+    rate = measure.matmul_rate(widest, text.hidden_size, text.intermediate_size, model.dtype)
+    return seconds.median, flops / seconds.median / rate
 
 
 def build_model(shape: Shape, texts: Sequence[str]) -> tuple[VlmForTraining, PaliGemmaProcessor]:

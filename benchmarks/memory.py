@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks import measure, recipes
 from benchmarks.measure import Claim
-from benchmarks.recipes import MICRO_BATCH, Recipe
+from benchmarks.recipes import Recipe
 from benchmarks.training_step import GEMMA_2B, GEMMA_VOCABULARY
 from benchmarks.workload import Workload, data, draw_step, read_questions
 from vlm_vqa.errors import UserError
@@ -92,7 +92,7 @@ def measure_one(name: str, kind: str, workload: Workload, shape: LanguageConfig,
         In MiB: `peak`, `before` (weights and libraries), `gradients`, and `without`, the peak without the other two.
     """
     if kind in ("logits", "no_logits"):
-        workload = replace(workload, questions=workload.questions[:MICRO_BATCH])
+        workload = replace(workload, questions=workload.questions[: workload.micro_batch])
     model = recipes.build_model(shape, vocabulary, workload)
     recipe = build_recipe(name, model, workload, trim=kind == "no_logits")
     if kind != "step":

@@ -37,9 +37,6 @@ from vlm_vqa.model.vlm import VlmForTraining, initial_model, recompute_scores, t
 from vlm_vqa.params import LanguageConfig, LanguageParams
 from vlm_vqa.training.sampler import divide
 
-MICRO_BATCH = 6
-"""Questions; ten micro-batches are a step of the reference recipe."""
-
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -217,7 +214,9 @@ def pack(workload: Workload, tokens: int | None = None) -> list[list[Row]]:
     layout = workload.layout
     rows = sorted(workload.rows, key=lambda row: row_tokens(layout, row), reverse=True)
     lengths = [row_tokens(layout, row) for row in rows]
-    sizes = divide(lengths, -(-sum(lengths) // (tokens or MICRO_BATCH * (layout.num_patches + layout.text_length))))
+    sizes = divide(
+        lengths, -(-sum(lengths) // (tokens or workload.micro_batch * (layout.num_patches + layout.text_length)))
+    )
     left = iter(rows)
     return [list(islice(left, size)) for size in sizes]
 
@@ -230,8 +229,8 @@ def row_tokens(layout: TokenLayout, row: Row) -> int:
 def _stock_batches(workload: Workload, *, fixed: bool) -> Iterator[MicroBatch]:
     """Yield what the stock class takes: a row a question, padded on the right."""
     layout = workload.layout
-    for start in range(0, len(workload.questions), MICRO_BATCH):
-        questions = workload.questions[start : start + MICRO_BATCH]
+    for start in range(0, len(workload.questions), workload.micro_batch):
+        questions = workload.questions[start : start + workload.micro_batch]
         longest = max(layout.text_tokens(tokens) for _, tokens in questions)
         width = layout.num_patches + (layout.text_length if fixed else longest)
         columns = [_stock_row(layout, tokens, width) for _, tokens in questions]

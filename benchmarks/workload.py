@@ -42,6 +42,8 @@ class Workload:
     """float32 [I, T, E]"""
     facts: dict[str, Any] = field(default_factory=dict)
     """What a reader of the results wants to know about these questions."""
+    micro_batch: int = 6
+    """Questions of the reference's; ten are a step of its recipe."""
 
     @property
     def rows(self) -> list[Row]:

@@ -4,7 +4,7 @@
 
 Its checks (`proofs.gpu_checks`) run one after another in a process of their own, which is started again after one that
 failed and ended where one takes too long; those for which no time is left are named. The results are written after every
-check. The models have random weights: nothing is downloaded.
+check; of checks that are not asked for the file keeps what this card has done before. The models have random weights: nothing is downloaded.
 
 With --tiny all of it runs on a CPU as well, with the smallest models, to see that it runs; what comes out is written to
 gpu_tiny.json and says nothing about speed.
@@ -38,6 +38,8 @@ MARK = "gpu_checks "
 NOT_RUN, TIME = "not run", "time"
 START_SECONDS = 120
 """In which a process is to have imported everything."""
+ALL_GPUS = "VLM_VQA_ALL_GPUS"
+"""A variable with what `CUDA_VISIBLE_DEVICES` is for the check of all GPUs; the others see one."""
 PROGRAM = (sys.executable, "-m", "proofs.gpu_checks")
 OPTIONAL = ("bitsandbytes", "deepspeed", "datasets", "torchvision")
 """Packages of the whole environment that the checks do without, some of what they check not."""
@@ -54,16 +56,16 @@ CHECKS = {
     "rates": Check(10, "matrix products"),
     "rounding": Check(10, "stochastic rounding"),
     "eight_bit": Check(15, "8-bit AdamW"),
-    "autocast": Check(25, "bfloat16 autocast against float32"),
-    "step": Check(80, "a training step, shared rows against the stock recipe"),
-    "attention": Check(60, "flex attention against a float64 reference"),
-    "resume": Check(60, "the launch; a training killed and resumed"),
-    "preset": Check(60, "training with the preset for one GPU"),
-    "sharing": Check(45, "generation with shared prefixes"),
-    "answers": Check(50, "answers a second"),
-    "features": Check(45, "features stored against live"),
-    "processes": Check(30, "nccl and FSDP2 with one process"),
-    "flex_step": Check(60, "a training step with flex attention"),
+    "autocast": Check(15, "bfloat16 autocast against float32"),
+    "step": Check(150, "a training step, shared rows against the stock recipe"),
+    "resume": Check(40, "the launch; a training killed and resumed"),
+    "launches": Check(70, "FSDP2, DDP and DeepSpeed on all GPUs"),
+    "preset": Check(120, "training with the preset for one GPU"),
+    "sharing": Check(25, "generation with shared prefixes"),
+    "answers": Check(40, "answers a second"),
+    "features": Check(40, "features stored against live"),
+    "attention": Check(35, "flex attention against a float64 reference"),
+    "flex_step": Check(75, "a training step with flex attention"),
 }
 """In the order in which they run: what is quick first, then what matters most."""
 
@@ -171,28 +173,41 @@ def environment() -> dict[str, str]:
     """Return the environment of a process that runs checks: one GPU, and this project's packages."""
     paths = os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH")]))
     # Memory that is given back in pieces of any size: both recipes' steps run in one process.
-    allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_VISIBLE_DEVICES": "0"}
-    return {**allocator, "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": paths}
+    found = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_VISIBLE_DEVICES": "0"}
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    found[ALL_GPUS] = os.environ.get("CUDA_VISIBLE_DEVICES", every)
+    return {**found, "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": paths}
 
 
 def write(name: str, found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[Claim]:
-    """Write what there is so far, and return its claims."""
-    done = {key: one["status"] for key, one in found.items()}
-    tried = [key for key, status in done.items() if not status.startswith(NOT_RUN)]
-    good = sum(done[key] == "passed" for key in tried)
-    bad = ", ".join(key for key in tried if done[key] != "passed")
-    share = good / max(1, len(tried))
-    claims = [Claim("GPU: checks that ran to their end, of those begun", share, share, share, 1.0, note=bad)]
-    for one in found.values():
-        claims += [Claim(**{key: value for key, value in claim.items() if key != "met"}) for claim in one["claims"]]
-    status = {key: done.get(key, f"{NOT_RUN}: not yet") for key in names}
-    seconds = {key: one["seconds"] for key, one in found.items()}
+    """Write what there is so far, and return its claims; a check that did not run now is as it was on this very card."""
+    file, this = measure.RESULTS / f"{name}.json", {"machine": measure.machine(), "card": card()}
+    checks = {key: NO_RESULT | {"status": f"{NOT_RUN}: not yet"} for key in names} | earlier(file, this)
+    for key, one in found.items():
+        if key not in checks or not one["status"].startswith(NOT_RUN) or checks[key]["status"].startswith(NOT_RUN):
+            checks[key] = {**NO_RESULT, **one, "date": time.strftime("%Y-%m-%d")}
+    tried = {key: one["status"] for key, one in checks.items() if not one["status"].startswith(NOT_RUN)}
+    bad = [key for key, status in tried.items() if status != "passed"]
+    share = 1 - len(bad) / max(1, len(tried))
+    claims = [Claim("GPU: checks that ran to their end, of those begun", share, share, share, 1.0, note=", ".join(bad))]
+    for key in (key for key in CHECKS if key in checks):
+        claims += [Claim(**{part: of for part, of in one.items() if part != "met"}) for one in checks[key]["claims"]]
     missing = [package for package in OPTIONAL if find_spec(package) is None]
-    details = {"card": card(), "missing_packages": missing, "status": status, "seconds": seconds}
-    details |= {key: one["details"] for key, one in found.items()}
-    data = {"questions and pictures": "drawn", "weights": "random"}
-    measure.write(name, claims, details, data, quiet=True)
+    details = {"card": this["card"], "missing_packages": missing, "checks": checks}
+    measure.write(name, claims, details, {"questions and pictures": "drawn", "weights": "random"}, quiet=True)
     return claims
+
+
+NO_RESULT: dict[str, Any] = {"status": "", "seconds": 0, "claims": [], "details": {}, "date": None}
+
+
+def earlier(file: Path, this: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a file of results has of checks, if they ran on this card, this machine and these versions."""
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    same = {"machine": content["machine"], "card": content["details"]["card"]} == this
+    return content["details"]["checks"] if same else {}
 
 
 def card() -> dict[str, Any]:
@@ -222,7 +237,7 @@ def page(content: Mapping[str, Any]) -> str:
         verdict = {True: "met", False: "**missed**", None: ""}[one["met"]]
         spread = f"{one['low']:.3g} .. {one['high']:.3g}"
         lines.append(f"| {one['what'].removeprefix('GPU: ')} | {one['ratio']:.3g} | {spread} | {target} | {verdict} |")
-    others = [f"`{name}`: {status}" for name, status in made["status"].items() if status != "passed"]
+    others = [f"`{name}`: {one['status']}" for name, one in made["checks"].items() if one["status"] != "passed"]
     return "\n".join([*lines, "", "; ".join(others) or "Every check passed."])
 
 

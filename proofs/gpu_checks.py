@@ -13,25 +13,24 @@ import gc
 import json
 import math
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Dinov2Config, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,7 +40,7 @@ from benchmarks.measure import Claim
 from benchmarks.memory import read_peak, reset_peak
 from benchmarks.training_step import GEMMA_2B, GEMMA_VOCABULARY, model_flops, product_rate, products
 from benchmarks.workload import TOKENIZER_LIMIT, Workload, draw_step
-from proofs.gpu import CHECKS, MARK, NOT_RUN, TIME, TINY, environment
+from proofs.gpu import ALL_GPUS, CHECKS, MARK, NOT_RUN, TIME, TINY, environment
 from vlm_vqa.data.decoding import open_image
 from vlm_vqa.data.feature_store import FeatureStore
 from vlm_vqa.errors import UserError
@@ -49,17 +48,22 @@ from vlm_vqa.estimate.memory import Step, total
 from vlm_vqa.estimate.predict import changed
 from vlm_vqa.estimate.questions import Batch
 from vlm_vqa.estimate.shapes import Model
+from vlm_vqa.evaluation.answering import Ask, answer_asks
 from vlm_vqa.launch_file import Strategy
 from vlm_vqa.model.attention import IMPLEMENTATION, packed_mask
 from vlm_vqa.model.flops import Work, rows_work
 from vlm_vqa.model.layout import visible
 from vlm_vqa.model.vlm import (
     VlmForTraining,
+    compile_layers,
     freeze_embeddings,
     hash_weights,
     initial_model,
+    save_tensors,
     set_attention,
     set_dropout,
+    trained_state,
+    uncompiled,
 )
 from vlm_vqa.params import Attention, LanguageConfig, Mask, Params, StoreDtype, TooLong, load_params
 from vlm_vqa.training import launch
@@ -75,6 +79,9 @@ GIB = 2**30
 ROOM = 0.92
 """The share of a card's memory that a step may be predicted to take; the rest is the allocator's, and others'."""
 DEPTHS = (26, 20, 16, 12, 8, 4, 2, 1)
+FILLING = (30, 12)
+"""Questions of the reference's micro-batch that may fill a card: the largest that leaves room for all layers is taken."""
+COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"  # which takes minutes on a CPU
 KILLED_AT, STEPS, SAVE_STEPS = 3, 5, 2
 WIDE = {"train.weights_dtype": "float32", "train.rounding": "nearest"}  # what the preset does in bfloat16
 Result = tuple[list[Claim], dict[str, Any]]
@@ -100,6 +107,7 @@ class Scale:
     images: int
     batch_size: int
     asked: int
+    answered_at_once: tuple[int, ...] = (64, 256, 1024)
     step: int = 60
 
     @property
@@ -135,6 +143,7 @@ SMALL = Scale(
     images=8,
     batch_size=4,
     asked=12,
+    answered_at_once=(4, 16),
     step=12,
 )
 
@@ -150,10 +159,19 @@ def pairs(count: int) -> list[tuple[str, str]]:
 
 
 @cache
-def workload(scale: Scale) -> Workload:
-    """Return the questions of an optimizer step: 60, as the reference recipe has it."""
-    sizes = {"num_patches": scale.patches, "feature_width": scale.tower.hidden_size, "step_questions": scale.step}
-    return draw_step(pairs(scale.texts), text_length=scale.text_length, **sizes)
+def workload(scale: Scale, steps: int = 1) -> Workload:
+    """Return the questions of an optimizer step: 60, as the reference recipe has it, or several times as many."""
+    sizes = {"num_patches": scale.patches, "feature_width": scale.tower.hidden_size}
+    return draw_step(pairs(scale.texts), text_length=scale.text_length, step_questions=steps * scale.step, **sizes)
+
+
+def filling(scale: Scale, shape: LanguageConfig) -> Workload | None:
+    """Return four steps' questions in micro-batches that the card has much to do with; None where they find no room."""
+    for questions in FILLING:
+        work = replace(workload(scale, 1 if scale.tiny else 4), micro_batch=questions)
+        if fits(scale, shape, work):
+            return work
+    return None
 
 
 def build(scale: Scale, shape: LanguageConfig, vocabulary: int) -> VlmForTraining:
@@ -186,6 +204,7 @@ def settings(scale: Scale, layers: int, changes: Mapping[str, Any]) -> Params:
             "prompt.text_length": scale.text_length,
             "train.answers": "majority",
             "train.dataloader_workers": 0,
+            "train.compile": False,
             "train.logging_steps": 1,
             "train.lr_scheduler_type": "constant_with_warmup",
             "train.warmup_ratio": 0.0,
@@ -246,22 +265,22 @@ def deepest(scale: Scale) -> LanguageConfig:
     Raises:
         NotRun: not even one layer does.
     """
-    rows, width = recipes.MICRO_BATCH, scale.patches + scale.text_length
+    for layers in DEPTHS:
+        shape = replace(scale.large, num_hidden_layers=layers)
+        if layers <= scale.large.num_hidden_layers and fits(scale, shape, workload(scale)):
+            return shape
+    raise NotRun("this card's memory holds no layer of this width")
+
+
+def fits(scale: Scale, shape: LanguageConfig, work: Workload) -> bool:
+    """Whether the card has room for both recipes' micro-batches."""
+    rows, width = work.micro_batch, scale.patches + scale.text_length
     tokens, pairs = rows * width, rows * width**2
     # It computes its last layer and the logits at all positions.
     stock = Batch(Work(tokens, rows * scale.patches, tokens, pairs, pairs), rows, 0, width)
-    memory = math.inf if scale.tiny else torch.cuda.mem_get_info()[1]
-    for layers in DEPTHS:
-        if layers > scale.large.num_hidden_layers:
-            continue
-        shape = replace(scale.large, num_hidden_layers=layers)
-        params = everything(scale, layers)
-        needed = max(
-            predicted(scale, shape, params, [stock]), predicted(scale, shape, params, batches_of(workload(scale)))
-        )
-        if needed <= ROOM * memory:
-            return shape
-    raise NotRun(f"{memory / GIB:.0f} GiB hold no layer of this width")
+    params = everything(scale, shape.num_hidden_layers)
+    needed = max(predicted(scale, shape, params, batches) for batches in ([stock], batches_of(work)))
+    return needed <= ROOM * (math.inf if scale.tiny else torch.cuda.mem_get_info()[1])
 
 
 def layers_of(shape: LanguageConfig) -> str:
@@ -373,49 +392,33 @@ def attention(scale: Scale) -> Result:
     backward = device.type == "cuda"
     last = torch.tensor([tokens - 1], device=device)  # the mask of these queries alone is not looked at
     errors: dict[str, dict[str, float]] = {}
-    seconds: dict[str, measure.Timing] = {}
-    refused: dict[str, str] = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        states = [one.to(dtype) for one in drawn]
-        wanted = _forward_backward(
-            partial(_reference, seen_NN=seen_NN, **options), [one.double() for one in states], given
-        )
-        calls: dict[str, Callable[[], Any]] = {}
-        for kind in Attention:
-            name = f"{kind.value}, {str(dtype).removeprefix('torch.')}"
-            mask, _ = packed_mask(IMPLEMENTATION[kind], *places, *grid, last, closed_prefix=True, dtype=dtype)
-            call = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION[kind]]
-            attend = lambda *of, call=call, mask=mask: call(module, *of, mask, **options)[0]  # noqa: E731
-            if kind is Attention.FLEX and not backward:
-                # torch has no backward pass of it on a CPU.
-                results = [attend(*states)]
-            else:
-                try:
-                    results = _forward_backward(attend, states, given)
-                except Exception as error:
-                    # Heads this wide may be more than a card's kernels hold in float32, which training does not use.
-                    if dtype is torch.bfloat16 or kind is Attention.EAGER:
-                        raise
-                    refused[name] = " ".join(str(error).split())[:300]
-                    continue
-                calls[name] = partial(_forward_backward, attend, states, given)
-            parts = ("output", "query's", "key's", "value's")
-            errors[name] = {part: distance(one, of) for part, one, of in zip(parts, results, wanted, strict=False)}
-        seconds |= measure.alternate(calls, scale.rounds)
-    claims = []
-    for name in ("bfloat16", "float32"):
-        if f"{Attention.FLEX.value}, {name}" in refused:
-            continue
-        eager, flex = (errors[f"{kind.value}, {name}"] for kind in (Attention.EAGER, Attention.FLEX))
-        worst = max(flex[part] / eager[part] for part in flex)
-        note = f"{max(flex.values()):.1e} against {max(eager.values()):.1e} from float64"
-        what = f"flex attention: error over that of plain torch, {name}"
-        claims.append(once(what, worst, target=2, at_most=True, note=note))
+    states = [one.to(torch.bfloat16) for one in drawn]
+    wanted = _forward_backward(partial(_reference, seen_NN=seen_NN, **options), [one.double() for one in states], given)
+    calls: dict[str, Callable[[], Any]] = {}
+    for kind in Attention:
+        mask, _ = packed_mask(IMPLEMENTATION[kind], *places, *grid, last, closed_prefix=True, dtype=torch.bfloat16)
+        call = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION[kind]]
+        attend = lambda *of, call=call, mask=mask: call(module, *of, mask, **options)[0]  # noqa: E731
+        if kind is Attention.FLEX and not backward:
+            # torch has no backward pass of it on a CPU.
+            results = [attend(*states)]
+        else:
+            results = _forward_backward(attend, states, given)
+            calls[kind.value] = partial(_forward_backward, attend, states, given)
+        parts = ("output", "query's", "key's", "value's")
+        errors[kind.value] = {part: distance(one, of) for part, one, of in zip(parts, results, wanted, strict=False)}
+    timings = measure.alternate(calls, scale.rounds)
+    eager, flex = (errors[kind.value] for kind in (Attention.EAGER, Attention.FLEX))
+    note = f"{max(flex.values()):.1e} against {max(eager.values()):.1e} from float64"
+    worst = max(flex[part] / eager[part] for part in flex)
+    claims = [
+        once("flex attention: error over that of plain torch, bfloat16", worst, target=2, at_most=True, note=note)
+    ]
     if backward:
-        pair = (seconds[f"{kind.value}, bfloat16"] for kind in (Attention.EAGER, Attention.FLEX))
+        pair = (timings[kind.value] for kind in (Attention.EAGER, Attention.FLEX))
         claims.append(measure.claim("GPU: flex attention: times faster than plain torch, bfloat16", *pair))
-    return claims, {"tokens": tokens, "distance_from_float64": errors, "backward": backward, "refused": refused,
-                    "seconds": {name: one.seconds for name, one in seconds.items()}}  # fmt: skip
+    return claims, {"tokens": tokens, "distance_from_float64": errors, "backward": backward,
+                    "seconds": {name: one.seconds for name, one in timings.items()}}  # fmt: skip
 
 
 def _sees(places_N: Tensor, visible_BSS: Tensor, width: int) -> Tensor:
@@ -438,66 +441,6 @@ def _forward_backward(attend: Callable[..., Tensor], states: Sequence[Tensor], g
     output = attend(*leaves)
     output.backward(given.to(output.dtype))
     return [output.detach(), *(one.grad for one in leaves if one.grad is not None)]
-
-
-def processes(scale: Scale) -> Result:
-    """One process of a launch of several: nccl (gloo on a CPU) and FSDP2, whose steps are those of a model that is whole."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    device = measure.device()
-    with changed_environment(alone):
-        launch._join(device.type, 60)
-        try:
-            total = torch.ones(4, device=device)
-            distributed.all_reduce(total)
-            told = [{"on": "the host"}]
-            distributed.broadcast_object_list(told)
-            backend = distributed.get_backend()
-            far, kinds = _sharded(scale, device)
-        finally:
-            distributed.destroy_process_group()
-    claims = [once("FSDP2 with one process: weights' distance from a whole model's after 3 steps", far, target=1e-5,
-                   at_most=True)]  # fmt: skip
-    return claims, {"backend": str(backend), "sum": total.tolist(), "states": kinds}
-
-
-def _sharded(scale: Scale, device: torch.device) -> tuple[float, list[str]]:
-    found, kinds = [], []
-    for sharded in (False, True):
-        model = build(scale, scale.medium, medium_vocabulary(scale))
-        if sharded:
-            mesh = init_device_mesh(device.type, (1,))
-            for layer in model.model.language_model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            assert all(isinstance(one, DTensor) for one in model.parameters())
-        start = [one.detach().clone() for one in model.parameters()]
-        # The first gradients are scaled to nothing by lower ones.
-        clipping = {"train.percentile_clipping": 99} if bnb else {}
-        params = settings(scale, 1, {**WIDE, **clipping, "train.freeze_embeddings": False})
-        optimizer = build_optimizer(params.train, model, set(), seed=0)
-        recipe = recipes.ours(model, workload(scale))
-        for _ in range(3):
-            recipe.run()
-            optimizer.step()
-        kinds = state_types(optimizer)
-        moved = [now.detach() - then for now, then in zip(model.parameters(), start, strict=True)]
-        found.append(torch.cat([(one.full_tensor() if isinstance(one, DTensor) else one).flatten() for one in moved]))
-    return distance(found[1], found[0]), kinds
-
-
-@contextmanager
-def changed_environment(values: Mapping[str, str]) -> Generator[None]:
-    """Set environment variables for a while."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
 def sharing(scale: Scale) -> Result:
@@ -536,10 +479,10 @@ class Questions(dict):
 
 
 class Watch(TrainerCallback):
-    """Notes rates; after step `killed_at`, with its checkpoints whole, the process kills itself."""
+    """Notes rates; after step `killed_at`, with its checkpoints whole, the process kills itself; after `ends_at` it ends."""
 
-    def __init__(self, killed_at: int | None):
-        self.killed_at, self.speeds = killed_at, []
+    def __init__(self, killed_at: int | None, ends_at: int | None):
+        self.killed_at, self.ends_at, self.speeds = killed_at, ends_at, []
         self.trainer: VqaTrainer
 
     def on_train_begin(self, args, state, control, **_):
@@ -554,30 +497,34 @@ class Watch(TrainerCallback):
         if state.global_step == self.killed_at:
             self.trainer.writer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
+        control.should_training_stop |= state.global_step == self.ends_at
 
 
 def train(
-    scale: Scale, params: Params, folder: Path, steps: int, killed_at: int | None = None
+    scale: Scale,
+    params: Params,
+    folder: Path,
+    steps: int,
+    killed_at: int | None = None,
+    ends_at: int | None = None,
+    files: Path = ROOT / "launch",
 ) -> tuple[VqaTrainer, Watch]:
     """Train under the launch that `params` names, going on from a checkpoint in `folder` where there is one."""
-    running = launch.start(params.train, ROOT / "launch")
+    running = launch.start(params.train, files)
     work, train = workload(scale), params.train
-    each = train.batch_size * train.gradient_accumulation_steps
+    each = train.batch_size * train.gradient_accumulation_steps * running.processes
     texts = (pairs(scale.texts) * -(-steps * each // scale.texts))[: steps * each]
     columns = {"question_id": range(len(texts)), "image_id": [number // 5 for number in range(len(texts))]}
     columns |= dict(zip(("question", "multiple_choice_answer"), map(list, zip(*texts, strict=True)), strict=True))
     data = QuestionDataset(Questions(columns), work.layout, TooLong.DROP)  # ty: ignore[invalid-argument-type] - columns by name
     shape = _shape(scale, "features", scale.large, None, alone=0)
     features: Any = generation.Features(shape, sorted(set(data.image_ids)))
-    with measure.device():
-        model = initial_model(params.language, scale.tower, work.processor, params.seed)
-        assert params.language.vocab_size is not None
-        model.resize_token_embeddings(params.language.vocab_size, mean_resizing=False)
+    model = _model(scale, params)
     set_dropout(model, train.dropout)
     set_attention(model, train.attention)
     if train.freeze_embeddings:
         freeze_embeddings(model)
-    watch = Watch(killed_at)
+    watch = Watch(killed_at, ends_at)
     arguments = training_arguments(train, params.seed, folder, running)
     arguments.max_steps, arguments.disable_tqdm = steps, True
     if train.save_steps > steps:
@@ -585,6 +532,15 @@ def train(
     trainer = VqaTrainer(model, arguments, train, data, Collator(work.layout, features), [watch], running)
     trainer.run()
     return trainer, watch
+
+
+def _model(scale: Scale, params: Params) -> VlmForTraining:
+    with measure.device():
+        model = initial_model(params.language, scale.tower, workload(scale).processor, params.seed)
+        assert params.language.vocab_size is not None
+        model.resize_token_embeddings(params.language.vocab_size, mean_resizing=False)
+    # As in a published checkpoint: DeepSpeed, asked for bfloat16, rounds the weights that it starts from.
+    return model.to(torch.bfloat16).to(torch.float32)
 
 
 def resume_settings(scale: Scale) -> Params:
@@ -627,38 +583,156 @@ def resume(scale: Scale) -> Result:
 def _kill_one(scale: Scale, folder: Path) -> None:
     """Start a training by `accelerate launch`, which kills itself, and check what it has left."""
     config = ROOT / "launch" / f"{resume_settings(scale).train.launch}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-    command += ["-m", "proofs.gpu_checks", "--killed", str(folder), *(["--tiny"] if scale.tiny else [])]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = _launched(scale, config, "--killed", folder)
+    _, errors = done.communicate()
     last = latest(folder)
-    assert done.returncode != 0 and last is not None, f"it was not killed: {done.stderr[-2000:]}"
+    assert done.returncode != 0 and last is not None, f"it was not killed: {errors[-2000:]}"
     assert last.name == f"checkpoint-{SAVE_STEPS}", last
 
 
+def _launched(scale: Scale, config: Path, *options: object, **variables: str) -> subprocess.Popen[str]:
+    """Start this program by `accelerate launch`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    command += ["-m", "proofs.gpu_checks", *map(str, options), *([TINY] if scale.tiny else [])]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment() | variables, **pipes)
+
+
+WAYS: dict[str, tuple[dict[str, Any], float]] = {
+    "float32": ({"train.optimizer": "adamw_torch", "train.compute_dtype": "float32"}, 1e-4),
+    "as the presets": ({"train.gradient_checkpointing": True}, 0.1),
+}
+"""Ways to train under a launch, and how far its weights may be from one process's, over how far those went."""
+
+
+def launches(scale: Scale) -> Result:
+    """FSDP2, DDP and DeepSpeed on all GPUs, each stopped and gone on from its own checkpoint, against one process."""
+    on_cpu = measure.device().type == "cpu"
+    gpus = os.environ[ALL_GPUS]
+    count = 2 if on_cpu else max(one for one in (1, 2, 3, 4, 6, 12) if one <= len(gpus.split(",")))
+    # accelerate refuses DDP of one process.
+    kinds = ["fsdp2", *["ddp"] * (count > 1), *(["zero2", "zero3"] if find_spec("deepspeed") and not on_cpu else [])]
+    claims, facts = [], {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files = [_launch_file(folder, ("cpu-" if on_cpu else "") + kind, count) for kind in kinds]
+        running = [_launched(scale, file, "--launched", file, CUDA_VISIBLE_DEVICES=gpus) for file in files]
+        single = {way: _trained(scale, launch_settings(scale, way), folder / f"one, {way}") for way in WAYS}
+        for kind, file, process in zip(kinds, files, running, strict=True):
+            _, errors = process.communicate()
+            assert process.returncode == 0, f"{kind}: {errors[-3000:]}"
+            found = json.loads(file.with_suffix(".json").read_text())
+            for way, (_, bound) in WAYS.items():
+                ours, other = single[way], load_file(_weights_of(file, way), device=str(measure.device()))
+                start = trained_state(_model(scale, launch_settings(scale, way)))
+                went, off = (_apart(ours.weights, one) for one in (start, other))
+                losses = [abs(a / b - 1) for a, b in zip(found[way]["losses"], ours.losses, strict=True)]
+                what = f"{kind}, {count} process{'es' * (count > 1)}, {way}"
+                claims.append(
+                    once(f"{what}: weights' distance from one process's", off / went, target=bound, at_most=True)
+                )
+                claims.append(
+                    once(f"{what}: largest relative difference of a loss", max(losses), target=0.01, at_most=True)
+                )
+            facts[kind] = {way: one["facts"] for way, one in found.items()}
+    return claims, {"facts": facts, "steps": STEPS, "saved_after": SAVE_STEPS, "stopped_after": KILLED_AT}
+
+
+def _launch_file(folder: Path, name: str, count: int) -> Path:
+    """Write a launch file of the project's for as many processes."""
+    asked = (ROOT / "launch" / f"{name}.yaml").read_text(encoding="utf-8")
+    file = folder / f"{name}.yaml"
+    file.write_text(re.sub(r"num_processes: \d+", f"num_processes: {count}", asked), encoding="utf-8")
+    return file
+
+
+def launch_settings(scale: Scale, way: str, name: str | None = None, processes: int = 1) -> Params:
+    """Return how a launch of so many processes trains, by default this one: 24 questions a step."""
+    shape = {"language.config": asdict(scale.medium), "language.vocab_size": medium_vocabulary(scale)}
+    sizes = {
+        "train.batch_size": 12 // processes,
+        "train.gradient_accumulation_steps": 2,
+        "train.save_steps": SAVE_STEPS,
+    }
+    changes = {**WIDE, "train.freeze_embeddings": False, **shape, **sizes, **WAYS[way][0]}
+    return settings(scale, 1, changes | ({"train.launch": name} if name else {}))
+
+
+class Trained(NamedTuple):
+    weights: dict[str, Tensor]  # of the launch's first process
+    losses: list[float]
+    facts: dict[str, Any]
+
+
+def _trained(scale: Scale, params: Params, folder: Path, files: Path = ROOT / "launch") -> Trained:
+    """Train for some steps, end, and train again from what is left in `folder`."""
+    first, _ = train(scale, params, folder, STEPS, ends_at=KILLED_AT, files=files)
+    if first.launch.main:
+        first.lock.close()
+    del first
+    trainer, watch = train(scale, params, folder, STEPS, files=files)
+    assert len(watch.speeds) == STEPS - SAVE_STEPS, "it did not go on from its checkpoint"
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(dict(trainer.whole_weights()), losses, trainer.facts)
+
+
+def train_launched(scale: Scale, file: Path) -> None:
+    """Train all ways in a process of a launch; the first one writes weights and what else is compared."""
+    found = {}
+    for way in WAYS:
+        params = launch_settings(scale, way, file.stem, int(os.environ["WORLD_SIZE"]))
+        made = _trained(scale, params, file.with_suffix("") / way, file.parent)
+        found[way] = {"losses": made.losses, "facts": made.facts}
+        if launch.on_main_process():
+            save_tensors(made.weights, _weights_of(file, way))
+            file.with_suffix(".json").write_text(json.dumps(found))
+
+
+def _weights_of(file: Path, way: str) -> Path:
+    return file.with_name(f"{file.stem}, {way}.safetensors")
+
+
+def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Return the norm of the difference of two states."""
+    assert one.keys() == other.keys()
+    squares = [(one[name].double().cpu() - other[name].double().cpu()).square().sum().item() for name in one]
+    return math.sqrt(sum(squares))
+
+
 def preset(scale: Scale) -> Result:
-    """Training by `VqaTrainer` with the preset for one GPU: bfloat16 weights, 8-bit AdamW, checkpointing."""
+    """Training by `VqaTrainer` with the preset for one GPU: bfloat16 weights, 8-bit AdamW, checkpointing; as it stands, and
+    not compiled."""
     if bnb is None:
         raise NotRun("bitsandbytes is not installed")
-    sizes = {"train.batch_size": 4, "train.gradient_accumulation_steps": 2} if scale.tiny else {}
-    params = settings(scale, scale.large.num_hidden_layers, {**sizes, "train.save_steps": 10**6})
     if not scale.tiny and torch.cuda.mem_get_info()[1] < 20 * GIB:
         raise NotRun("the preset is for cards of 24 GB")
-    steps = 3 if scale.tiny else 5
-    with tempfile.TemporaryDirectory() as folder:
-        trainer, watch = train(scale, params, Path(folder), steps)
-    peak = read_peak() / 1024
-    # The first step makes the optimizer's states.
-    speeds = watch.speeds[1:]
+    sizes = {"train.batch_size": 4, "train.gradient_accumulation_steps": 2} if scale.tiny else {}
+    claims, details = [], {}
+    for name, compiled in (("", measure.device().type == "cuda"), (", not compiled", False)):
+        changes = {**sizes, "train.save_steps": 10**6, "train.compile": compiled}
+        params = settings(scale, scale.large.num_hidden_layers, changes)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, watch = train(scale, params, Path(folder), STEPS)
+        peak, batches = read_peak() / 1024, [Batch(*one) for one in _passes(trainer)]
+        claims += _speeds(f"preset vqav2-1gpu{name}", watch.speeds)
+        expected = predicted(scale, scale.large, params, batches) / GIB
+        claims += _memory(scale, f"preset vqav2-1gpu{name}", peak, expected)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        details[f"preset{name}"] = {"losses": losses, "facts": trainer.facts, "speeds": watch.speeds}
+        # Or the next one's memory would hold this model, too.
+        del trainer, watch
+        gc.collect()
+    return claims, details
+
+
+def _speeds(what: str, speeds: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """Claim the rates of all steps but two: there the optimizer's states are made, and rows of new sizes compiled."""
     claims = []
     for name in ("questions_per_second", "tokens_per_second", "flops_utilisation"):
-        if found := [one[name] for one in speeds if name in one]:
-            middle, what = sorted(found)[len(found) // 2], name.replace("_", " ").replace(" per second", "/s")
-            claims.append(Claim(f"GPU: preset vqav2-1gpu, {what}", middle, min(found), max(found)))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    per_pass = [Batch(*one) for one in _passes(trainer)]
-    expected = predicted(scale, scale.large, params, per_pass) / GIB
-    claims += _memory(scale, "preset vqav2-1gpu", peak, expected)
-    return claims, {"losses": losses, "facts": trainer.facts, "speeds": watch.speeds}
+        if found := [one[name] for one in speeds[2:] if name in one]:
+            middle, kind = sorted(found)[len(found) // 2], name.replace("_", " ").replace(" per second", "/s")
+            claims.append(Claim(f"GPU: {what}, {kind}", middle, min(found), max(found)))
+    return claims
 
 
 def _passes(trainer: VqaTrainer) -> Iterator[tuple]:
@@ -686,60 +760,107 @@ def _memory(scale: Scale, what: str, peak: float, expected: float) -> list[Claim
 
 
 def step(scale: Scale) -> Result:
-    """An optimizer step, shared rows against the stock recipe: 8-bit AdamW, bfloat16 by autocast."""
-    shape, work = deepest(scale), workload(scale)
+    """An optimizer step, shared rows against the stock recipe, as it is and with micro-batches that fill the card: 8-bit
+    AdamW, bfloat16 by autocast."""
+    shape = deepest(scale)
     params, model = everything(scale, shape.num_hidden_layers), build(scale, shape, scale.vocabulary)
     optimizer = build_optimizer(params.train, model, set(), seed=0)
-    ways = {"stock": recipes.reference(recipes.stock_model(model), work, dtype=torch.bfloat16)}
-    ways["ours"] = recipes.ours(model, work, dtype=torch.bfloat16)
-    losses, peaks, calls = {}, {}, {}
-    for name, recipe in ways.items():
-        losses[name] = recipe.run()
+    stock = recipes.stock_model(model)
+    named, claims, details = layers_of(shape), [], {"shape": asdict(shape) | {"vocabulary": scale.vocabulary}}
+    for name, work in (("", workload(scale)), (", full card", filling(scale, shape))):
+        if work is not None:
+            made = model, stock, optimizer
+            more, details[f"step{name}"] = _steps(scale, shape, f"{named}{name}", work, made, params)
+            claims += more
+    left_out = scale.large.num_hidden_layers - shape.num_hidden_layers
+    return claims, details | {"layers_left_out": left_out, "optimizer": params.train.optimizer.value}
+
+
+def _steps(
+    scale: Scale,
+    shape: LanguageConfig,
+    named: str,
+    work: Workload,
+    made: tuple[VlmForTraining, nn.Module, torch.optim.Optimizer],
+    params: Params,
+) -> Result:
+    """Time a step of `work` by the stock recipe and by ours; and by ours compiled where it fills the card."""
+    model, stock, optimizer = made
+    ours = recipes.ours(model, work, dtype=torch.bfloat16)
+    ways = {"stock": recipes.reference(stock, work, dtype=torch.bfloat16), "ours": ours}
+    runs: dict[str, Callable[[], float]] = {name: recipe.run for name, recipe in ways.items()}
+    losses, peaks, claims = {name: run() for name, run in runs.items()}, {}, []
+    full = work.micro_batch != workload(scale).micro_batch
+    if full:
+        runs |= {"ours": partial(_uncompiled, ours), "compiled": ours.run}
+        losses["compiled"], seconds, off = _compile(model, ours)
+        claims = [
+            once(f"{named}: seconds to compile", seconds),
+            once(f"{named}: gradients, compiled, distance from not", off, target=0.05, at_most=True),
+        ]
     # Makes the optimizer's states.
     optimizer.step()
-    for name, recipe in ways.items():
+    calls = {name: partial(_whole_step, run, optimizer) for name, run in runs.items()}
+    for name, call in calls.items():
         reset_peak()
-        _whole_step(recipe, optimizer)
+        call()
         peaks[name] = read_peak() / 1024
-        calls[name] = partial(_whole_step, recipe, optimizer)
-    timings = measure.alternate(calls, scale.rounds, warm_up=0)
-    named, real = layers_of(shape), sum(one.work.tokens for one in batches_of(work))
-    counts = products(
-        shape, scale.vocabulary, ways["ours"].batches[0].positions, work.supervised // len(ways["ours"].batches)
-    )
-    positions = {name: recipe.positions for name, recipe in ways.items()}
+    timings = measure.alternate(calls, min(3, scale.rounds) if full else scale.rounds, warm_up=0)
+    batches, asked = batches_of(work), len(work.questions)
+    counts = products(shape, scale.vocabulary, ours.batches[0].positions, work.supervised // len(ours.batches))
+    positions = {name: (recipe.positions, len(recipe.batches)) for name, recipe in ways.items()}
     # The largest products take room.
-    del model, optimizer, recipe
-    ways.clear()
-    calls.clear()
+    del ours, ways, runs, calls
+    optimizer.zero_grad(set_to_none=True)
     gc.collect()
     machine = product_rate(counts, torch.bfloat16, 0.01 if scale.tiny else 0.1)
-    flops, asked = model_flops(shape, scale.vocabulary, work, work.rows), len(work.questions)
-    claims = [measure.claim(f"GPU: {named}: step, shared rows over the stock recipe", timings["stock"], timings["ours"],
-                            target=None if scale.tiny else 5.0)]  # fmt: skip
-    claims += [measured(f"{named}: questions/s, {name}", timings[name], asked) for name in timings]
-    claims += [
-        measured(f"{named}: tokens/s, ours", timings["ours"], real),
-        measured(f"{named}: MFU, ours: model FLOP/s over measured products", timings["ours"], flops / machine),
-        once(f"{named}: peak of memory, stock, GiB", peaks["stock"]),
-        *_memory(scale, f"{named}: ours", peaks["ours"], predicted(scale, shape, params, batches_of(work)) / GIB),
-    ]
-    off = abs(losses["ours"] / losses["stock"] - 1)
-    claims.append(once(f"{named}: loss of the two recipes, relative difference", off, target=0.02, at_most=True))
+    work_done, real = model_flops(shape, scale.vocabulary, work, work.rows), sum(one.work.tokens for one in batches)
+    claims.append(measure.claim(f"GPU: {named}: step, shared rows over the stock recipe", timings["stock"],
+                                timings["ours"], target=5.0 if full and not scale.tiny else None))  # fmt: skip
+    if full:
+        pair = timings["ours"], timings["compiled"]
+        claims.append(measure.claim(f"GPU: {named}: step, compiled over not", *pair))
+    claims += [measured(f"{named}: questions/s, {name}", timing, asked) for name, timing in timings.items()]
+    claims += [measured(f"{named}: tokens/s, {name}", one, real) for name, one in timings.items() if name != "stock"]
+    for name in [name for name in timings if name != "stock"]:
+        what = f"{named}: MFU, {name}: model FLOP/s over measured products"
+        claims.append(measured(what, timings[name], work_done / machine))
+        off = abs(losses[name] / losses["stock"] - 1)
+        claims.append(once(f"{named}: loss, {name}, from the stock recipe's", off, target=0.02, at_most=True))
+    claims.append(once(f"{named}: peak of memory, stock, GiB", peaks["stock"]))
+    claims += _memory(scale, f"{named}: ours", peaks["ours"], predicted(scale, shape, params, batches) / GIB)
+    if full:
+        claims.append(once(f"{named}: peak of memory, compiled, GiB", peaks["compiled"]))
     return claims, {
-        "shape": asdict(shape) | {"vocabulary": scale.vocabulary},
-        "layers_left_out": scale.large.num_hidden_layers - shape.num_hidden_layers,
-        "optimizer": params.train.optimizer.value,
         "workload": work.facts,
-        "positions": positions,
+        "positions_and_micro_batches": positions,
         "product_flop_per_second": machine,
         "losses": losses,
         "seconds": {name: one.seconds for name, one in timings.items()},
     }
 
 
-def _whole_step(recipe: recipes.Recipe, optimizer: torch.optim.Optimizer) -> None:
-    recipe.run()
+def _compile(model: VlmForTraining, recipe: recipes.Recipe) -> tuple[float, float, float]:
+    """Compile a model whose gradients are there; return the loss then, the seconds that it took, and how far its gradients
+    are from those, in parts of their norm."""
+    # In 16 bits, and not on the card: all gradients at once take as much as the weights.
+    before = [one.grad.to("cpu", torch.bfloat16) for one in model.parameters() if one.grad is not None]
+    compile_layers(model, COMPILER)
+    begun = time.perf_counter()
+    loss = recipe.run()
+    seconds = time.perf_counter() - begun
+    now = [one.grad for one in model.parameters() if one.grad is not None]
+    off = [(one - other.to(one)).norm().item() for one, other in zip(now, before, strict=True)]
+    return loss, seconds, math.hypot(*off) / math.hypot(*(one.norm().item() for one in now))
+
+
+def _uncompiled(recipe: recipes.Recipe) -> float:
+    with uncompiled():
+        return recipe.run()
+
+
+def _whole_step(run: Callable[[], float], optimizer: torch.optim.Optimizer) -> None:
+    run()
     optimizer.step()
 
 
@@ -820,28 +941,39 @@ def features(scale: Scale) -> Result:
 
 
 def answers(scale: Scale) -> Result:
-    """Answers a second in float32 and bfloat16, and how many differ between the two."""
-    language = deepest(scale)
-    shape = _shape(scale, "2B", language, scale.vocabulary, alone=0)
-    texts = [question for question, _ in pairs(scale.texts)]
+    """Answers a second in bfloat16, by how many questions are read at once, and what reading them takes of it; and how many
+    answers differ from float32's."""
+    language, texts = deepest(scale), [question for question, _ in pairs(scale.texts)]
+    shape, named = _shape(scale, "2B", language, scale.vocabulary, alone=0), layers_of(language)
     asked = generation.whole_images(generation.asked_of_images(texts), scale.asked)
-    stored = generation.Features(shape, sorted({row["image_id"] for row in asked}))
+    stored: Any = generation.Features(shape, sorted({row["image_id"] for row in asked}))
+    asks = [Ask(row["image_id"], row["question"]) for row in asked]
     with measure.device():
         model, processor = generation.build_model(shape, texts)
-    claims, given, peaks = [], {}, {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
+    given, peaks, claims = {}, {}, []
+    first, *others = scale.answered_at_once
+    ways = [(torch.float32, first), (torch.bfloat16, first), *((torch.bfloat16, at_once) for at_once in others)]
+    for dtype, at_once in ways:
         predictor = generation.answerer_of(shape, model.to(dtype), processor, Mask.IMAGE_PREFIX)
+        name = f"{str(dtype).removeprefix('torch.')}, {at_once} at once"
 
-        def ask(predictor=predictor, name=name) -> None:
-            given[name] = generation.as_helm(shape, predictor, stored, asked)
+        def ask(predictor=predictor, name=name, at_once=at_once) -> None:
+            found = answer_asks(asks, predictor, stored, at_once, name)
+            given[name] = [found[one].answer for one in asks]
 
         reset_peak()
-        timing = measure.alternate({name: ask}, scale.rounds)[name]
+        timing = measure.alternate({name: ask}, min(3, scale.rounds))[name]
         peaks[name] = read_peak() / 1024
-        claims.append(measured(f"{layers_of(language)}: answers/s, {name}", timing, len(asked)))
-    differing = sum(one != other for one, other in zip(*given.values(), strict=True))
-    claims.append(once(f"{layers_of(language)}: share of answers that differ between the two", differing / len(asked)))
+        claims.append(measured(f"{named}: answers/s, {name}", timing, len(asked)))
+    reading, share = generation.prefill(asks, predictor, stored, at_once)
+    claims += [
+        once(f"{named}: reading's share of the time, {at_once} at once", reading / timing.median),
+        once(f"{named}: reading's FLOP/s over measured products, {at_once} at once", share),
+    ]
+    wide, *narrow = given.values()
+    for what, one, other in (("bfloat16 and float32", wide, narrow[0]), ("numbers at once", narrow[0], narrow[-1])):
+        differing = sum(a != b for a, b in zip(one, other, strict=True))
+        claims.append(once(f"{named}: share of answers that differ between {what}", differing / len(asked)))
     return claims, {"questions": len(asked), "new_tokens": generation.NEW_TOKENS, "peak_gib": peaks}
 
 
@@ -880,11 +1012,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(TINY, action="store_true")
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds since 1970")
     parser.add_argument("--killed", type=Path, help="train into this folder until it kills itself")
+    parser.add_argument("--launched", type=Path, help="train under this launch file, in a process of it")
     options = parser.parse_args(arguments)
     scale = SMALL if options.tiny else FULL
     if options.killed:
         train(scale, resume_settings(scale), options.killed, STEPS, KILLED_AT)
         raise UserError("the training came to its end")
+    if options.launched:
+        train_launched(scale, options.launched)
     for name in options.names:
         if not options.tiny and time.time() + CHECKS[name].seconds > options.until:
             tell(begin=name)

@@ -58,6 +58,7 @@ class Case:
     shared_rows: bool = True
     optimizer: Optimizer = Optimizer.ADAMW_TORCH
     accumulation: int = 1
+    recomputed: bool = False
     percentile_clipping: int = 100
     lora: LoraParams | None = None
     phased: bool = False
@@ -79,12 +80,12 @@ class Case:
 CASES = (
     Case("shared rows"),
     Case("one question a row", shared_rows=False),
-    Case("shared rows, 4 passes", accumulation=4),
+    Case("shared rows, 4 passes", accumulation=4, recomputed=True),
     Case("shared rows, 8 bits", optimizer=Optimizer.ADAMW_BNB_8BIT),
     Case("one question a row, 8 bits", shared_rows=False, optimizer=Optimizer.ADAMW_BNB_8BIT),
     Case("shared rows, 8 bits, clipped", optimizer=Optimizer.ADAMW_BNB_8BIT, percentile_clipping=95),
     Case("shared rows, adapters", lora=LoraParams(rank=4, alpha=8.0, dropout=0.0, targets=("q_proj", "down_proj"))),
-    Case("rates and projector phase, 4 passes", accumulation=4, phased=True),
+    Case("rates and projector phase, 4 passes", accumulation=4, recomputed=True, phased=True),
     Case("rates and projector phase, 8 bits", optimizer=Optimizer.ADAMW_BNB_8BIT, phased=True),
     Case(
         "rates and projector phase, 8 bits, clipped",
@@ -155,6 +156,7 @@ def _trainer(
         max_grad_norm=0.0 if case.in_backward else params.train.max_grad_norm,
         optimizer_in_backward=case.in_backward,
         attention_checkpointing=case.in_backward,
+        gradient_checkpointing=case.recomputed,
         **(apart if case.phased else {}),
     )
     running = launch.start(train, folder)

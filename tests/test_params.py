@@ -243,6 +243,7 @@ def test_flex_attention_with_dropout_is_refused(values):
             {"attention_checkpointing": True, "attention": "flex_attention"},
             "attention_checkpointing is true, but train.attention is flex_attention",
         ),
+        ({"compile": True, "attention": "flex_attention"}, "compile is true, but train.attention is flex_attention"),
     ],
 )
 def test_what_saves_memory_is_refused_where_it_cannot(values, changes, words):
@@ -254,7 +255,7 @@ def test_what_saves_memory_is_refused_where_it_cannot(values, changes, words):
 
 def test_what_saves_memory_changes_the_hash_only_where_it_is_asked_for(values):
     before = parse_params(values).training_hash()
-    for key in ("optimizer_in_backward", "attention_checkpointing"):
+    for key in ("optimizer_in_backward", "attention_checkpointing", "compile"):
         values["train"].pop(key, None)
         assert parse_params(values).training_hash() == before
     put(values, "train.attention_checkpointing", True)
@@ -274,7 +275,7 @@ LATER = {"data": ["official", "hub", "table", "bad_records", "most_dropped", "do
          "train": ["answers", "lora", "questions_per_row", "attention", "freeze_embeddings", "dataloader_workers",
                    "rounding", "restart_optimizer", "stall_seconds", "projector_learning_rate",
                    "embedding_learning_rate", "projector_steps", "optimizer_in_backward",
-                   "attention_checkpointing"],
+                   "attention_checkpointing", "compile"],
          "evaluation": ["launch", "compute_dtype", "gate"]}  # fmt: skip
 """Keys that the first version did not have; those that DVC fills in (vision.launch) have to be there."""
 
@@ -428,7 +429,7 @@ def test_a_section_that_asks_for_nothing_changes_no_hash(values):
     before["train"] = {key: value for key, value in before["train"].items() if "projector" not in key}
     later = {
         "vision": ("store",),
-        "train": ("embedding_learning_rate", "optimizer_in_backward", "attention_checkpointing"),
+        "train": ("embedding_learning_rate", "optimizer_in_backward", "attention_checkpointing", "compile"),
     }
     for section, names in (later | {"evaluation": ("gate", "compute_dtype")}).items():
         before[section] = {key: value for key, value in before[section].items() if key not in names}

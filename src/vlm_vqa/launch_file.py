@@ -93,9 +93,14 @@ def _strategy_of(asked: dict[str, Any], path: Path) -> Strategy:
 
     kind = asked["distributed_type"]
     check("distributed_type", "NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
-    if (kind == "NO") != (asked["num_processes"] == 1):
+    one = asked["num_processes"] == 1
+    # On one GPU accelerate divides all the same; DDP it refuses, and on a CPU it forgets what was asked for.
+    alone = kind == "NO" or kind in ("FSDP", "DEEPSPEED") and not asked["use_cpu"]
+    if one and not alone or kind == "NO" and not one:
         number = f"distributed_type {kind} with num_processes {asked['num_processes']}"
-        raise UserError(f"{path}: {number}; NO is for one process, the others for several.")
+        raise UserError(
+            f"{path}: {number}; NO is for one process, the others for several, FSDP and DEEPSPEED for one GPU too."
+        )
     check("mixed_precision", "no", default="no", why=": train.compute_dtype decides")
     if kind == "FSDP":
         check("fsdp_version", 2, section="fsdp_config", default=1)
@@ -123,6 +128,8 @@ def check_params(train: TrainParams, strategy: Strategy) -> None:
     elif zero and train.restart_optimizer:
         key, mend = "restart_optimizer", "Set it to false, or delete the folder below checkpoints/ to start again."
         why = f"cannot do that. {mend}"
+    elif zero and train.compile:
+        key, why = "compile", "changes the layers while they run. Set it to false, or use DDP or FSDP2."
     elif (zero or strategy is Strategy.DDP) and train.optimizer_in_backward:
         key, mend = "optimizer_in_backward", "Set it to false, or use FSDP2 or one process."
         why = f"adds the gradients of all processes up in buckets of its own. {mend}"

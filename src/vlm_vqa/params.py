@@ -560,6 +560,9 @@ class TrainParams(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention_checkpointing: Truth = False
     """Recompute attention's scores alone: most of long rows' activations, little of the work. For `attention: eager`."""
+    compile: Truth = False
+    """Compile all layers but the last by torch.compile: faster where a GPU waits for Python, after a minute or two at start.
+    Wants a C compiler and `attention: eager`; not under DeepSpeed."""
     logging_steps: Count
     """Optimizer steps between log lines and points of the loss curve."""
     save_steps: Count
@@ -604,6 +607,8 @@ class TrainParams(Section):
                 return "is true, but train.gradient_checkpointing is, too, and recomputes all. Set one to false."
             case "attention_checkpointing" if value and above.get("attention") is Attention.FLEX:
                 return "is true, but train.attention is flex_attention, which keeps no scores. Set this to false."
+            case "compile" if value and above.get("attention") is Attention.FLEX:
+                return "is true, but train.attention is flex_attention, which compiles by itself. Set one of them otherwise."
             case "rounding" if value is Rounding.STOCHASTIC and weights is Dtype.FLOAT32:
                 return "is stochastic, but train.weights_dtype is float32; set it to nearest."
             case "rounding" if value is Rounding.NEAREST and weights is Dtype.BFLOAT16:
@@ -736,7 +741,7 @@ def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
     later: dict[str, dict[str, Any]] = {
         "vision": {"store": True},
         "train": {"projector_learning_rate": None, "embedding_learning_rate": None, "projector_steps": 0}
-        | dict.fromkeys(("optimizer_in_backward", "attention_checkpointing"), False),
+        | dict.fromkeys(("optimizer_in_backward", "attention_checkpointing", "compile"), False),
         "evaluation": {"gate": Gate.ACCURACY, "launch": None, "compute_dtype": Dtype.FLOAT32},
     }
     for name in later.keys() & kept.keys():

@@ -54,6 +54,8 @@ def test_an_unknown_launch_names_the_known_ones():
         ("cpu", {"distributed_type": "MULTI_CPU"}, "distributed_type is 'MULTI_CPU'"),
         ("cpu", {"num_processes": 2}, "distributed_type NO with num_processes 2"),
         ("cpu-ddp", {"num_processes": 1}, "distributed_type MULTI_GPU with num_processes 1"),
+        ("ddp", {"num_processes": 1}, "distributed_type MULTI_GPU with num_processes 1"),
+        ("cpu-fsdp2", {"num_processes": 1}, "distributed_type FSDP with num_processes 1"),
         ("cpu-ddp", {"mixed_precision": "bf16"}, "mixed_precision is 'bf16'; it must be no"),
         ("cpu-fsdp2", {"fsdp_config": {}}, "fsdp_version is 1; it must be 2"),
         ("cpu-fsdp2", {"fsdp_config": {"fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": True}}, "ram_efficient"),
@@ -77,6 +79,7 @@ def test_what_training_does_not_support_is_refused_by_file_and_key(tmp_path, nam
             "train.weights_dtype is bfloat16, but ZeRO-2",
         ),
         ({"restart_optimizer": True}, "train.restart_optimizer is true, but ZeRO-2"),
+        ({"compile": True}, "train.compile is true, but ZeRO-2"),
     ],
 )
 def test_what_zero_would_drop_is_refused_by_name(changes, words):

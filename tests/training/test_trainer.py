@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,15 @@ from tests.tiny_model import GivenFeatures
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.adapters import add_adapters, merge_adapter, merge_adapters, projector_of, save_adapter
 from vlm_vqa.model.layout import Row
-from vlm_vqa.model.vlm import freeze_embeddings, hash_weights, initial_model, set_dropout, trained_state
+from vlm_vqa.model.vlm import (
+    compile_layers,
+    freeze_embeddings,
+    hash_weights,
+    initial_model,
+    set_dropout,
+    trained_state,
+    uncompiled,
+)
 from vlm_vqa.params import (
     Attention,
     Dtype,
@@ -27,8 +37,10 @@ from vlm_vqa.params import (
     load_params,
 )
 from vlm_vqa.training import checkpoint_files, launch
+from vlm_vqa.training import trainer as trainer_module
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.prepare import base_model
+from vlm_vqa.training.throughput import COUNTS
 from vlm_vqa.training.trainer import CURVE_COLUMNS, ProgressCallback, VqaTrainer, training_arguments, write_curve
 
 QUESTIONS = [
@@ -168,6 +180,45 @@ def test_an_interrupted_run_goes_on(make, tmp_path, stop, options):
     resumed.run()
     assert resumed.state.global_step == straight.state.global_step == 6
     torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
+
+
+def test_compiled_layers_train_alike_go_on_and_are_left_out_of_validation(make, monkeypatch):
+    """By the compiler's first part alone, which decides what is compiled, and for what; the others take a minute."""
+    monkeypatch.setattr(trainer_module, "compile_layers", partial(compile_layers, backend="eager"))
+    counted = torch._dynamo.utils.counters["stats"]
+    start = weights(make())
+    plain, compiled, cut = (
+        make(name, gradient_checkpointing=True, compile=name != "plain", save_steps=2)
+        for name in ("plain", "compiled", "cut")
+    )
+    plain.train()
+    counted.clear()
+    compiled.train()
+    assert counted["unique_graphs"] >= 1, "nothing was compiled"
+    assert (weights(compiled) - weights(plain)).norm() / moved(plain, start) < 1e-4
+    cut.add_callback(StopAt(3))
+    cut.run()
+    cut.lock.close()
+    resumed = make("cut", gradient_checkpointing=True, compile=True, save_steps=2)
+    resumed.run()
+    torch.testing.assert_close(weights(resumed), weights(compiled), rtol=0, atol=0)
+    batch = next(iter(compiled.get_train_dataloader()))
+    batch.pop(COUNTS)
+    # Without it, other versions would be made.
+    for context, made in ((uncompiled, 0), (nullcontext, 1)):
+        counted.clear()
+        with context(), torch.no_grad():
+            compiled.model.eval()
+            compiled.compute_loss(compiled.model, compiled._prepare_inputs(dict(batch)))
+        assert min(1, counted["unique_graphs"]) == made
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop |= state.global_step == self.step
 
 
 def test_a_checkpoint_that_stands_on_other_frozen_weights_is_refused(make):

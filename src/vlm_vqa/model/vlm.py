@@ -11,6 +11,7 @@ all rows, no padding), M supervised positions, E image feature width, D hidden w
 import copy
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,8 @@ def _run_layers(
 
 def text_logits(model: PaliGemmaForConditionalGeneration, hidden: Tensor) -> Tensor:
     """Return the soft-capped logits [..., V] of hidden states [..., D]."""
-    logits = model.lm_head(hidden)
+    # FSDP2 has the head's weights in the type of its products; torch 2.11's leaves it to us that these have it, too.
+    logits = model.lm_head(hidden.to(model.lm_head.weight.dtype))
     cap = getattr(language_of(model.config), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -289,6 +291,23 @@ def recompute_scores(model: VlmForTraining, on: bool = True) -> None:
     """Compute eager attention once more in the backward pass, so that its scores, the largest tensors, are not kept."""
     for layer in model.model.language_model.layers:
         setattr(layer.self_attn, RECOMPUTES, on)
+
+
+def compile_layers(model: VlmForTraining, backend: str = "inductor") -> None:
+    """Let torch compile every layer but the last, once for all of them and for rows of any number and length.
+
+    The last one, at few positions, is another module. Whoever generates with the model does it under `uncompiled`.
+    """
+    # Made are versions for one row and more, few tokens and many, and two kinds of layers. Left alone, torch gives up after
+    # eight and goes on without a word.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 32, True
+    for layer in list(model.model.language_model.layers)[:-1]:
+        layer.compile(dynamic=True, backend=backend)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Return a context in which nothing that `compile_layers` has compiled is."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def freeze_embeddings(model: VlmForTraining) -> None:

@@ -75,7 +75,6 @@ def start(train: TrainParams, folder: str | Path = "launch") -> Launch:
         _keep_deepspeed_on_cpu()
     if strategy is not Strategy.SINGLE:
         _join(device, train.stall_seconds)
-    os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(train.gradient_checkpointing).lower()
     # A process may train more than once, each time in another precision; ZeRO-3 would build the next model in pieces.
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,7 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from vlm_vqa.cores import Crowd, waits
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import model_cost
-from vlm_vqa.model.vlm import VlmForTraining, hash_weights, recompute_scores
+from vlm_vqa.model.vlm import VlmForTraining, compile_layers, hash_weights, recompute_scores, uncompiled
 from vlm_vqa.params import Attention, Dtype, Keep, Optimizer, TrainParams
 from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.answers_picture import AnswersPicture
@@ -55,6 +57,8 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: 
     use_cpu = launch.device == "cpu"
     if use_cpu and train.attention is Attention.FLEX:
         raise UserError("train.attention is flex_attention, which torch cannot train with on a CPU; set it to eager.")
+    # Under FSDP2 the Trainer's own would gather the weights once more; see `create_optimizer`.
+    recompute: Any = {RECOMPUTE: train.gradient_checkpointing and launch.strategy is not Strategy.FSDP2}
     return TrainingArguments(
         output_dir=str(output_dir),
         use_cpu=use_cpu,
@@ -77,8 +81,7 @@ def training_arguments(train: TrainParams, seed: int, output_dir: Path, launch: 
         # warmup_ratio is gone; a number below 1 here is the ratio.
         warmup_steps=train.warmup_ratio,
         max_grad_norm=train.max_grad_norm,
-        # Under FSDP2 the Trainer's own would gather the weights once more; `launch.start` asks accelerate for it.
-        **{RECOMPUTE: train.gradient_checkpointing and launch.strategy is not Strategy.FSDP2},
+        **recompute,
         # Every weight has a gradient in every pass, also of a row that teaches nothing.
         ddp_find_unused_parameters=False,
         logging_steps=train.logging_steps,
@@ -136,6 +139,8 @@ class VqaTrainer(Trainer):
             model.to(torch.bfloat16)
         if train.attention_checkpointing:
             recompute_scores(model)
+        if train.compile:
+            compile_layers(model)
         frozen = {name: one for name, one in checkpoint_state.named_parameters(model).items() if not one.requires_grad}
         self.frozen = hash_weights(frozen) if launch.main else ""
         # FSDP2 divides shapes; each process then gets its rows.
@@ -181,6 +186,11 @@ class VqaTrainer(Trainer):
         if self.optimizer is None:
             model = model or self.model
             if self.launch.strategy is Strategy.FSDP2:
+                if self.train_settings.gradient_checkpointing:
+                    # Around the layer, so that recomputing gathers no weights; accelerate's own would draw dropout anew.
+                    layers = self.model.model.language_model.layers
+                    for number, layer in enumerate(layers):
+                        layers[number] = checkpoint_wrapper(layer)
                 # accelerate would divide it after this, when all is there; what is divided already it leaves as it is.
                 fsdp2_prepare_model(self.accelerator, self.model)
                 assert all(isinstance(one, DTensor) for one in self.model.parameters()), "each process is to hold rows"
@@ -372,7 +382,8 @@ class VqaTrainer(Trainer):
         if validation is None or self._validated == step or (skip_scheduler and step):
             # What asks to skip the scheduler is a training's beginning, a resumed one's too.
             return {}
-        with self.meter.paused():
+        # Its questions have shapes of their own, which compiling would cost more than it saves.
+        with self.meter.paused(), uncompiled() if self.train_settings.compile else nullcontext():
             figures = validation.measure(self.model_wrapped, self.args.device, lambda: self.heartbeat(Phase.VALIDATING))
         self.state.log_history.append({"step": step, ANSWERS: figures.pop(ANSWERS)})
         self.log(figures)
