@@ -4,7 +4,8 @@
 
 Its checks (`proofs.gpu_checks`) run one after another in a process of their own, which is started again after one that
 failed and ended where one takes too long; those for which no time is left are named. The results are written after every
-check; of checks that are not asked for the file keeps what this card has done before. The models have random weights: nothing is downloaded.
+check; of checks that are not asked for the file keeps what this card has done before. The models have random weights:
+nothing is downloaded.
 
 With --tiny all of it runs on a CPU as well, with the smallest models, to see that it runs; what comes out is written to
 gpu_tiny.json and says nothing about speed.

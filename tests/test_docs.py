@@ -277,7 +277,21 @@ def test_what_a_gpu_does_is_what_was_measured_or_said_to_be_unknown():
         [PAGES[name].lower() for name in ("README.md", "docs/gpu.md")],
     )
     if measured.exists():
-        assert gpu.page(results("gpu")) in PAGES["docs/gpu.md"]
+        data = results("gpu")
+        assert gpu.page(data) in PAGES["docs/gpu.md"]
+        found = {
+            claim["what"].removeprefix("GPU: 2B shape, 26 layers, full card: "): claim["ratio"]
+            for claim in data["claims"]
+        }
+        stock, ours, compiled = (found[f"questions/s, {name}"] for name in ("stock", "ours", "compiled"))
+        assert (
+            f"{stock:.0f} questions a second by the stock recipe, {ours:.0f} by ours, {compiled:.0f} compiled"
+            in shown[0]
+        )
+        assert f"{compiled / stock:.1f} times the stock recipe's" in shown[1]
+        assert f"{found['MFU, compiled: model FLOP/s over measured products']:.2f} of the rate" in " ".join(
+            shown[1].split()
+        )
     assert {"not yet measured" in page for page in shown} == {not measured.exists()}
     assert set(re.findall(r"^\| `(\w+)` \|", PAGES["docs/gpu.md"], flags=re.MULTILINE)) == set(gpu.CHECKS)
 

@@ -65,9 +65,19 @@ def test_a_check_that_fails_dies_or_hangs_is_named_and_the_others_run_on(monkeyp
     claims = gpu.write("gpu", found, [*names, "flex_step"])
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert claims[0].ratio == 0.4 and claims[0].note == "rounding, eight_bit, autocast" and claims[0].met is False
-    assert content["details"]["status"]["flex_step"] == "not run: not yet" and content["details"]["step"] == {
-        "made": "step"
-    }
+    checks = content["details"]["checks"]
+    assert checks["flex_step"]["status"] == "not run: not yet" and checks["step"]["details"] == {"made": "step"}
+    # What is not asked for, or has no time, stays; what runs again is as it is now.
+    again = {"step": found["step"] | {"status": "not run: time"}, "rounding": found["rounding"] | {"status": "passed"}}
+    gpu.write("gpu", again, list(again))
+    kept = json.loads((tmp_path / "gpu.json").read_text())["details"]["checks"]
+    assert {name: one["status"] for name, one in kept.items()} == {
+        name: one["status"] for name, one in checks.items()
+    } | {"rounding": "passed"}
+    # Another card's are no part of it.
+    monkeypatch.setattr(gpu, "card", lambda: {"name": "another"})
+    gpu.write("gpu", again, list(again))
+    assert set(json.loads((tmp_path / "gpu.json").read_text())["details"]["checks"]) == set(again)
 
 
 def test_a_program_that_cannot_begin_fails_all(monkeypatch):
@@ -85,7 +95,10 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
 
 def test_the_page_shows_what_missed_its_target_and_what_did_not_run():
     claim = {"what": "GPU: step", "ratio": 4.0, "low": 3.5, "high": 4.5, "target": 5.0, "at_most": False, "met": False}
-    made = {"card": {"name": "GPU X", "memory_gib": 79.2, "driver": "580.1"}, "status": {"flex_step": "not run: time"}}
+    made = {
+        "card": {"name": "GPU X", "memory_gib": 79.2, "driver": "580.1"},
+        "checks": {"flex_step": {"status": "not run: time"}},
+    }
     text = gpu.page({"machine": {"torch": "2.11", "transformers": "5.17"}, "claims": [claim], "details": made})
     assert "GPU X, 79.2 GiB, driver 580.1" in text and "`flex_step`: not run: time" in text
     assert "| step | 4 | 3.5 .. 4.5 | at least 5 | **missed** |" in text
@@ -121,7 +134,7 @@ def test_every_check_runs_on_a_cpu_with_nothing_but_what_the_page_installs(tmp_p
              "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT, tmp_path)))},
     )  # fmt: skip
     content = json.loads((tmp_path / "gpu_tiny.json").read_text())
-    status = content["details"].pop("status")
+    status = {name: one["status"] for name, one in content["details"]["checks"].items()}
     assert [name for name, said in status.items() if said != "passed"] == ["flex_step"], (status, done.stderr[-3000:])
     assert "needs CUDA" in status["flex_step"] and "deepspeed" in content["details"]["missing_packages"]
     assert not [claim["what"] for claim in content["claims"] if claim["met"] is False] and done.returncode == 0

@@ -298,9 +298,12 @@ def compile_layers(model: VlmForTraining, backend: str = "inductor") -> None:
 
     The last one, at few positions, is another module. Whoever generates with the model does it under `uncompiled`.
     """
+    options = torch._dynamo.config
     # Made are versions for one row and more, few tokens and many, and two kinds of layers. Left alone, torch gives up after
     # eight and goes on without a word.
-    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 32, True
+    options.recompile_limit, options.fail_on_recompile_limit_hit = 32, True
+    # Under FSDP2 a layer's own numbers would be unknowns, too, over which it ponders for many minutes.
+    options.specialize_int = options.specialize_float = True
     for layer in list(model.model.language_model.layers)[:-1]:
         layer.compile(dynamic=True, backend=backend)
 
