@@ -809,7 +809,6 @@ def _steps(
         call()
         peaks[name] = read_peak() / 1024
     timings = measure.alternate(calls, scale.rounds, warm_up=0)
-    batches, asked = batches_of(work), len(work.questions)
     counts = products(shape, scale.vocabulary, ours.batches[0].positions, work.supervised // len(ours.batches))
     positions = {name: (recipe.positions, len(recipe.batches)) for name, recipe in ways.items()}
     # The largest products take room.
@@ -817,23 +816,16 @@ def _steps(
     optimizer.zero_grad(set_to_none=True)
     gc.collect()
     machine = product_rate(counts, torch.bfloat16, 0.01 if scale.tiny else 0.1)
-    work_done, real = model_flops(shape, scale.vocabulary, work, work.rows), sum(one.work.tokens for one in batches)
-    claims.append(measure.claim(f"GPU: {named}: step, shared rows over the stock recipe", timings["stock"],
-                                timings["ours"], target=5.0 if full and not scale.tiny else None))  # fmt: skip
-    if full:
-        pair = timings["ours"], timings["compiled"]
-        claims.append(measure.claim(f"GPU: {named}: step, compiled over not", *pair))
-    claims += [measured(f"{named}: questions/s, {name}", timing, asked) for name, timing in timings.items()]
-    claims += [measured(f"{named}: tokens/s, {name}", one, real) for name, one in timings.items() if name != "stock"]
-    for name in [name for name in timings if name != "stock"]:
-        what = f"{named}: MFU, {name}: model FLOP/s over measured products"
-        claims.append(measured(what, timings[name], work_done / machine))
-        off = abs(losses[name] / losses["stock"] - 1)
-        claims.append(once(f"{named}: loss, {name}, from the stock recipe's", off, target=0.02, at_most=True))
-    claims.append(once(f"{named}: peak of memory, stock, GiB", peaks["stock"]))
-    claims += _memory(scale, f"{named}: ours", peaks["ours"], predicted(scale, shape, params, batches) / GIB)
-    if full:
-        claims.append(once(f"{named}: peak of memory, compiled, GiB", peaks["compiled"]))
+    claims += _claims(scale, shape, named, work, timings, machine)
+    for name in peaks:
+        if name == "ours":
+            expected = predicted(scale, shape, params, batches_of(work)) / GIB
+            claims += _memory(scale, f"{named}: ours", peaks[name], expected)
+        else:
+            claims.append(once(f"{named}: peak of memory, {name}, GiB", peaks[name]))
+        if name != "stock":
+            off = abs(losses[name] / losses["stock"] - 1)
+            claims.append(once(f"{named}: loss, {name}, from the stock recipe's", off, target=0.02, at_most=True))
     return claims, {
         "workload": work.facts,
         "positions_and_micro_batches": positions,
@@ -841,6 +833,32 @@ def _steps(
         "losses": losses,
         "seconds": {name: one.seconds for name, one in timings.items()},
     }
+
+
+def _claims(
+    scale: Scale,
+    shape: LanguageConfig,
+    named: str,
+    work: Workload,
+    timings: Mapping[str, measure.Timing],
+    machine: float,
+) -> list[Claim]:
+    """Claim how fast each way is; `machine` is the products' rate in FLOP/s."""
+    flops, real = (
+        model_flops(shape, scale.vocabulary, work, work.rows),
+        sum(one.work.tokens for one in batches_of(work)),
+    )
+    stock, ours, *compiled = timings.values()
+    target = 5.0 if compiled and not scale.tiny else None
+    claims = [measure.claim(f"GPU: {named}: step, shared rows over the stock recipe", stock, ours, target=target)]
+    claims += [measure.claim(f"GPU: {named}: step, compiled over not", ours, one) for one in compiled]
+    for name, timing in timings.items():
+        claims.append(measured(f"{named}: questions/s, {name}", timing, len(work.questions)))
+        if timing is not stock:
+            claims.append(measured(f"{named}: tokens/s, {name}", timing, real))
+            what = f"{named}: MFU, {name}: model FLOP/s over measured products"
+            claims.append(measured(what, timing, flops / machine))
+    return claims
 
 
 def _compile(model: VlmForTraining, recipe: recipes.Recipe) -> tuple[float, float, float]:
