@@ -183,7 +183,9 @@ def environment() -> dict[str, str]:
 def write(name: str, found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[Claim]:
     """Write what there is so far, and return its claims; a check that did not run now is as it was on this very card."""
     file, this = measure.RESULTS / f"{name}.json", {"machine": measure.machine(), "card": card()}
-    checks = {key: NO_RESULT | {"status": f"{NOT_RUN}: not yet"} for key in names} | earlier(file, this)
+    checks: dict[str, dict[str, Any]] = {key: NO_RESULT | {"status": f"{NOT_RUN}: not yet"} for key in names} | earlier(
+        file, this
+    )
     for key, one in found.items():
         if key not in checks or not one["status"].startswith(NOT_RUN) or checks[key]["status"].startswith(NOT_RUN):
             checks[key] = {**NO_RESULT, **one, "date": time.strftime("%Y-%m-%d")}

@@ -32,7 +32,7 @@ from accelerate.utils import send_to_device
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Dinov2Config, TrainerCallback
+from transformers import Dinov2Config, PaliGemmaForConditionalGeneration, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks import extraction, generation, measure, recipes, vqav2
@@ -784,7 +784,7 @@ def _steps(
     shape: LanguageConfig,
     named: str,
     work: Workload,
-    made: tuple[VlmForTraining, nn.Module, torch.optim.Optimizer],
+    made: tuple[VlmForTraining, PaliGemmaForConditionalGeneration, torch.optim.Optimizer],
     params: Params,
 ) -> Result:
     """Time a step of `work` by the stock recipe and by ours; and by ours compiled where it fills the card."""

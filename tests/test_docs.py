@@ -271,29 +271,26 @@ def test_full_scale_is_what_was_measured():
     assert f"relative error of a token {error:.1%} (median)".replace("%", " %") in FLAT
 
 
-def test_what_a_gpu_does_is_what_was_measured_or_said_to_be_unknown():
-    measured, shown = (
-        ROOT / "benchmarks/results/gpu.json",
-        [PAGES[name].lower() for name in ("README.md", "docs/gpu.md")],
-    )
-    if measured.exists():
-        data = results("gpu")
-        assert gpu.page(data) in PAGES["docs/gpu.md"]
-        found = {
-            claim["what"].removeprefix("GPU: 2B shape, 26 layers, full card: "): claim["ratio"]
-            for claim in data["claims"]
-        }
-        stock, ours, compiled = (found[f"questions/s, {name}"] for name in ("stock", "ours", "compiled"))
-        assert (
-            f"{stock:.0f} questions a second by the stock recipe, {ours:.0f} by ours, {compiled:.0f} compiled"
-            in shown[0]
-        )
-        assert f"{compiled / stock:.1f} times the stock recipe's" in shown[1]
-        assert f"{found['MFU, compiled: model FLOP/s over measured products']:.2f} of the rate" in " ".join(
-            shown[1].split()
-        )
-    assert {"not yet measured" in page for page in shown} == {not measured.exists()}
+def test_what_a_gpu_does_is_what_was_measured():
+    data, readme, page = results("gpu"), PAGES["README.md"], " ".join(PAGES["docs/gpu.md"].split())
+    assert gpu.page(data) in PAGES["docs/gpu.md"]
     assert set(re.findall(r"^\| `(\w+)` \|", PAGES["docs/gpu.md"], flags=re.MULTILINE)) == set(gpu.CHECKS)
+    found, shape = (
+        {claim["what"].removeprefix("GPU: "): claim["ratio"] for claim in data["claims"]},
+        "2B shape, 26 layers",
+    )
+    full = f"{shape}, full card"
+    stock, ours, compiled = (found[f"{full}: questions/s, {name}"] for name in ("stock", "ours", "compiled"))
+    assert f"{stock:.0f} questions a second by the stock recipe, {ours:.0f} by ours, {compiled:.0f} compiled" in readme
+    assert f"to {compiled / stock:.1f} times the stock recipe's" in page
+    assert f"{found[f'{full}: MFU, compiled: model FLOP/s over measured products']:.2f} of the rate" in page
+    faster = found["preset vqav2-1gpu, questions/s"] / found["preset vqav2-1gpu, not compiled, questions/s"]
+    assert f"the preset `vqav2-1gpu` trains {faster:.1f} times as fast" in FLAT
+    narrow, wide = (found[f"{full}: {of}, GiB"] for of in ("peak of memory, compiled", "ours: peak of memory"))
+    takes = 1 / found[f"{full}: step, compiled over not"]
+    assert f"takes {takes:.2f} of the time and {narrow:.0f} GiB instead of {wide:.0f}" in FLAT
+    few, more, most = (found[f"{shape}: answers/s, bfloat16, {count} at once"] for count in (64, 256, 1024))
+    assert f"64 give {few:.0f} answers a second, 256 give {more:.0f}, 1,024 give {most:.0f}" in FLAT
 
 
 def test_who_computes_what_was_trained_is_what_was_measured():

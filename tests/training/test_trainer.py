@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sysconfig
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -211,6 +212,18 @@ def test_compiled_layers_train_alike_go_on_and_are_left_out_of_validation(make, 
             compiled.model.eval()
             compiled.compute_loss(compiled.model, compiled._prepare_inputs(dict(batch)))
         assert min(1, counted["unique_graphs"]) == made
+
+
+def test_a_machine_that_cannot_compile_says_what_it_lacks(make, monkeypatch, tmp_path):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(
+        UserError, match=r"train.compile is true, but .* lacks .*include/Python.h \(Debian's python3-dev\)"
+    ):
+        make(compile=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UserError, match=r"lacks a C compiler \(gcc\). Install it, or set train.compile to false"):
+        make(compile=True)
 
 
 class StopAt(TrainerCallback):

@@ -10,6 +10,9 @@ all rows, no padding), M supervised positions, E image feature width, D hidden w
 
 import copy
 import hashlib
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -297,8 +300,16 @@ def compile_layers(model: VlmForTraining, backend: str = "inductor") -> None:
     """Let torch compile every layer but the last, once for all of them and for rows of any number and length.
 
     The last one, at few positions, is another module. Whoever generates with the model does it under `uncompiled`.
+    UserError: there is no C compiler, or Python's headers, which compiled layers are linked with, are not there.
     """
-    options = torch._dynamo.config
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    compiler = next(filter(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang"))), None)
+    if compiler is None or not headers.is_file():
+        lacking = "a C compiler (gcc)" if compiler is None else f"{headers} (Debian's python3-dev)"
+        raise UserError(
+            f"train.compile is true, but this machine lacks {lacking}. Install it, or set train.compile to false."
+        )
+    options: Any = torch._dynamo.config
     # Made are versions for one row and more, few tokens and many, and two kinds of layers. Left alone, torch gives up after
     # eight and goes on without a word.
     options.recompile_limit, options.fail_on_recompile_limit_hit = 32, True
