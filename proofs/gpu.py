@@ -187,7 +187,7 @@ def write(name: str, found: Mapping[str, Mapping[str, Any]], names: Sequence[str
         file, this
     )
     for key, one in found.items():
-        if key not in checks or not one["status"].startswith(NOT_RUN) or checks[key]["status"].startswith(NOT_RUN):
+        if not one["status"].startswith(NOT_RUN) or checks[key]["status"].startswith(NOT_RUN):
             checks[key] = {**NO_RESULT, **one, "date": time.strftime("%Y-%m-%d")}
     tried = {key: one["status"] for key, one in checks.items() if not one["status"].startswith(NOT_RUN)}
     bad = [key for key, status in tried.items() if status != "passed"]
@@ -210,7 +210,7 @@ def earlier(file: Path, this: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
     content = json.loads(file.read_text(encoding="utf-8"))
     same = {"machine": content["machine"], "card": content["details"]["card"]} == this
-    return content["details"]["checks"] if same else {}
+    return content["details"].get("checks", {}) if same else {}
 
 
 def card() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from vlm_vqa.model.layout import Row, rows_of, visible
 from vlm_vqa.model.vlm import (
     VlmForTraining,
     initial_model,
+    recompute_layers,
     recompute_scores,
     set_attention,
     set_dropout,
@@ -142,6 +143,21 @@ def test_gradient_checkpointing_changes_nothing(tiny, model, features, mask):
         model.gradient_checkpointing_disable()
     assert again[0] == plain[0]
     torch.testing.assert_close(again[2], plain[2])
+
+
+def test_layers_that_are_recomputed_in_a_frame_see_the_same_dropout(tiny, features):
+    """What FSDP2 trains with; equal to the bit."""
+    found = []
+    for framed in (False, True):
+        model = tiny_base(tiny).train()
+        set_dropout(model, 0.5)
+        if framed:
+            recompute_layers(model)
+        torch.manual_seed(3)
+        loss, _, gradient = run(tiny, model, features, rows(tiny))
+        found.append((loss, gradient))
+    (plain, gradient), (again, recomputed) = found
+    assert again == plain and torch.equal(recomputed, gradient)
 
 
 def with_adapters(tiny):

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoConfig,
@@ -294,6 +295,14 @@ def recompute_scores(model: VlmForTraining, on: bool = True) -> None:
     """Compute eager attention once more in the backward pass, so that its scores, the largest tensors, are not kept."""
     for layer in model.model.language_model.layers:
         setattr(layer.self_attn, RECOMPUTES, on)
+
+
+def recompute_layers(model: VlmForTraining) -> None:
+    """Compute each layer once more in the backward pass, with the same dropout, by a frame around it: FSDP2, which divides
+    that, gathers no weights for the second time. The names of weights get the frame's among them."""
+    layers = model.model.language_model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = checkpoint_wrapper(layer)
 
 
 def compile_layers(model: VlmForTraining, backend: str = "inductor") -> None:

@@ -15,7 +15,6 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, distributed, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,7 +27,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from vlm_vqa.cores import Crowd, waits
 from vlm_vqa.errors import UserError
 from vlm_vqa.model.flops import model_cost
-from vlm_vqa.model.vlm import VlmForTraining, compile_layers, hash_weights, recompute_scores, uncompiled
+from vlm_vqa.model.vlm import (
+    VlmForTraining,
+    compile_layers,
+    hash_weights,
+    recompute_layers,
+    recompute_scores,
+    uncompiled,
+)
 from vlm_vqa.params import Attention, Dtype, Keep, Optimizer, TrainParams
 from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.answers_picture import AnswersPicture
@@ -186,11 +192,9 @@ class VqaTrainer(Trainer):
         if self.optimizer is None:
             model = model or self.model
             if self.launch.strategy is Strategy.FSDP2:
+                # accelerate's own finds no layers that are divided, and would draw dropout anew.
                 if self.train_settings.gradient_checkpointing:
-                    # Around the layer, so that recomputing gathers no weights; accelerate's own would draw dropout anew.
-                    layers = self.model.model.language_model.layers
-                    for number, layer in enumerate(layers):
-                        layers[number] = checkpoint_wrapper(layer)
+                    recompute_layers(self.model)
                 # accelerate would divide it after this, when all is there; what is divided already it leaves as it is.
                 fsdp2_prepare_model(self.accelerator, self.model)
                 assert all(isinstance(one, DTensor) for one in self.model.parameters()), "each process is to hold rows"
