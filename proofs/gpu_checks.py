@@ -31,7 +31,6 @@ import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import Dinov2Config, PaliGemmaForConditionalGeneration, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -81,9 +80,8 @@ ROOM = 0.92
 DEPTHS = (26, 20, 16, 12, 8, 4, 2, 1)
 FILLING = (30, 12)
 """Questions of the reference's micro-batch that may fill a card: the largest that leaves room for all layers is taken."""
-COMPILER = (
-    "inductor" if torch.cuda.is_available() else "eager"
-)  # its first part alone: all of it takes minutes on a CPU
+COMPILER = "inductor" if torch.cuda.is_available() else "eager"
+"""All of it takes minutes on a CPU; there its first part alone."""
 KILLED_AT, STEPS, SAVE_STEPS = 3, 5, 2
 WIDE = {"train.weights_dtype": "float32", "train.rounding": "nearest"}  # what the preset does in bfloat16
 Result = tuple[list[Claim], dict[str, Any]]
@@ -234,7 +232,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 def gradients(model: nn.Module) -> Tensor:
     """Return all gradients as one vector."""
     found = [one.grad for one in model.parameters() if one.grad is not None]
-    return torch.cat([(one.full_tensor() if isinstance(one, DTensor) else one).flatten().float() for one in found])
+    return torch.cat([one.flatten().float() for one in found])
 
 
 def batches_of(work: Workload) -> list[Batch]:
