@@ -241,7 +241,7 @@ def page(content: Mapping[str, Any]) -> str:
         spread = f"{one['low']:.3g} .. {one['high']:.3g}"
         lines.append(f"| {one['what'].removeprefix('GPU: ')} | {one['ratio']:.3g} | {spread} | {target} | {verdict} |")
     others = [f"`{name}`: {one['status']}" for name, one in made["checks"].items() if one["status"] != "passed"]
-    return "\n".join([*lines, "", "; ".join(others) or "Every check passed."])
+    return "\n".join([*lines, "", "; ".join(others) or "Every check ran to its end."])
 
 
 if __name__ == "__main__":
