@@ -64,9 +64,9 @@ WATCHED = {
     ),
 }
 PATIENCE = 600.0
-TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(.*)")
-FSSPEC = "AttributeError: 'function' object has no attribute 'close'"
-"""What fsspec's finalizer makes of an executor that DVC was interrupted in."""
+TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*.*")
+FSSPEC = "/fsspec/callbacks.py", "AttributeError: 'function' object has no attribute 'close'"
+"""Where a finalizer of its progress bars meets Ctrl-C, and what it makes of an executor that DVC was interrupted in."""
 
 
 @dataclass
@@ -180,9 +180,9 @@ def after(states: States, call: tree.Call, kill: dict[str, Any]) -> list[str]:
     }
     where = f"{kill['signal']} to {kill['victim']} ({kill['moment']}, stage {kill['stage']})"
     found = tracebacks(call)
-    kill["fsspec"] = sum(FSSPEC in text for text in found)
+    kill["fsspec"] = sum(map(fsspecs, found))
     problems = [wrong] if wrong else []
-    problems += [f"a traceback: {text}" for text in found if FSSPEC not in text]
+    problems += [f"a traceback: {last(text)}" for text in found if not fsspecs(text)]
     return [f"{where}: {text} ({keep(states, call)})" for text in problems]
 
 
@@ -197,7 +197,9 @@ def repeat(states: States, trial: Trial) -> None:
             continue
         if wrong or code:
             trial.problems.append(f"{command} again ended with {code}: {wrong or text.strip()[-600:]}")
-        trial.problems += [f"{command} again: a traceback: {text} ({keep(states, call)})" for text in tracebacks(call)]
+        trial.problems += [
+            f"{command} again: a traceback: {last(text)} ({keep(states, call)})" for text in tracebacks(call)
+        ]
         break
     lock = states.place / "dvc.lock"
     if not lock.exists() or lock.read_bytes() != states.expected:
@@ -208,8 +210,17 @@ def repeat(states: States, trial: Trial) -> None:
 
 
 def tracebacks(call: tree.Call) -> list[str]:
-    """Return the last lines of the tracebacks that were printed."""
-    return [found[:150] for found in TRACEBACK.findall(call.text())]
+    """Return the tracebacks that were printed."""
+    return TRACEBACK.findall(call.text())
+
+
+def last(traceback: str) -> str:
+    return traceback.splitlines()[-1][:150]
+
+
+def fsspecs(traceback: str) -> bool:
+    """Whether it is DVC's process that printed it, out of fsspec."""
+    return any(text in traceback for text in FSSPEC)
 
 
 def keep(states: States, call: tree.Call) -> str:

@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any
 
 from vlm_vqa.errors import UserError, make_again
-from vlm_vqa.pipeline.early import end_quietly, send_again
+from vlm_vqa.pipeline.early import end_quietly, handle, send_again
 from vlm_vqa.secrets import mask_output, without_secrets
 
 # Everything else is imported by the command that needs it: torch and MLflow cost seconds, `--help` should not.
@@ -394,7 +394,7 @@ def _verify(stages: list[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 lower scores or damaged files, 2 a user's mistake, 130 Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is end_quietly:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        handle(signal.SIGINT, KeyboardInterrupt)
         sys.unraisablehook = send_again
     arguments, more = PARSER.parse_known_args(argv)
     if more and not ("questions" in arguments and all(not word.startswith("-") for word in more)):

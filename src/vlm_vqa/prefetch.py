@@ -1,8 +1,8 @@
-"""Work done ahead in threads, and handed over in order."""
+"""Work done ahead in threads or processes, and handed over in order."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 def ordered_map(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], window: int
 ) -> Iterator[Result]:
     """Map like `pool.map`, with no more than `window` results in memory; an error is raised in its item's turn."""
     pending: deque[Future[Result]] = deque()

@@ -10,7 +10,7 @@ from vlm_vqa.estimate.questions import Batch
 from vlm_vqa.estimate.shapes import Model, model_of
 from vlm_vqa.model.flops import Work, rows_work
 from vlm_vqa.model.layout import Row
-from vlm_vqa.model.vlm import freeze_embeddings, initial_model, recompute_scores, set_dropout
+from vlm_vqa.model.vlm import compile_layers, freeze_embeddings, initial_model, recompute_scores, set_dropout
 from vlm_vqa.params import Mask
 from vlm_vqa.training import optimizer as training_optimizer
 from vlm_vqa.training.launch import Strategy
@@ -94,11 +94,14 @@ def forward(tiny, train_params, mask, changes, layers, narrow=True):
     freeze_embeddings(real)
     if train.weights_dtype.value == "bfloat16":
         real.to(torch.bfloat16)
+    saved = Saved(real)
+    if train.compile:
+        # What is kept is decided as by inductor, which takes five times as long.
+        compile_layers(real, "aot_eager_decomp_partition")
     layout = tiny.layout(mask)
     first, second = layout.tokenize("Is there a red circle?", "no"), layout.tokenize("How many dogs?", "yes yes")
     rows = [Row(0, (first, second) if layout.mask is not Mask.PREFIX_LM else (first,)), Row(1, (second,))]
     batch = layout.collate(rows)
-    saved = Saved(real)
     with (
         torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=train.compute_dtype.value == "bfloat16"),
@@ -131,6 +134,15 @@ def test_a_layers_activations_are_what_autograd_keeps(tiny, train_params, mask, 
     """To the byte: what a third layer adds to two."""
     two, _, _ = forward(tiny, train_params, mask, MODES[mode], 2)
     three, step, one = forward(tiny, train_params, mask, MODES[mode], 3)
+    assert three - two == step.layer_activations(one)
+
+
+@pytest.mark.parametrize("mode", ["autocast", "bfloat16"])
+def test_a_compiled_layers_activations_are_what_autograd_keeps(tiny, train_params, mode):
+    """To the byte, as above."""
+    compiled = MODES[mode] | {"compile": True}
+    two, _, _ = forward(tiny, train_params, "image-prefix", compiled, 2)
+    three, step, one = forward(tiny, train_params, "image-prefix", compiled, 3)
     assert three - two == step.layer_activations(one)
 
 

@@ -39,8 +39,11 @@ class Predictor:
 
 
 class Store:
-    def batch(self, image_ids):
-        return torch.tensor([float(image_id) for image_id in image_ids])
+    def inputs(self, image_ids):
+        return {"ids": torch.tensor([float(image_id) for image_id in image_ids])}
+
+    def of(self, inputs):
+        return inputs["ids"]
 
 
 ASKS = [Ask(image, "?" * length) for image in (3, 1, 2) for length in (2, 9, 9, 1)]
@@ -67,6 +70,26 @@ def test_batches_hold_whole_images_of_like_length_within_bounds(shared):
     assert widths == sorted(widths, reverse=True)
     (rows,) = plan_batches([Ask(1, f"{number:03}") for number in range(100)], predictor, batch_size=1000)[:1]
     assert max(map(len, rows)) == IN_A_ROW
+
+
+def test_the_next_batch_of_pictures_is_read_while_one_is_answered():
+    read_two = threading.Event()
+
+    class Slow(Store):
+        count = 0
+
+        def inputs(self, image_ids):
+            self.count += 1
+            if self.count == 2:
+                read_two.set()
+            return super().inputs(image_ids)
+
+    class Waiting(Predictor):
+        def answer_features(self, questions, features, rows):
+            assert read_two.wait(10), "nothing is read beside the first batch"
+            return super().answer_features(questions, features, rows)
+
+    assert answer_asks(ASKS, Waiting(), Slow(), 4, "x") == answer_asks(ASKS, Predictor(), Store(), 4, "x")
 
 
 def group(rank, size, store):

@@ -7,6 +7,7 @@ import csv
 import functools
 import io
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -146,6 +148,13 @@ def three_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
 
 
+@pytest.fixture(params=["threads", "processes"])
+def decoders(request, three_threads, monkeypatch):
+    """What is alive of three decoding threads, or processes, as there are where the encoder is on a GPU."""
+    monkeypatch.setattr(extract, "in_processes", lambda _: request.param == "processes")
+    return multiprocessing.active_children if request.param == "processes" else decoding_threads
+
+
 def encoder_that(preprocess: Callable[[list[Image.Image]], torch.Tensor]) -> SimpleNamespace:
     return SimpleNamespace(preprocess=preprocess, model=SimpleNamespace(device=torch.device("cpu")))
 
@@ -172,7 +181,7 @@ def decoding_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
-def test_stored_features_are_the_live_encoders_bit_for_bit(run_folder, three_threads):
+def test_stored_features_are_the_live_encoders_bit_for_bit(run_folder, decoders):
     images = noise(10)
     write_records(images)
     extract_features.main()
@@ -430,17 +439,53 @@ def test_the_next_batches_are_decoded_while_one_is_looked_at_and_no_more(three_t
                 assert all(decoded.acquire(timeout=10) for _ in range(4)), "nothing is decoded ahead"
 
 
-def test_threads_end_when_the_work_is_left_early(three_threads):
+def test_decoders_end_when_the_work_is_left_early(decoders):
     with pytest.raises(KeyboardInterrupt):
         with closing(extract.preprocessed(batches_of(shades(200)), encoder_that(first_pixels), 100)) as batches:
             next(batches)
-            assert decoding_threads()
+            assert decoders()
             raise KeyboardInterrupt
-    assert not decoding_threads()
+    assert not decoders()
+
+
+def test_a_decoding_process_that_is_killed_is_told(three_threads, monkeypatch):
+    monkeypatch.setattr(extract, "in_processes", lambda _: True)
+    with pytest.raises(UserError, match="process that decodes pictures was ended from outside.*--shm-size.*are kept"):
+        for _ in extract.preprocessed(batches_of(shades(200)), encoder_that(first_pixels), 100):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    assert not multiprocessing.active_children()
+
+
+def test_decoding_processes_end_with_a_stage_that_is_killed(tmp_path):
+    program = f"""
+import sys, time, types, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_extract_features import batches_of, encoder_that, extract, first_pixels, multiprocessing, shades
+extract.in_processes = lambda _: True
+torch.get_num_threads = lambda: 3
+next(batches := extract.preprocessed(batches_of(shades(200)), encoder_that(first_pixels), 100))
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as stage:
+        assert stage.stdout is not None
+        children = [psutil.Process(int(pid)) for pid in stage.stdout.readline().split()]
+        stage.kill()
+    assert len(children) == 3 and not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_pictures_are_decoded_in_processes_for_a_gpu_that_has_shared_memory_beside_it(monkeypatch, caplog):
+    on = {kind: SimpleNamespace(model=SimpleNamespace(device=torch.device(kind))) for kind in ("cpu", "cuda")}
+    sizes = SimpleNamespace(free=2 * extract.ENOUGH_SHARED_MEMORY)
+    monkeypatch.setattr(extract.shutil, "disk_usage", lambda _: sizes)
+    assert extract.in_processes(on["cuda"]) and not extract.in_processes(on["cpu"])
+    sizes.free = 64 << 20
+    assert not extract.in_processes(on["cuda"])
+    assert "/dev/shm has 64 MiB free: pictures are decoded by threads, slower" in caplog.text
 
 
 @pytest.mark.parametrize("position", [0, 5, 37, 39])
-def test_a_bad_image_is_named_in_its_turn_and_the_threads_end(three_threads, position):
+def test_a_bad_image_is_named_in_its_turn_and_the_decoders_end(decoders, position):
     images = list(shades(40))
     images[position] = images[position]._replace(data=b"no image")
     seen = []
@@ -448,7 +493,7 @@ def test_a_bad_image_is_named_in_its_turn_and_the_threads_end(three_threads, pos
         for _, image_ids, _ in extract.preprocessed(batches_of(images), encoder_that(first_pixels), 100):
             seen += image_ids
     assert seen == list(range(position // BATCH * BATCH))
-    assert not decoding_threads()
+    assert not decoders()
 
 
 def test_decoding_threads_take_one_core_and_leave_the_encoder_its_own():

@@ -100,6 +100,10 @@ class Step:
         shape, size, every = self.model.language, self.compute, one.work.tokens
         width, inner, asked = shape.hidden_size, shape.intermediate_size, one.work.supervised if last else every
         queries, keys = (heads * shape.head_dim for heads in (shape.num_attention_heads, shape.num_key_value_heads))
+        if self.train.compile and not last:
+            # Its input, a scale a token and norm, and what products are of: all else is computed again.
+            kept = every * (width * (4 if self.autocast else size) + 16 + size * (4 * width + queries + 3 * inner))
+            return kept + (0 if self.train.attention_checkpointing else self.attention_activations(one))
         # Each of 4 norms computes in float32 and keeps its input, its output before the weight, and a scale a token; the
         # last layer's first is of all tokens, too.
         norms = sum(count * (2 * 4 * width + 4) + 4 * width for count in [asked] * 4 + [every] * last)
@@ -120,6 +124,12 @@ class Step:
         grids = size * one.rows * (asking * queries + 2 * (one.width + again) * keys)
         if self.train.attention is Attention.FLEX:
             return grids
+        if self.train.compile and not last:
+            # Weights twice, and of 16 bits each row's largest and sum; the mask cast, or the queries' grid.
+            rest = one.rows * (one.width - one.prefix)
+            own = 2 * (rest * one.width + one.prefix**2) if self.autocast else rest * queries * size
+            sums = 8 * one.rows * one.width * shape.num_attention_heads * (size == 2)
+            return grids + own + sums + one.pairs * shape.num_attention_heads * 2 * size
         # Of scores: tanh, float32 softmax, and the weights where they are of another type.
         dropped = 0 if self.train.dropout == 0 else (1 if self.gpu else size) + (size if size == 4 else 0)
         pairs = one.rows * asking * one.width if last else one.pairs

@@ -80,7 +80,7 @@ def _extract(params: Params, size: DatasetSize, machine: Machine, shape: Tower, 
     if not vision.store:
         facts = {"note": "nothing is stored: train and helm-eval look at the pictures themselves"}
         return Stage("extract-features", {}, {"load": copies(launch.on_a_machine, BASE | weights)}, {}, 0.0, facts)
-    # Batches of pictures are `extraction.MOST_THREADS` and one; files of features are of 256 MiB, up to three in memory.
+    # Batches of pictures are `extract.MOST_AT_ONCE` and one; files of features are of 256 MiB, up to three in memory.
     ahead = {"pictures ahead": 9 * vision.batch_size * 3 * pixels * 4, "shards": 3 * GIB // 4}
     host = BASE | weights | ahead | (encoder if launch.on_cpu else {})
     gpu = {} if launch.on_cpu else _on_gpu({"forward": encoder}, launch.processes)

@@ -8,16 +8,20 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from vlm_vqa import files
 from vlm_vqa.data.feature_store import Features
 from vlm_vqa.hashing import hash_json
 from vlm_vqa.inference.predictor import Candidate, Predictor
+from vlm_vqa.prefetch import ordered_map
 from vlm_vqa.sealed import find_sealed, write_sealed
 from vlm_vqa.workers import POLL_SECONDS, WorkerGroup, alone
 
@@ -131,19 +135,28 @@ def answer_asks(
     batches = plan_batches(asks, predictor, batch_size)
     found: dict[int, list[Candidate]] = {}
     total = sum(len(part) for batch in batches for part in batch)
-    with tqdm(total=total, desc=what, unit="answer", mininterval=1, disable=not running.main) as bar:
-        for number in running.claim(range(len(batches))):
+
+    def prepare(number: int) -> tuple[int, list[Candidate] | None, dict[str, Tensor]]:
+        """Find what is kept of a batch, or else read its pictures or their features: while the one before is answered."""
+        answers = kept.find(asked_in(batches[number])) if kept else None
+        return number, answers, inputs_of(batches[number], store) if answers is None else {}
+
+    with (
+        tqdm(total=total, desc=what, unit="answer", mininterval=1, disable=not running.main) as bar,
+        ThreadPoolExecutor(1, "pictures", torch.set_num_threads, (1,)) as pool,
+    ):
+        begun = time.monotonic()
+        for number, answers, inputs in ordered_map(pool, prepare, running.claim(range(len(batches))), window=2):
             asked = asked_in(batches[number])
-            answers = kept.find(asked) if kept else None
             if answers is None:
-                begun = time.monotonic()
-                answers = answer_batch(batches[number], predictor, store)
+                answers = answer_batch(batches[number], inputs, predictor, store)
                 running.add("milliseconds", round(1000 * (time.monotonic() - begun)))
                 running.add("answered", len(asked))
                 if kept:
                     kept.keep(asked, answers)
             found[number] = answers
             bar.update(running.add("done", len(asked)) - bar.n)
+            begun = time.monotonic()
         running.add("finished", 1)
         while running.main and running.add("finished") < running.size:
             time.sleep(POLL_SECONDS)
@@ -165,12 +178,14 @@ def asked_in(batch: Batch) -> list[Ask]:
     return [ask for part in batch for ask in part]
 
 
-def answer_batch(batch: Batch, predictor: Predictor, store: Features) -> list[Candidate]:
-    """Answer the questions of a batch, which are about images of the records or all about the grey picture."""
+def inputs_of(batch: Batch, store: Features) -> dict[str, Tensor]:
+    """Return what the features of a batch's images are made of, row by row; nothing of the grey picture's."""
     shown = [part[0].image_id for part in batch]
-    if None in shown:
-        features = predictor.encode([Image.new("RGB", BLANK_SIZE, BLANK)])[[0] * len(shown)]
-    else:
-        features = store.batch(shown)  # ty: ignore[invalid-argument-type] - none is None
+    return {} if None in shown else store.inputs(shown)  # ty: ignore[invalid-argument-type] - none is None
+
+
+def answer_batch(batch: Batch, inputs: dict[str, Tensor], predictor: Predictor, store: Features) -> list[Candidate]:
+    """Answer the questions of a batch, which are about images of the records or all about the grey picture."""
+    features = store.of(inputs) if inputs else predictor.encode([Image.new("RGB", BLANK_SIZE, BLANK)])[[0] * len(batch)]
     rows = [row for row, part in enumerate(batch) for _ in part]
     return predictor.answer_features([ask.question for ask in asked_in(batch)], features, rows)

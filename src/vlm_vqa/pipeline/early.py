@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
 
 _STAGES = {"fetch_vqav2.py", "extract_features.py", "train.py", "export.py", "helm_eval.py"}
 
@@ -22,9 +24,27 @@ def send_again(lost: "sys.UnraisableHookArgs") -> None:
     if signum is None:
         return sys.__unraisablehook__(lost)
     # Not from here, where it would be dropped, too.
+    _later(signum)
+
+
+def _later(signum: int) -> None:
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signum))
     timer.daemon = True
     timer.start()
+
+
+def handle(signum: int, error: Callable[[], BaseException]) -> None:
+    """Let a signal raise `error()`; or come again a little later where it meets `send_again` at work, out of which Python
+    would print and drop it."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code is send_again.__code__:
+                return _later(number)
+            frame = frame.f_back
+        raise error()
+
+    signal.signal(signum, handler)
 
 
 def begin() -> None:

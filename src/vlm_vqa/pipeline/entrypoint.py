@@ -8,12 +8,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 from transformers.utils import logging as transformers_logging
 
 from vlm_vqa.errors import GO_ON, UserError
 from vlm_vqa.pipeline import orphans
-from vlm_vqa.pipeline.early import end_quietly, send_again
+from vlm_vqa.pipeline.early import end_quietly, handle, send_again
 from vlm_vqa.sealed import SWITCH, checks_blocks
 from vlm_vqa.secrets import causes, mask_output
 
@@ -46,9 +47,9 @@ def run(name: str, main: Callable[[], None]) -> None:
     # The stages' own bars show what takes time; loading weights does not.
     transformers_logging.disable_progress_bar()
     # SystemExit unwinds: files are closed, child processes ended, the MLflow run marked.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    handle(signal.SIGTERM, partial(SystemExit, EXIT_TERMINATED))
     if signal.getsignal(signal.SIGINT) is end_quietly:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        handle(signal.SIGINT, KeyboardInterrupt)
     sys.unraisablehook = send_again
     orphans.end_with_parents()
     if not checks_blocks() and os.environ.get("RANK", "0") == "0":
