@@ -110,6 +110,30 @@ def test_by_as_many_processes_it_goes_on_bit_for_bit(tmp_path, optimizer, world)
             torch.testing.assert_close(resumed[name][1], values, rtol=0, atol=0)
 
 
+def test_deepspeeds_files_hold_what_is_trained_and_are_read_strictly():
+    """It writes `state_dict()` and reads it by `load_state_dict`; the embedding has two names."""
+
+    def made(value):
+        model = nn.ModuleDict(
+            {"embedding": nn.Embedding(4, 3), "layer": nn.Linear(3, 3), "head": nn.Linear(3, 4, False)}
+        )
+        model["head"].weight = model["embedding"].weight
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, value)
+        model["embedding"].requires_grad_(False)
+        checkpoint_state.leave_out_frozen(model)
+        return model
+
+    written, read = made(1.0).state_dict(), made(2.0)
+    assert set(written) == {"layer.weight", "layer.bias"}
+    read.load_state_dict(written)
+    assert {name: one.unique().item() for name, one in read.named_parameters()} == {
+        "embedding.weight": 2, "layer.weight": 1, "layer.bias": 1
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match='Missing key.*"layer.bias"'):
+        read.load_state_dict({"layer.weight": written["layer.weight"]})
+
+
 def test_frozen_weights_are_not_written_and_stay_as_they_are():
     training = Training(lambda model: model, CROSSING, "adamw_torch")
     training.model.crossing.requires_grad_(False)

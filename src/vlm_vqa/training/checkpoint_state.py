@@ -49,6 +49,27 @@ def rows_held(parameter: Tensor) -> Rows:
     return Rows(start, start + shape[0])
 
 
+def leave_out_frozen(model: nn.Module) -> None:
+    """Let the files that DeepSpeed makes of `model.state_dict()` hold only what is trained: the rest, which a checkpoint
+    names by its hash, is what the model has already when it reads them."""
+
+    def frozen(prefix: str) -> dict[str, Tensor]:
+        # By all their names: an embedding is the output head, too.
+        every = model.named_parameters(prefix.removesuffix("."), remove_duplicate=False)
+        return {name: one.data for name, one in every if not one.requires_grad}
+
+    def drop(_model: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+        for name in frozen(prefix):
+            state.pop(name, None)
+
+    def fill(_model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for name, value in frozen(prefix).items():
+            state.setdefault(name, value)
+
+    model.register_state_dict_post_hook(drop)
+    model.register_load_state_dict_pre_hook(fill)
+
+
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the model's parameters by the names of the unwrapped model, the tied head once."""
     return {

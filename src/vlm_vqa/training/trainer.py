@@ -149,6 +149,8 @@ class VqaTrainer(Trainer):
             compile_layers(model)
         frozen = {name: one for name, one in checkpoint_state.named_parameters(model).items() if not one.requires_grad}
         self.frozen = hash_weights(frozen) if launch.main else ""
+        if launch.strategy.deepspeed:
+            checkpoint_state.leave_out_frozen(model)
         # FSDP2 divides shapes; each process then gets its rows.
         self.sent = take_weights(model) if launch.strategy is Strategy.FSDP2 else {}
         args.eval_on_start = validation is not None
@@ -498,7 +500,7 @@ class VqaTrainer(Trainer):
         """Let DeepSpeed write its own files; return those that process 0 is to seal."""
         self.writer.wait()
         checkpoint = checkpoint_files.folder_of(self.folder, step)
-        self.model_wrapped.save_checkpoint(str(checkpoint))
+        self.model_wrapped.save_checkpoint(str(checkpoint), exclude_frozen_parameters=True)
         distributed.barrier()
         if not self.launch.main:
             return []
