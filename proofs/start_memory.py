@@ -1,13 +1,14 @@
 """How much host memory does a training take before its first step, over what it then holds, by how many processes?
 
-    python -m proofs.start_memory [--processes 1 2 4]
+    python -m proofs.start_memory [--processes 1 2 4] [--layers 8]
 
 The train stage starts on the sample of VQAv2, real or drawn (see `benchmarks.vqav2`), under `cpu` and `cpu-fsdp2`, with
 a Gemma 2 of 0.9 GB in float32 and with a tiny one: drawn at random; read from a folder in bfloat16, whose embedding grows by
 the processor's tokens; resumed from a checkpoint, with AdamW's moments. What all its processes hold (pages that several
 share count once; those of files that are read do not, for the system takes them back) is read ten times a second until the
-launch's banner; the difference of the two peaks is what the weights cost. Before the first step a CPU's processes hold their
-rows, and nothing more is needed.
+launch's banner; the difference of the two peaks is what the weights cost. Before the first step a CPU's processes hold
+their rows, and nothing more is needed. With more layers, and there from a folder alone, the weights outweigh what every
+process takes for itself: `start_memory_LAYERS.json`.
 """
 
 import shutil
@@ -35,7 +36,6 @@ from vlm_vqa.training.checkpoint_files import whole_checkpoints
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 8}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-SHAPES = {"tiny": TINY, "large": LARGE}
 UNUSED = 65_000
 """Tokens that no question has, of the tokenizer in a folder."""
 MOST = 1.3
@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `start_memory.json`."""
     parser = measure.parser("start_memory", __doc__, "proofs")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--layers", type=int, default=LARGE["num_hidden_layers"])
     options = measure.parse(parser, arguments)
+    shapes, deep = {"tiny": TINY, "large": LARGE | {"num_hidden_layers": options.layers}}, options.layers > 8
+    ways = {way: measured for way, measured in WAYS.items() if not deep or measured is read}
     claims, details = [], {}
     with workplace(None) as folder:
         project = Project(folder / "project", own_sample(folder))
@@ -56,15 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (done := project.stage(stage)).returncode:
                 raise UserError(f"{stage} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         for processes in options.processes:
-            for way, measured in WAYS.items():
-                peaks = {name: measured(project, processes, shape) for name, shape in SHAPES.items()}
+            for way, measured in ways.items():
+                peaks = {name: measured(project, processes, shape) for name, shape in shapes.items()}
                 weights = peaks["large"][1] - peaks["tiny"][1]
                 ratio = (peaks["large"][0] - peaks["tiny"][0]) / weights
                 details[f"{processes}, {way}"] = {"peaks": peaks, "held": weights, "ratio": ratio}
                 what = f"host memory at start, {way}, {processes} process{'es' * (processes > 1)}"
                 claims.append(Claim(what, ratio, ratio, ratio, MOST, True, f"{weights / 2**20:,.0f} MiB"))
                 print(f"  {what}: {ratio:.2f}", flush=True)
-    measure.write("start_memory", claims, details, {"questions and photographs": vqav2.origin(vqav2.SAMPLE)})
+    name = f"start_memory_{options.layers}" if deep else "start_memory"
+    measure.write(name, claims, details, {"questions and photographs": vqav2.origin(vqav2.SAMPLE)})
 
 
 def drawn(project: Project, processes: int, shape: dict[str, int]) -> tuple[int, int]:
