@@ -341,6 +341,8 @@ def test_the_small_run_is_what_was_measured():
         assert f"All {scores['questions']:,} " in PAGES[page]
         assert f"HELM on the {scores['helm_instances']:,} of them" in " ".join(PAGES[page].split())
     minutes, rest = divmod(round(sum(seconds.values())), 60)
+    share = next(claim["ratio"] for claim in results("small_run")["claims"] if "share" in claim["what"])
+    assert f"all hashes and checksums together are {100 * share:.1f} %" in FLAT
     taken = f"The five stages took {minutes} min {rest} s after set-up, training {seconds['train']:.0f} s of them"
     assert taken in FLAT
     assert f"at most {found['peak_gib']:.1f} GiB in one process" in FLAT

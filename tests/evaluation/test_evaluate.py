@@ -254,8 +254,8 @@ def test_answers_come_in_the_questions_order_and_images_stay_together(project, r
     questions = load_questions(records, "val").to_list()[::-1]
     predictor, store = load("models/export"), FeatureStore(features)
     seen = []
-    given = store.batch
-    store.batch = lambda ids: seen.extend(ids) or given(ids)
+    given = store.inputs
+    store.inputs = lambda ids: seen.extend(ids) or given(ids)
     asks = [Ask(row["image_id"], row["question"]) for row in questions]
     answers = answer_asks(asks, predictor, store, batch_size, "questions")
     assert [answers[ask].answer for ask in asks] == ["red" if row["image_id"] % 2 == 0 else "blue" for row in questions]

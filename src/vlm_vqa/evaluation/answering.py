@@ -137,7 +137,7 @@ def answer_asks(
     total = sum(len(part) for batch in batches for part in batch)
 
     def prepare(number: int) -> tuple[int, list[Candidate] | None, dict[str, Tensor]]:
-        """Find what is kept of a batch, or else read its pictures or their features: while the one before is answered."""
+        """Find what is kept of a batch, or else read its pictures, while the one before is answered, or their features."""
         answers = kept.find(asked_in(batches[number])) if kept else None
         return number, answers, inputs_of(batches[number], store) if answers is None else {}
 
@@ -145,8 +145,10 @@ def answer_asks(
         tqdm(total=total, desc=what, unit="answer", mininterval=1, disable=not running.main) as bar,
         ThreadPoolExecutor(1, "pictures", torch.set_num_threads, (1,)) as pool,
     ):
-        begun = time.monotonic()
-        for number, answers, inputs in ordered_map(pool, prepare, running.claim(range(len(batches))), window=2):
+        begun, claimed = time.monotonic(), running.claim(range(len(batches)))
+        # Stored features are there at once: a thread more would only be in the way of others.
+        prepared = ordered_map(pool, prepare, claimed, window=2) if store.live else map(prepare, claimed)
+        for number, answers, inputs in prepared:
             asked = asked_in(batches[number])
             if answers is None:
                 answers = answer_batch(batches[number], inputs, predictor, store)

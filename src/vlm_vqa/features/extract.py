@@ -8,6 +8,7 @@ import itertools
 import logging
 import multiprocessing
 import operator
+import os
 import shutil
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -123,7 +124,10 @@ def _begin_process(prepare: Callable[[Batch], Prepared]) -> None:
     global _prepare
     _prepare = prepare
     orphans.die_with_parent()
-    # The stage ends it.
+    stage = multiprocessing.parent_process()
+    if stage is None or os.getppid() != stage.pid:
+        os._exit(1)  # it was killed before this
+    # It ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
