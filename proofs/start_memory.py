@@ -1,20 +1,24 @@
 """How much host memory does a training take before its first step, over what it then holds, by how many processes?
 
-    python -m proofs.start_memory [--processes 1 2 4] [--layers 8]
+    python -m proofs.start_memory [--processes 1 2 4] [--real]
 
 The train stage starts on the sample of VQAv2, real or drawn (see `benchmarks.vqav2`), under `cpu` and `cpu-fsdp2`, with
 a Gemma 2 of 0.9 GB in float32 and with a tiny one: drawn at random; read from a folder in bfloat16, whose embedding grows by
 the processor's tokens; resumed from a checkpoint, with AdamW's moments. What all its processes hold (pages that several
 share count once; those of files that are read do not, for the system takes them back) is read ten times a second until the
 launch's banner; the difference of the two peaks is what the weights cost. Before the first step a CPU's processes hold
-their rows, and nothing more is needed. With more layers, and there from a folder alone, the weights outweigh what every
-process takes for itself: `start_memory_LAYERS.json`.
+their rows, and nothing more is needed.
+
+With --real the large one is of Gemma 2 2B's shape, 9.8 GiB, read from a folder alone: `start_memory_real.json`. It takes 16
+GiB of memory, 6 GB of disk and some minutes.
 """
 
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +33,14 @@ from proofs.project import ROOT, Project, own_sample, with_changes, workplace
 from proofs.tree import Call
 from vlm_vqa.data.records import load_questions
 from vlm_vqa.errors import UserError
-from vlm_vqa.estimate.shapes import model_of
+from vlm_vqa.estimate.shapes import GEMMA_2_2B, model_of
 from vlm_vqa.model.vlm import load_tokenizer, random_config
 from vlm_vqa.params import load_params, parse_params
 from vlm_vqa.training.checkpoint_files import whole_checkpoints
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 8}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-UNUSED = 65_000
-"""Tokens that no question has, of the tokenizer in a folder."""
+REAL = asdict(GEMMA_2_2B)
 MOST = 1.3
 SECONDS = 900
 """After which a start is given up."""
@@ -47,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `start_memory.json`."""
     parser = measure.parser("start_memory", __doc__, "proofs")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--layers", type=int, default=LARGE["num_hidden_layers"])
+    parser.add_argument("--real", action="store_true", help="the shape of Gemma 2 2B")
     options = measure.parse(parser, arguments)
-    shapes, deep = {"tiny": TINY, "large": LARGE | {"num_hidden_layers": options.layers}}, options.layers > 8
-    ways = {way: measured for way, measured in WAYS.items() if not deep or measured is read}
+    shapes = {"tiny": TINY, "large": REAL if options.real else LARGE}
+    ways = {READ: partial(read, unused=250_000)} if options.real else WAYS
     claims, details = [], {}
     with workplace(None) as folder:
         project = Project(folder / "project", own_sample(folder))
@@ -67,8 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 what = f"host memory at start, {way}, {processes} process{'es' * (processes > 1)}"
                 claims.append(Claim(what, ratio, ratio, ratio, MOST, True, f"{weights / 2**20:,.0f} MiB"))
                 print(f"  {what}: {ratio:.2f}", flush=True)
-    name = f"start_memory_{options.layers}" if deep else "start_memory"
-    measure.write(name, claims, details, {"questions and photographs": vqav2.origin(vqav2.SAMPLE)})
+    measure.write(
+        "start_memory_real" if options.real else "start_memory",
+        claims,
+        details,
+        {"questions and photographs": vqav2.origin(vqav2.SAMPLE)},
+    )
 
 
 def drawn(project: Project, processes: int, shape: dict[str, int]) -> tuple[int, int]:
@@ -89,8 +96,9 @@ def resumed(project: Project, processes: int, shape: dict[str, int]) -> tuple[in
     return most, 3 * weights
 
 
-def read(project: Project, processes: int, shape: dict[str, int]) -> tuple[int, int]:
-    """Write a model of this shape in bfloat16 into a folder, once, and start with that; return as `peak`."""
+def read(project: Project, processes: int, shape: dict[str, int], unused: int = 65_000) -> tuple[int, int]:
+    """Write a model of this shape in bfloat16 into a folder, once, with `unused` tokens that no question has, and start with
+    that; return as `peak`."""
     folder = project.folder / f"gemma-{shape['hidden_size']}"
     if not folder.exists():
         params = parse_params(with_changes(load_params(ROOT / "presets/small.yaml").as_dict(), _random(shape)))
@@ -99,14 +107,15 @@ def read(project: Project, processes: int, shape: dict[str, int]) -> tuple[int, 
             params.language, load_questions(project.folder / "data/records", "train")["question"]
         )
         # As of Gemma 2 2B, a quarter of the weights is its embedding.
-        tokenizer.add_tokens([f"<{number}>" for number in range(UNUSED)])
+        tokenizer.add_tokens([f"<{number}>" for number in range(unused)])
         Gemma2ForCausalLM(random_config(params.language.config, tokenizer)).to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     named = {"model": str(folder), "revision": None, "vocab_size": None, "config": None}
     return peak(project, processes, {"language": named, "prompt.text_length": 256})
 
 
-WAYS = {"drawn, over the weights": drawn, "read from a folder, over the weights": read}
+READ = "read from a folder, over the weights"
+WAYS = {"drawn, over the weights": drawn, READ: read}
 WAYS |= {"resumed, over weights and moments": resumed}
 
 

@@ -261,6 +261,8 @@ def test_full_scale_is_what_was_measured():
     assert export["met"] and f"peak {export['ratio']:.2f} times the weights" in FLAT
     drawn, read = ([f"{one['ratio']:.2f}" for one in starts if way in one["what"]] for way in ("drawn", "read"))
     assert sum(claim["met"] is False for claim in starts) == 1 and "the last one misses the aim of 1.3" in FLAT
+    first, second, third = (f"{one['ratio']:.2f}" for one in results("start_memory_real")["claims"])
+    assert f"Gemma 2 2B's shape, 9.7 GiB, it is {first}, {second} and {third} times" in FLAT
     assert f"which takes {results('registering')['claims'][0]['ratio']:.1f} s" in FLAT
     assert f"together hold {', '.join(drawn[:-1])} and {drawn[-1]} times the weights" in FLAT
     assert f"{', '.join(read[:-1])} and {read[-1]} times if they are read from a folder" in FLAT
