@@ -5,7 +5,7 @@
 Three things in turn, every round:
 
     in turn   decode and preprocess a batch, forward, store in a temporary folder: one after the other
-    ahead     the stage's own `extract`: the same, but threads decode and preprocess ahead
+    ahead     the stage's own `extract`: the same, but threads, on a GPU processes, decode and preprocess ahead
     products  the matrix products of these forwards and nothing else: what the encoder cannot go below
 
 Photographs of 640 pixels, real or drawn (see `benchmarks.vqav2`); random weights of DINOv2-base's shape. bfloat16 follows
