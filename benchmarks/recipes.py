@@ -9,6 +9,7 @@
     whole_last_layer    the same, the last layer at all positions
     recomputed_scores   ours, attention's scores computed a second time in the backward pass
     recomputed_layers   ours, all layers computed a second time there
+    compiled            ours, its layers but the last compiled by torch, as the presets train
 
 All use the image-prefix mask; for the stock class that is `token_type_ids` 0 at image tokens and 1 at text. The stock class
 has a module in place of its vision tower that hands the given features on. Every loss is the sum over supervised tokens,
@@ -33,7 +34,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from benchmarks import measure
 from benchmarks.workload import Workload
 from vlm_vqa.model.layout import IGNORED, QuestionTokens, Row, TokenLayout
-from vlm_vqa.model.vlm import VlmForTraining, initial_model, recompute_scores, text_logits
+from vlm_vqa.model.vlm import VlmForTraining, compile_layers, initial_model, recompute_scores, text_logits
 from vlm_vqa.params import LanguageConfig, LanguageParams
 from vlm_vqa.training.sampler import divide
 
@@ -200,6 +201,21 @@ def recomputed_layers(model: VlmForTraining, workload: Workload, **options: Any)
 
     def switch(on: bool) -> None:
         (model.gradient_checkpointing_enable if on else model.gradient_checkpointing_disable)()
+
+    return ours(model, workload, switch=switch, **options)
+
+
+def compiled(model: VlmForTraining, workload: Workload, **options: Any) -> Recipe:
+    """Ours with train.compile."""
+    layers: list[Any] = list(model.model.language_model.layers)[:-1]
+    calls: list[Any] = []
+
+    def switch(on: bool) -> None:
+        if not calls:
+            compile_layers(model)
+            calls.extend(layer._compiled_call_impl for layer in layers)
+        for layer, call in zip(layers, calls, strict=True):
+            layer._compiled_call_impl = call if on else None
 
     return ours(model, workload, switch=switch, **options)
 

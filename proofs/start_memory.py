@@ -14,7 +14,6 @@ GiB of memory, 6 GB of disk and some minutes.
 """
 
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -101,17 +100,22 @@ def read(project: Project, processes: int, shape: dict[str, int], unused: int = 
     that; return as `peak`."""
     folder = project.folder / f"gemma-{shape['hidden_size']}"
     if not folder.exists():
-        params = parse_params(with_changes(load_params(ROOT / "presets/small.yaml").as_dict(), _random(shape)))
-        assert params.language.config is not None
-        tokenizer = load_tokenizer(
-            params.language, load_questions(project.folder / "data/records", "train")["question"]
-        )
+        questions = load_questions(project.folder / "data/records", "train")["question"]
+        tokenizer = load_tokenizer(load_params(ROOT / "presets/small.yaml").language, questions)
         # As of Gemma 2 2B, a quarter of the weights is its embedding.
         tokenizer.add_tokens([f"<{number}>" for number in range(unused)])
-        Gemma2ForCausalLM(random_config(params.language.config, tokenizer)).to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_gemma(folder, shape, tokenizer)
     named = {"model": str(folder), "revision": None, "vocab_size": None, "config": None}
     return peak(project, processes, {"language": named, "prompt.text_length": 256})
+
+
+def write_gemma(folder: Path, shape: dict[str, Any], tokenizer: Any) -> None:
+    """Write a Gemma 2 of this shape, drawn at random, and its tokenizer in Hugging Face's layout, weights in bfloat16."""
+    like = load_params(ROOT / "presets/small.yaml").as_dict()
+    config = parse_params(with_changes(like, _random(shape))).language.config
+    assert config is not None
+    Gemma2ForCausalLM(random_config(config, tokenizer)).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 READ = "read from a folder, over the weights"
@@ -124,7 +128,7 @@ def _random(shape: dict[str, int]) -> dict[str, Any]:
     return {"language": load_params(ROOT / "presets/small.yaml").as_dict()["language"], **config}
 
 
-def start(project: Project, processes: int, changes: dict[str, Any]) -> Call:
+def start(project: Project, processes: int, changes: dict[str, Any], threads: int = 1) -> Call:
     """Start the train stage with these parameters, everything else as it was before all."""
     launch = "cpu" if processes == 1 else "cpu-fsdp2"
     file = project.folder / f"launch/{launch}.yaml"
@@ -132,22 +136,15 @@ def start(project: Project, processes: int, changes: dict[str, Any]) -> Call:
     (project.folder / "params.yaml").write_bytes((project.folder / "before.yaml").read_bytes())
     project.set(changes | {"train.launch": launch})
     command = project.stage_command("train")
-    return Call(command, project.folder, project.environment(), project.folder / "terminal.txt")
+    environment = project.environment(OMP_NUM_THREADS=str(threads))
+    return Call(command, project.folder, environment, project.folder / "terminal.txt")
 
 
 def peak(project: Project, processes: int, changes: dict[str, Any], says: str = "from the start") -> tuple[int, int]:
     """Start until it says how it runs; return the most bytes that it held, and those of its weights."""
-    most = 0
     with start(project, processes, changes) as call:
-        while True:
-            held_now = sum(map(held, call.processes()))
-            if "launch cpu" in (said := call.text()):
-                break  # the first step may have begun while the processes were looked at
-            if call.shell.poll() is not None or call.seconds() > SECONDS:
-                raise UserError(f"the training did not start:\n{said[-2000:]}")
-            most = max(most, held_now)
-            time.sleep(0.05)
-        assert says in said, f"{says!r} is not in what it said"
+        most = call.most(held, lambda: "launch cpu" in call.text(), SECONDS)
+        assert says in (said := call.text()), f"{says!r} is not in what it said: {said[-500:]}"
     return most, 4 * model_of(load_params(project.folder / "params.yaml")).all
 
 

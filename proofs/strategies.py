@@ -36,10 +36,11 @@ from vlm_vqa.model.adapters import add_adapters, merge_adapters
 from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import VlmForTraining, freeze_embeddings, initial_model
 from vlm_vqa.params import LoraParams, Mask, Optimizer, Params, load_params
-from vlm_vqa.training import checkpoint_state, launch
+from vlm_vqa.training import launch
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.optimizer import local, state_types
 from vlm_vqa.training.prepare import FEATURES, RECORDS, build_once, prepare
+from vlm_vqa.training.rows import named_parameters, rows_held
 from vlm_vqa.training.trainer import VqaTrainer, training_arguments
 
 ONE = "cpu"
@@ -171,7 +172,7 @@ def _trainer(
             folder / "start.safetensors",
         )
         if name == ONE and not start.exists():
-            save_file({key: value.detach() for key, value in checkpoint_state.named_parameters(model).items()}, start)
+            save_file({key: value.detach() for key, value in named_parameters(model).items()}, start)
         if case.lora is not None:
             freeze_embeddings(model)
             add_adapters(model, case.lora)
@@ -206,8 +207,8 @@ def _check_saved(trainer: VqaTrainer, path: Path) -> None:
     if trainer.launch.strategy.deepspeed:
         return
     saved = load_file(path)
-    for name, parameter in checkpoint_state.named_parameters(trainer.model).items():
-        rows = checkpoint_state.rows_held(parameter)
+    for name, parameter in named_parameters(trainer.model).items():
+        rows = rows_held(parameter)
         assert torch.equal(saved[name][rows.start : rows.stop], local(parameter)), f"{name} is not what was saved"
 
 

@@ -12,6 +12,8 @@ from typing import Self
 
 import psutil
 
+from vlm_vqa.errors import UserError
+
 MARK = "VLM_VQA_PROOF"
 """In the environment of all processes of a call: torchrun's ranks have sessions of their own, orphans have no parent."""
 OUTLIVES_BY = 10.0
@@ -26,13 +28,14 @@ class Call:
 
     Attributes:
         outlived: the most seconds that a process has lived after its parent.
+        output: the file.
     """
 
     def __init__(self, command: str, folder: Path, environment: dict[str, str], output: Path):
         self._mark = uuid.uuid4().hex
         self._parents: dict[psutil.Process, psutil.Process | None] = {}
         self._orphaned: dict[psutil.Process, float] = {}
-        self.outlived, self.started, self._output = 0.0, time.monotonic(), output
+        self.outlived, self.started, self.output = 0.0, time.monotonic(), output
         with output.open("wb") as file:
             self.shell = subprocess.Popen(
                 ["/bin/bash", "-c", command],
@@ -59,7 +62,7 @@ class Call:
 
     def text(self) -> str:
         """Return what has been printed."""
-        return self._output.read_text(encoding="utf-8", errors="replace")
+        return self.output.read_text(encoding="utf-8", errors="replace")
 
     def processes(self) -> list[psutil.Process]:
         """Return the living processes, the shell among them."""
@@ -98,6 +101,25 @@ class Call:
                 return False
             time.sleep(pause)
         return True
+
+    def most(
+        self, measure: Callable[[psutil.Process], int], until: Callable[[], bool], seconds: float, pause: float = 0.05
+    ) -> int:
+        """Return the most that all processes together had of something until something is so.
+
+        Raises:
+            UserError: the command ends or the time passes before.
+        """
+        most, deadline = 0, time.monotonic() + seconds
+        while True:
+            # What comes after may have begun while the processes were looked at.
+            now = sum(map(measure, self.processes()))
+            if until():
+                return most
+            if self.shell.poll() is not None or time.monotonic() > deadline:
+                raise UserError(f"it did not come so far:\n{self.text()[-2000:]}")
+            most = max(most, now)
+            time.sleep(pause)
 
     def end(self, patience: float) -> str | None:
         """Wait for the end of the last process; return what is wrong with it, or None."""

@@ -47,10 +47,11 @@ from vlm_vqa.model.encoder import load_encoder
 from vlm_vqa.model.vlm import WEIGHTS_FILE, initial_model
 from vlm_vqa.params import Params, ValidateOn, ValidationParams, load_params
 from vlm_vqa.tracking.run import TrainingRun
-from vlm_vqa.training import checkpoint_state, launch
+from vlm_vqa.training import launch
 from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator
 from vlm_vqa.training.prepare import FEATURES, RECORDS, model_to_train, prepare
+from vlm_vqa.training.rows import named_parameters
 from vlm_vqa.training.trainer import ProgressCallback, VqaTrainer, training_arguments
 from vlm_vqa.training.validation import COLUMNS, Part, Validation, validations
 
@@ -117,7 +118,7 @@ def trainer_of(params: Params, name: str, folder: Path, questions: int) -> VqaTr
     model = initial_model(params.language, encoder.model.config, processor, params.seed)
     weights = load_file(TRAINED / WEIGHTS_FILE)
     with torch.no_grad():
-        for key, parameter in checkpoint_state.named_parameters(model).items():
+        for key, parameter in named_parameters(model).items():
             parameter.copy_(weights[key])
     collator = Collator(layout, FeatureStore(FEATURES, {"encoder_hash": encoder.hash}))
     held, trained = validation_questions(params, RECORDS)

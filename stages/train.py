@@ -84,7 +84,7 @@ def train(params: Params, running: launch.Launch, watchdog: Watchdog) -> None:
         callbacks = [ProgressCallback(run, picture)]
         trainer = VqaTrainer(model, arguments, params.train, data, collator, callbacks, running, watchdog, validation)
         result = trainer.run()
-        weights = trainer.whole_weights()
+        weights = trainer.whole_weights(use_up=True)
         if not running.main:
             return
         report(trainer, data, picture)

@@ -11,7 +11,6 @@ from PIL import Image
 from benchmarks import extraction, features, measure, scorer, vqav2
 from benchmarks.__main__ import KNOWN
 from benchmarks.workload import data, draw_step, read_questions
-from proofs import real_shape
 from proofs.project import ROOT, sample_params
 from vlm_vqa.errors import UserError
 from vlm_vqa.estimate.predict import changed
@@ -111,11 +110,13 @@ def test_without_the_texts_a_step_is_of_drawn_ones(absent, monkeypatch):
 
 def test_without_the_sample_pictures_of_cocos_sizes_are_drawn(absent, monkeypatch, tmp_path):
     monkeypatch.setitem(vqav2.COUNTS, vqav2.SAMPLE, (16, 12))
-    questions, pictures = real_shape.read_sample()
-    assert (len(questions), len(pictures)) == vqav2.COUNTS[vqav2.SAMPLE]
-    assert {row["image_id"] for row in questions} == {picture.image_id for picture in pictures}
-    photographs = extraction.read_photographs()
-    assert len(photographs) == 12 == len(set(photographs)) and photographs == [one.data for one in pictures]
+    with vqav2.sample() as folder:
+        questions, pictures = vqav2.read(folder)[0], vqav2.pictures(folder)
+        assert (len(questions), len(pictures)) == vqav2.COUNTS[vqav2.SAMPLE]
+        assert {row["image_id"] for row in questions} == {int(path.stem.rpartition("_")[2]) for path in pictures}
+        photographs = extraction.read_photographs()
+        assert photographs == [path.read_bytes() for path in pictures]
+    assert len(photographs) == 12 == len(set(photographs))
     # COCO's own of 640 x 480 have 0.22 to 0.96 bytes a pixel.
     assert all(0.25 < len(data) / (640 * 480) < 0.6 for data in photographs)
     with vqav2.sample() as folder:
@@ -138,8 +139,8 @@ def test_texts_that_are_there_are_read(monkeypatch, tmp_path):
 def test_the_real_sample_is_read_where_it_lies(shared_data, monkeypatch):
     monkeypatch.setenv("VLM_VQA_SHARED_DATA", str(shared_data))
     with vqav2.sample() as folder:
-        assert folder == shared_data / vqav2.SAMPLE
-    assert vqav2.origin(vqav2.SAMPLE) == vqav2.REAL and len(real_shape.read_sample()[0]) == 109
+        assert folder == shared_data / vqav2.SAMPLE and len(vqav2.read(folder)[0]) == 109
+    assert vqav2.origin(vqav2.SAMPLE) == vqav2.REAL
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from vlm_vqa.errors import UserError
 from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.launch import Launch, Strategy
 from vlm_vqa.training.optimizer import ClippedAdamW8bit, local
+from vlm_vqa.training.rows import rows_held
 from vlm_vqa.training.trainer import VqaTrainer
 
 # Rows that no world here divides evenly, or that leave some of its processes without any.
@@ -62,7 +63,7 @@ class Training:
         for step in steps:
             for number, (name, parameter) in enumerate(self.model.named_parameters()):
                 whole = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + number))
-                rows = whole[slice(*checkpoint_state.rows_held(parameter))]
+                rows = whole[slice(*rows_held(parameter))]
                 if isinstance(parameter, DTensor):
                     rows = DTensor.from_local(
                         rows, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
@@ -75,7 +76,7 @@ class Training:
 
     def held(self):
         parameters = self.model.named_parameters()
-        return {name: (checkpoint_state.rows_held(p), local(p.detach()).clone()) for name, p in parameters}
+        return {name: (rows_held(p), local(p.detach()).clone()) for name, p in parameters}
 
     def take_up(self, checkpoint, rank, world, restart=False):
         opened = checkpoint_state.Checkpoint(checkpoint, rank, world)

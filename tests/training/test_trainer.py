@@ -321,6 +321,21 @@ def test_frozen_embeddings_stay_as_they_are(make):
     assert id(model.lm_head.weight) not in {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
 
 
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
+def test_whole_weights_are_the_same_when_what_trained_them_is_let_go(make, dtype):
+    changes = {"weights_dtype": dtype, "compute_dtype": dtype, "rounding": Rounding.STOCHASTIC}
+    trainer = make(num_train_epochs=1, **(changes if dtype is Dtype.BFLOAT16 else {}))
+    trainer.train()
+    kept = {name: value.clone() for name, value in trainer.whole_weights().items()}
+    assert all(one.untyped_storage().nbytes() for one in trainer.model.parameters())
+    found = trainer.whole_weights(use_up=True)
+    assert hash_weights(found) == hash_weights(kept) and {one.dtype for one in found.values()} == {torch.float32}
+    # Once: of float32 the very parameters, of 16 bits copies alone.
+    held = sum(one.untyped_storage().nbytes() for one in trainer.model.parameters())
+    assert held == (0 if dtype is Dtype.BFLOAT16 else sum(one.nbytes for one in found.values()))
+    assert not trainer.inner_optimizer.state and all(one.grad is None for one in trainer.model.parameters())
+
+
 def test_adapters_are_trained_alone_and_merged(make, tiny):
     lora = LoraParams(rank=2, alpha=4.0, dropout=0.0, targets=("q_proj", "down_proj"))
     trainer = make(lora=lora, freeze_embeddings=True)

@@ -188,13 +188,14 @@ class Step:
         dense = {"embedding's gradients": 0 if model.freeze_embeddings else 3 * model.embedding * self.seen}
         # Blocks under 32 MiB that are freed on a CPU.
         freed = {"freed activations that malloc keeps": self.layer_backward(one) * (not self.gpu)}
-        whole = {"one whole parameter": 4 * model.embedding * (self.share > 1)}
+        # Of FSDP2's rows pieces are sent, and states are let go before.
+        whole = held | {"one whole parameter": 4 * model.embedding} if self.strategy.deepspeed else self.weights()
         return {
             "loss": kept | casts | head | {"logits and loss": self.logits(one)},
             "backward, last layer": kept | ({} if saves else casts) | head | backward,
             "backward, first layer": held | self.gathered() | done | backward | dense,
             "update": held | done | {"update": self.update()} | freed,
-            "whole weights": held | whole,
+            "whole weights": whole,
         }
 
     def snapshot(self) -> Parts:
@@ -204,8 +205,7 @@ class Step:
         return {f"checkpoint: {what}": size for what, size in held.items()}
 
     def whole_weights(self) -> Parts:
-        """What process 0 copies to its host at the end: float32, and again where adapters are merged."""
-        moved = self.gpu or self.weight != 4 or self.share > 1
+        """What process 0's host has at the end: float32, each let go where it was; and again where adapters are merged."""
         targets = self.model.lora.targets if self.model.lora else ()
         adapted = elements(one for one in self.model.parameters if one.name in targets)
-        return {"whole weights": 4 * self.model.all * moved, "merged weights": 4 * adapted}
+        return {"whole weights": 4 * self.model.all, "merged weights": 4 * adapted}

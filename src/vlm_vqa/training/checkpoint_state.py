@@ -11,16 +11,16 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from vlm_vqa.errors import UserError
 from vlm_vqa.training import checkpoint_files
 from vlm_vqa.training.optimizer import BLOCK, is_sharded, local
+from vlm_vqa.training.rows import Rows, named_parameters, rows_held
 
 log = logging.getLogger(__name__)
 
@@ -29,24 +29,8 @@ BLOCK_STATES = {"absmax1", "absmax2"}  # one value for each block of 256 values 
 WHOLE_STATES = {"gnorm_vec"}  # one for the whole parameter, the same on all processes
 
 
-class Rows(NamedTuple):
-    """A range of a tensor's first dimension; scalars count as one row."""
-
-    start: int
-    stop: int
-
-
 class Unfit(Exception):
     """Stored optimizer states cannot be divided as this launch divides them."""
-
-
-def rows_held(parameter: Tensor) -> Rows:
-    """Return which rows of a whole parameter this process holds."""
-    if not is_sharded(parameter):
-        return Rows(0, parameter.shape[0] if parameter.dim() else 1)
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    start = min(offset[0], parameter.shape[0])
-    return Rows(start, start + shape[0])
 
 
 def leave_out_frozen(model: nn.Module) -> None:
@@ -68,14 +52,6 @@ def leave_out_frozen(model: nn.Module) -> None:
 
     model.register_state_dict_post_hook(drop)
     model.register_load_state_dict_pre_hook(fill)
-
-
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the model's parameters by the names of the unwrapped model, the tied head once."""
-    return {
-        name.removeprefix("module.").replace("._checkpoint_wrapped_module", ""): parameter
-        for name, parameter in model.named_parameters()
-    }
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

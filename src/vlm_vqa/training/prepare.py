@@ -1,13 +1,12 @@
 """What a training starts from: questions as examples, the processor made for them, the model before its first step."""
 
 import copy
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
 
 from vlm_vqa.data.held_out import divide
@@ -29,15 +28,11 @@ from vlm_vqa.model.vlm import (
     set_dropout,
 )
 from vlm_vqa.params import Answers, Params, Start
-from vlm_vqa.training.checkpoint_state import named_parameters, rows_held
 from vlm_vqa.training.dataset import QuestionDataset
 from vlm_vqa.training.launch import Launch
-from vlm_vqa.training.optimizer import local
 
 RECORDS, FEATURES = Path("data/records"), Path("data/features")
 """Where the two stages before have written, from the project's folder."""
-SENT_AT_ONCE = 1 << 20
-"""Elements of a parameter, at most, on their way to FSDP2's processes."""
 
 
 def prepare(params: Params, encoder: Encoder) -> tuple[QuestionDataset, TokenLayout, PaliGemmaProcessor]:
@@ -114,39 +109,8 @@ def shape_of(model: VlmForTraining) -> VlmForTraining:
     )
 
 
-def take_weights(model: VlmForTraining) -> dict[str, Tensor]:
-    """Take the parameters out of a model, which keeps their shapes, and return them by name; none if it has but shapes."""
-    taken = {name: one.detach() for name, one in named_parameters(model).items() if not one.is_meta}
-    model._apply(lambda one: one.to("meta") if isinstance(one, nn.Parameter) else one)
-    model.tie_weights()
-    return taken
-
-
 def make_room(model: VlmForTraining, device: torch.device | str) -> VlmForTraining:
     """Give parameters that have but shapes room on `device`, for whatever fills it."""
     model._apply(lambda one: torch.empty_like(one, device=device) if one.is_meta else one)
     model.tie_weights()
     return model
-
-
-def send_rows(model: VlmForTraining, weights: dict[str, Tensor], device: torch.device) -> None:
-    """Let process 0 send its `weights`, which are used up, to all, each keeping the rows that it is to hold under FSDP2.
-
-    accelerate's own way (`fsdp_cpu_ram_efficient_loading`) keeps the whole model until the last row is sent; here each
-    parameter is let go. What a machine holds: `python -m proofs.start_memory`.
-    """
-    with torch.no_grad():
-        for name, parameter in named_parameters(make_room(model, device)).items():
-            held, value = rows_held(parameter), weights.pop(name, None)
-            rows, *shape = parameter.shape
-            # Never a whole embedding in each process.
-            for first in range(0, rows, most := max(1, SENT_AT_ONCE // math.prod(shape))):
-                last = min(first + most, rows)
-                if value is None:
-                    piece = torch.empty((last - first, *shape), dtype=parameter.dtype, device=device)
-                else:
-                    piece = value[first:last].to(device, parameter.dtype)
-                distributed.broadcast(piece, 0)
-                begin, end = max(first, held.start), min(last, held.stop)
-                if begin < end:
-                    local(parameter)[begin - held.start : end - held.start] = piece[begin - first : end - first]

@@ -40,8 +40,8 @@ from vlm_vqa.training import checkpoint_files, checkpoint_state
 from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
-from vlm_vqa.training.optimizer import InBackward, build_optimizer, describe_group, has_8bit_work, state_types
-from vlm_vqa.training.prepare import send_rows, take_weights
+from vlm_vqa.training.optimizer import InBackward, build_optimizer, describe_group, has_8bit_work, local, state_types
+from vlm_vqa.training.rows import Rows, let_go, named_parameters, rows_held, send_rows, take_weights, whole_rows
 from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
 from vlm_vqa.training.validation import ANSWERS, COLUMNS, SCORE, Validation, best_step, is_over, validations
@@ -147,7 +147,7 @@ class VqaTrainer(Trainer):
             recompute_scores(model)
         if train.compile:
             compile_layers(model)
-        frozen = {name: one for name, one in checkpoint_state.named_parameters(model).items() if not one.requires_grad}
+        frozen = {name: one for name, one in named_parameters(model).items() if not one.requires_grad}
         self.frozen = hash_weights(frozen) if launch.main else ""
         if launch.strategy.deepspeed:
             checkpoint_state.leave_out_frozen(model)
@@ -534,28 +534,45 @@ class VqaTrainer(Trainer):
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    def whole_weights(self) -> dict[str, Tensor]:
+    def whole_weights(self, use_up: bool = False) -> dict[str, Tensor]:
         """Return the trained weights, whole, float32, on the CPU: on process 0; nothing on the others.
 
         All processes must call it. It is the weights that the optimizer updates, not copies of less precision; adapters and
-        what they stand on are by peft's names, see `vlm_vqa.model.adapters.merge_adapters`.
+        what they stand on are by peft's names, see `vlm_vqa.model.adapters.merge_adapters`. With `use_up` what trained them
+        is let go, each weight as it is copied, so that they do not stand beside it: the trainer is good for nothing more.
         """
         self.heartbeat(Phase.WAITING)
+        parameters, process = named_parameters(self.model), self.launch.process
+        held = [{name: rows_held(one) for name, one in parameters.items()}] * self.launch.processes
+        if self.launch.strategy is Strategy.FSDP2:
+            distributed.all_gather_object(held, held[0])
+        # DeepSpeed's are pieces of larger ones, which it keeps.
+        if use_up := use_up and not self.launch.strategy.deepspeed:
+            self.inner_optimizer.state.clear()
+            self.model.zero_grad()
         weights = {}
-        for name, parameter in checkpoint_state.named_parameters(self.model).items():
-            value: Tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            if self.launch.strategy.deepspeed:
-                from deepspeed.runtime.zero import GatheredParameters
-                from deepspeed.utils import safe_get_full_fp32_param
-
-                if (master := safe_get_full_fp32_param(parameter)) is None:
-                    # One that is not trained has no master copy.
-                    with GatheredParameters([parameter]):
-                        master = parameter.detach().clone()
-                value = master
-            if self.launch.main:
-                weights[name] = value.detach().to("cpu", torch.float32)
+        for name, parameter in parameters.items():
+            value = self._whole(parameter, [rows[name] for rows in held])
+            if use_up and value.data_ptr() != local(parameter.detach()).data_ptr():
+                let_go(parameter)
+            if process == 0:
+                weights[name] = value
         return weights
+
+    def _whole(self, parameter: Tensor, holders: Sequence[Rows]) -> Tensor:
+        """Return a parameter, whole, float32, on the CPU: itself if it is that; on other processes than 0 anything."""
+        if isinstance(parameter, DTensor):
+            return whole_rows(parameter, holders, self.launch.process)
+        value: Tensor | None = parameter.detach()
+        if self.launch.strategy.deepspeed:
+            from deepspeed.runtime.zero import GatheredParameters
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            if (value := safe_get_full_fp32_param(parameter)) is None:
+                # One that is not trained has no master copy.
+                with GatheredParameters([parameter]):
+                    value = parameter.detach().clone()
+        return value.to("cpu", torch.float32) if self.launch.main else torch.empty(0)
 
 
 class ProgressCallback(TrainerCallback):
