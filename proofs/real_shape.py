@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         project = prepared(folder, options.layers, options.short)
         for processes in options.processes:
             params = settings(load_params(PRESET), folder, processes, options.short)
-            (project.folder / "before.yaml").write_text(yaml.safe_dump(params.as_dict(), sort_keys=False))
+            for name in ("params.yaml", "before.yaml"):
+                (project.folder / name).write_text(yaml.safe_dump(params.as_dict(), sort_keys=False))
             found = measured(project, processes)
             claims += claims_of(f"{options.layers} layers, {processes} process{'es' * (processes > 1)}", found)
             details[f"processes: {processes}"] = found
@@ -146,8 +147,8 @@ def measured(project: Project, processes: int) -> dict[str, Any]:
     clear(project)
     peaks: dict[str, int] = {}
     threads = max(1, measure.cores() // processes)
+    check_room(predicted := predict(project))
     with start(project, processes, {}, threads) as call:
-        check_room(predicted := predict(project))
         peaks["start"] = _most(call, lambda: _says(call, "launch cpu"))
         folders = project.folder / "checkpoints"
         peaks["training"] = _most(call, lambda: any(map(whole_checkpoints, folders.glob("*"))))
