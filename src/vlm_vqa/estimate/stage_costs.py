@@ -182,7 +182,7 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
         return found | {"checkpoint": base | snapshot, "whole weights": base | step.whole_weights()}
     # A checkpoint is written while the next steps are computed; the last one of all has none after it.
     meanwhile = snapshot if steps > params.train.save_steps else {}
-    # FSDP2's rows stay until the end, measured.
+    # The room of FSDP2's rows was not seen to come back: `python -m proofs.real_shape`.
     kept = rank.pop("whole weights") if launch.strategy.sharded_weights or launch.strategy.deepspeed else {}
     end = base | copies(count, kept) | step.whole_weights()
     found |= {name: base | copies(count, parts) | meanwhile for name, parts in rank.items() if name != "whole weights"}
