@@ -178,11 +178,9 @@ def predict(project: Project) -> dict[str, int]:
     stages = {stage["name"]: stage["host"] for stage in json.loads(done.stdout)["stages"]}
     moments = {name: sum(parts.values()) for name, parts in stages["train"].items()}
     start, whole = moments.pop("start"), moments.pop("whole weights")
-    # What is read back is what the last checkpoint was copied from.
-    last = stages["train"]["last checkpoint"]
-    read = sum(size for what, size in last.items() if not what.startswith("checkpoint: "))
+    resumed = max(start, moments.pop("going on from a checkpoint"))
     export = max(sum(parts.values()) for parts in stages["export"].values())
-    return dict(zip(MOMENTS, (start, max(moments.values()), max(start, read), whole, export), strict=True))
+    return dict(zip(MOMENTS, (start, max(moments.values()), resumed, whole, export), strict=True))
 
 
 def check_room(predicted: dict[str, int]) -> None:

@@ -90,7 +90,7 @@ def write(folder, world, shapes, optimizer, sharded=True):
     for rank in range(world):
         with acting_as(rank, world, sharded) as divide:
             training = Training(divide, shapes, optimizer).train(1, 2)
-            tensors, facts = checkpoint_state.save_state(training.model, training.optimizer, rank=rank)
+            tensors, facts = checkpoint_state.save_state(training.model, training.optimizer, rank=rank, copy=True)
             more, general = checkpoint_state.save_random_state(training.scheduler)
         writer = checkpoint_files.Writer(folder, rank, world, limit=2)
         writer.save(2, tensors | more, facts | general, {})
@@ -138,9 +138,21 @@ def test_deepspeeds_files_hold_what_is_trained_and_are_read_strictly():
 def test_frozen_weights_are_not_written_and_stay_as_they_are():
     training = Training(lambda model: model, CROSSING, "adamw_torch")
     training.model.crossing.requires_grad_(False)
-    tensors, facts = checkpoint_state.save_state(training.model, training.optimizer, rank=0)
+    tensors, facts = checkpoint_state.save_state(training.model, training.optimizer, rank=0, copy=True)
     assert {name for name in CROSSING if f"model/{name}" not in tensors} == {"crossing"}
     assert set(facts["parameters"]) == set(CROSSING)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_copy_stays_while_training_goes_on_and_else_nothing_is_held_twice(optimizer, copy):
+    training = Training(lambda model: model, CROSSING, optimizer).train(1, 2)
+    tensors, _ = checkpoint_state.save_state(training.model, training.optimizer, rank=0, copy=copy)
+    before = {name: one.clone() for name, one in tensors.items()}
+    training.train(3)
+    assert any(name.startswith("optimizer/") for name in tensors)
+    same = {name for name, one in tensors.items() if torch.equal(one, before[name])}
+    assert same == (set(tensors) if copy else set())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

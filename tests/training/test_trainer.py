@@ -35,7 +35,7 @@ from vlm_vqa.params import (
     TooLong,
     load_params,
 )
-from vlm_vqa.training import checkpoint_files, launch
+from vlm_vqa.training import checkpoint_files, checkpoint_state, launch
 from vlm_vqa.training import trainer as trainer_module
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.prepare import base_model
@@ -301,6 +301,19 @@ def test_workers_change_nothing(make):
         trainer.train()
         hashes.append(hash_weights(trained_state(trainer.model)))
     assert len(set(hashes)) == 1
+
+
+def test_a_checkpoint_is_copied_where_a_step_follows(make, monkeypatch):
+    copied, save = {}, checkpoint_state.save_state
+
+    def watched(*held, copy, **options):
+        copied[trainer.state.global_step] = copy
+        return save(*held, copy=copy, **options)
+
+    monkeypatch.setattr(checkpoint_state, "save_state", watched)
+    trainer = make(save_steps=4)
+    trainer.run()
+    assert copied == {4: True, 6: False}
 
 
 def test_flex_attention_is_refused_where_it_cannot_train(make):

@@ -180,21 +180,25 @@ def _train_host(params: Params, step: Step, launch: LaunchFile, encoder: int, st
     snapshot = copies(count if launch.strategy.sharded_weights else 1, step.snapshot())
     if not launch.on_cpu:
         return found | {"checkpoint": base | snapshot, "whole weights": base | step.whole_weights()}
-    # A checkpoint is written while the next steps are computed; the last one of all has none after it.
-    meanwhile = snapshot if steps > params.train.save_steps else {}
-    # The room of FSDP2's rows was not seen to come back: `python -m proofs.real_shape`.
-    kept = rank.pop("whole weights") if launch.strategy.sharded_weights or launch.strategy.deepspeed else {}
-    end = base | copies(count, kept) | step.whole_weights()
-    found |= {name: base | copies(count, parts) | meanwhile for name, parts in rank.items() if name != "whole weights"}
-    last = base | copies(count, step.weights() | step.states()) | snapshot
-    return found | {"last checkpoint": last, "whole weights": end}
+    # A checkpoint is copied and written while the next steps are computed; the last one has none after it.
+    validation = params.validation
+    often = validation.questions and validation.keep is Keep.BEST
+    saves = min(params.train.save_steps, validation.every_steps) if often else params.train.save_steps
+    meanwhile = snapshot if steps > saves else {}
+    # All but DeepSpeed's are let go as they are gathered.
+    kept = rank.pop("whole weights")
+    end = base | copies(count, kept if launch.strategy.deepspeed else {}) | step.whole_weights()
+    found |= {name: base | copies(count, parts) | meanwhile for name, parts in rank.items()}
+    resumed = base | copies(count, step.weights() | step.states())
+    return found | {"going on from a checkpoint": resumed, "whole weights": end}
 
 
 def _export(params: Params, model: Model, vision: Tower) -> Stage:
     weights, tower = model.saved + tower_parameters(vision), {"encoder": 4 * tower_parameters(vision)}
     stored = (2 if params.export.dtype is Dtype.BFLOAT16 else 4) * weights
     # Of a stored float32 tensor the file's own pages are written on; one of 16 bits is made of it.
-    host = {"write": BASE | tower | {"weights": stored}, "check": BASE | tower | {"the exported model": stored}}
+    read = {"a weight read back": model.embedding * (4 if stored == 4 * weights else 6)}
+    host = {"write": BASE | tower | {"weights": stored}, "check": BASE | tower | {"the exported model": stored} | read}
     return Stage("export", {"models/export": stored + 4 * model.adapter}, host, {}, None, {})
 
 

@@ -57,9 +57,10 @@ def leave_out_frozen(model: nn.Module) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int) -> tuple[dict, dict]:
-    """Return this process's tensors, copied to the CPU, and facts, for `checkpoint_files.Writer.save`.
+def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int, copy: bool) -> tuple[dict, dict]:
+    """Return this process's tensors, on the CPU, and facts, for `checkpoint_files.Writer.save`.
 
+    With `copy` training may go on while they are written; without, what is on the CPU already is not held twice.
     Frozen weights are not among them: whoever goes on has built the same, as `VqaTrainer.frozen` says.
     """
     parameters = named_parameters(model)
@@ -71,10 +72,10 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int)
             continue
         held[name] = rows_held(parameter)
         if parameter.requires_grad:
-            tensors[f"model/{name}"] = _copy(parameter)
+            tensors[f"model/{name}"] = _on_cpu(parameter, copy)
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and key not in CONSTANT_STATES:
-                tensors[f"optimizer/{name}/{key}"] = _copy(value)
+                tensors[f"optimizer/{name}/{key}"] = _on_cpu(value, copy)
             elif not isinstance(value, Tensor):
                 states.setdefault(name, {})[key] = value
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -85,9 +86,8 @@ def _described(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: {"shape": list(one.shape), "dtype": str(one.dtype)} for name, one in parameters.items()}
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    """Return the rows held here, on the CPU, independent of what training does to them next."""
-    return local(tensor.detach()).to("cpu", copy=True).contiguous()
+def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
+    return local(tensor.detach()).to("cpu", copy=copy).contiguous()
 
 
 def save_random_state(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,6 +3,7 @@
 What a machine holds meanwhile: `python -m proofs.start_memory`, `python -m proofs.real_shape`.
 """
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from vlm_vqa.training.prepare import make_room
 
 SENT_AT_ONCE = 1 << 20
 """Elements of a parameter, at most, on their way from process to process: never a whole embedding in each."""
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""glibc's, which else keeps freed blocks under 32 MiB: most of a model's matrices, in rows or 16 bits."""
 
 
 class Rows(NamedTuple):
@@ -88,6 +91,8 @@ def whole_rows(parameter: Tensor, holders: Sequence[Rows], process: int) -> Tens
     count = max(rows.stop for rows in holders) if process == 0 else 0
     whole = torch.empty((count, *shape), dtype=torch.float32)
     for sender, rows in enumerate(holders):
+        if sender == 0 < process:
+            continue
         for first, last in _pieces(rows, parameter):
             if sender == process:
                 piece = mine[first - rows.start : last - rows.start].contiguous()
@@ -101,9 +106,11 @@ def whole_rows(parameter: Tensor, holders: Sequence[Rows], process: int) -> Tens
 
 
 def let_go(parameter: Tensor) -> None:
-    """Free what this process holds of a parameter, which is of no use then."""
+    """Free what this process holds of a parameter, which is of no use then; on a CPU, give it back to the system."""
     if isinstance(parameter, DTensor):
         # FSDP2 keeps these rows by another name, too.
         parameter.to_local().untyped_storage().resize_(0)
     else:
         parameter.data = parameter.new_empty(0)
+    if parameter.device.type == "cpu" and TRIM is not None:
+        TRIM(0)

@@ -492,7 +492,9 @@ class VqaTrainer(Trainer):
             others = self._save_deepspeed(step) if launch.strategy.deepspeed else []
             tensors, more = checkpoint_state.save_random_state(self.lr_scheduler)
             if not launch.strategy.deepspeed:
-                rows, described = checkpoint_state.save_state(self.model, self.inner_optimizer, rank=launch.process)
+                # What the last step has left is not changed any more.
+                held, goes_on = (self.model, self.inner_optimizer), not self.control.should_training_stop
+                rows, described = checkpoint_state.save_state(*held, rank=launch.process, copy=goes_on)
                 tensors, more = rows | tensors, described | more
             self.writer.save(step, tensors, facts | more, texts, others)
 
