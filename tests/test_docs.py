@@ -201,7 +201,9 @@ def test_the_step_at_26_layers_is_what_was_measured():
     positions, timed = found["details"]["small"]["positions"], found["details"]["gemma_2_2b"]["seconds"]
     (deepest,) = (one for one in found["claims"] if one["what"] == "2B shape, 26 layers: whole step")
     apart = (deepest["high"] - deepest["low"]) / deepest["ratio"]
-    assert f"{deepest['ratio']:.2f} where 8.5 was the aim, and the rounds lie {apart:.0%} apart".replace("%", " %") in FLAT
+    assert (
+        f"{deepest['ratio']:.2f} where 8.5 was the aim, and the rounds lie {apart:.0%} apart".replace("%", " %") in FLAT
+    )
     seconds = {depth: {name: median(of) for name, of in every.items()} for depth, every in timed.items()}
     slow, fast = (seconds["2"][f"one layer, {name}"] for name in ("reference", "ours"))
     assert f"takes the reference {slow:.0f} s of the step, ours {fast:.0f}: a ratio of {slow / fast:.1f}" in FLAT
