@@ -6,6 +6,7 @@ import math
 import pickle
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch import distributed, nn
@@ -124,3 +125,14 @@ def test_process_0_gets_whole_what_all_hold_and_the_others_nothing(model, world,
 
 def test_a_shape_has_no_weights_to_take(model):
     assert rows.take_weights(prepare.shape_of(model)) == {}
+
+
+@pytest.mark.skipif(rows.TRIM is None, reason="the allocator of this system is not glibc's")
+def test_what_is_let_go_on_a_cpu_goes_back_to_the_system():
+    # glibc maps a block of this size alone, and no longer when one was freed.
+    held = [nn.Parameter(torch.full((21 << 18,), 1.0)) for _ in range(2)][:1]
+    held += [nn.Parameter(torch.full((21 << 18,), 1.0)) for _ in range(20)]
+    size, before = sum(one.nbytes for one in held), psutil.Process().memory_info().rss
+    for one in held[:-1]:
+        rows.let_go(one)
+    assert before - psutil.Process().memory_info().rss > 0.8 * size
