@@ -9,7 +9,7 @@ uncompiled, since that takes long for so few. When the checkpoint is whole, all 
 The stage is called again, goes on from there, gathers the whole weights and writes them; `export` writes its files and
 reads them back.
 
-Measured is what all processes of a stage hold, about once a second; pages that several share count once, those of files
+Measured is what all processes of a stage hold, about once a second, and more often in the export; pages that several share count once, those of files
 of weights in the export alone, for the system takes them back. It is held to what preflight predicts, and start, whole
 weights and export, less each process's encoder and what preflight counts for its libraries, to the float32 weights.
 
@@ -191,8 +191,9 @@ def check_room(predicted: dict[str, int]) -> None:
 
 
 def _most(call: Call, moment: str, until: Callable[[], bool], mapped: bool = False) -> int:
-    # Reading what so many pages are takes the system a while, in which the process cannot ask for more.
-    most = call.most(lambda process: resident(process, mapped), until, SECONDS, pause=1.0)
+    # Reading what so many pages are takes the system a while, in which the process cannot ask for more; but an export hashes
+    # its largest weight in seconds.
+    most = call.most(lambda process: resident(process, mapped), until, SECONDS, pause=0.1 if mapped else 1.0)
     print(f"  {moment}: {most / GIB:.2f} GiB", flush=True)
     return most
 
