@@ -271,21 +271,24 @@ def test_full_scale_is_what_was_measured():
     missed = [claim["what"] for result in (data, features) for claim in result["claims"] if claim["met"] is False]
     assert len(missed) == FLAT.count("(the target of 0.5 is missed: every image is checked)")
     assert missed == ["features: random single images over sequential reads, bfloat16"]
-    (whole,) = (claim for claim in real["claims"] if claim["what"].endswith("over the weights, whole weights"))
-    (export,) = (claim for claim in real["claims"] if claim["what"].endswith("preflight's, export"))
-    assert {claim["what"] for claim in real["claims"] if claim["met"] is False} == {whole["what"], export["what"]}
-    assert (
-        f"misses two aims: whole weights {whole['ratio']:.2f} times (1.3), export {export['ratio']:.1%} off".replace(
-            "%", " %"
-        )
-        in FLAT
+    over = [one["ratio"] for one in real["claims"] if "over the weights" in one["what"]]
+    assert f"{min(over):.2f} to {max(over):.2f} times the float32 weights (aim 1.3)" in FLAT and max(over) < 1.3
+    off = {one["what"]: one["ratio"] for one in real["claims"] if "off preflight's" in one["what"]}
+    step, export = (name for name, ratio in off.items() if ratio > 0.1)
+    assert (step.partition(":")[0], export.rpartition(" ")[2]) == (
+        "26 layers, 1 process",
+        "export",
+    ) and "training" in step
+    *_, again = (ratio for name, ratio in off.items() if "export" in name and name != export)
+    near = [ratio for ratio in off.values() if ratio <= 0.1]
+    said = (
+        f"{min(near):.1%} to {max(near):.1%} from preflight's prediction, but for two of ten (aim 10%): one process's step "
+        f"{off[step]:.1%}, and an export {off[export]:.1%}, which was looked at once a second; ten times a "
+        f"second it is {again:.1%}"
     )
-    off = max(one["ratio"] for one in real["claims"] if "off preflight's" in one["what"] and one["met"])
-    over = [one["ratio"] for one in real["claims"] if "over the weights" in one["what"] and one["met"]]
-    peaks = [max(found["peaks"].values()) for name, found in real["details"].items() if "processes" in name]
-    shown = " and ".join(f"{peak / 2**30:.1f}" for peak in peaks)
-    assert f"peak {shown} GiB, at most {off:.1%} from".replace("%", " %") in FLAT
-    assert f"{min(over):.2f} to {max(over):.2f} times the float32 weights" in FLAT
+    assert said.replace("%", " %") in FLAT
+    peaks = [max(real["details"][f"processes: {number}"]["peaks"].values()) for number in (1, 2)]
+    assert "peaks " + " and ".join(f"{peak / 2**30:.1f}" for peak in peaks) + " GiB" in FLAT
     starts = results("start_memory")["claims"]
     drawn, read = ([f"{one['ratio']:.2f}" for one in starts if way in one["what"]] for way in ("drawn", "read"))
     assert sum(claim["met"] is False for claim in starts) == 1 and "the last one misses the aim of 1.3" in FLAT
