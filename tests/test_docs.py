@@ -385,7 +385,9 @@ def test_the_small_run_is_what_was_measured():
 def test_how_fast_answers_come_is_what_was_measured():
     two, shuffled, _, changed = results("answers")["claims"]
     assert f"two processes answer {two['ratio']:.2f} times as fast as one, where {two['target']:g} was the aim" in FLAT
-    assert f"take {shuffled['ratio']:.2f} times as long as its own alone, where at most {shuffled['target']:g} was" in FLAT
+    assert (
+        f"take {shuffled['ratio']:.2f} times as long as its own alone, where at most {shuffled['target']:g} was" in FLAT
+    )
     count, of, number = changed["note"].split()
     assert f"bfloat16 changes {count} {of} {int(number):,} answers" in FLAT
 
