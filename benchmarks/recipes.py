@@ -79,25 +79,6 @@ class Recipe:
             yield
         self.switch(False)
 
-    def first_layer(self, batches: Sequence[MicroBatch]) -> Callable[[], None]:
-        """Return what computes the first layer alone, forward and backward, on what it is given of these batches."""
-        layer: Any = self.model.get_submodule("model.language_model.layers.0")
-        given: list[tuple[Any, Any]] = []
-        handle = layer.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
-        with torch.no_grad(), self.forward():
-            for batch in batches:
-                self.loss(batch.inputs)
-        handle.remove()
-
-        def run() -> None:
-            layer.zero_grad(set_to_none=True)
-            for (hidden,), options in given:
-                with self.forward():
-                    made = layer(hidden.detach().requires_grad_(), **options)
-                made.backward(torch.ones_like(made))
-
-        return run
-
     @property
     def positions(self) -> int:
         """Token positions of the whole step."""

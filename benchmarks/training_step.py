@@ -1,16 +1,17 @@
 """How fast an optimizer step's loss and gradients come, against the reference recipe and against the machine.
 
-    python -m benchmarks.training_step [--dtype bfloat16] [--rounds 7] [--rounds-deepest 3]
+    python -m benchmarks.training_step [--dtype bfloat16] [--rounds 7] [--rounds-gains 3]
 
 The same 60 questions are computed by each recipe of `benchmarks.recipes`, optimizer apart, in turn:
 
     small shape           all recipes, the whole step; before that all must give the same loss and the same gradients
-    Gemma 2 2B's layers   reference and ours, and ours as variants, with 2 and 4 layers and vocabulary 256,000; in the rounds
-                          with 2 layers also one layer alone, of which 24 more make the figures at 26 layers
+    Gemma 2 2B's layers   reference and ours, with 2 and 4 layers and vocabulary 256,000; in the rounds with 2 layers also
+                          with 2 and 10 layers and vocabulary 32,000: an eighth of what these lie apart is a layer in its
+                          place, of which 24 more make the figures at 26 layers. Then the same of what each of ours gains
     share of the machine  model FLOP/s of one of our micro-batches over the rate of the same matrix products alone
 
-A round computes all that a ratio needs, one after another, and its spread is that of the rounds. About 40 minutes on 2 quiet
-cores; 18 GiB of memory. `--rounds 1 --rounds-deepest 1` shows that it works.
+A round computes all that a ratio needs, one after another, and its spread is that of the rounds. About HOURS on 2 quiet
+cores; 18 GiB of memory. `--rounds 1 --rounds-gains 1` shows that it works.
 """
 
 import gc
@@ -37,14 +38,15 @@ from vlm_vqa.params import LanguageConfig
 SMALL, SMALL_VOCABULARY = LanguageConfig(512, 2048, 4, 8, 4, 64), 32_000
 GEMMA_2B, GEMMA_VOCABULARY = LanguageConfig(2304, 9216, 26, 8, 4, 256), 256_000
 DEPTHS = (2, 4)
+"""Layers of the models with Gemma's vocabulary."""
+THIN, THIN_VOCABULARY = (2, 10), SMALL_VOCABULARY
+"""Of those which tell what a layer takes in its place; with Gemma's vocabulary so many would not fit."""
 FORMULA = (
     "6 x parameters of the layers' linear maps x real tokens + 4 x projector's parameters x image tokens + "
     "6 x hidden x vocabulary x supervised tokens + "
     "12 x heads x head width x layers x (query, key) pairs that see each other; "
     "in the last layer, of tokens that are not supervised, keys and values alone"
 )
-LAYER = "one layer, "
-"""Before the name of a recipe whose first layer is timed alone."""
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 """Relative, in float32."""
 PROBE_TOKENS = 128
@@ -61,18 +63,33 @@ SMALL_CLAIMS = {
     "compiled": ("ours", "compiled", None),
 }
 """What is claimed, the slower recipe, the faster one, and how many times faster it is to be."""
+LARGE_CLAIMS: dict[str, dict[str, tuple[str, str, float | None]]] = {
+    "whole": {
+        "whole step": ("reference", "ours", 8.5),
+        "whole step, compiled": ("reference", "compiled", None),
+    },
+    "gains": {
+        "the last layer at supervised positions": ("whole_last_layer", "ours", None),
+        "attention's scores recomputed, not all layers": ("recomputed_layers", "recomputed_scores", None),
+        "what recomputed scores cost": ("recomputed_scores", "ours", None),
+        "against padding to the longest, full logits": ("dynamic", "ours", None),
+    },
+}
+"""The same at the large shape, in two sets of rounds: all in one would be too long for ratios of neighbours."""
+Place = tuple[int, int]  # layers and vocabulary
+Timings = dict[Place, dict[str, Timing]]  # by recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `training_step.json`."""
-    parser = measure.parser("training_step", __doc__, rounds=7, rounds_deepest=3)
+    parser = measure.parser("training_step", __doc__, rounds=7, rounds_gains=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: by autocast")
     options = measure.parse(parser, arguments)
     dtype = getattr(torch, options.dtype)
     workload = draw_step(read_questions())
     print(f"one optimizer step: {workload.facts}", flush=True)
     small, small_details = small_shape(workload, SMALL, SMALL_VOCABULARY, options.rounds, dtype)
-    rounds = {depth: options.rounds_deepest if depth == max(DEPTHS) else options.rounds for depth in DEPTHS}
+    rounds = {"whole": options.rounds, "gains": options.rounds_gains}
     large, large_details = large_shape(workload, GEMMA_2B, GEMMA_VOCABULARY, rounds, dtype)
     details = {"dtype": options.dtype, "workload": workload.facts, "small": small_details, "gemma_2_2b": large_details}
     measure.write("training_step", small + large, details, data())
@@ -155,100 +172,119 @@ def check_agreement(candidates: Mapping[str, Recipe]) -> dict[str, float]:
 
 
 def large_shape(
-    workload: Workload, shape: LanguageConfig, vocabulary: int, rounds: Mapping[int, int], dtype: torch.dtype
+    workload: Workload, shape: LanguageConfig, vocabulary: int, rounds: Mapping[str, int], dtype: torch.dtype
 ) -> tuple[list[Claim], dict[str, Any]]:
     """Time a few layers of `shape`, extrapolate to all of them, and measure the share of the machine.
 
     Args:
-        rounds: measured rounds of each number of layers.
+        rounds: measured rounds of each set of claims.
     """
-    timings: dict[int, dict[str, Timing]] = {}
-    for depth, number in rounds.items():
-        few = replace(shape, num_hidden_layers=depth)
-        print(named(few, vocabulary), flush=True)
-        model = recipes.build_model(few, vocabulary, workload)
-        timings[depth] = time_depth(model, workload, number, depth == min(rounds), dtype)
-        if depth == max(rounds):
+    timings: dict[str, Timings] = {what: {} for what in LARGE_CLAIMS}
+    few, deep = DEPTHS
+    # Two models of this vocabulary do not fit.
+    for places in ([(few, vocabulary), *((depth, THIN_VOCABULARY) for depth in THIN)], [(deep, vocabulary)]):
+        models = {place: recipes.build_model(with_layers(shape, place[0]), place[1], workload) for place in places}
+        for what, number in rounds.items():
+            timings[what] |= time_places(
+                models, workload, what, number if len(places) > 1 else min(rounds.values()), dtype
+            )
+        if (deep, vocabulary) in models:
             # The deepest is nearest to the real model, where the embedding's dense gradient is a small part of the work.
-            shares, share_details = machine_share(model, few, vocabulary, workload, number)
-        # Two models of this vocabulary do not fit.
-        del model
+            model = models[deep, vocabulary]
+            shares, share_details = machine_share(
+                model, with_layers(shape, deep), vocabulary, workload, rounds["whole"]
+            )
+        del models
         gc.collect()
+    claims = large_claims(timings, shape.num_hidden_layers, vocabulary)
     details = {
-        "shape": asdict(shape) | {"vocabulary": vocabulary, "layers_measured": list(timings)},
-        "seconds": {depth: {name: one.seconds for name, one in of.items()} for depth, of in timings.items()},
+        "shape": asdict(shape) | {"vocabulary": vocabulary},
+        "seconds": {
+            what: {named(with_layers(shape, place[0]), place[1]): seconds(of) for place, of in places.items()}
+            for what, places in timings.items()
+        },
         "reference": "one micro-batch timed, times the positions of all over its own: its ten are of one shape",
         "dynamic": "the micro-batch of median width timed, times the positions of all over its own",
         "ours": "all micro-batches timed",
-        "extrapolation": "a round's step with the fewest layers and that round's one layer for each of the others",
-        "spread": {
-            one.what: (one.high - one.low) / one.ratio for one in large_claims(timings, shape.num_hidden_layers)
-        },
+        "extrapolation": "a round's step with 2 layers, and 24 times an eighth of what 10 and 2 thin ones lie apart",
+        "spread": {one.what: (one.high - one.low) / one.ratio for one in claims if one.note},
         "share_of_the_machine": share_details,
     }
-    return large_claims(timings, shape.num_hidden_layers) + shares, details
+    return claims + shares, details
 
 
-def large_claims(timings: Mapping[int, Mapping[str, Timing]], layers: int) -> list[Claim]:
+def with_layers(shape: LanguageConfig, layers: int) -> LanguageConfig:
+    return replace(shape, num_hidden_layers=layers)
+
+
+def seconds(timings: Mapping[str, Timing]) -> dict[str, tuple[float, ...]]:
+    return {name: timing.seconds for name, timing in timings.items()}
+
+
+def large_claims(timings: Mapping[str, Timings], layers: int, vocabulary: int) -> list[Claim]:
     """Claim the measured ratios and those at `layers`."""
-    pairs = {
-        "whole step": ("reference", "ours", 8.5),
-        "whole step, compiled": ("reference", "compiled", None),
-        "the last layer at supervised positions": ("whole_last_layer", "ours", None),
-        "attention's scores recomputed, not all layers": ("recomputed_layers", "recomputed_scores", None),
-        "what recomputed scores cost": ("recomputed_scores", "ours", None),
-        "against padding to the longest, full logits": ("dynamic", "ours", None),
-    }
     made = []
-    for what, (slow, fast, target) in pairs.items():
-        for depth, of in timings.items():
-            if slow in of:
+    for group, claims in LARGE_CLAIMS.items():
+        for what, (slow, fast, target) in claims.items():
+            for depth in DEPTHS:
+                of = timings[group][depth, vocabulary]
                 made.append(measure.claim(f"2B shape, {count(depth)}: {what}", of[slow], of[fast]))
-        many = (at_depth(timings, name, layers) for name in (slow, fast))
-        made.append(measure.claim(f"2B shape, {layers} layers: {what}", *many, target=target, note="extrapolated"))
+            many = (at_depth(timings[group], name, layers, vocabulary) for name in (slow, fast))
+            made.append(measure.claim(f"2B shape, {layers} layers: {what}", *many, target=target, note="extrapolated"))
     return made
 
 
-def at_depth(timings: Mapping[int, Mapping[str, Timing]], name: str, layers: int) -> Timing:
+def at_depth(timings: Timings, name: str, layers: int, vocabulary: int) -> Timing:
     """Return what a step with `layers` takes in each round: that with the fewest, and one more layer for each other."""
-    fewest = min(timings)
-    of = timings[fewest]
-    each = zip(of[name].seconds, of[f"{LAYER}{name}"].seconds, strict=True)
-    return Timing(tuple(step + (layers - fewest) * layer for step, layer in each))
+    few, (fewer, more) = min(DEPTHS), THIN
+    # A layer that is not the last is the same with both.
+    thin = "ours" if name == "whole_last_layer" else name
+    pairs = zip(*(timings[depth, THIN_VOCABULARY][thin].seconds for depth in (fewer, more)), strict=True)
+    each = [(long - short) / (more - fewer) for short, long in pairs]
+    steps = timings[few, vocabulary][name].seconds
+    return Timing(tuple(step + (layers - few) * layer for step, layer in zip(steps, each, strict=True)))
 
 
-def time_depth(
-    model: VlmForTraining, workload: Workload, rounds: int, with_layers: bool, dtype: torch.dtype
-) -> dict[str, Timing]:
-    """Return the seconds of a whole step by each recipe; those of the stock class from one micro-batch.
-
-    Args:
-        with_layers: time the first layer of each alone, too, and padding to the longest.
-    """
-    stock = recipes.stock_model(model)
-    candidates = {"reference": recipes.reference(stock, workload, dtype=dtype)}
-    if with_layers:
-        candidates["dynamic"] = recipes.dynamic(stock, workload, dtype=dtype)
-    timed = {name: [median_batch(one)] for name, one in candidates.items()}
-    factor = {name: one.positions / timed[name][0].positions for name, one in candidates.items()}
-    mine = variants(model, workload, dtype)
-    candidates |= mine
-    timed |= {name: one.batches for name, one in mine.items()}
-    runs: dict[str, Callable[[], object]] = {name: partial(one.run, timed[name]) for name, one in candidates.items()}
-    if with_layers:
-        runs |= {f"{LAYER}{name}": one.first_layer(timed[name]) for name, one in candidates.items()}
-        # It is the same as that of ours, and so is its noise.
-        del runs[f"{LAYER}whole_last_layer"]
-    # Enough to warm up: the products are large, and a whole round of the reference takes minutes.
-    candidates["ours"].run(timed["ours"][-1:])
-    candidates["compiled"].run()
+def time_places(
+    models: Mapping[Place, VlmForTraining], workload: Workload, group: str, rounds: int, dtype: torch.dtype
+) -> Timings:
+    """Return the seconds of a whole step by each recipe of the group's claims; the stock class's from one micro-batch."""
+    runs: dict[str, Callable[[], object]] = {}
+    factors: dict[tuple[Place, str], float] = {}
+    for place, model in models.items():
+        possible = large_recipes(model, workload, dtype)
+        for name in dict.fromkeys(name for slow, fast, _ in LARGE_CLAIMS[group].values() for name in (slow, fast)):
+            if name == "whole_last_layer" and place[1] == THIN_VOCABULARY:
+                continue
+            recipe = possible[name]
+            batches = recipe.batches if recipe.model is model else [median_batch(recipe)]
+            factors[place, name] = recipe.positions / sum(batch.positions for batch in batches)
+            runs[label(place, name)] = partial(step, recipe, batches)
+            if name in ("ours", "compiled"):
+                # Enough to warm up: the products are large, and a whole round of the reference takes minutes.
+                step(recipe, batches)
     timings = measure.alternate(runs, rounds, warm_up=0)
-    if with_layers:
-        timings[f"{LAYER}whole_last_layer"] = timings[f"{LAYER}ours"]
-    return {
-        name: Timing(tuple(one * factor.get(name.removeprefix(LAYER), 1.0) for one in timing.seconds))
-        for name, timing in timings.items()
-    }
+    found: Timings = {place: {} for place in models}
+    for (place, name), factor in factors.items():
+        found[place][name] = Timing(tuple(one * factor for one in timings[label(place, name)].seconds))
+    return found
+
+
+def label(place: Place, name: str) -> str:
+    return f"{count(place[0])}, vocabulary {place[1]:,}: {name}"
+
+
+def step(recipe: Recipe, batches: Sequence[MicroBatch]) -> None:
+    """Compute loss and gradients and let the gradients go: another model's are to fit."""
+    recipe.run(batches)
+    recipe.model.zero_grad(set_to_none=True)
+
+
+def large_recipes(model: VlmForTraining, workload: Workload, dtype: torch.dtype) -> dict[str, Recipe]:
+    """Return the recipes of `LARGE_CLAIMS` over the parameters of `model`."""
+    stock = recipes.stock_model(model)
+    ways = (recipes.reference, recipes.dynamic)
+    return {way.__name__: way(stock, workload, dtype=dtype) for way in ways} | variants(model, workload, dtype)
 
 
 def median_batch(recipe: Recipe) -> MicroBatch:

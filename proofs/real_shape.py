@@ -4,7 +4,7 @@
 
 DINOv2-base and Gemma 2 2B with 257,153 tokens lie in folders of Hugging Face's layout, both from random weights. The preset
 `vqav2-1gpu` (bfloat16 weights with stochastic rounding, 8-bit AdamW, gradient checkpointing, the embedding frozen) takes
-a step over two questions of the VQAv2 sample, real or drawn (see `benchmarks.vqav2`), under `cpu` and `cpu-fsdp2`;
+two steps over two questions of the VQAv2 sample, real or drawn (see `benchmarks.vqav2`), under `cpu` and `cpu-fsdp2`;
 uncompiled, since that takes long for so few. When the checkpoint is whole, all processes are killed.
 The stage is called again, goes on from there, gathers the whole weights and writes them; `export` writes its files and
 reads them back.
@@ -132,7 +132,8 @@ def settings(preset: Params, folder: Path, processes: int, short: bool) -> Param
             "train.launch": "cpu" if processes == 1 else "cpu-fsdp2",
             "train.batch_size": QUESTIONS // processes,
             "train.dataloader_workers": 0,
-            "train.num_train_epochs": 1,
+            # The optimizer's states lie beside the second backward pass, not the first.
+            "train.num_train_epochs": 2,
             "train.lr_scheduler_type": "constant_with_warmup",
             "train.warmup_ratio": 0.0,
             "train.logging_steps": 1,

@@ -16,7 +16,7 @@ from vlm_vqa.model.layout import IGNORED, TokenLayout, visible
 from vlm_vqa.params import LanguageConfig
 
 TINY = LanguageConfig(16, 32, 2, 2, 1, 8)
-VOCABULARY = 2000
+VOCABULARY, THIN = 2000, 1500
 WORDS = "red blue dog cat left right two three people table".split()
 PAIRS = [(f"What is {one} near the {other}{' now' * (i % 3)}?", WORDS[i % 7]) for i, one in enumerate(WORDS)
          for other in WORDS]  # fmt: skip
@@ -118,28 +118,29 @@ def test_products_hold_all_linear_flops(workload):
     assert flops == layers + 6 * TINY.hidden_size * VOCABULARY * supervised
 
 
-def test_many_layers_are_a_rounds_step_and_its_one_layer():
+def test_many_layers_are_a_rounds_step_and_its_layers_in_their_place():
     """5 + 3 a layer against 1 + 1 a layer: at 26 layers 83 against 27; a round that is slow is slow in all that it times."""
     rounds = (1.0, 2.0, 1.0)
-    timings = {
-        2: {"slow": Timing(tuple(11 * one for one in rounds)), "ours": Timing(tuple(3 * one for one in rounds)),
-            f"{training_step.LAYER}slow": Timing(tuple(3 * one for one in rounds)),
-            f"{training_step.LAYER}ours": Timing(rounds)},
-        4: {"slow": Timing((17.0,)), "ours": Timing((5.0,))},
-    }  # fmt: skip
-    assert training_step.at_depth(timings, "slow", 26).seconds == (83, 166, 83)
-    assert training_step.at_depth(timings, "ours", 26).seconds == (27, 54, 27)
+    thin = training_step.THIN_VOCABULARY
+
+    def timings(slow, ours):
+        return {
+            name: Timing(tuple(one * number for number in rounds)) for name, one in (("slow", slow), ("ours", ours))
+        }
+
+    found = {(2, 9): timings(11, 3), (2, thin): timings(7, 2.5), (10, thin): timings(31, 10.5)}
+    assert training_step.at_depth(found, "slow", 26, 9).seconds == (83, 166, 83)
+    assert training_step.at_depth(found, "ours", 26, 9).seconds == (27, 54, 27)
+    # Its layers but the last are those of ours.
+    found[2, 9]["whole_last_layer"] = Timing((5.0, 5.0, 5.0))
+    assert training_step.at_depth(found, "whole_last_layer", 26, 9).seconds == (29, 53, 29)
 
 
-def test_a_layer_alone_is_the_models_own(candidates):
-    """Its gradients are what the whole model's step gives it where the same comes back to it."""
-    ours, given = candidates["ours"], []
-    layer = ours.model.model.language_model.layers[0]
-    handle = layer.register_forward_hook(lambda *_: given.append(1))
-    ours.first_layer(ours.batches)()
-    handle.remove()
-    assert len(given) == 2 * len(ours.batches)
-    assert all(weight.grad is not None for weight in layer.parameters())
+def test_a_timed_step_leaves_no_gradients(candidates):
+    """Those of a model with Gemma's vocabulary would not fit beside another's."""
+    ours = candidates["ours"]
+    training_step.step(ours, ours.batches)
+    assert all(weight.grad is None for weight in ours.model.parameters())
 
 
 def test_small_shape_on_a_tiny_one(workload):
@@ -155,12 +156,23 @@ def test_large_shape_on_a_tiny_one(workload, monkeypatch):
     monkeypatch.setattr(
         training_step.measure, "matmul_rate", lambda *shape, **_: 1e9 if torch.float32 in shape else 1e8
     )
+    monkeypatch.setattr(training_step, "THIN_VOCABULARY", THIN)
     shape = replace(TINY, num_hidden_layers=26)
-    claims, details = training_step.large_shape(workload, shape, VOCABULARY, {2: 2, 3: 1}, torch.float32)
+    claims, details = training_step.large_shape(workload, shape, VOCABULARY, {"whole": 2, "gains": 1}, torch.float32)
     depths = [claim.what.split(":")[0].removeprefix("2B shape, ") for claim in claims]
-    assert depths == ["2 layers", "3 layers", "26 layers"] * 5 + ["2 layers", "26 layers", "3 layers"]
+    assert depths == ["2 layers", "4 layers", "26 layers"] * 6 + ["4 layers"]
     assert [claim.target for claim in claims if claim.target] == [8.5, 0.6]
     assert claims[2].low <= claims[2].ratio <= claims[2].high and claims[2].what in details["spread"]
+    timed = details["seconds"]["whole"]
+    places = [(2, VOCABULARY), (2, THIN), (10, THIN)]
+    names = [training_step.named(replace(TINY, num_hidden_layers=layers), size) for layers, size in places]
+
+    def of_round(number, recipe):
+        step, short, long = (timed[name][recipe][number] for name in names)
+        return step + 3 * (long - short)
+
+    ratios = [of_round(number, "reference") / of_round(number, "ours") for number in range(2)]
+    assert (claims[2].low, claims[2].high) == pytest.approx((min(ratios), max(ratios)))
     share = details["share_of_the_machine"]
     assert share["float32"]["machine_flop_per_second"] == pytest.approx(1e9)
     assert share["bfloat16"]["step"].startswith("not measured")

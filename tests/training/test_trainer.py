@@ -548,6 +548,16 @@ class Log:
         self.tags |= tags
 
 
+@pytest.mark.parametrize("kind", [Dtype.FLOAT32, Dtype.BFLOAT16])
+def test_what_wider_weights_took_is_given_back_before_the_first_step(make, monkeypatch, kind):
+    """The allocator keeps freed blocks under 32 MiB, and a step's peak would have them beside it."""
+    given_back = []
+    monkeypatch.setattr("vlm_vqa.training.trainer.trim", lambda: given_back.append(1))
+    made = make(weights_dtype=kind, compute_dtype=kind, rounding=Rounding.STOCHASTIC)
+    assert {parameter.dtype for parameter in made.model.parameters()} == {getattr(torch, kind.value)}
+    assert given_back == [1] * (kind is Dtype.BFLOAT16)
+
+
 @pytest.mark.parametrize("kind", [Optimizer.ADAMW_TORCH, Optimizer.ADAMW_BNB_8BIT])
 def test_bfloat16_weights_learn_and_resume_to_the_bit(make, kind):
     settings = {"weights_dtype": Dtype.BFLOAT16, "compute_dtype": Dtype.BFLOAT16, "rounding": Rounding.STOCHASTIC,

@@ -112,5 +112,11 @@ def let_go(parameter: Tensor) -> None:
         parameter.to_local().untyped_storage().resize_(0)
     else:
         parameter.data = parameter.new_empty(0)
-    if parameter.device.type == "cpu" and TRIM is not None:
+    if parameter.device.type == "cpu":
+        trim()
+
+
+def trim() -> None:
+    """Give this process's freed memory back to the system, where its allocator would keep it and can be asked not to."""
+    if TRIM is not None:
         TRIM(0)

@@ -41,7 +41,7 @@ from vlm_vqa.training.answers_picture import AnswersPicture
 from vlm_vqa.training.dataset import Collator, QuestionDataset
 from vlm_vqa.training.launch import Launch, Strategy, check_prepared
 from vlm_vqa.training.optimizer import InBackward, build_optimizer, describe_group, has_8bit_work, local, state_types
-from vlm_vqa.training.rows import Rows, let_go, named_parameters, rows_held, send_rows, take_weights, whole_rows
+from vlm_vqa.training.rows import Rows, let_go, named_parameters, rows_held, send_rows, take_weights, trim, whole_rows
 from vlm_vqa.training.sampler import GlobalBatchSampler, GlobalBatchShape
 from vlm_vqa.training.throughput import COUNTS, CountingCollator, Meter
 from vlm_vqa.training.validation import ANSWERS, COLUMNS, SCORE, Validation, best_step, is_over, validations
@@ -143,6 +143,8 @@ class VqaTrainer(Trainer):
         self.in_backward: InBackward | None = None
         if train.weights_dtype is Dtype.BFLOAT16:
             model.to(torch.bfloat16)
+            # Of Gemma 2 2B's float32 weights 1.6 GiB would stay.
+            trim()
         if train.attention_checkpointing:
             recompute_scores(model)
         if train.compile:
