@@ -203,9 +203,8 @@ def large_shape(
             what: {named(with_layers(shape, place[0]), place[1]): seconds(of) for place, of in places.items()}
             for what, places in timings.items()
         },
-        "reference": "one micro-batch timed, times the positions of all over its own: its ten are of one shape",
-        "dynamic": "the micro-batch of median width timed, times the positions of all over its own",
-        "ours": "all micro-batches timed",
+        "stock class": "its micro-batch of median width timed, times the positions of all over its own",
+        "ours": "all micro-batches timed; of thin models its own of median width, times the positions of all over its own",
         "extrapolation": "a round's step with 2 layers, and 24 times an eighth of what 10 and 2 thin ones lie apart",
         "spread": {one.what: (one.high - one.low) / one.ratio for one in claims if one.note},
         "share_of_the_machine": share_details,
@@ -248,7 +247,7 @@ def at_depth(timings: Timings, name: str, layers: int, vocabulary: int) -> Timin
 def time_places(
     models: Mapping[Place, VlmForTraining], workload: Workload, group: str, rounds: int, dtype: torch.dtype
 ) -> Timings:
-    """Return the seconds of a whole step by each recipe of the group's claims; the stock class's from one micro-batch."""
+    """Return the seconds of a whole step by each recipe of the group's claims; see `large_shape` for what is timed."""
     runs: dict[str, Callable[[], object]] = {}
     factors: dict[tuple[Place, str], float] = {}
     for place, model in models.items():
@@ -257,7 +256,8 @@ def time_places(
             if name == "whole_last_layer" and place[1] == THIN_VOCABULARY:
                 continue
             recipe = possible[name]
-            batches = recipe.batches if recipe.model is model else [median_batch(recipe)]
+            whole = recipe.model is model and place[1] != THIN_VOCABULARY
+            batches = recipe.batches if whole else [median_batch(recipe)]
             factors[place, name] = recipe.positions / sum(batch.positions for batch in batches)
             runs[label(place, name)] = partial(step, recipe, batches)
             if name in ("ours", "compiled"):

@@ -14,10 +14,9 @@ count once, those of files of weights in the export alone, for the system takes 
 predicts, and start, whole weights and export, less each process's encoder and what preflight counts for its libraries, to
 the float32 weights.
 
-With 26 layers: 20 GiB of free memory and some 35 GB of disk. Where bfloat16 products are emulated a step takes hours;
---short is for there: pictures of 28 x 28 pixels, so 5 tokens, and instruction and question of one each. With two processes
-it takes 20 minutes on 2 cores with AVX2. What is read, held, updated and written is the same; what activations take is
-measured by `benchmarks.memory`.
+With 26 layers: 21 GiB of free memory and some 35 GB of disk; 20 minutes on 2 cores that multiply bfloat16. Where it is
+emulated a step takes hours; --short is for there: pictures of 28 x 28 pixels, so 5 tokens, and instruction and question of
+one each. What is read, held, updated and written is the same; what activations take is measured by `benchmarks.memory`.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Bytes that an optimizer step takes on a rank, part by part, and the moments at which most of them are there at once.
 
-Measured on a CPU: proofs/real_shape.py (training within 4 % under two FSDP2 processes; 12 % too little for one, see
-docs/full-scale.md), and benchmarks/memory.py (one process, float32, within 4 %). DDP, FSDP2 and ZeRO are read in the
-sources of torch 2.14, accelerate 1.15 and DeepSpeed 0.19.8.
+Measured on a CPU: proofs/real_shape.py (training within 6 %, of one process and of two of FSDP2), and benchmarks/memory.py
+(one process, float32, within 4 %). DDP, FSDP2 and ZeRO are read in the sources of torch 2.14, accelerate 1.15 and
+DeepSpeed 0.19.8.
 """
 
 import math
