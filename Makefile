@@ -12,6 +12,9 @@ WHEELS ?= $(or $(shell cat $(READY) 2>/dev/null),cuda)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 # yes: what is installed is requirements.lock, each file compared with its hash; the wheels for cuda only.
 LOCKED ?=
+# So every CPU with AVX2 gives the same bits: one with AVX512 rounds otherwise. Empty: all instructions that this one has.
+SAME_BITS ?= $(if $(shell grep -m1 -ow avx2 /proc/cpuinfo 2>/dev/null),ATEN_CPU_CAPABILITY=avx2 \
+  MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2)
 # Arguments for pytest, such as TESTS='-m "not slow"'.
 TESTS ?=
 # Of helm-web's page.
@@ -23,7 +26,7 @@ help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1\t\2/p' Makefile | expand -t 14
 
 repro: setup  ## run the five stages that params.yaml, the code or the data ask for
-	source $(BIN)/activate && vlm-vqa unlock --quiet && dvc repro
+	source $(BIN)/activate && vlm-vqa unlock --quiet && env $(SAME_BITS) dvc repro
 
 test: setup  ## cheap tests first, slow ones after them, in two processes of one thread
 	source $(BIN)/activate && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \

@@ -275,6 +275,19 @@ def test_there_is_one_comment_and_it_says_what_the_last_run_said(tmp_path):
     assert runner.run("comment", tmp_path, dict(os.environ)).returncode != 0 and len(runner.comments) == 1
 
 
+def test_runs_that_are_compared_ask_every_cpu_for_the_same_instructions():
+    """One with AVX512 rounds otherwise, and the small run then ends in other scores than the committed ones."""
+    asked = "ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2"
+    command = ["make", "-n", "-o", ".venv/.ready", "repro"]
+    said = [
+        subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True) for more in ([], ["SAME_BITS="])
+    ]
+    known = Path("/proc/cpuinfo")
+    able = known.is_file() and " avx2 " in known.read_text()
+    assert (f"env {asked} dvc repro" in said[0].stdout) is able and "env  dvc repro" in said[1].stdout
+    assert f"export {asked}\n" in (ROOT / ".ci/fsdp2").read_text()
+
+
 @pytest.fixture
 def stubs(tmp_path):
     """A copy of .ci/ beside a Makefile; its parts end as CURRENT, TEST, REPRO, GATE and FSDP2 say."""
