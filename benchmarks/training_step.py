@@ -1,6 +1,6 @@
 """How fast an optimizer step's loss and gradients come, against the reference recipe and against the machine.
 
-    python -m benchmarks.training_step [--dtype bfloat16] [--rounds 7] [--rounds-gains 3]
+    python -m benchmarks.training_step [--dtype bfloat16] [--rounds 3] [--rounds-gains 2]
 
 The same 60 questions are computed by each recipe of `benchmarks.recipes`, optimizer apart, in turn:
 
@@ -10,7 +10,7 @@ The same 60 questions are computed by each recipe of `benchmarks.recipes`, optim
                           place, of which 24 more make the figures at 26 layers. Then the same of what each of ours gains
     share of the machine  model FLOP/s of one of our micro-batches over the rate of the same matrix products alone
 
-A round computes all that a ratio needs, one after another, and its spread is that of the rounds. About HOURS on 2 quiet
+A round computes all that a ratio needs, one after another, and its spread is that of the rounds. About 70 minutes on 2 quiet
 cores; 18 GiB of memory. `--rounds 1 --rounds-gains 1` shows that it works.
 """
 
@@ -82,7 +82,7 @@ Timings = dict[Place, dict[str, Timing]]  # by recipe
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all and write `training_step.json`."""
-    parser = measure.parser("training_step", __doc__, rounds=7, rounds_gains=3)
+    parser = measure.parser("training_step", __doc__, rounds=3, rounds_gains=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: by autocast")
     options = measure.parse(parser, arguments)
     dtype = getattr(torch, options.dtype)
