@@ -28,13 +28,13 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_it_trains_the_preset_for_a_step(tmp_path, processes):
+def test_it_trains_the_preset_for_two_steps(tmp_path, processes):
     data = yaml.safe_load((real_shape.ROOT / "presets/small.yaml").read_text())["data"]
     write_json(tmp_path / "data.json", data)
     preset = load_params(real_shape.PRESET)
     train = real_shape.settings(preset, tmp_path, processes, short=False).train
     assert train.batch_size * processes == real_shape.QUESTIONS and train.gradient_accumulation_steps == 1
-    assert train.num_train_epochs == 1 < train.save_steps
+    assert train.num_train_epochs == 2 < train.save_steps
     for same in ("optimizer", "weights_dtype", "rounding", "freeze_embeddings", "gradient_checkpointing"):
         assert getattr(train, same) == getattr(preset.train, same)
     short = real_shape.settings(preset, tmp_path, processes, short=True)
