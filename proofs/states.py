@@ -87,6 +87,8 @@ class States:
         if command == MAKE:
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             (command,) = re.findall(r"\nrepro:.*\n\tsource \S+ && (.*)", makefile)
+            # Held to `dvc repro` by itself, which takes all instructions that the CPU has.
+            command = command.replace("env $(SAME_BITS) ", "")
         # Not the user's own store, and no index of DVC's that knows an earlier trial.
         own = {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db", "DVC_SITE_CACHE_DIR": str(self.place / ".git/site")}
         environment = Project.at(self.place).environment(**own)
