@@ -20,13 +20,16 @@ TESTS ?=
 # Of helm-web's page.
 PORT ?= 8000
 
-.PHONY: help repro test bench docs setup ui experiments helm-web lock audit clean lint
+.PHONY: help repro same-bits test bench docs setup ui experiments helm-web lock audit clean lint
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1\t\2/p' Makefile | expand -t 14
 
 repro: setup  ## run the five stages that params.yaml, the code or the data ask for
 	source $(BIN)/activate && vlm-vqa unlock --quiet && env $(SAME_BITS) dvc repro
+
+same-bits:
+	@echo $(SAME_BITS)
 
 test: setup  ## cheap tests first, slow ones after them, in two processes of one thread
 	source $(BIN)/activate && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \

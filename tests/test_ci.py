@@ -285,7 +285,9 @@ def test_runs_that_are_compared_ask_every_cpu_for_the_same_instructions():
     known = Path("/proc/cpuinfo")
     able = known.is_file() and " avx2 " in known.read_text()
     assert (f"env {asked} dvc repro" in said[0].stdout) is able and "env  dvc repro" in said[1].stdout
-    assert f"export {asked}\n" in (ROOT / ".ci/fsdp2").read_text()
+    told = subprocess.run(["make", "--silent", "same-bits"], cwd=ROOT, capture_output=True, text=True)
+    assert told.stdout.strip() == (asked if able else "")
+    assert "env $(make --silent same-bits) " in (ROOT / ".ci/fsdp2").read_text()
 
 
 @pytest.fixture
