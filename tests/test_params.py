@@ -274,7 +274,7 @@ LATER = {"data": ["official", "hub", "table", "bad_records", "most_dropped", "do
          "vision": ["store"],
          "train": ["answers", "lora", "questions_per_row", "attention", "freeze_embeddings", "dataloader_workers",
                    "rounding", "restart_optimizer", "stall_seconds", "projector_learning_rate",
-                   "embedding_learning_rate", "projector_steps", "optimizer_in_backward",
+                   "embedding_learning_rate", "projector_steps", "adam_beta2", "optimizer_in_backward",
                    "attention_checkpointing", "compile"],
          "evaluation": ["launch", "compute_dtype", "gate"]}  # fmt: skip
 """Keys that the first version did not have; those that DVC fills in (vision.launch) have to be there."""
@@ -306,7 +306,7 @@ def test_a_file_of_the_first_version_means_what_it_meant(tmp_path, caplog, prese
     params = load_params(path)
     # All of an image's questions in a batch shared a row, where the mask lets them; reference froze no embedding then.
     before = {"lora": None, "attention": "eager", "freeze_embeddings": False, "dataloader_workers": 0, "rounding": "nearest",
-              "questions_per_row": 64 if preset == "small" else 1}  # fmt: skip
+              "adam_beta2": 0.999, "questions_per_row": 64 if preset == "small" else 1}  # fmt: skip
     path.write_text(whole)
     values = load_params(path).as_dict()
     evaluation = values["evaluation"] | {"launch": None, "compute_dtype": "float32"}
@@ -324,6 +324,7 @@ def test_a_key_that_came_later_may_be_missing_and_is_written_in_its_place(tmp_pa
     path, (section, name) = tmp_path / "params.yaml", key.split(".")
     before = COMMITTED.replace("rounding: nearest", "rounding: nearest  # as ever").replace("row: 32", "row: 64")
     before = before.replace("evaluation:\n  launch: cpu", "evaluation:\n  launch: null")
+    before = before.replace("adam_beta2: 0.98", "adam_beta2: 0.999")
     path.write_text(lacking(before, section, name))
     params = load_params(path)
     assert caplog.messages[0].startswith(f"{path} lacks {key}: taken as ")
@@ -414,6 +415,7 @@ def test_a_key_of_that_section_may_be_missing(tmp_path, key, caplog):
 
 def test_a_section_that_asks_for_nothing_changes_no_hash(values):
     """What was trained before there was validation is found again."""
+    del values["train"]["adam_beta2"]
     off = yaml.safe_load(OFF)["validation"]
     without, whole, on = (
         parse_params({key: value for key, value in {**values, "validation": section}.items() if value is not None})
@@ -427,6 +429,7 @@ def test_a_section_that_asks_for_nothing_changes_no_hash(values):
         key: value for key, value in whole.as_dict().items() if key not in ("model", "validation", "export", "tracking")
     }
     before["train"] = {key: value for key, value in before["train"].items() if "projector" not in key}
+    del before["train"]["adam_beta2"]
     later = {
         "vision": ("store",),
         "train": ("embedding_learning_rate", "optimizer_in_backward", "attention_checkpointing", "compile"),

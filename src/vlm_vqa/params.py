@@ -532,6 +532,8 @@ class TrainParams(Section):
     """AdamW's, on all trained weights but norms and biases."""
     dropout: Share
     """Dropout on Gemma 2's attention probabilities, the only dropout that Gemma 2 has. The projector has none."""
+    adam_beta2: Annotated[float, Range(0.9999, least=0.5)] = 0.999
+    """How slowly AdamW forgets the size of earlier gradients, those of warm-up among them; short trainings want less."""
     optimizer: Optimizer
     """`adamw_torch`, or bitsandbytes' `adamw_bnb_8bit`, whose states take a quarter of the memory."""
     block_wise: Truth
@@ -741,6 +743,7 @@ def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
     later: dict[str, dict[str, Any]] = {
         "vision": {"store": True},
         "train": {"projector_learning_rate": None, "embedding_learning_rate": None, "projector_steps": 0}
+        | {"adam_beta2": 0.999}
         | dict.fromkeys(("optimizer_in_backward", "attention_checkpointing", "compile"), False),
         "evaluation": {"gate": Gate.ACCURACY, "launch": None, "compute_dtype": Dtype.FLOAT32},
     }

@@ -198,3 +198,26 @@ def test_groups_are_by_part_decay_and_bits(changes, expected):
     keys = ("lr", "optim_bits", "weight_decay", "from_step")
     assert [" ".join([group["name"], *(f"{group[key]:g}" for key in keys)]) for group in groups] == expected
     assert [group["elements"] for group in groups] == [sum(map(torch.numel, group["params"])) for group in groups]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": Optimizer.ADAMW_BNB_8BIT},
+        {"weights_dtype": Dtype.BFLOAT16, "rounding": Rounding.STOCHASTIC},
+    ],
+)
+def test_every_optimizer_forgets_as_slowly_as_asked(changes):
+    """After gradients of 1 and then of 0, the second moment is (1 - beta2) x beta2."""
+    train = dataclasses.replace(load_params("presets/small.yaml").train, adam_beta2=0.75, **changes)
+    weight = torch.zeros(4, 4, dtype=getattr(torch, train.weights_dtype.value))
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(weight)
+    optimizer = build_optimizer(train, model, set(), seed=0)
+    for gradient in (torch.ones_like, torch.zeros_like):
+        model.weight.grad = gradient(weight)
+        optimizer.step()
+    state = optimizer.state[model.weight]
+    second = state["exp_avg_sq"] if "exp_avg_sq" in state else state["state2"]
+    torch.testing.assert_close(second.float(), torch.full((4, 4), 0.25 * 0.75))

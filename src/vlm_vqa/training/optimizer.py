@@ -228,15 +228,15 @@ def build_optimizer(train: TrainParams, model: nn.Module, decayed: set[str], see
     bitsandbytes', which is not installed.
     """
     groups, eight = list(_groups(train, model, decayed)), train.optimizer is Optimizer.ADAMW_BNB_8BIT
+    how: dict[str, Any] = {"lr": train.learning_rate, "betas": (0.9, train.adam_beta2)}
     if not eight and train.weights_dtype is not Dtype.BFLOAT16:
-        return torch.optim.AdamW(groups, lr=train.learning_rate)
+        return torch.optim.AdamW(groups, **how)
     if bnb is None:
         asked = f"{train.optimizer.value} on {train.weights_dtype.value} weights"
         raise UserError(f"train.optimizer: {asked} needs bitsandbytes, which is not installed. Run `make setup`.")
     if eight:
-        clipping = train.percentile_clipping
-        return ClippedAdamW8bit(groups, lr=train.learning_rate, percentile_clipping=clipping, seed=seed)
-    return StochasticAdamW(groups, lr=train.learning_rate, seed=seed)
+        return ClippedAdamW8bit(groups, **how, percentile_clipping=train.percentile_clipping, seed=seed)
+    return StochasticAdamW(groups, **how, seed=seed)
 
 
 def _groups(train: TrainParams, model: nn.Module, decayed: set[str]) -> Iterator[dict[str, Any]]:
