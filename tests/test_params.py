@@ -97,7 +97,7 @@ def test_the_hash_names_all_but_the_tracking(values):
         ("train.questions_per_row", 0, "train.questions_per_row is 0"),
         ("train.dataloader_workers", -1, "train.dataloader_workers is -1"),
         ("train.attention", "sdpa", "train.attention is 'sdpa'"),
-        ("prompt.mask", "prefix-lm", "train.questions_per_row is 32"),
+        ("prompt.mask", "prefix-lm", "train.questions_per_row is 6"),
         ("prompt.mask", "full", "prompt.mask is 'full'"),
         ("vision.model", "facebook/dinov2-base", "vision.revision is null"),
         ("vision.revision", "0" * 40, "vision.revision"),
@@ -199,7 +199,7 @@ def test_every_mistake_stands_in_one_message_a_line_each(values):
     for line, start in zip(found[1:], [
         "seed is -1", "data.train.images is 5", "data.hub must be null", "vision.revision is null",
         "vision.num_patches is 65", "vision.visual_embed_dim is 128", "language.config.hidden_size is 'wide'",
-        "language.config.head_dim is 31", "train.questions_per_row is 32", "missing key train.learning_rate",
+        "language.config.head_dim is 31", "train.questions_per_row is 6", "missing key train.learning_rate",
         "train.dropout is 0.5", "train.block_wise is false", "tracking.experiment is null",
     ], strict=True):  # fmt: skip
         assert line.startswith(f"params.yaml: {start}")
@@ -322,7 +322,7 @@ def test_a_file_of_the_first_version_means_what_it_meant(tmp_path, caplog, prese
 @pytest.mark.parametrize("key", [f"{section}.{name}" for section, names in LATER.items() for name in names])
 def test_a_key_that_came_later_may_be_missing_and_is_written_in_its_place(tmp_path, caplog, key):
     path, (section, name) = tmp_path / "params.yaml", key.split(".")
-    before = COMMITTED.replace("rounding: nearest", "rounding: nearest  # as ever").replace("row: 32", "row: 64")
+    before = COMMITTED.replace("rounding: nearest", "rounding: nearest  # as ever").replace("row: 6", "row: 64")
     before = before.replace("evaluation:\n  launch: cpu", "evaluation:\n  launch: null")
     before = before.replace("adam_beta2: 0.98", "adam_beta2: 0.999")
     path.write_text(lacking(before, section, name))
