@@ -181,13 +181,13 @@ def large_shape(
     """
     timings: dict[str, Timings] = {what: {} for what in LARGE_CLAIMS}
     few, deep = DEPTHS
-    # Two models of this vocabulary do not fit.
-    for places in ([(few, vocabulary), *((depth, THIN_VOCABULARY) for depth in THIN)], [(deep, vocabulary)]):
+    extrapolated = [(few, vocabulary), *((depth, THIN_VOCABULARY) for depth in THIN)]
+    # No part of the extrapolation, so the fewest rounds are enough; beside the other, a second vocabulary does not fit.
+    alone, fewest = [(deep, vocabulary)], dict.fromkeys(rounds, min(rounds.values()))
+    for places, numbers in ((extrapolated, rounds), (alone, fewest)):
         models = {place: recipes.build_model(with_layers(shape, place[0]), place[1], workload) for place in places}
-        for what, number in rounds.items():
-            timings[what] |= time_places(
-                models, workload, what, number if len(places) > 1 else min(rounds.values()), dtype
-            )
+        for what, number in numbers.items():
+            timings[what] |= time_places(models, workload, what, number, dtype)
         if (deep, vocabulary) in models:
             # The deepest is nearest to the real model, where the embedding's dense gradient is a small part of the work.
             model = models[deep, vocabulary]

@@ -20,6 +20,7 @@ KNOWN = (
     "validation",
     "learning",
     "masks",
+    "seeds",
     "rates",
     "real_shape",
     "data_scale",

@@ -71,7 +71,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_proved(tmp_
             importlib.import_module(f"proofs.{name}").main(options)
 
 
-@pytest.mark.parametrize("name", ["learning", "masks", "rates", "serving", "strategies"])
+@pytest.mark.parametrize("name", ["learning", "masks", "rates", "seeds", "serving", "strategies"])
 def test_before_make_repro_the_missing_stage_is_named(name, tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_bytes((ROOT / "presets/small.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
