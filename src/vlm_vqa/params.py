@@ -533,7 +533,7 @@ class TrainParams(Section):
     dropout: Share
     """Dropout on Gemma 2's attention probabilities, the only dropout that Gemma 2 has. The projector has none."""
     adam_beta2: Annotated[float, Range(0.9999, least=0.5)] = 0.999
-    """How slowly AdamW forgets the size of earlier gradients, those of warm-up among them; short trainings want less."""
+    """How slowly AdamW forgets the size of earlier gradients, those of warm-up among them."""
     optimizer: Optimizer
     """`adamw_torch`, or bitsandbytes' `adamw_bnb_8bit`, whose states take a quarter of the memory."""
     block_wise: Truth
@@ -742,8 +742,8 @@ def _without_default(sections: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in sections.items() if key not in off or value != off[key]}
     later: dict[str, dict[str, Any]] = {
         "vision": {"store": True},
-        "train": {"projector_learning_rate": None, "embedding_learning_rate": None, "projector_steps": 0}
-        | {"adam_beta2": 0.999}
+        "train": dict.fromkeys(("projector_learning_rate", "embedding_learning_rate"))
+        | {"projector_steps": 0, "adam_beta2": TrainParams.adam_beta2}
         | dict.fromkeys(("optimizer_in_backward", "attention_checkpointing", "compile"), False),
         "evaluation": {"gate": Gate.ACCURACY, "launch": None, "compute_dtype": Dtype.FLOAT32},
     }
